@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself when it is missing or older than the files that describe it.
+PYTHON ?= python3.11
+VENV   ?= .venv
+MODEL  ?= tiny
+RECIPE ?= w4a4kv4
+RUN    ?= runs/$(notdir $(MODEL))-$(basename $(notdir $(RECIPE)))
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help setup quantize evaluate test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## create .venv with everything the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN (ARGS: any option of `rotoboa quantize`)
+	$(BIN)/rotoboa quantize --model $(MODEL) --recipe $(RECIPE) --output $(RUN) $(ARGS)
+
+evaluate: $(STAMP)  ## measure the perplexity of the finished run in RUN again
+	$(BIN)/rotoboa evaluate $(RUN) $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+clean:  ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Recipes by name: YAML files, read as package data."""
