@@ -1,1 +1,61 @@
-"""RotoBoA."""
+"""RotoBoA: large language models to 4 and 2 bits, by rotations and attention-aware error compensation.
+
+    import rotoboa
+    report = rotoboa.quantize(rotoboa.Recipe(model="tiny", output="runs/tiny"))
+    model, tokenizer = rotoboa.load("runs/tiny")
+
+Importing it also registers the native format with transformers: `AutoModelForCausalLM.from_pretrained` then loads it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .pipeline.recipe import Recipe
+
+__all__ = ["InputError", "Recipe", "RunError", "load", "quantize"]
+
+# The command line loads torch only when a command computes. While `python -m rotoboa` imports this package,
+# argv[0] is -m.
+_COMMAND_LINE = Path(sys.argv[0]).stem == "rotoboa" or sys.argv[0] == "-m"
+
+if not _COMMAND_LINE:
+    from .export import native as _native  # noqa: F401  (registers with transformers)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recipe":
+        from .pipeline.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def quantize(recipe: Recipe, *, device: str | None = None) -> dict[str, Any]:
+    """Run a recipe from checkpoint to a measured run folder, `recipe.output`; returns the report.
+
+    Raises:
+        InputError: something in the recipe cannot be used; nothing was written.
+        RunError: the run failed; finished blocks are kept.
+    """
+    from .pipeline import stages
+
+    return stages.quantize(recipe, device=device)
+
+
+def load(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a run folder, or of its `model` folder; `options` go to `from_pretrained`.
+
+    Raises:
+        InputError: the folder holds no finished model.
+    """
+    from .export.native import load_native
+
+    return load_native(Path(path), **options)

@@ -1,0 +1,1 @@
+"""The quantizer: objectives, statistics, error-compensated rounding, one block at a time."""

@@ -1,0 +1,1 @@
+"""Measurements of a model, in any of its forms."""

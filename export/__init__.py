@@ -1,0 +1,1 @@
+"""What leaves: packed integers, our format, and the loader that transformers calls."""

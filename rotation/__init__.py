@@ -1,0 +1,1 @@
+"""Outlier suppression, exact: Hadamard rotations folded into a decoder."""

@@ -1,0 +1,1 @@
+"""The embedded model: a small trained Llama, its tokenizer and its text."""

@@ -1,0 +1,6 @@
+"""`python -m rotoboa` is `rotoboa`."""
+
+from .pipeline.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The attention function registered with transformers as "rotoboa".
+
+It sees queries and keys after RoPE. Where a module carries an `AttentionTransform`, it rotates queries and keys (R3)
+and quantizes keys and values as the cache will hold them; where it carries a recorder, the recorder sees what
+attention computes with. The product itself is transformers' SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..rotation.hadamard import Hadamard
+from .activations import DynamicQuantizer
+
+NAME = "rotoboa"
+
+
+@dataclass(frozen=True)
+class AttentionTransform:
+    """What happens to queries, keys and values of one attention layer on their way into the product."""
+
+    rotation: Hadamard | None = None
+    key: DynamicQuantizer | None = None
+    value: DynamicQuantizer | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (batch, heads, length, head_dim), after RoPE."""
+        if self.rotation is not None:
+            query, key = self.rotation.apply(query), self.rotation.apply(key)
+        if self.key is not None:
+            key = self.key(key)
+        if self.value is not None:
+            value = self.value(value)
+        return query, key, value
+
+
+Recorder = Callable[[Tensor, Tensor, Tensor, float], None]
+
+
+def set_attention(module: nn.Module, transform: AttentionTransform | None, recorder: Recorder | None = None) -> None:
+    """Put a transform and a recorder on an attention module.
+
+    The recorder is called with queries, keys and values after the transform, and the scaling of the logits.
+    """
+    module.rotoboa_transform = transform  # type: ignore[assignment]
+    module.rotoboa_recorder = recorder  # type: ignore[assignment]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...)."""
+    transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
+    if transform is not None:
+        query, key, value = transform(query, key, value)
+    recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
+    if recorder is not None:
+        recorder(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def causal_probabilities(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Softmax probabilities A of causal attention, (batch, query heads, length, length); rows are query positions.
+
+    Keys of fewer heads are shared by groups of query heads.
+    """
+    groups = query.shape[1] // key.shape[1]
+    logits = torch.matmul(query, key.repeat_interleave(groups, dim=1).transpose(-1, -2)) * scaling
+    length = query.shape[-2]
+    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
+    return logits.masked_fill_(future, float("-inf")).softmax(-1)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,237 @@
+"""One decoder block, true-sequential: queries and keys; values; the output projection; gate and up; down.
+
+Two streams of hidden states run through it. The full-precision one says what each layer should have computed, the
+quantized one, with activation and cache quantizers on, what it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..models.decoder import Decoder
+from .attention import AttentionTransform, causal_probabilities, set_attention
+from .objective import Objective
+from .rounding import Quantized, Settings, quantize
+from .statistics import AttentionStatistics, InputStatistics, rope_pull_back
+from .transforms import OnlineTransforms
+
+Report = Callable[[str, float], None]
+Seen = tuple[Tensor, Tensor, float]
+
+
+class _Captured(Exception):  # noqa: N818 (a signal, not an error)
+    """Carries a layer's input out of a forward pass that need not go on."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class BlockQuantizer:
+    """Quantizes the projections of one block.
+
+    Args:
+        decoder: makes and runs blocks.
+        block: the block, its norms folded and rotated as the recipe asks.
+        settings: of the rounding.
+        transforms: online rotations and quantizers.
+        batch: sequences computed at a time.
+        report: called with each projection's name and its loss relative to that of a zero weight.
+        done: results of an earlier run by projection; these are used as they are.
+
+    After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
+    loss of each, `quantized` the block with dequantized weights.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block: nn.Module,
+        settings: Settings,
+        transforms: OnlineTransforms,
+        *,
+        batch: int = 8,
+        report: Report | None = None,
+        done: Mapping[str, Quantized] | None = None,
+    ) -> None:
+        self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
+        self.full = block
+        self.quantized = copy.deepcopy(block)
+        self.settings, self.transforms, self.batch = settings, transforms, batch
+        self.report = report or (lambda name, loss: None)
+        self.done = done
+        self.results: dict[str, Quantized] = {}
+        self.losses: dict[str, float] = {}
+
+    @torch.no_grad()
+    def run(self, full: Tensor, quantized: Tensor) -> None:
+        """Quantize, and move both streams (sequences, length, hidden) through the block, in place.
+
+        Raises:
+            ValueError: an objective is not finite or stays indefinite; the message names the projections.
+        """
+        self._attention_half(full, quantized)
+        self._mlp_half(full, quantized)
+
+    # -- attention --------------------------------------------------------------------------------------------------
+
+    def _attention_half(self, full: Tensor, quantized: Tensor) -> None:
+        f, t, shape = self.family, self.transforms, self.shape
+        norm = self.full.get_submodule(f.attention_norm)
+        attended = full.new_empty(*full.shape[:2], shape.query_heads * shape.head_dim)
+        given = torch.empty_like(attended)
+        inputs, grams = InputStatistics(), AttentionStatistics(t.attention.rotation)
+        exact = AttentionTransform()
+        for span, hf, hq in self._batches(full, quantized):
+            xf, xq = norm(hf), t.qkv(norm(hq))
+            attended[span], seen_full = self._attend(self.full, xf, exact)
+            if self.done is None:
+                _, seen = self._attend(self.quantized, xq, t.attention)
+                inputs.add(xf, xq)
+                grams.add_grams(*seen[:2])
+                if not self.settings.sequential:
+                    self._add_values(grams, xf, xq, seen_full, seen)
+        self._solve(
+            [f.query, f.key],
+            lambda: self._query_key_objective(inputs, grams, full.shape[1]),
+            [shape.query_heads, shape.key_heads],
+        )
+
+        if self.settings.sequential and self.done is None:
+            # Values are weighed by the attention of quantized queries and keys.
+            for _, hf, hq in self._batches(full, quantized):
+                xf, xq = norm(hf), t.qkv(norm(hq))
+                seen_full, seen = (
+                    self._attend(self.full, xf, exact)[1],
+                    self._attend(self.quantized, xq, t.attention)[1],
+                )
+                self._add_values(grams, xf, xq, seen_full, seen)
+        self._solve([f.value], lambda: grams.value_objective(self._weight(f.output)), [shape.key_heads])
+
+        outputs = InputStatistics()
+        for span, hf, hq in self._batches(full, quantized):
+            x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention)[0])
+            if self.done is None:
+                outputs.add(attended[span].to(x.device), x, hf - hq if self.settings.drift else None)
+            given[span] = x
+        self._solve([f.output], outputs.objective, [1])
+        for block, stream, source in ((self.full, full, attended), (self.quantized, quantized, given)):
+            projection = block.get_submodule(f.output)
+            for part, x in zip(stream.split(self.batch), source.split(self.batch), strict=True):
+                part += projection(x.to(self.decoder.device)).to(part.device)
+
+    def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> tuple[Tensor, Seen]:
+        """The input of the output projection (batch, length, heads * head_dim); queries and keys as they met."""
+        attention = block.get_submodule(self.family.attention)
+        seen: list[Seen] = []
+        set_attention(attention, transform, lambda query, key, value, scaling: seen.append((query, key, scaling)))
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        attended = _capture(
+            block.get_submodule(self.family.output),
+            lambda: attention(
+                hidden_states=x,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=self.decoder.position_embeddings(x.shape[1]),
+            ),
+        )
+        set_attention(attention, transform, None)
+        return attended, seen[0]
+
+    def _add_values(self, grams: AttentionStatistics, xf: Tensor, xq: Tensor, full: Seen, quantized: Seen) -> None:
+        a_full, a_quantized = causal_probabilities(*full), causal_probabilities(*quantized)
+        grams.add_values(xf, xq, a_full, a_quantized, groups=self.shape.key_heads)
+
+    def _query_key_objective(self, inputs: InputStatistics, grams: AttentionStatistics, length: int) -> Objective:
+        """Query heads, then key heads: they share H_in, so they are one problem of stacked heads."""
+        cos, sin = (part[0] for part in self.decoder.position_embeddings(length))
+        keys, queries = (rope_pull_back(gram, cos, sin) for gram in grams.grams())
+        queries_per_key = self.shape.query_heads // self.shape.key_heads
+        return replace(inputs.objective(), h_out=torch.cat([keys.repeat_interleave(queries_per_key, 0), queries]))
+
+    # -- mlp --------------------------------------------------------------------------------------------------------
+
+    def _mlp_half(self, full: Tensor, quantized: Tensor) -> None:
+        f, t = self.family, self.transforms
+        norm = self.full.get_submodule(f.mlp_norm)
+        inputs, downs = InputStatistics(), InputStatistics()
+        if self.done is None:
+            for _, hf, hq in self._batches(full, quantized):
+                inputs.add(norm(hf), t.gate_up(norm(hq)))
+        self._solve([f.gate, f.up], inputs.objective, [1, 1])
+
+        uf, uq = (full.new_empty(*full.shape[:2], self.shape.ffn) for _ in range(2))
+        for span, hf, hq in self._batches(full, quantized):
+            x = t.down.rotate(self._mlp_hidden(self.full, norm(hf)))
+            y = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
+            uf[span], uq[span] = x, y
+            if self.done is None:
+                downs.add(x, y, hf - hq if self.settings.drift else None)
+        self._solve([f.down], downs.objective, [1])
+        for block, stream, source in ((self.full, full, uf), (self.quantized, quantized, uq)):
+            projection = block.get_submodule(f.down)
+            for part, x in zip(stream.split(self.batch), source.split(self.batch), strict=True):
+                part += projection(x.to(self.decoder.device)).to(part.device)
+
+    def _mlp_hidden(self, block: nn.Module, x: Tensor) -> Tensor:
+        """The input of the down projection, before R4, (batch, length, ffn)."""
+        mlp = block.get_submodule(self.family.mlp)
+        return _capture(block.get_submodule(self.family.down), lambda: mlp(x))
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    def _batches(self, full: Tensor, quantized: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Both streams, `batch` sequences at a time, where blocks compute."""
+        for start in range(0, len(full), self.batch):
+            span = slice(start, start + self.batch)
+            yield span, full[span].to(self.decoder.device), quantized[span].to(self.decoder.device)
+
+    def _weight(self, name: str) -> Tensor:
+        return self.full.get_parameter(f"{name}.weight").data
+
+    def _solve(self, names: list[str], objective: Callable[[], Objective], heads: list[int]) -> None:
+        """Projections that share an H_in, their heads stacked into one problem."""
+        if self.done is None:
+            stacked = torch.cat(
+                [self._weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)]
+            )
+            try:
+                goal = objective()
+                result = quantize(stacked, goal, self.settings)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(names)}: {error}") from error
+            # An error of the size of the weight itself is 1.
+            loss = goal.loss(result.dequantize() - stacked).clamp_min(0) / goal.loss(stacked).clamp_min(1e-30)
+            parts = [
+                [piece.flatten(0, 1) for piece in tensor.split(heads)]
+                for tensor in (result.integers, result.scale, result.zero)
+            ]
+            for i, (name, part) in enumerate(zip(names, loss.split(heads), strict=True)):
+                self.results[name] = Quantized(*(pieces[i] for pieces in parts))
+                self.losses[name] = float(part.mean())
+                self.report(name, self.losses[name])
+        else:
+            self.results.update({name: self.done[name] for name in names})
+        for name in names:
+            weight = self.quantized.get_parameter(f"{name}.weight")
+            weight.data = self.results[name].dequantize().to(weight.device, weight.dtype)
+
+
+def _capture(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """The input of `module` in `run`, which goes no further."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Captured(args[0])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        run()
+    except _Captured as captured:
+        return captured.value
+    finally:
+        handle.remove()
+    raise RuntimeError("the captured layer did not run")

@@ -1,0 +1,216 @@
+"""Error-compensated rounding: RTN, GPTQ, BoA and TurboBoA are settings of this one solver.
+
+Rows are taken `rows` at a time in every head at once, columns left to right in lazy blocks (GPTQ, arXiv 2210.17323;
+BoA, arXiv 2406.13474; TurboBoA, arXiv 2602.04929).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .grid import GridSettings, round_to, search
+from .objective import Objective, inverse_factor
+from .refine import refine
+
+COLUMN_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one projection is rounded.
+
+    | method | H_in | H_out | rows |
+    |---|---|---|---|
+    | rtn | identity | identity | all |
+    | gptq | the objective's | identity | all |
+    | boa | the objective's | the objective's | `rows` of each head at a time |
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = False
+    method: str = "boa"
+    rows: int = 4
+    act_order: bool = False
+    grid: str = "hessian"
+    damping: float = 0.01
+    alpha: float = 1.0
+    refine: int = 4
+    drift: bool = True
+    sequential: bool = True
+
+    @property
+    def grid_settings(self) -> GridSettings:
+        """The part that chooses scales."""
+        return GridSettings(self.bits, self.symmetric, self.grid)
+
+
+@dataclass
+class Quantized:
+    """Integers (heads, r, c) in 0 .. 2^b - 1, scale and zero (heads, r, groups); the weight is scale * (I - zero).
+
+    `loss` is the objective at the result, summed over heads; None for RTN, which has none.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    zero: Tensor
+    loss: float | None = None
+
+    def dequantize(self) -> Tensor:
+        """(heads, r, c), float32."""
+        group = self.integers.shape[-1] // self.scale.shape[-1]
+        parts = self.integers.float().unflatten(-1, (-1, group))
+        return ((parts - self.zero[..., None]) * self.scale[..., None]).flatten(-2)
+
+
+def quantize(weight: Tensor, objective: Objective | None, settings: Settings) -> Quantized:
+    """Quantize one projection.
+
+    Args:
+        weight: (heads, r, c) float32; a projection without heads is one head.
+        objective: what to minimise; not read by rtn, which may pass None.
+
+    Raises:
+        ValueError: the group size does not divide the columns, or the objective is not finite or stays indefinite.
+    """
+    heads, _, columns = weight.shape
+    group = settings.group_size or columns
+    if columns % group:
+        raise ValueError(f"group size {group} does not divide {columns} columns")
+    if settings.method == "rtn" or objective is None:
+        grids = weight.reshape(1, -1, group)
+        scale, zero = search(grids, None, settings.grid_settings)
+        integers = round_to(grids, scale[..., None], zero[..., None], 2**settings.bits - 1)
+        shape = (heads, -1, columns // group)
+        return Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
+
+    if settings.method == "gptq":
+        objective = replace(objective, h_out=None)
+    objective = objective.damped(settings.damping)
+    target = objective.target(weight, settings.alpha)
+    result = _compensate(target, objective, settings)
+    if settings.refine:
+        result = Quantized(
+            *refine(
+                target,
+                result.integers,
+                result.scale,
+                result.zero,
+                objective,
+                settings.bits,
+                rounds=settings.refine,
+                symmetric=settings.symmetric,
+            )
+        )
+    result.loss = float(objective.loss(result.dequantize() - target).sum())
+    return result
+
+
+def _compensate(target: Tensor, objective: Objective, settings: Settings) -> Quantized:
+    """Row blocks of every head, each with its own grid, then the rows below are moved to make up for its error."""
+    heads, rows, columns = target.shape
+    group = settings.group_size or columns
+    h_in = objective.h_in.to(target.dtype)
+    order = _descending(h_in) if settings.act_order else None
+    permuted = h_in if order is None else _permute(objective.h_in, order)
+    upper = inverse_factor(permuted.double()).to(target.dtype)
+
+    work = target.clone()
+    integers = torch.empty_like(target, dtype=torch.uint8)
+    scale = target.new_empty(heads, rows, columns // group)
+    zero = torch.empty_like(scale)
+    taken = rows if objective.h_out is None else min(settings.rows, rows)
+    lower = None if objective.h_out is None else inverse_factor(objective.h_out).transpose(-1, -2).to(target.dtype)
+    batch = h_in.shape[0]  # heads that share an H_in are rows of one problem
+    for start in range(0, rows, taken):
+        stop = min(start + taken, rows)
+        block = work[:, start:stop]
+        flat = block.reshape(batch, -1, columns)
+        found, s, z = round_columns(flat, h_in, upper, order, group, settings.grid_settings)
+        integers[:, start:stop] = found.view_as(block)
+        scale[:, start:stop] = s.view(heads, stop - start, -1)
+        zero[:, start:stop] = z.view(heads, stop - start, -1)
+        if lower is not None and stop < rows:
+            error = block - Quantized(integers[:, start:stop], scale[:, start:stop], zero[:, start:stop]).dequantize()
+            solved = torch.linalg.solve_triangular(lower[:, start:stop, start:stop], error, upper=False)
+            work[:, stop:] -= lower[:, stop:, start:stop] @ solved
+    return Quantized(integers, scale, zero)
+
+
+def round_columns(
+    weight: Tensor, h_in: Tensor, upper: Tensor, order: Tensor | None, group: int, settings: GridSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns left to right (or in `order`), each rounding error spread over the columns that come after.
+
+    Args:
+        weight: (B, R, c) targets; not modified.
+        h_in: (B, c, c) damped Hessian, in the order of the weight's columns.
+        upper: (B, c, c), U^T U = H_in^-1, in `order` where one is given.
+        order: (B, c) permutation of the columns, or None. With an order every grid is chosen beforehand; without one,
+            a group's grid is chosen when its first column is reached, from the columns as compensated so far.
+        group: columns that share a scale.
+
+    Returns:
+        integers (B, R, c) uint8, scale and zero (B, R, c / group).
+    """
+    batch, rows, columns = weight.shape
+    groups = columns // group
+    scale = weight.new_empty(batch, groups, rows)
+    zero = torch.empty_like(scale)
+
+    def choose(g: int, current: Tensor) -> None:
+        span = slice(g * group, (g + 1) * group)
+        scale[:, g], zero[:, g] = search(current, h_in[:, span, span], settings)
+
+    if order is not None or groups == 1:
+        for g in range(groups):
+            choose(g, weight[:, :, g * group : (g + 1) * group])
+    ahead = order is None and groups > 1
+    width = group * max(1, COLUMN_BLOCK // group) if ahead else COLUMN_BLOCK
+    # Columns first: the loop below reads and writes whole columns of all rows.
+    work = weight.transpose(1, 2).contiguous()
+    group_of = torch.arange(columns, device=weight.device).div(group, rounding_mode="floor").expand(batch, -1)
+    if order is not None:
+        work = work.gather(1, order[..., None].expand_as(work))
+        group_of = group_of.gather(1, order)
+    single = order is None or batch == 1
+    index = group_of[0].tolist() if single else []
+    pivots = upper.diagonal(dim1=-2, dim2=-1)[..., None]
+    found = torch.empty_like(work)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        block = work[:, start:stop]
+        errors = torch.empty_like(block)
+        for i in range(start, stop):
+            column = block[:, i - start]
+            if ahead and i % group == 0:
+                choose(i // group, block[:, i - start : i - start + group].transpose(1, 2))
+            if single:
+                s, z = scale[:, index[i]], zero[:, index[i]]
+            else:
+                pick = group_of[:, i, None, None].expand(-1, 1, rows)
+                s, z = scale.gather(1, pick)[:, 0], zero.gather(1, pick)[:, 0]
+            q = round_to(column, s, z, settings.levels)
+            found[:, i] = q
+            error = (column - (q - z) * s) / pivots[:, i]
+            errors[:, i - start] = error
+            if i + 1 < stop:
+                block[:, i + 1 - start :] -= upper[:, i, i + 1 : stop, None] * error[:, None]
+        if stop < columns:
+            work[:, stop:] -= upper[:, start:stop, stop:].transpose(-1, -2) @ errors
+    if order is not None:
+        found = torch.empty_like(found).scatter_(1, order[..., None].expand_as(found), found)
+    return found.transpose(1, 2).to(torch.uint8), scale.transpose(1, 2), zero.transpose(1, 2)
+
+
+def _descending(h_in: Tensor) -> Tensor:
+    return h_in.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def _permute(h: Tensor, order: Tensor) -> Tensor:
+    rows = h.gather(1, order[..., None].expand_as(h))
+    return rows.gather(2, order[:, None].expand_as(h))

@@ -1,0 +1,39 @@
+"""What runs online beside the linear layers of a quantized block: rotations and dynamic quantizers, by site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..rotation.hadamard import Hadamard
+from .activations import DynamicQuantizer
+from .attention import AttentionTransform
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """On its way into a linear layer, x (..., c) is rotated, then quantized; None leaves either out."""
+
+    rotation: Hadamard | None = None
+    quantizer: DynamicQuantizer | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's input as it computes with it."""
+        x = self.rotate(x)
+        return x if self.quantizer is None else self.quantizer(x)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The exact part only, as the full-precision stream has it."""
+        return x if self.rotation is None else self.rotation.apply(x)
+
+
+@dataclass(frozen=True)
+class OnlineTransforms:
+    """One decoder block's sites: `qkv`, `output`, `gate_up` and `down` are inputs of linear layers."""
+
+    qkv: InputTransform = InputTransform()
+    output: InputTransform = InputTransform()
+    gate_up: InputTransform = InputTransform()
+    down: InputTransform = InputTransform()
+    attention: AttentionTransform = field(default_factory=AttentionTransform)

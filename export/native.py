@@ -1,0 +1,171 @@
+"""The native format, and the loader that transformers calls.
+
+`import rotoboa` registers it; `AutoModelForCausalLM.from_pretrained(folder)` then runs the checkpoint as it was
+quantized: weights packed, online rotations, activation and cache quantizers on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..boa.attention import NAME, set_attention
+from ..boa.rounding import Quantized
+from ..boa.transforms import InputTransform, OnlineTransforms
+from ..errors import InputError
+from ..models.decoder import Decoder
+from ..models.families import Family, Shape, family_of
+from .linear import QuantizedLinear
+from .packing import pack, unpack
+from .spec import Spec
+
+METHOD = "rotoboa"
+
+
+def pack_block(
+    results: dict[str, Quantized], others: dict[str, Tensor], bits: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a finished block by their names inside the block.
+
+    Args:
+        results: integers (r, c), scale and zero (r, groups) of each projection.
+        others: the block's tensors after rotation; those that are no quantized weight are kept, in `dtype`.
+    """
+    packed = {
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in others.items()
+        if name.removesuffix(".weight") not in results
+    }
+    for name, result in results.items():
+        packed[f"{name}.qweight"] = pack(result.integers, bits)
+        packed[f"{name}.scale"] = result.scale.to(torch.float16).contiguous()
+        packed[f"{name}.zero"] = result.zero.to(torch.uint8).contiguous()
+    return packed
+
+
+def unpack_block(
+    tensors: dict[str, Tensor], family: Family, bits: int, columns: dict[str, int]
+) -> dict[str, Quantized]:
+    """The inverse, for the projections: `columns` says how many inputs each has."""
+    return {
+        name: Quantized(
+            unpack(tensors[f"{name}.qweight"], bits, columns[name]),
+            tensors[f"{name}.scale"].float(),
+            tensors[f"{name}.zero"].float(),
+        )
+        for name in family.projections
+    }
+
+
+def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: OnlineTransforms) -> nn.Module:
+    """Replace a block's projections by packed layers and switch its attention's transforms on, in place."""
+    sites: dict[str, InputTransform] = {
+        family.query: transforms.qkv,
+        family.key: transforms.qkv,
+        family.value: transforms.qkv,
+        family.output: transforms.output,
+        family.gate: transforms.gate_up,
+        family.up: transforms.gate_up,
+        family.down: transforms.down,
+    }
+    for name, transform in sites.items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        with linear.weight.device:
+            packed = QuantizedLinear(
+                linear.in_features,
+                linear.out_features,
+                bits=spec.bits,
+                group_size=spec.group_size,
+                bias=linear.bias is not None,
+                transform=transform,
+            )
+        block.set_submodule(name, packed)
+    set_attention(block.get_submodule(family.attention), transforms.attention)
+    return block
+
+
+def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
+    """Block `index` made from the tensors of `pack_block`, ready to compute."""
+    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape))
+    return decoder.block(index, tensors, module)
+
+
+@register_quantization_config(METHOD)
+class RotoboaConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native checkpoint: the fields of `Spec`."""
+
+    def __init__(self, **fields: Any) -> None:
+        fields.pop("quant_method", None)
+        self.quant_method = METHOD
+        self.spec = Spec.from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"quant_method": METHOD, **self.spec.to_dict()}
+
+    def __repr__(self) -> str:
+        return f"RotoboaConfig({self.to_dict()})"
+
+
+@register_quantizer(METHOD)
+class RotoboaQuantizer(HfQuantizer):
+    """What transformers calls while it loads a native checkpoint."""
+
+    requires_calibration = True
+    quantization_config: RotoboaConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Rotation and quantization of the cache live in our attention function."""
+        config._attn_implementation = NAME
+        return config
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config: Any = model.config
+        family, shape = family_of(config.model_type, "the checkpoint"), Shape.of(config)
+        transforms = self.quantization_config.spec.transforms(shape)
+        layers = model.get_submodule(family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        for block in layers:
+            prepare_block(block, family, self.quantization_config.spec, transforms)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if any(buffer.is_meta for buffer in model.buffers()):
+            raise InputError("the checkpoint lacks packed weights that its config promises: copy or export it again.")
+        if model.config._attn_implementation != NAME:  # type: ignore[union-attr]
+            raise InputError(
+                f"this model runs with attn_implementation='{NAME}' only: leave that argument out of from_pretrained."
+            )
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed weights again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integers have no gradient."""
+        return False
+
+
+def load_native(folder: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a run folder or a model folder; `options` go to `from_pretrained`.
+
+    Raises:
+        InputError: the folder holds no checkpoint in this format.
+    """
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no model ({error}): give the folder of a finished run.") from error
+    if config.get("quantization_config", {}).get("quant_method") != METHOD:
+        raise InputError(f"{folder} holds no rotoboa checkpoint: load it with transformers alone.")
+    return AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)

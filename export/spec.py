@@ -1,0 +1,82 @@
+"""What a native checkpoint says of itself: everything the loader needs to run it, as stored in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..boa.activations import DynamicQuantizer
+from ..boa.attention import AttentionTransform
+from ..boa.transforms import InputTransform, OnlineTransforms
+from ..errors import InputError
+from ..models.families import Shape
+from ..rotation.hadamard import Hadamard
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Of every block alike.
+
+    Attributes:
+        bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
+        r1, r2: folded into the weights, for information; r3, r4: online Hadamards of head_dim and ffn.
+        activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = False
+    r1: bool = True
+    r2: bool = True
+    r3: bool = False
+    r4: bool = False
+    activation_bits: int = 16
+    activation_symmetric: bool = True
+    activation_clip: float = 1.0
+    key_bits: int = 16
+    value_bits: int = 16
+    cache_clip: float = 1.0
+    format_version: int = FORMAT_VERSION
+
+    def transforms(self, shape: Shape) -> OnlineTransforms:
+        """The online transforms of a block of this shape."""
+        quantizer = DynamicQuantizer.of(self.activation_bits, self.activation_symmetric, self.activation_clip)
+        plain = InputTransform(quantizer=quantizer)
+        return OnlineTransforms(
+            qkv=plain,
+            output=plain,
+            gate_up=plain,
+            down=InputTransform(Hadamard.of(shape.ffn) if self.r4 else None, quantizer),
+            attention=AttentionTransform(
+                Hadamard.of(shape.head_dim) if self.r3 else None,
+                key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip),
+                value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip),
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """Read config.json's `quantization_config`.
+
+        Raises:
+            InputError: another format version, or fields that are missing or unknown.
+        """
+        data = {name: value for name, value in data.items() if name != "quant_method"}
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"this checkpoint has rotoboa format version {version}, and this installation reads {FORMAT_VERSION}: "
+                "install the release that wrote it, or quantize again."
+            )
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if unknown or "bits" not in data:
+            wrong = f"unknown {', '.join(unknown)}" if unknown else "no 'bits'"
+            raise InputError(f"the quantization_config of this checkpoint is damaged: {wrong}; export it again.")
+        return cls(**data)

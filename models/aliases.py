@@ -1,0 +1,123 @@
+"""Short names of models, and how any name a user gives becomes a local folder or a Hugging Face hub id.
+
+The table holds models of the Llama architecture alone, the only one supported at present.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+
+TINY_FOLDER = Path(__file__).resolve().parent / "tiny"
+HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One row of the table.
+
+    Attributes:
+        name: what the user types.
+        source: hub id, or for the embedded model the folder it lies in.
+        dataset: what it is calibrated and evaluated on unless the recipe says otherwise.
+        sequence_length: tokens per sequence, likewise.
+        windows: how many windows of the evaluation text are measured, likewise; None is all.
+    """
+
+    name: str
+    source: str
+    dataset: str = "wikitext2"
+    sequence_length: int = 2048
+    windows: int | None = None
+
+
+ALIASES = (
+    Alias("tiny", str(TINY_FOLDER), dataset="stdlib", sequence_length=512, windows=200),
+    Alias("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
+    Alias("smollm2-360m", "HuggingFaceTB/SmolLM2-360M"),
+    Alias("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B"),
+    Alias("tinyllama-1.1b", "TinyLlama/TinyLlama_v1.1"),
+    Alias("llama-7b", "huggyllama/llama-7b"),
+    Alias("llama2-7b", "meta-llama/Llama-2-7b-hf"),
+    Alias("llama2-13b", "meta-llama/Llama-2-13b-hf"),
+    Alias("llama2-70b", "meta-llama/Llama-2-70b-hf"),
+    Alias("llama3-8b", "meta-llama/Meta-Llama-3-8B"),
+    Alias("llama3-8b-instruct", "meta-llama/Meta-Llama-3-8B-Instruct"),
+    Alias("llama3-70b", "meta-llama/Meta-Llama-3-70B"),
+    Alias("llama3-70b-instruct", "meta-llama/Meta-Llama-3-70B-Instruct"),
+    Alias("llama3.1-8b", "meta-llama/Llama-3.1-8B"),
+    Alias("llama3.1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+    Alias("llama3.1-70b", "meta-llama/Llama-3.1-70B"),
+    Alias("llama3.1-70b-instruct", "meta-llama/Llama-3.1-70B-Instruct"),
+    Alias("llama3.1-405b", "meta-llama/Llama-3.1-405B"),
+    Alias("llama3.1-405b-instruct", "meta-llama/Llama-3.1-405B-Instruct"),
+    Alias("llama3.2-1b", "meta-llama/Llama-3.2-1B"),
+    Alias("llama3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+    Alias("llama3.2-3b", "meta-llama/Llama-3.2-3B"),
+    Alias("llama3.2-3b-instruct", "meta-llama/Llama-3.2-3B-Instruct"),
+    Alias("llama3.3-70b-instruct", "meta-llama/Llama-3.3-70B-Instruct"),
+)
+BY_NAME = {alias.name: alias for alias in ALIASES}
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model is, and what it is calibrated and evaluated on by default.
+
+    Attributes:
+        name: the name the user gave.
+        source: an existing local folder, or a hub id ``owner/name``.
+        is_local: whether `source` is a folder, so that nothing needs the network.
+        dataset: default dataset, a name that `pipeline.calibration.load_texts` knows; None where there is none.
+        sequence_length: default tokens per sequence. Not checked against the model's positions here.
+        windows: default number of evaluation windows; None is all.
+    """
+
+    name: str
+    source: str
+    is_local: bool
+    dataset: str | None
+    sequence_length: int
+    windows: int | None = None
+
+
+def resolve_model(name: str) -> ResolvedModel:
+    """Resolve a model's name: an alias, else an existing local folder, else a hub id ``owner/name``.
+
+    A folder that is called like an alias is reached as ``./alias``. A hub id defaults to the dataset
+    'wikitext2'; a local folder has no default, so that nothing is downloaded that was not named.
+
+    Raises:
+        InputError: `name` is a path to no folder, or none of the three.
+    """
+    if alias := BY_NAME.get(name):
+        return ResolvedModel(
+            name, alias.source, Path(alias.source).is_dir(), alias.dataset, alias.sequence_length, alias.windows
+        )
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if name and path.is_dir():
+        if path.resolve() == TINY_FOLDER:
+            tiny = BY_NAME["tiny"]
+            return ResolvedModel(name, tiny.source, True, tiny.dataset, tiny.sequence_length, tiny.windows)
+        return ResolvedModel(name, str(path), True, None, 2048)
+    if path.is_file():
+        raise InputError(f"Model '{name}' is a file; give the folder that holds config.json and the weights.")
+    if name.startswith((os.sep, ".", "~")):
+        raise InputError(f"Model folder '{name}' does not exist; check the path.")
+    if HUB_ID.fullmatch(name):
+        return ResolvedModel(name, name, False, "wikitext2", 2048)
+    raise InputError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    matches = difflib.get_close_matches(name.lower(), list(BY_NAME), n=3)
+    close = f"use {' or '.join(matches)}, " if matches else "use "
+    return (
+        f"Model '{name}' is no known name, no local folder and no hub id of the form owner/name; {close}a folder or a "
+        "hub id, or a name listed by `rotoboa models`."
+    )

@@ -1,0 +1,168 @@
+"""A Hugging Face checkpoint on disk, read one tensor at a time, never the whole model. safetensors only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from ..errors import InputError
+from .families import Family, family_of
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*")
+
+
+def fetch(source: str, is_local: bool) -> Path:
+    """The folder of a checkpoint: `source` itself, or the hub's snapshot of it (downloaded where it is missing).
+
+    Raises:
+        InputError: the repository is unknown, gated, or out of reach.
+    """
+    if is_local:
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{source} is gated: accept its licence on its model page, then set HF_TOKEN or run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {source} that you may read: check its spelling, "
+            "or set HF_TOKEN when it is private; a local folder works without the hub."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{source} could not be fetched and is not in the local cache ({type(error).__name__}): "
+            "check the connection, or give the folder of a downloaded checkpoint."
+        ) from error
+
+
+class Checkpoint:
+    """The tensors, config and family of one checkpoint folder.
+
+    Args:
+        folder: holds config.json and safetensors files, one or sharded with an index.
+
+    Raises:
+        InputError: the folder is no checkpoint, its architecture is not supported, or its files are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint.")
+        self.config = self._read_config()
+        self.family: Family = family_of(self.config.model_type, str(folder))
+        self._where = self._locate()
+
+    def _read_config(self) -> PretrainedConfig:
+        try:
+            raw = json.loads((self.folder / "config.json").read_text())
+            family_of(str(raw.get("model_type")), str(self.folder))
+            if raw.get("quantization_config"):
+                raise InputError(f"{self.folder} is quantized already: give the full-precision checkpoint.")
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"{self.folder / 'config.json'} cannot be read: {error}") from error
+
+    def _locate(self) -> dict[str, Path]:
+        """Tensor name -> the file that holds it."""
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                mapping = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise InputError(f"{index} is not a valid index: {error}; download it again.") from error
+            for file in sorted(set(mapping.values())):
+                if not (self.folder / file).is_file():
+                    raise InputError(f"{self.folder} lacks the shard {file} that its index names: download it again.")
+            return {name: self.folder / file for name, file in mapping.items()}
+        files = (
+            [self.folder / SINGLE] if (self.folder / SINGLE).is_file() else sorted(self.folder.glob("*.safetensors"))
+        )
+        if not files:
+            pickled = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
+                p.name for p in self.folder.glob("*.pth")
+            )
+            hint = f" (it has {pickled[0]}, and pickle files are never opened)" if pickled else ""
+            raise InputError(
+                f"{self.folder} has no safetensors file{hint}: save it again with `save_pretrained`, which writes them."
+            )
+        where = {}
+        for file in files:
+            with self._open(file) as reader:
+                where.update(dict.fromkeys(reader.keys(), file))
+        return where
+
+    @staticmethod
+    def _open(file: Path) -> safe_open:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return sorted(self._where)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The tensor files."""
+        return sorted(set(self._where.values()))
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as stored, on the CPU.
+
+        Raises:
+            InputError: the checkpoint has no such tensor, or its file is damaged.
+        """
+        if name not in self._where:
+            raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
+        file = self._where[name]
+        try:
+            with self._open(file) as reader:
+                return reader.get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"{file}: tensor {name} cannot be read ({error}): download it again.") from error
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of decoder block `index`, by their names inside the block."""
+        prefix = f"{self.family.layers}.{index}."
+        return {name.removeprefix(prefix): self.tensor(name) for name in self._where if name.startswith(prefix)}
+
+    def embedding(self) -> Tensor:
+        """(vocabulary, hidden)."""
+        return self.tensor(f"{self.family.embedding}.weight")
+
+    def final_norm(self) -> Tensor:
+        """(hidden,)."""
+        return self.tensor(f"{self.family.final_norm}.weight")
+
+    def head(self) -> Tensor:
+        """(vocabulary, hidden): the output layer; the embedding where the two are tied."""
+        name = f"{self.family.head}.weight"
+        return self.embedding() if self.config.tie_word_embeddings or name not in self else self.tensor(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the weights are stored in, as the embedding has it."""
+        with self._open(self._where[f"{self.family.embedding}.weight"]) as reader:
+            return reader.get_slice(f"{self.family.embedding}.weight")[:1].dtype

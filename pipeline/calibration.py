@@ -1,0 +1,202 @@
+"""From the name of a dataset to batches of tokens.
+
+- ``stdlib``: the standard library of the running Python, see `models.tiny.corpus`. Nothing is downloaded.
+- ``wikitext2``: the splits train, validation and test, each one text, its rows joined by blank lines.
+- ``c4``: calibration, the documents of the first training shard; evaluation, the first 1,100 documents of the first
+  validation shard joined by spaces into one text; validation, the 1,100 documents after those, likewise.
+- a local ``.txt`` file (one text) or ``.jsonl`` file (the field ``text`` of each line): the same for every split.
+
+The texts of wikitext2, and those c4 is evaluated on, are GPTQ's (https://github.com/IST-DASLab/gptq, `datautils.py`),
+the protocol of the figures that QuaRot, BoA and TurboBoA report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..models.tiny import corpus
+
+Split = Literal["calibration", "validation", "evaluation"]
+
+LINE_SUFFIXES = (".jsonl", ".json")
+TEXT_SUFFIXES = (".txt", *LINE_SUFFIXES)
+POSSIBLE = "'stdlib', 'wikitext2', 'c4', or the path of a local .txt file or .jsonl file with a field 'text' per line"
+TOKENIZER_BATCH = 256
+
+WIKITEXT2_SPLITS = {"calibration": "train", "validation": "validation", "evaluation": "test"}
+# A shard holds 356,317 documents; the first 16,384 are some 8 M tokens, far more than any calibration draws.
+C4_SPLITS = {
+    "calibration": ("en/c4-train.00000-of-01024.json.gz", "train[:16384]"),
+    "validation": ("en/c4-validation.00000-of-00008.json.gz", "train[1100:2200]"),
+    "evaluation": ("en/c4-validation.00000-of-00008.json.gz", "train[:1100]"),
+}
+
+
+def load_texts(dataset: str, split: Split) -> list[str]:
+    """Return the texts of one split of a dataset, in a fixed order.
+
+    Args:
+        dataset: 'stdlib', 'wikitext2', 'c4', or the path of a local ``.txt``, ``.jsonl`` or ``.json`` (lines) file.
+        split: 'calibration' for statistics, 'validation' for choosing settings, 'evaluation' for the reported figure.
+
+    Raises:
+        InputError: the dataset is unknown, cannot be downloaded, or its file cannot be read.
+    """
+    if dataset == "stdlib":
+        parts = {
+            "calibration": corpus.calibration_texts,
+            "validation": corpus.validation_texts,
+            "evaluation": corpus.evaluation_texts,
+        }
+        return parts[split]()
+    if dataset == "wikitext2":
+        return ["\n\n".join(_download("Salesforce/wikitext", "wikitext-2-raw-v1", split=WIKITEXT2_SPLITS[split]))]
+    if dataset == "c4":
+        # One shard of 1,024, so its size is not the size that the dataset's card states: no checks.
+        shard, part = C4_SPLITS[split]
+        texts = _download("allenai/c4", data_files={"train": shard}, split=part, verification_mode="no_checks")
+        return texts if split == "calibration" else [" ".join(texts)]
+    return _read_file(dataset)
+
+
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """Cut windows at random offsets from the texts laid end to end.
+
+    The offsets come from ``random.Random(seed)``, one ``randint`` per window, as in GPTQ. Windows may overlap.
+
+    Args:
+        tokenizer: the model's tokenizer; its bos token, where it has one, is put before each text.
+        texts: as `load_texts` returns them.
+        samples: how many windows.
+        sequence_length: tokens per window.
+        seed: of the offsets.
+        vocab_size: rows of the model's embedding; given, token ids are checked against it.
+
+    Returns:
+        int64 (samples, sequence_length).
+
+    Raises:
+        InputError: the texts give no more than `sequence_length` tokens, or a token id is `vocab_size` or above.
+    """
+    tokens = _encode(tokenizer, texts, vocab_size)
+    if len(tokens) <= sequence_length:
+        raise InputError(
+            f"The calibration text gives {len(tokens)} tokens, and at least {sequence_length + 1} are needed for "
+            f"windows of {sequence_length}; give a longer text or a smaller sequence length."
+        )
+    rng = random.Random(seed)
+    offsets = [rng.randint(0, len(tokens) - sequence_length - 1) for _ in range(samples)]
+    return torch.stack([tokens[offset : offset + sequence_length] for offset in offsets])
+
+
+def evaluation_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    sequence_length: int,
+    limit: int | None = None,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """Cut the texts laid end to end into windows that do not overlap; the incomplete last one is dropped.
+
+    Args:
+        tokenizer: the model's tokenizer; its bos token, where it has one, is put before each text.
+        texts: as `load_texts` returns them.
+        sequence_length: tokens per window.
+        limit: how many windows to keep, from the first; None keeps all.
+        vocab_size: rows of the model's embedding; given, token ids are checked against it.
+
+    Returns:
+        int64 (windows, sequence_length).
+
+    Raises:
+        InputError: the texts give less than one window, or a token id is `vocab_size` or above.
+    """
+    tokens = _encode(tokenizer, texts, vocab_size)
+    windows = len(tokens) // sequence_length
+    if windows == 0:
+        raise InputError(
+            f"The evaluation text gives {len(tokens)} tokens, and at least {sequence_length} are needed for one "
+            "window; give a longer text or a smaller sequence length."
+        )
+    return tokens[: windows * sequence_length].view(windows, sequence_length)[:limit]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], vocab_size: int | None) -> torch.Tensor:
+    """Return the tokens of all texts, int64 (n,), bos before each text when the tokenizer has one."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    pieces = [np.empty(0, dtype=np.int64)]
+    for start in range(0, len(texts), TOKENIZER_BATCH):
+        # verbose=False: texts are longer than the model's positions by design, and are cut into windows afterwards.
+        batch = tokenizer(texts[start : start + TOKENIZER_BATCH], add_special_tokens=False, verbose=False)["input_ids"]
+        pieces += [np.array([*bos, *ids], dtype=np.int64) for ids in batch]
+    tokens = np.concatenate(pieces)
+    if vocab_size is not None and len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+        raise InputError(
+            f"The tokenizer gives token id {largest}, but the model's vocabulary ends at {vocab_size - 1}; use the "
+            "tokenizer that belongs to the model."
+        )
+    return torch.from_numpy(tokens)
+
+
+def _download(path: str, *arguments: str, **options: object) -> list[str]:
+    """Return the column 'text' of a hub dataset, from the local cache when it is there."""
+    # Imported here: they take seconds, and most runs need neither.
+    import datasets
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return list(datasets.load_dataset(path, *arguments, **options)["text"])
+    # OSError: ConnectionError and the hub's errors; ValueError: offline and not in the cache; RuntimeError: hf-xet.
+    except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(
+            f"The dataset {path} could not be had from the hub ({reason}); check the connection, or give a local "
+            ".txt or .jsonl file as the dataset."
+        ) from error
+
+
+def _read_file(name: str) -> list[str]:
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if not path.is_file():
+        if path.suffix in TEXT_SUFFIXES or name.startswith((os.sep, ".", "~")):
+            raise InputError(f"Dataset file '{name}' does not exist; check the path, or use {POSSIBLE}.")
+        raise InputError(f"Dataset '{name}' is unknown; use {POSSIBLE}.")
+    if path.suffix not in TEXT_SUFFIXES:
+        raise InputError(f"Dataset file '{name}' is neither .txt nor .jsonl; rename or convert it.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Dataset file '{name}' cannot be read as UTF-8 text ({error}); check the file.") from error
+    if path.suffix not in LINE_SUFFIXES:
+        return [content]
+    # Not splitlines: it would also break at U+2028 and the like, which JSON allows inside a string.
+    lines = enumerate(content.split("\n"), start=1)
+    return [_text_of_line(line, f"line {number} of '{name}'") for number, line in lines if line.strip()]
+
+
+def _text_of_line(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f'Malformed JSON in {place} ({error.msg}); write one object {{"text": ...}} per line.'
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f"No field 'text' with a string in {place}; write one object {{\"text\": ...}} per line.")
+    return row["text"]

@@ -1,0 +1,273 @@
+"""The command line. Slow imports (torch, transformers) are inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperArgument, TyperCommand
+
+from ..errors import InputError, RunError
+from .progress import Progress, cost_table, loss_table, result_table
+from .recipe import SECTIONS, build_recipe, field_paths, load_recipe, recipe_names, recipe_text
+
+app = typer.Typer(
+    help="Large language models to 4 and 2 bits: Hadamard rotations and attention-aware error compensation.",
+    epilog="Start with `rotoboa quantize`: it quantizes and measures the embedded model, without a download.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help cuts long option names off at 80 columns
+)
+
+
+class _Command(TyperCommand):
+    """A command whose errors are one sentence and an exit code, and whose help groups options by panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                panel = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or panel, []).append(record)
+        for panel in sorted(panels, key=lambda name: name not in ("Arguments", "Options")):
+            with formatter.section(panel):
+                formatter.write_dl(panels[panel])
+
+    def invoke(self, ctx: Any) -> Any:
+        console = Console(stderr=True)
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            more = "; the same command goes on from here" if ctx.info_name == "quantize" else ""
+            console.print(f"Interrupted{more}.")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # `| head` has enough; typer ends quietly
+            if ctx.find_root().params.get("debug"):
+                traceback.print_exc()
+            message, code = " ".join(str(error).split()), 2 if isinstance(error, InputError) else 1
+            if not isinstance(error, InputError | RunError):
+                what = f"{type(error).__name__}: {message}" if message else type(error).__name__
+                again = f"`rotoboa --debug {ctx.info_name} ...`"
+                message = f"unexpected {what}; please report it, with the traceback that {again} shows."
+            console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+            raise typer.Exit(code) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rotoboa {version('rotoboa')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global_options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda:1. (default cuda, else cpu)")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+def _recipe_options() -> dict[str, inspect.Parameter]:
+    """An option for each field of Recipe, by its dotted name; without it the field is as the recipe says."""
+    options = {}
+    for field in field_paths():
+        section = field.name.rpartition(".")[0]
+        kind = next(part for part in (*get_args(field.annotation), field.annotation) if part is not NoneType)
+        flag = field.annotation is bool
+        if get_origin(field.annotation) is Literal:
+            metavar = "|".join(get_args(field.annotation))
+        else:
+            metavar = {int: "INT", float: "FLOAT", Path: "DIR"}.get(kind, "TEXT")
+        option = typer.Option(
+            None,
+            f"--{field.name}/--no-{field.name}" if flag else f"--{field.name}",
+            help=field.description,
+            metavar=None if flag else metavar,
+            show_default=False,
+            rich_help_panel=(SECTIONS[section].__doc__ or "").rstrip(".") if section else None,
+        )
+        options[field.name] = inspect.Parameter(
+            field.name.replace(".", "__"),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=option,
+            # Values stay text here: Recipe alone reads and checks them, for YAML and command line alike.
+            annotation=bool | None if flag else str | None,
+        )
+    return options
+
+
+RECIPE_OPTIONS = _recipe_options()
+
+
+def _quantize(*, recipe: str, device: str | None, quiet: bool, **given: Any) -> None:
+    """Quantize a model and measure its perplexity.
+
+    A recipe says how; each option below replaces one of its fields. The defaults are for where the recipe is silent.
+    """
+    names = {parameter.name: name for name, parameter in RECIPE_OPTIONS.items()}
+    overrides = {names[key]: value for key, value in given.items() if value is not None}
+    run = build_recipe(load_recipe(recipe), overrides)
+    if run.output is None:
+        model = Path(run.model).name or Path(run.model).resolve().name or "model"
+        run = run.model_copy(update={"output": Path("runs") / f"{model}-{Path(recipe).stem}"})
+
+    from . import stages
+
+    with Progress(quiet=quiet) as progress:
+        report = stages.quantize(run, device=device, progress=progress)
+    _print(result_table(report), cost_table(report))
+    typer.echo(f"The run is in {run.output}")
+
+
+def _quantize_signature() -> inspect.Signature:
+    recipe = Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE", help="A name (see `rotoboa recipes`) or file.")
+    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter("recipe", keyword, default="w4a4kv4", annotation=recipe),
+            *RECIPE_OPTIONS.values(),
+            inspect.Parameter("device", keyword, default=None, annotation=Device),
+            inspect.Parameter("quiet", keyword, default=False, annotation=Quiet),
+        ]
+    )
+
+
+_quantize.__signature__ = _quantize_signature()  # type: ignore[attr-defined]
+_quantize.__annotations__ = {}  # typer would read the annotations above in place of the signature's
+app.command("quantize", cls=_Command)(_quantize)
+
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN", show_default=False)]
+
+
+@app.command(cls=_Command)
+def evaluate(
+    run: Run,
+    dataset: Annotated[str | None, typer.Option(metavar="TEXT", help="Data set. (default that of the run)")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="INT", help="Windows of text. (default as in the run)")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, metavar="INT", help="Tokens of a window. (default as in the run)")
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the perplexity of a finished run again."""
+    _read_json(run, "manifest.json")
+
+    from . import stages
+
+    with Progress(quiet=quiet) as progress:
+        report = stages.evaluate(
+            run, dataset=dataset, windows=windows, sequence_length=sequence_length, device=device, progress=progress
+        )
+    _print(result_table(report))
+
+
+@app.command("inspect", cls=_Command)
+def inspect_run(run: Run) -> None:
+    """Show what a run is: recipe, versions, sizes, loss of each layer, perplexity."""
+    manifest = _read_json(run, "manifest.json")
+    report = _read_json(run, "report.json") if (run / "report.json").exists() else {}
+    for key in ("recipe", "versions", "bits"):
+        value = manifest.get(key, report.get(key))
+        if value is not None:
+            _print(_facts(key, value))
+    if manifest.get("blocks"):
+        _print(loss_table(manifest["blocks"]))
+    if not report:
+        typer.echo("There is no report: the run is not finished.")
+        return
+    _print(result_table(report), cost_table(report))
+
+
+@app.command(cls=_Command)
+def models() -> None:
+    """List the short names of models. Any folder with a checkpoint or Hugging Face id works as well."""
+    from ..models.aliases import ALIASES
+
+    table = Table("name", "source", "data set", "sequence length")
+    for alias in ALIASES:
+        source = "embedded, no download" if Path(alias.source).is_absolute() else alias.source
+        table.add_row(alias.name, source, alias.dataset, str(alias.sequence_length))
+    _print(table)
+
+
+@app.command(cls=_Command)
+def recipes() -> None:
+    """List the recipes that come with the package. Any YAML file with the same fields works as well."""
+    table = Table("name", "what it is for")
+    for name in recipe_names():
+        table.add_row(name, recipe_text(name).partition("\n")[0].lstrip("# "))
+    _print(table)
+
+
+def _print(*tables: Table) -> None:
+    """Prints tables; as wide as they need where the output is a file or a pipe, which has no width."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000
+    for table in tables:
+        if table.rows:
+            console.print(table)
+
+
+def _facts(title: str, value: Any) -> Table:
+    """A table of names and values; nested mappings get dotted names."""
+    table = Table(title=title.capitalize(), title_justify="left", show_header=False)
+
+    def add(name: str, item: Any) -> None:
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                add(f"{name}.{key}" if name else str(key), inner)
+        else:
+            table.add_row(name or title, Text("none" if item is None else str(item)))
+
+    add("", value)
+    return table
+
+
+def _read_json(run: Path, name: str) -> dict[str, Any]:
+    """A file of a run folder; InputError where there is none or it is damaged."""
+    path = run / name
+    if not path.is_file():
+        raise InputError(f"{run} is no folder of a run: it has no {name}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} cannot be read: it holds no JSON object.")
+    return content
+
+
+def main() -> None:
+    """Entry point of the command `rotoboa`."""
+    app(prog_name="rotoboa")

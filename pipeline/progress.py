@@ -1,0 +1,206 @@
+"""What a person sees of a run: bars while it works, or plain lines without a terminal, and tables at its end."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from statistics import mean
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+MODELS = {"full_precision": "full precision", "rtn": "RTN, no rotation", "quantized": "quantized"}
+
+
+def human_size(size: float) -> str:
+    """Bytes in the unit that a person would use: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as '4.2 s', '3 min 05 s' or '2 h 07 min'."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def peak_memory() -> str:
+    """The most memory this process has held, and the most on the GPU where one is in use."""
+    parts = []
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        parts.append(human_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+    torch = sys.modules.get("torch")  # never imported for this alone
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        parts.append(f"GPU {human_size(torch.cuda.max_memory_allocated())}")
+    return ", ".join(parts)
+
+
+class Progress:
+    """Shows the stages of a run one after the other; a context manager.
+
+    On a terminal each stage is a bar. Elsewhere, as in a CI log, it is a plain line for each finished block and
+    for each finished stage. `quiet` shows nothing at all. All of it goes to standard error.
+
+        with Progress() as progress:
+            progress.stage("quantize", total=2)
+            progress.advance(0, block=0, layer="q_proj", loss=0.013)  # within a block: nothing is finished
+            progress.advance(block=0)
+    """
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.quiet = quiet
+        self.console = console or Console(stderr=True)
+        live = not quiet and self.console.is_terminal and not self.console.is_dumb_terminal
+        self._bars = self._new_bars() if live else None
+        self._task: TaskID | None = None
+        self._name: str | None = None
+        self._total = self._done = 0
+        self._started = 0.0
+        self._fields: dict[str, Any] = {}
+
+    def _new_bars(self) -> Bars:
+        return Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}", style="magenta", markup=False),
+            TextColumn("{task.fields[now]}", style="dim", markup=False),
+            console=self.console,
+            # A block can take minutes; the default of 30 s would forget the one before and give no estimate.
+            speed_estimate_period=24 * 3600,
+        )
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._finish()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Finishes the stage before and starts one of `total` steps, `done` of which an earlier run has left."""
+        self._finish()
+        self._name, self._total, self._done, self._fields = name, total, done, {}
+        self._started = time.monotonic()
+        if self._bars is not None:
+            self._task = self._bars.add_task(name, total=total, completed=done, memory=peak_memory(), now="")
+
+    def advance(self, n: int = 1, *, block: int | None = None, layer: str | None = None, **fields: Any) -> None:
+        """Counts `n` steps as finished and shows the fields: `block`, `layer`, `loss`, or any other.
+
+        With `n` = 0 it only shows them. All but `block` are forgotten when the next layer or block is named.
+        """
+        if self.quiet or self._name is None:
+            return
+        if layer is not None or block is not None:
+            self._fields = {key: value for key, value in self._fields.items() if key == "block"}
+        given = {"block": block, "layer": layer, **fields}
+        self._fields |= {key: value for key, value in given.items() if value is not None}
+        self._done += n
+        now = "  ".join(f"{key} {_show(value)}" for key, value in self._fields.items())
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, advance=n, memory=peak_memory(), now=now)
+        elif n and block is not None:
+            self.log(f"{self._name} {self._done}/{self._total}: {now}, {self._spent()}")
+
+    def log(self, message: str) -> None:
+        """Prints a line, above the bars where there are any."""
+        if not self.quiet:
+            self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _spent(self) -> str:
+        memory = peak_memory()
+        return human_time(time.monotonic() - self._started) + (f", {memory}" if memory else "")
+
+    def _finish(self) -> None:
+        if self._name is None:
+            return
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, now="")
+            self._bars.stop_task(self._task)
+        else:
+            self.log(f"{self._name}: {self._done}/{self._total} in {self._spent()}")
+        self._name = self._task = None
+
+
+def _show(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def result_table(report: Mapping[str, Any]) -> Table:
+    """The perplexities of a report: a row for each model measured, a column for each data set.
+
+    `report["perplexity"]` is {data set: {"full_precision": 9.1, "rtn": 25.0, "quantized": 9.6}}; what was not
+    measured is left out or None.
+    """
+    perplexity: Mapping[str, Mapping[str, float | None]] = report.get("perplexity") or {}
+    table = Table(title="Perplexity", title_justify="left")
+    table.add_column("model")
+    for dataset in perplexity:
+        table.add_column(dataset, justify="right")
+    for key, label in MODELS.items():
+        values = [row.get(key) for row in perplexity.values()]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else f"{value:,.3f}" for value in values]
+            table.add_row(label, *cells, style="bold" if key == "quantized" else None)
+    return table
+
+
+def cost_table(report: Mapping[str, Any]) -> Table:
+    """What it took and what it takes: `report["seconds"]`, {stage: seconds}, and `report["sizes"]`, {name: bytes}."""
+    table = Table(title="Time and size", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for stage, seconds in (report.get("seconds") or {}).items():
+        table.add_row(stage.replace("_", " "), human_time(seconds))
+    if table.rows:
+        table.add_section()
+    for name, size in (report.get("sizes") or {}).items():
+        table.add_row(name.replace("_", " "), human_size(size))
+    return table
+
+
+def loss_table(blocks: list[dict[str, Any]]) -> Table:
+    """The loss of each layer of each block, as a manifest lists them; of experts the mean, as there can be hundreds."""
+    columns: dict[str, None] = {}
+    rows: list[tuple[dict[str, Any], dict[str, list[float]]]] = []
+    for block in blocks:
+        losses: dict[str, list[float]] = {}
+        for name, layer in (block.get("layers") or {}).items():
+            short = re.sub(r".*\bexperts\.(\d+\.)?", "experts ", name)
+            losses.setdefault(short if short != name else name.rpartition(".")[2], []).append(layer["loss"])
+        columns |= dict.fromkeys(losses)
+        rows.append((block, losses))
+    table = Table(title="Loss of each layer", title_justify="left")
+    for column in ("block", "seconds", *columns):
+        table.add_column(column, justify="right")
+    for block, losses in rows:
+        cells = [f"{mean(losses[column]):.3g}" if column in losses else "" for column in columns]
+        seconds = block.get("seconds")
+        table.add_row(str(block.get("index", "")), "" if seconds is None else f"{seconds:.1f}", *cells)
+    return table

@@ -1,0 +1,337 @@
+"""Recipe: the one description of a run, read alike by YAML files, the command line and the Python API.
+
+Every field carries its own description, which is the text of `rotoboa quantize --help`. The legal values named there
+and in error messages are derived from the annotations that validate, so they cannot drift apart. Recipes are frozen.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+from ..errors import InputError
+
+
+class Legal(NamedTuple):
+    """Marks an annotation with the words for its legal values, where bounds alone do not say it."""
+
+    text: str
+
+
+def _check_bits(bits: int) -> int:
+    if bits not in (*range(2, 9), 16):
+        raise ValueError("not a supported bit width")
+    return bits
+
+
+def _check_weight_bits(bits: int) -> int:
+    if bits not in range(2, 9):
+        raise ValueError("not a supported bit width")
+    return bits
+
+
+WeightBits = Annotated[int, AfterValidator(_check_weight_bits), Legal("2 to 8")]
+Bits = Annotated[int, AfterValidator(_check_bits), Legal("2 to 8, or 16 for no quantization")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads 'none' as None where a field can be None, in YAML and on the command line; no bool is a number."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and value.strip().lower() in ("none", "null") and NoneType in get_args(annotation):
+            return None
+        if value == "" or (isinstance(value, bool) and annotation is not bool):
+            raise ValueError("not a value for this field")
+        return value
+
+
+class Rotation(_Section):
+    """Rotation (orthogonal matrices that spread outliers over the channels)."""
+
+    r1: bool = Field(default=True, description="Rotate the residual stream. Free at run time.")
+    r2: bool = Field(default=True, description="Rotate the values of each head, between V and O. Free at run time.")
+    r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
+    r4: bool = Field(default=False, description="Rotate the input of down, online: for low-bit activations.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random signs of the Hadamard matrices.")
+    seeds: int = Field(
+        default=1,
+        ge=1,
+        description="How many seeds, from that one on, are compared by a proxy on calibration text; the best is kept.",
+    )
+
+
+class Weights(_Section):
+    """Weights (their integer grid, and how they are rounded to it)."""
+
+    bits: WeightBits = Field(default=4, description="Bits of a weight.")
+    group_size: int | None = Field(
+        default=None,
+        ge=8,
+        description="Input channels that share a scale and zero point; none: all of an output channel.",
+    )
+    symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
+    method: Literal["rtn", "gptq", "boa"] = Field(
+        default="boa",
+        description="How weights are rounded. rtn: to the nearest; gptq: errors compensated within a row, layer by "
+        "layer; boa: also across the rows of an attention head, by what attention makes of them.",
+    )
+    rows: int = Field(
+        default=4, ge=1, description="Rows of a head rounded at a time by boa: fewer are more exact, and slower."
+    )
+    act_order: bool = Field(default=False, description="Round the input channels with the largest activations first.")
+    grid: Literal["minmax", "diagonal", "hessian"] = Field(
+        default="hessian",
+        description="How scale and zero point are chosen. minmax: the full range of the weights; diagonal: a search "
+        "over smaller ranges, weighting errors by the diagonal of the input Hessian; hessian: by all of it.",
+    )
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Part of a Hessian's mean diagonal added to its diagonal."
+    )
+    alpha: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows.",
+    )
+    refine: int = Field(default=4, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
+    drift: bool = Field(
+        default=True, description="Let O and down also make up for what the residual stream has lost before them."
+    )
+    sequential: bool = Field(
+        default=True, description="Weigh values by the attention of quantized queries and keys, not of the originals."
+    )
+
+
+class Activations(_Section):
+    """Activations (inputs of linear layers, quantized per token as the model runs)."""
+
+    bits: Bits = Field(default=16, description="Bits of an activation.")
+    symmetric: bool = Field(default=True, description="Quantize without a zero point.")
+    clip: float = Field(
+        default=0.9, gt=0, le=1, description="Part of a token's range that the grid covers; the rest is clipped."
+    )
+    search: bool = Field(default=False, description="Search the clip ratio of each layer on calibration text instead.")
+
+
+class Cache(_Section):
+    """Cache (keys and values, quantized per token and head, with a zero point)."""
+
+    key_bits: Bits = Field(default=16, description="Bits of a cached key.")
+    value_bits: Bits = Field(default=16, description="Bits of a cached value.")
+    clip: float = Field(
+        default=0.95, gt=0, le=1, description="Part of the range that the grid covers; the rest is clipped."
+    )
+    search: bool = Field(default=False, description="Search the clip ratio of each layer on calibration text instead.")
+
+
+class Calibration(_Section):
+    """Calibration (the text that the Hessians are measured on)."""
+
+    dataset: str | None = Field(
+        default=None, description="stdlib, wikitext2, c4, or a .txt or .jsonl file; none: the model's default."
+    )
+    samples: int = Field(default=128, ge=1, description="Number of sequences.")
+    sequence_length: int | None = Field(
+        default=None, ge=2, description="Tokens of a sequence; none: the model's default."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of sequences.")
+    batch: int = Field(default=8, ge=1, description="Sequences computed at a time: fewer need less memory.")
+
+
+class Evaluation(_Section):
+    """Evaluation (how perplexity is measured when the weights are done)."""
+
+    dataset: str | None = Field(default=None, description="As for calibration.")
+    split: Literal["evaluation", "validation"] = Field(
+        default="evaluation", description="evaluation: the text to report; validation: other text, to choose by."
+    )
+    windows: int | None = Field(
+        default=None, ge=1, description="Windows of text to measure; none: all, or the model's default."
+    )
+    baseline: bool = Field(default=True, description="Also measure the model rounded to nearest without rotation.")
+
+
+class Recipe(_Section):
+    """All that decides the result of a run."""
+
+    model: str = Field(
+        default="tiny",
+        description="An alias (see `rotoboa models`), a folder with a checkpoint, or a Hugging Face model id.",
+    )
+    rotation: Rotation = Rotation()
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    cache: Cache = Cache()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
+
+
+class FieldPath(NamedTuple):
+    """One leaf field of Recipe, as a command line needs it."""
+
+    name: str  # dotted, such as weights.bits
+    annotation: Any
+    default: Any
+    description: str
+
+
+SECTIONS = {
+    name: type(info.default) for name, info in Recipe.model_fields.items() if isinstance(info.default, _Section)
+}
+
+
+def _leaves() -> dict[str, FieldInfo]:
+    leaves: dict[str, FieldInfo] = {}
+    for name, info in Recipe.model_fields.items():
+        if name in SECTIONS:
+            leaves |= {f"{name}.{leaf}": leaf_info for leaf, leaf_info in SECTIONS[name].model_fields.items()}
+        else:
+            leaves[name] = info
+    return leaves
+
+
+def _legal_values(info: FieldInfo) -> str:
+    """Says in words what a field may be, from its annotation and bounds."""
+    options = [part for part in get_args(info.annotation) if part is not NoneType]
+    words: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if get_origin(info.annotation) is Literal:
+        text = f"one of {', '.join(options)}"
+    elif marks := [mark for mark in info.metadata if isinstance(mark, Legal)]:
+        text = marks[0].text
+    else:
+        text = words[options[0] if options else info.annotation]
+    bounds = [
+        f"{word} {getattr(mark, key)}"
+        for mark in info.metadata
+        for key, word in {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}.items()
+        if hasattr(mark, key)
+    ]
+    text = " ".join([text, " and ".join(bounds)]).strip()
+    return f"{text}, or none" if NoneType in get_args(info.annotation) else text
+
+
+def field_paths() -> list[FieldPath]:
+    """All leaf fields of Recipe; the description ends with the legal values and the default."""
+    paths = []
+    for name, info in _leaves().items():
+        default = str(info.default).lower() if isinstance(info.default, bool | NoneType) else str(info.default)
+        # A flag shows by itself that it is true or false, and the text of a choice explains each of its values.
+        kinds = (info.annotation, *get_args(info.annotation))
+        implied = get_origin(info.annotation) is Literal or any(kind in kinds for kind in (bool, str, Path))
+        note = f"default {default}" if implied else f"{_legal_values(info)}; default {default}"
+        paths.append(FieldPath(name, info.annotation, info.default, f"{info.description} ({note})"))
+    return paths
+
+
+def _unknown(name: str) -> str:
+    """The sentence about a field that Recipe has not."""
+    if name in SECTIONS:
+        return f"{name} must be a section with fields such as {name}.{next(iter(SECTIONS[name].model_fields))}"
+    known = list(_leaves())
+    close = [path for path in known if path.endswith(f".{name}")] or difflib.get_close_matches(name, known, 1)
+    hint = f"perhaps {' or '.join(close)}" if close else "`rotoboa quantize --help` lists the fields"
+    return f"there is no field {name} ({hint})"
+
+
+def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Validates `base`, as read from YAML, after setting `overrides`, which map dotted names to values.
+
+    Raises InputError, in one sentence, for all unknown fields and illegal values together.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in base.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            flat |= {f"{key}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+        elif key not in SECTIONS or value is not None:  # a section whose lines are all commented out is None
+            flat[str(key)] = value
+    flat |= overrides or {}
+
+    leaves = _leaves()
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name in leaves:
+            section, _, leaf = name.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    complaints = [_unknown(name) for name in flat if name not in leaves]
+    try:
+        recipe = Recipe.model_validate(nested)
+    except ValidationError as error:
+        for item in error.errors():
+            name, given = ".".join(str(part) for part in item["loc"]), item["input"]
+            shown = given if isinstance(given, str) and given else repr(given)
+            complaints.append(f"{name} is {shown} but must be {_legal_values(leaves[name])}")
+    if complaints:
+        raise InputError(f"The recipe cannot be used: {'; '.join(complaints)}.")
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """YAML with every field; `build_recipe` of what it parses to gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("rotoboa.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The text of a recipe that comes with the package, or of a file."""
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        return (resources.files("rotoboa.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        names = recipe_names()
+        close = difflib.get_close_matches(name_or_path, names, 1)
+        hint = f"perhaps {close[0]}; " if close else ""
+        raise InputError(f"There is no recipe '{name_or_path}': {hint}use one of {', '.join(names)}, or a .yaml file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"The recipe {name_or_path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The recipe {name_or_path} cannot be read: it is not UTF-8 text.") from error
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """Reads a recipe by name or path, without validating its fields: `build_recipe` does, once overrides are set."""
+    text = recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
+        raise InputError(f"The recipe {name_or_path}{line} is not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"The recipe {name_or_path}, line 1, must hold fields such as `model: tiny`, not a {kind}.")
+    return content

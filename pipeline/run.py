@@ -1,0 +1,176 @@
+"""The run folder: manifest, finished blocks, the model. Every file is written to a temporary name and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import InputError
+from .recipe import Recipe
+
+MANIFEST, REPORT, RECIPE = "manifest.json", "report.json", "recipe.yaml"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(data, indent=2, default=str) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+    temporary.replace(path)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunFolder:
+    """One run on disk. A folder that holds the same run, unfinished, is gone on with.
+
+    Args:
+        path: the folder; made when it is missing.
+        identity: what makes two runs the same: the recipe without its output, the checkpoint, versions.
+
+    Raises:
+        InputError: the folder holds something else, another run, or this run finished.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {"identity": json.loads(json.dumps(identity, default=str)), "blocks": []}
+        found = path / MANIFEST
+        if found.is_file():
+            old = read_manifest(path)
+            changed = _differences(old.get("identity", {}), self.manifest["identity"])
+            if changed:
+                raise InputError(
+                    f"{path} holds another run, with other {', '.join(changed)}: "
+                    "give another --output, or remove the folder."
+                )
+            self.manifest = old
+            if old.get("finished"):
+                raise InputError(f"{path} holds this very run, finished: see it with `rotoboa inspect {path}`.")
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is no run of rotoboa: give another --output.")
+
+    def need_space(self, size: int) -> None:
+        """Check that `size` bytes fit on the disk of this folder.
+
+        Raises:
+            InputError: they do not.
+        """
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(parent).free
+        if free < size:
+            raise InputError(
+                f"the run needs about {size / 2**20:,.0f} MiB in {self.path} and {free / 2**20:,.0f} MiB are free: "
+                "make room, or give another --output."
+            )
+
+    def save(self) -> None:
+        """Write the manifest."""
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def block_path(self, index: int) -> Path:
+        """The file of a finished block."""
+        return self.path / "blocks" / f"{index:05}.safetensors"
+
+    def finished_blocks(self) -> int:
+        """How many blocks are done, from the first one on, by the manifest.
+
+        Raises:
+            InputError: a finished block's file is missing or damaged.
+        """
+        for entry in self.manifest["blocks"]:
+            file = self.block_path(entry["index"])
+            if not file.is_file() or checksum(file) != entry["sha256"]:
+                raise InputError(
+                    f"{file} is missing or damaged (its checksum differs): remove {self.path} and start again."
+                )
+        return len(self.manifest["blocks"])
+
+    def write_block(self, index: int, tensors: dict[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """A finished block, then its line in the manifest: a kill in between costs this block only."""
+        write_tensors(self.block_path(index), tensors)
+        self.manifest["blocks"].append({"index": index, **entry, "sha256": checksum(self.block_path(index))})
+        self.save()
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block."""
+        return load_file(self.block_path(index))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run folder.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is no run folder: it has no {MANIFEST}.") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path / MANIFEST} cannot be read: {error}") from error
+    if not isinstance(data, dict) or "identity" not in data:
+        raise InputError(f"{path / MANIFEST} is no manifest of a run: it has no identity.")
+    return data
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a run folder."""
+    return Recipe.model_validate(read_manifest(path)["identity"]["recipe"])
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the leaves that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(set(old) | set(new))
+        return [d for name in names for d in _differences(old.get(name), new.get(name), f"{prefix}.{name}".strip("."))]
+    return [] if old == new else [prefix]
+
+
+def remove_temporary(path: Path) -> None:
+    """Clear what a killed run left half written."""
+    for file in path.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device to compute on: the named one, else CUDA where it is, else the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(chosen)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device '{chosen}' cannot be used ({reason}): give --device cpu, cuda or cuda:N.") from error
+    return device

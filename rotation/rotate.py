@@ -1,0 +1,99 @@
+"""The rotations of QuaRot and SpinQuant, exact.
+
+| | where | cost at run time |
+|---|---|---|
+| R1 | residual stream | none, folded |
+| R2 | values and the input of the output projection, per head | none, folded |
+| R3 | queries and keys after RoPE, per head | a Hadamard transform of head_dim |
+| R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
+
+With orthogonal Q, a row vector x becomes x Q: a layer that reads it gets W Q, a layer that writes it Q^T W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.families import Family, Shape
+from .fold import fold_norms
+from .hadamard import Hadamard
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Which rotations a model has; None where one is off. R2 has its own signs in every block."""
+
+    shape: Shape
+    r1: Hadamard | None = None
+    r2: bool = False
+    r3: Hadamard | None = None
+    r4: Hadamard | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, shape: Shape, *, r1: bool, r2: bool, r3: bool, r4: bool, seed: int = 0) -> Rotations:
+        """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for R3 and R4, which run online."""
+        return cls(
+            shape,
+            r1=Hadamard.of(shape.hidden, seed) if r1 else None,
+            r2=r2,
+            r3=Hadamard.of(shape.head_dim) if r3 else None,
+            r4=Hadamard.of(shape.ffn) if r4 else None,
+            seed=seed,
+        )
+
+    def values(self, index: int) -> Hadamard | None:
+        """R2 of block `index`."""
+        return Hadamard.of(self.shape.head_dim, seed=1_000_003 * (self.seed + 1) + index) if self.r2 else None
+
+    def rotate_block(self, block: dict[str, Tensor], family: Family, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index`, norms folded and rotated, in float64. Names are those inside the block.
+
+        Where no rotation of the residual stream is asked for, the norms stay as they are.
+        """
+        block = {name: tensor.to(torch.float64) for name, tensor in block.items()}
+        if self.r1 is not None:
+            fold_norms(block, family)
+            for name in (family.query, family.key, family.value, family.gate, family.up):
+                _rotate_inputs(block, name, self.r1)
+            for name in (family.output, family.down):
+                _rotate_outputs(block, name, self.r1)
+        r2 = self.values(index)
+        if r2 is not None:
+            _rotate_outputs(block, family.value, r2)
+            _rotate_inputs(block, family.output, r2)
+        if self.r4 is not None:
+            _rotate_inputs(block, family.down, self.r4)
+        return block
+
+    def rotate_embedding(self, embedding: Tensor) -> Tensor:
+        """(vocabulary, hidden) -> the same, in float64."""
+        embedding = embedding.to(torch.float64)
+        return embedding if self.r1 is None else self.r1.apply(embedding)
+
+    def rotate_head(self, head: Tensor, norm: Tensor, family: Family) -> tuple[Tensor, Tensor]:
+        """Output layer (vocabulary, hidden) and final norm weight (hidden,), folded and rotated, float64."""
+        head, norm = head.to(torch.float64), norm.to(torch.float64)
+        if self.r1 is None:
+            return head, norm
+        return self.r1.apply(head * (norm + family.norm_offset)), torch.full_like(norm, 1.0 - family.norm_offset)
+
+
+def _rotate_inputs(block: dict[str, Tensor], name: str, rotation: Hadamard) -> None:
+    """W Q; a Q smaller than the input acts on each of its equal parts (heads)."""
+    weight = block[f"{name}.weight"]
+    parts = weight.unflatten(1, (-1, rotation.size))
+    block[f"{name}.weight"] = rotation.apply(parts).flatten(1)
+
+
+def _rotate_outputs(block: dict[str, Tensor], name: str, rotation: Hadamard) -> None:
+    """Q^T W and Q^T b."""
+    weight = block[f"{name}.weight"]
+    parts = weight.T.unflatten(1, (-1, rotation.size))
+    block[f"{name}.weight"] = rotation.apply(parts).flatten(1).T.contiguous()
+    if f"{name}.bias" in block:
+        bias = block[f"{name}.bias"].unflatten(0, (-1, rotation.size))
+        block[f"{name}.bias"] = rotation.apply(bias).flatten()
