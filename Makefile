@@ -9,7 +9,7 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -36,6 +36,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+	cd benchmarks && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --explicit-package-bases *.py
+
+bench: $(STAMP)  ## the regression benchmark against benchmarks/baseline.json
+	$(BIN)/python benchmarks/bench.py
+
+bench-accept: $(STAMP)  ## make the figures of the last `make bench` the baseline
+	$(BIN)/python benchmarks/bench.py --accept
+
+accuracy: $(STAMP)  ## the accuracy of the defaults on the embedded model, three calibration seeds
+	$(BIN)/python benchmarks/accuracy.py
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["InputError", "Recipe", "RunError", "load", "quantize"]
 
 # The command line loads torch only when a command computes. While `python -m rotoboa` imports this package,
-# argv[0] is -m.
-_COMMAND_LINE = Path(sys.argv[0]).stem == "rotoboa" or sys.argv[0] == "-m"
+# argv[0] is -m, as it is while `python -m other` imports a package that imports this one.
+_PROGRAM = next(iter(sys.argv), "")
+_COMMAND_LINE = Path(_PROGRAM).stem == "rotoboa" or (_PROGRAM == "-m" and "rotoboa" in sys.orig_argv)
 
 if not _COMMAND_LINE:
     from .export import native as _native  # noqa: F401  (registers with transformers)

@@ -41,7 +41,9 @@ class DynamicQuantizer:
         top = 2**self.bits - 1
         low, high = torch.aminmax(wide, dim=-1, keepdim=True)
         low, high = low * self.clip, high * self.clip
-        scale = ((high - low) / top).clamp_min_(tiny)
+        # A constant token has no range: as small a scale as its values can still be divided by.
+        least = torch.maximum(low.abs(), high.abs()) * torch.finfo(wide.dtype).eps
+        scale = torch.maximum((high - low) / top, least).clamp_min_(tiny)
         zero = (-low / scale).round_()
         q = (wide / scale).round_().add_(zero).clamp_(0, top)
         return q.sub_(zero).mul_(scale).to(x.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,22 @@ class AttentionTransform:
         return query, key, value
 
 
-Recorder = Callable[[Tensor, Tensor, Tensor, float], None]
+class Seen(NamedTuple):
+    """What attention computes with: queries (batch, heads, length, head_dim), keys and values with key heads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+
+
+Recorder = Callable[[Seen], None]
 
 
 def set_attention(module: nn.Module, transform: AttentionTransform | None, recorder: Recorder | None = None) -> None:
     """Put a transform and a recorder on an attention module.
 
-    The recorder is called with queries, keys and values after the transform, and the scaling of the logits.
+    The recorder is called with what attention computes with, after the transform.
     """
     module.rotoboa_transform = transform  # type: ignore[assignment]
     module.rotoboa_recorder = recorder  # type: ignore[assignment]
@@ -69,20 +78,27 @@ def attention_forward(
         query, key, value = transform(query, key, value)
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:
-        recorder(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
+        recorder(Seen(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-def causal_probabilities(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Softmax probabilities A of causal attention, (batch, query heads, length, length); rows are query positions.
+def causal_probabilities(seen: Seen, index: int, start: int, stop: int) -> Tensor:
+    """Softmax probabilities A of causal attention of one sequence, for query positions start .. stop - 1.
 
-    Keys of fewer heads are shared by groups of query heads.
+    Args:
+        seen: queries, keys and scaling of a batch.
+        index: which sequence of the batch.
+
+    Returns:
+        (key heads, heads / key heads * (stop - start), stop): rows are the group's heads, then query positions;
+        columns are the key positions that any of them may see.
     """
-    groups = query.shape[1] // key.shape[1]
-    logits = torch.matmul(query, key.repeat_interleave(groups, dim=1).transpose(-1, -2)) * scaling
-    length = query.shape[-2]
-    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
-    return logits.masked_fill_(future, float("-inf")).softmax(-1)
+    query, key = seen.query[index, :, start:stop], seen.key[index, :, :stop]
+    logits = query.reshape(len(key), -1, query.shape[-1]) @ key.transpose(1, 2)
+    logits *= seen.scaling
+    future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
+    logits.unflatten(1, (-1, stop - start))[..., start:].masked_fill_(future, float("-inf"))
+    return logits.softmax(-1)
 
 
 AttentionInterface.register(NAME, attention_forward)

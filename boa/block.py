@@ -9,25 +9,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder
-from .attention import AttentionTransform, causal_probabilities, set_attention
+from .attention import AttentionTransform, Recorder, Seen, set_attention
+from .clipping import search_clip
 from .objective import Objective
 from .rounding import Quantized, Settings, quantize
 from .statistics import AttentionStatistics, InputStatistics, rope_pull_back
-from .transforms import OnlineTransforms
+from .transforms import InputTransform, OnlineTransforms
 
 Report = Callable[[str, float], None]
-Seen = tuple[Tensor, Tensor, float]
 
 
 class _Captured(Exception):  # noqa: N818 (a signal, not an error)
     """Carries a layer's input out of a forward pass that need not go on."""
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 
@@ -42,9 +43,11 @@ class BlockQuantizer:
         batch: sequences computed at a time.
         report: called with each projection's name and its loss relative to that of a zero weight.
         done: results of an earlier run by projection; these are used as they are.
+        search_inputs: choose the clip ratio of each site's activations on the first batch.
+        search_cache: likewise for keys and values.
 
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
-    loss of each, `quantized` the block with dequantized weights.
+    loss of each, `quantized` the block with dequantized weights, `transforms` the clip ratios that were chosen.
     """
 
     def __init__(
@@ -57,13 +60,15 @@ class BlockQuantizer:
         batch: int = 8,
         report: Report | None = None,
         done: Mapping[str, Quantized] | None = None,
+        search_inputs: bool = False,
+        search_cache: bool = False,
     ) -> None:
         self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
         self.full = block
         self.quantized = copy.deepcopy(block)
         self.settings, self.transforms, self.batch = settings, transforms, batch
         self.report = report or (lambda name, loss: None)
-        self.done = done
+        self.done, self.search_inputs, self.search_cache = done, search_inputs, search_cache
         self.results: dict[str, Quantized] = {}
         self.losses: dict[str, float] = {}
 
@@ -72,16 +77,23 @@ class BlockQuantizer:
         """Quantize, and move both streams (sequences, length, hidden) through the block, in place.
 
         Raises:
-            ValueError: an objective is not finite or stays indefinite; the message names the projections.
+            ValueError: a weight or an objective is not finite, or stays indefinite; the message names the projections.
         """
+        for name in self.family.projections:
+            if not torch.stack(self._weight(name).aminmax()).isfinite().all():
+                raise ValueError(f"{name}: its weight holds NaN or Inf")
         self._attention_half(full, quantized)
         self._mlp_half(full, quantized)
 
     # -- attention --------------------------------------------------------------------------------------------------
 
     def _attention_half(self, full: Tensor, quantized: Tensor) -> None:
-        f, t, shape = self.family, self.transforms, self.shape
+        f, shape = self.family, self.shape
         norm = self.full.get_submodule(f.attention_norm)
+        sample = norm(quantized[: self.batch].to(self.decoder.device))
+        self._search_input("qkv", sample, [f.query, f.key, f.value])
+        self._search_cache(self.transforms.qkv(sample))
+        t = self.transforms
         attended = full.new_empty(*full.shape[:2], shape.query_heads * shape.head_dim)
         given = torch.empty_like(attended)
         inputs, grams = InputStatistics(), AttentionStatistics(t.attention.rotation)
@@ -90,11 +102,11 @@ class BlockQuantizer:
             xf, xq = norm(hf), t.qkv(norm(hq))
             attended[span], seen_full = self._attend(self.full, xf, exact)
             if self.done is None:
-                _, seen = self._attend(self.quantized, xq, t.attention)
+                seen = self._meet(self.quantized, xq, t.attention)
                 inputs.add(xf, xq)
-                grams.add_grams(*seen[:2])
+                grams.add_grams(seen.query, seen.key)
                 if not self.settings.sequential:
-                    self._add_values(grams, xf, xq, seen_full, seen)
+                    grams.add_values(xf, xq, seen_full, seen)
         self._solve(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, full.shape[1]),
@@ -105,13 +117,13 @@ class BlockQuantizer:
             # Values are weighed by the attention of quantized queries and keys.
             for _, hf, hq in self._batches(full, quantized):
                 xf, xq = norm(hf), t.qkv(norm(hq))
-                seen_full, seen = (
-                    self._attend(self.full, xf, exact)[1],
-                    self._attend(self.quantized, xq, t.attention)[1],
-                )
-                self._add_values(grams, xf, xq, seen_full, seen)
+                seen_full = self._meet(self.full, xf, exact)
+                seen = self._meet(self.quantized, xq, t.attention)
+                grams.add_values(xf, xq, seen_full, seen)
         self._solve([f.value], lambda: grams.value_objective(self._weight(f.output)), [shape.key_heads])
 
+        self._search_input("output", self._attend(self.quantized, t.qkv(sample), t.attention)[0], [f.output])
+        t = self.transforms
         outputs = InputStatistics()
         for span, hf, hq in self._batches(full, quantized):
             x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention)[0])
@@ -126,25 +138,41 @@ class BlockQuantizer:
 
     def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> tuple[Tensor, Seen]:
         """The input of the output projection (batch, length, heads * head_dim); queries and keys as they met."""
-        attention = block.get_submodule(self.family.attention)
         seen: list[Seen] = []
-        set_attention(attention, transform, lambda query, key, value, scaling: seen.append((query, key, scaling)))
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        attended = _capture(
-            block.get_submodule(self.family.output),
-            lambda: attention(
-                hidden_states=x,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=self.decoder.position_embeddings(x.shape[1]),
-            ),
-        )
-        set_attention(attention, transform, None)
+        attended = _capture(block.get_submodule(self.family.output), self._attention(block, x, transform, seen.append))
         return attended, seen[0]
 
-    def _add_values(self, grams: AttentionStatistics, xf: Tensor, xq: Tensor, full: Seen, quantized: Seen) -> None:
-        a_full, a_quantized = causal_probabilities(*full), causal_probabilities(*quantized)
-        grams.add_values(xf, xq, a_full, a_quantized, groups=self.shape.key_heads)
+    def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Seen:
+        """Queries, keys and values alone: the forward pass ends where attention would begin."""
+
+        def stop(seen: Seen) -> None:
+            raise _Captured(seen)
+
+        try:
+            self._attention(block, x, transform, stop)()
+        except _Captured as captured:
+            seen: Seen = captured.value
+            return seen
+        raise RuntimeError("attention did not run")
+
+    def _attention(
+        self, block: nn.Module, x: Tensor, transform: AttentionTransform, recorder: Recorder
+    ) -> Callable[[], object]:
+        attention = block.get_submodule(self.family.attention)
+
+        def run() -> object:
+            set_attention(attention, transform, recorder)
+            try:
+                return attention(
+                    hidden_states=x,
+                    attention_mask=None,
+                    position_ids=torch.arange(x.shape[1], device=x.device)[None],
+                    position_embeddings=self.decoder.position_embeddings(x.shape[1]),
+                )
+            finally:
+                set_attention(attention, transform, None)
+
+        return run
 
     def _query_key_objective(self, inputs: InputStatistics, grams: AttentionStatistics, length: int) -> Objective:
         """Query heads, then key heads: they share H_in, so they are one problem of stacked heads."""
@@ -156,14 +184,19 @@ class BlockQuantizer:
     # -- mlp --------------------------------------------------------------------------------------------------------
 
     def _mlp_half(self, full: Tensor, quantized: Tensor) -> None:
-        f, t = self.family, self.transforms
+        f = self.family
         norm = self.full.get_submodule(f.mlp_norm)
+        sample = norm(quantized[: self.batch].to(self.decoder.device))
+        self._search_input("gate_up", sample, [f.gate, f.up])
+        t = self.transforms
         inputs, downs = InputStatistics(), InputStatistics()
         if self.done is None:
             for _, hf, hq in self._batches(full, quantized):
                 inputs.add(norm(hf), t.gate_up(norm(hq)))
         self._solve([f.gate, f.up], inputs.objective, [1, 1])
 
+        self._search_input("down", self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
+        t = self.transforms
         uf, uq = (full.new_empty(*full.shape[:2], self.shape.ffn) for _ in range(2))
         for span, hf, hq in self._batches(full, quantized):
             x = t.down.rotate(self._mlp_hidden(self.full, norm(hf)))
@@ -181,6 +214,34 @@ class BlockQuantizer:
         """The input of the down projection, before R4, (batch, length, ffn)."""
         mlp = block.get_submodule(self.family.mlp)
         return _capture(block.get_submodule(self.family.down), lambda: mlp(x))
+
+    # -- clip ratios ------------------------------------------------------------------------------------------------
+
+    def _search_input(self, site: str, x: Tensor, readers: list[str]) -> None:
+        """Choose the clip ratio of one site by the output error of the layers that read it."""
+        transform: InputTransform = getattr(self.transforms, site)
+        if not self.search_inputs or transform.quantizer is None:
+            return
+        weights = torch.cat([self._weight(name) for name in readers])
+        chosen = search_clip(transform.quantizer, transform.rotate(x).flatten(0, -2), weights.T @ weights)
+        self.transforms = self.transforms.with_input(site, replace(transform, quantizer=chosen))
+
+    def _search_cache(self, x: Tensor) -> None:
+        """Choose the clip ratios of keys by the error of the logits, of values by that of the output projection."""
+        transform, groups = self.transforms.attention, self.shape.key_heads
+        if not self.search_cache or (transform.key is None and transform.value is None):
+            return
+        query, key, value, _ = self._meet(self.quantized, x, AttentionTransform(transform.rotation))
+        if transform.key is not None:
+            queries = query.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3)
+            keys = key.transpose(0, 1).flatten(1, 2)
+            transform = replace(transform, key=search_clip(transform.key, keys, queries.transpose(1, 2) @ queries))
+        if transform.value is not None:
+            readers = self._weight(self.family.output).T.reshape(groups, -1, self.shape.head_dim, self.shape.hidden)
+            metric = (readers @ readers.transpose(-1, -2)).sum(1)
+            values = value.transpose(0, 1).flatten(1, 2)
+            transform = replace(transform, value=search_clip(transform.value, values, metric))
+        self.transforms = replace(self.transforms, attention=transform)
 
     # -- both -------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINKS = 100
-_CHUNK = 1 << 24  # elements of one batch of candidate errors
+SHRINKS = 48
+FINALISTS = 8
+_CHUNK = 1 << 22  # elements of one batch of candidate errors
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,15 @@ def search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tuple
 
     Returns:
         scale and zero, (B, R) each. The range min .. max is shrunk in `SHRINKS` steps down to 1/5 of it, and the zero
-        point tried with both roundings, as in the papers' grid search.
+        point tried with both roundings.
     """
+    # Rows are independent: in parts, the candidates' errors stay small.
+    rows = max(1, _CHUNK // (2 * SHRINKS * weight.shape[0] * weight.shape[2]))
+    parts = [_search(part, h_in, settings) for part in weight.split(rows, 1)]
+    return torch.cat([scale for scale, _ in parts], 1), torch.cat([zero for _, zero in parts], 1)
+
+
+def _search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tuple[Tensor, Tensor]:
     low, high = weight.amin(-1).clamp_max(0), weight.amax(-1).clamp_min(0)
     if settings.symmetric:
         high = torch.maximum(-low, high)
@@ -66,24 +74,36 @@ def search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tuple
     if settings.method == "minmax":
         scale = snap(full)
         return scale, _zero(low, scale, settings, up=False, exact=True)
+    scale, zero = _candidates(low, full, settings, weight)
+    error = _errors(weight, scale, zero, settings)
+    if h_in is None:
+        best = error.square().sum(-1).argmin(-1, keepdim=True)
+    else:
+        cost = (error.square_() @ h_in.diagonal(dim1=-2, dim2=-1).to(weight.dtype)[:, None, :, None])[..., 0]
+        best = cost.argmin(-1, keepdim=True)
+        if settings.method == "hessian":
+            # All of H_in costs g times its diagonal: only the candidates that the diagonal likes best are compared.
+            few = cost.topk(min(FINALISTS, cost.shape[-1]), largest=False, sorted=False).indices
+            error = _errors(weight, scale.gather(-1, few), zero.gather(-1, few), settings).flatten(1, 2)
+            exact = ((error @ h_in.to(error.dtype)) * error).sum(-1).unflatten(1, few.shape[1:])
+            best = few.gather(-1, exact.argmin(-1, keepdim=True))
+    return scale.gather(-1, best)[..., 0], zero.gather(-1, best)[..., 0]
+
+
+def _candidates(low: Tensor, full: Tensor, settings: GridSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, R, S) scales and zero points."""
     shrinks = 1 - 0.8 * torch.arange(SHRINKS, dtype=weight.dtype, device=weight.device) / SHRINKS
-    best = torch.full_like(full, float("inf"))
-    best_scale, best_zero = snap(full), _zero(low, snap(full), settings, up=False, exact=True)
-    step = max(1, _CHUNK // weight.numel())
-    for part in shrinks.split(step):
-        scale = snap(full[..., None] * part)  # (B, R, S)
-        for up in (False,) if settings.symmetric else (False, True):
-            zero = _zero(low[..., None] * part, scale, settings, up=up)
-            s, z = scale[..., None], zero[..., None]
-            error = (round_to(weight[:, :, None], s, z, settings.levels) - z) * s - weight[:, :, None]
-            cost = _cost(error, h_in, settings)
-            value, index = cost.min(-1)
-            better = value < best
-            best = torch.where(better, value, best)
-            index = index[..., None]
-            best_scale = torch.where(better, scale.gather(-1, index)[..., 0], best_scale)
-            best_zero = torch.where(better, zero.gather(-1, index)[..., 0], best_zero)
-    return best_scale, best_zero
+    scale = snap(full[..., None] * shrinks)
+    if settings.symmetric:
+        return scale, _zero(low[..., None], scale, settings, up=False)
+    zeros = [_zero(low[..., None] * shrinks, scale, settings, up=up) for up in (False, True)]
+    return torch.cat([scale, scale], -1), torch.cat(zeros, -1)
+
+
+def _errors(weight: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> Tensor:
+    """(B, R, S, g) rounding errors of every row on every candidate grid."""
+    s, z, w = scale[..., None], zero[..., None], weight[:, :, None]
+    return round_to(w, s, z, settings.levels).sub_(z).mul_(s).sub_(w)
 
 
 def _zero(low: Tensor, scale: Tensor, settings: GridSettings, *, up: bool, exact: bool = False) -> Tensor:
@@ -92,13 +112,3 @@ def _zero(low: Tensor, scale: Tensor, settings: GridSettings, *, up: bool, exact
     real = -low / scale
     rounded = real.round() if exact else real.ceil() if up else real.floor()
     return rounded.clamp_(0, settings.levels)
-
-
-def _cost(error: Tensor, h_in: Tensor | None, settings: GridSettings) -> Tensor:
-    """(B, R, S) for `error` (B, R, S, g)."""
-    if h_in is None:
-        return error.square().sum(-1)
-    if settings.method == "diagonal":
-        return (error.square() * h_in.diagonal(dim1=-2, dim2=-1)[:, None, None].to(error.dtype)).sum(-1)
-    flat = error.flatten(1, 2)
-    return ((flat @ h_in.to(error.dtype)) * flat).sum(-1).unflatten(1, error.shape[1:3])

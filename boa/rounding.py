@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .grid import GridSettings, round_to, search
+from .grid import GridSettings, round_to, search, snap
 from .objective import Objective, inverse_factor
 from .refine import refine
 
@@ -34,13 +34,14 @@ class Settings:
     symmetric: bool = False
     method: str = "boa"
     rows: int = 4
-    act_order: bool = False
+    act_order: bool = True
     grid: str = "hessian"
     damping: float = 0.01
     alpha: float = 1.0
     refine: int = 4
+    starts: int = 5
     drift: bool = True
-    sequential: bool = True
+    sequential: bool = False
 
     @property
     def grid_settings(self) -> GridSettings:
@@ -92,26 +93,77 @@ def quantize(weight: Tensor, objective: Objective | None, settings: Settings) ->
         objective = replace(objective, h_out=None)
     objective = objective.damped(settings.damping)
     target = objective.target(weight, settings.alpha)
-    result = _compensate(target, objective, settings)
-    if settings.refine:
-        result = Quantized(
-            *refine(
-                target,
-                result.integers,
-                result.scale,
-                result.zero,
-                objective,
-                settings.bits,
-                rounds=settings.refine,
-                symmetric=settings.symmetric,
-            )
-        )
-    result.loss = float(objective.loss(result.dequantize() - target).sum())
-    return result
+    best = _round_and_refine(target, objective, settings)
+    if settings.starts > 1:
+        best = _restart(best, target, objective, settings)
+    best.loss = float(objective.loss(best.dequantize() - target).sum())
+    return best
 
 
-def _compensate(target: Tensor, objective: Objective, settings: Settings) -> Quantized:
-    """Row blocks of every head, each with its own grid, then the rows below are moved to make up for its error."""
+def _round_and_refine(
+    target: Tensor, objective: Objective, settings: Settings, grid: tuple[Tensor, Tensor] | None = None
+) -> Quantized:
+    rounded = _compensate(target, objective, settings, grid)
+    if not settings.refine:
+        return rounded
+    refined = refine(
+        target, rounded.integers, rounded.scale, rounded.zero, objective, settings.bits, rounds=settings.refine
+    )
+    return Quantized(*refined)
+
+
+def _restart(first: Quantized, target: Tensor, objective: Objective, settings: Settings) -> Quantized:
+    """Round again from grids a little wider and narrower than the refined one; every row keeps its best.
+
+    Coordinate descent ends in a local minimum, and another start ends in another. Rows that H_out ties together are
+    kept or replaced by the head. All starts are one problem with as many more heads.
+    """
+    count, heads = settings.starts - 1, len(target)
+    factors = torch.tensor([_factor(i) for i in range(count)], dtype=target.dtype, device=target.device)
+    factors = factors.repeat_interleave(heads)[:, None, None]
+    middle = (2**settings.bits - 1) / 2
+    scale = snap(first.scale.repeat(count, 1, 1) * factors)
+    zero = first.zero.repeat(count, 1, 1)
+    if not settings.symmetric:
+        zero = ((zero - middle) / factors + middle).round_().clamp_(0, 2**settings.bits - 1)
+    many = Objective(
+        objective.h_in if len(objective.h_in) == 1 else objective.h_in.repeat(count, 1, 1),
+        None if objective.h_out is None else objective.h_out.repeat(count, 1, 1),
+    )
+    targets = target.repeat(count, 1, 1)
+    others = _round_and_refine(targets, many, settings, (scale, zero))
+    losses = torch.cat([objective_rows(objective, first, target), objective_rows(many, others, targets)])
+    winner = losses.unflatten(0, (-1, heads)).argmin(0)  # (heads, r or 1)
+    pick = winner.expand(heads, target.shape[1])[None, ..., None]
+
+    def choose(one: Tensor, more: Tensor) -> Tensor:
+        stacked = torch.cat([one, more]).unflatten(0, (-1, heads))
+        return stacked.gather(0, pick.expand(1, *stacked.shape[1:]))[0]
+
+    return Quantized(
+        choose(first.integers, others.integers), choose(first.scale, others.scale), choose(first.zero, others.zero)
+    )
+
+
+def _factor(index: int) -> float:
+    """1.04, 0.96, 1.08, 0.92, ..."""
+    return 1 + 0.04 * (index // 2 + 1) * (1 if index % 2 == 0 else -1)
+
+
+def objective_rows(objective: Objective, result: Quantized, target: Tensor) -> Tensor:
+    """The loss by row (heads, r) where rows are independent, by head (heads, 1) where H_out ties them."""
+    error = result.dequantize() - target
+    losses = (objective.gradient(error) * error).sum(-1)
+    return losses if objective.h_out is None else losses.sum(-1, keepdim=True)
+
+
+def _compensate(
+    target: Tensor, objective: Objective, settings: Settings, grid: tuple[Tensor, Tensor] | None = None
+) -> Quantized:
+    """Row blocks of every head, each with its own grid, then the rows below are moved to make up for its error.
+
+    `grid` is scale and zero (heads, r, groups) to round to; None searches them for each row block.
+    """
     heads, rows, columns = target.shape
     group = settings.group_size or columns
     h_in = objective.h_in.to(target.dtype)
@@ -130,10 +182,13 @@ def _compensate(target: Tensor, objective: Objective, settings: Settings) -> Qua
         stop = min(start + taken, rows)
         block = work[:, start:stop]
         flat = block.reshape(batch, -1, columns)
-        found, s, z = round_columns(flat, h_in, upper, order, group, settings.grid_settings)
+        given = None
+        if grid is not None:
+            given = tuple(part[:, start:stop].reshape(batch, flat.shape[1], -1) for part in grid)
+        found, s, z = round_columns(flat, h_in, upper, order, group, settings.grid_settings, given)
         integers[:, start:stop] = found.view_as(block)
-        scale[:, start:stop] = s.view(heads, stop - start, -1)
-        zero[:, start:stop] = z.view(heads, stop - start, -1)
+        scale[:, start:stop] = s.reshape(heads, stop - start, -1)
+        zero[:, start:stop] = z.reshape(heads, stop - start, -1)
         if lower is not None and stop < rows:
             error = block - Quantized(integers[:, start:stop], scale[:, start:stop], zero[:, start:stop]).dequantize()
             solved = torch.linalg.solve_triangular(lower[:, start:stop, start:stop], error, upper=False)
@@ -142,7 +197,13 @@ def _compensate(target: Tensor, objective: Objective, settings: Settings) -> Qua
 
 
 def round_columns(
-    weight: Tensor, h_in: Tensor, upper: Tensor, order: Tensor | None, group: int, settings: GridSettings
+    weight: Tensor,
+    h_in: Tensor,
+    upper: Tensor,
+    order: Tensor | None,
+    group: int,
+    settings: GridSettings,
+    grid: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Columns left to right (or in `order`), each rounding error spread over the columns that come after.
 
@@ -153,26 +214,30 @@ def round_columns(
         order: (B, c) permutation of the columns, or None. With an order every grid is chosen beforehand; without one,
             a group's grid is chosen when its first column is reached, from the columns as compensated so far.
         group: columns that share a scale.
+        grid: scale and zero (B, R, c / group) to round to; None searches them.
 
     Returns:
         integers (B, R, c) uint8, scale and zero (B, R, c / group).
     """
     batch, rows, columns = weight.shape
     groups = columns // group
-    scale = weight.new_empty(batch, groups, rows)
-    zero = torch.empty_like(scale)
+    if grid is None:
+        scale = weight.new_empty(batch, groups, rows)
+        zero = torch.empty_like(scale)
+    else:
+        scale, zero = (part.transpose(1, 2).contiguous() for part in grid)
 
     def choose(g: int, current: Tensor) -> None:
         span = slice(g * group, (g + 1) * group)
         scale[:, g], zero[:, g] = search(current, h_in[:, span, span], settings)
 
-    if order is not None or groups == 1:
+    ahead = grid is None and order is None and groups > 1
+    if grid is None and not ahead:
         for g in range(groups):
             choose(g, weight[:, :, g * group : (g + 1) * group])
-    ahead = order is None and groups > 1
     width = group * max(1, COLUMN_BLOCK // group) if ahead else COLUMN_BLOCK
     # Columns first: the loop below reads and writes whole columns of all rows.
-    work = weight.transpose(1, 2).contiguous()
+    work = weight.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     group_of = torch.arange(columns, device=weight.device).div(group, rounding_mode="floor").expand(batch, -1)
     if order is not None:
         work = work.gather(1, order[..., None].expand_as(work))

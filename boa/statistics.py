@@ -5,11 +5,16 @@ Sums are over all tokens of all sequences, in float32 per batch and float32 or w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ..rotation.hadamard import Hadamard
+from .attention import Seen, causal_probabilities
 from .objective import Objective
+
+PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a processor's cache
 
 
 class InputStatistics:
@@ -65,33 +70,34 @@ class AttentionStatistics:
         self.keys = _plus(self.keys, self._unrotate(k.transpose(1, 2) @ k))
         self.queries = _plus(self.queries, self._unrotate(q.transpose(1, 2) @ q))
 
-    def add_values(self, full: Tensor, quantized: Tensor, a_full: Tensor, a_quantized: Tensor, groups: int) -> None:
-        """One batch of value inputs.
+    def add_values(self, full: Tensor, quantized: Tensor, full_seen: Seen, quantized_seen: Seen) -> None:
+        """One batch of value inputs, weighted by causal attention.
 
         Args:
             full, quantized: (batch, length, c), the layer's input in both streams.
-            a_full, a_quantized: (batch, heads, length, length) causal probabilities of both.
-            groups: number of key heads.
+            full_seen, quantized_seen: what attention computes with in both streams.
 
-        Whichever is cheaper is formed first: A X per head, or the group's sum of A^T A.
+        Query positions are taken in chunks, and a chunk only meets the tokens up to its end. Whichever is cheaper is
+        formed first: A X per head, or the group's sum of A^T A.
         """
-        heads, length = a_full.shape[1], a_full.shape[2]
-        c = full.shape[-1]
-        direct = heads * (length * c + c * c)
-        grams = heads * length * length + groups * (length * c + c * c)
-        for i in range(full.shape[0]):
-            if direct <= grams:
-                y = (a_quantized[i] @ quantized[i]).view(groups, -1, c)
-                lost = (a_full[i] @ full[i]).view(groups, -1, c).sub_(y)
-                h_in, residual = y.transpose(1, 2) @ y, lost.transpose(1, 2) @ y
-            else:
-                aq = a_quantized[i].view(groups, -1, length)
-                af = a_full[i].view(groups, -1, length)
-                gram, cross = aq.transpose(1, 2) @ aq, af.transpose(1, 2) @ aq
-                h_in = quantized[i].T @ (gram @ quantized[i])
-                residual = full[i].T @ (cross @ quantized[i]) - h_in
-            self.value_h_in = _plus(self.value_h_in, h_in)
-            self.value_residual = _plus(self.value_residual, residual)
+        heads, length, c = full_seen.query.shape[1], full.shape[1], full.shape[2]
+        groups = full_seen.key.shape[1]
+        step = max(64, min(length, PROBABILITIES // (heads * length)))
+        if length * c + c * c <= length * length + groups * (length * c + c * c) / heads:
+            accumulate = _weighted_inputs
+        else:
+            accumulate = _weighted_grams
+        if self.value_h_in is None or self.value_residual is None:
+            self.value_h_in, self.value_residual = full.new_zeros(2, groups, c, c)
+        for i in range(len(full)):
+            chunks = (
+                (
+                    causal_probabilities(full_seen, i, start, min(start + step, length)),
+                    causal_probabilities(quantized_seen, i, start, min(start + step, length)),
+                )
+                for start in range(0, length, step)
+            )
+            accumulate(full[i], quantized[i], chunks, self.value_h_in, self.value_residual)
 
     def _unrotate(self, gram: Tensor) -> Tensor:
         """Queries and keys were multiplied by R3: R3 G R3^T is the Gram without it."""
@@ -135,6 +141,32 @@ def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cc, cs, ss = cos.T @ cos / length, cos.T @ sin / length, sin.T @ sin / length
     cross = (gram * cs) @ j
     return gram * cc + cross + cross.transpose(-1, -2) + j.T @ (gram * ss) @ j
+
+
+def _weighted_inputs(
+    full: Tensor, quantized: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], h_in: Tensor, residual: Tensor
+) -> None:
+    """Y = A X of every head, then Y_q^T Y_q and (Y_f - Y_q)^T Y_q by group, added in place."""
+    for a_full, a_quantized in chunks:
+        groups, _, seen = a_full.shape
+        y = (a_quantized.flatten(0, 1) @ quantized[:seen]).unflatten(0, (groups, -1))
+        lost = (a_full.flatten(0, 1) @ full[:seen]).unflatten(0, (groups, -1)).sub_(y)
+        h_in.baddbmm_(y.transpose(1, 2), y)
+        residual.baddbmm_(lost.transpose(1, 2), y)
+
+
+def _weighted_grams(
+    full: Tensor, quantized: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], h_in: Tensor, residual: Tensor
+) -> None:
+    """A_q^T A_q and A_f^T A_q by group, then X (.) X^T, added in place."""
+    gram, cross = full.new_zeros(2, len(h_in), len(full), len(full))
+    for a_full, a_quantized in chunks:
+        seen = a_full.shape[-1]
+        gram[:, :seen, :seen].baddbmm_(a_quantized.transpose(1, 2), a_quantized)
+        cross[:, :seen, :seen].baddbmm_(a_full.transpose(1, 2), a_quantized)
+    own = quantized.T @ (gram @ quantized)
+    h_in += own
+    residual += full.T @ (cross @ quantized) - own
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import InputError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
+from ..models.families import Family
 from .native import METHOD
 from .spec import Spec
 
@@ -27,6 +31,14 @@ _COPIED = (
     "generation_config.json",
     "LICENSE*",
 )
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors, readable by whom the umask lets read: the library itself makes it the owner's alone."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def write_native(folder: Path, source: Checkpoint, spec: Spec, groups: Iterable[dict[str, Tensor]]) -> None:
@@ -56,8 +68,30 @@ def write_native(folder: Path, source: Checkpoint, spec: Spec, groups: Iterable[
             shutil.copyfile(file, folder / file.name)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = False  # the two are rotated differently
+    if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
+        config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
     config["quantization_config"] = {"quant_method": METHOD, **spec.to_dict()}
     _write_json(folder / "config.json", config)
+
+
+def read_ends(folder: Path, family: Family) -> tuple[Tensor, Tensor, Tensor]:
+    """Embedding, final norm and head of a model folder, as stored.
+
+    Raises:
+        InputError: one of them is missing, or a file is damaged.
+    """
+    names = [f"{part}.weight" for part in (family.embedding, family.final_norm, family.head)]
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                found.update({name: reader.get_tensor(name) for name in names if name in reader.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
+    if len(found) < len(names):
+        missing = ", ".join(name for name in names if name not in found)
+        raise InputError(f"{folder} lacks {missing}: run the recipe again.")
+    return found[names[0]], found[names[1]], found[names[2]]
 
 
 def _write_shards(folder: Path, groups: Iterable[dict[str, Tensor]]) -> list[tuple[str, list[str], int]]:
@@ -68,9 +102,7 @@ def _write_shards(folder: Path, groups: Iterable[dict[str, Tensor]]) -> list[tup
     def flush() -> None:
         if waiting:
             name = f"shard-{len(shards)}.tmp"
-            save_file(
-                {key: value.cpu().contiguous() for key, value in waiting.items()}, folder / name, {"format": "pt"}
-            )
+            save_tensors(folder / name, waiting)
             shards.append((name, list(waiting), _bytes(waiting)))
             waiting.clear()
 

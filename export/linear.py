@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,14 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", torch.ones(outputs, groups, dtype=torch.float16))
         self.register_buffer("zero", torch.zeros(outputs, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay float16.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(out, in) weights, computed in float32 and rounded to `dtype`."""

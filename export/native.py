@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -94,7 +95,7 @@ def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: Onli
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
-    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape))
+    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape, index))
     return decoder.block(index, tensors, module)
 
 
@@ -124,25 +125,28 @@ class RotoboaQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
+        if config._attn_implementation is not None:
+            _refuse_attention(config._attn_implementation)
         config._attn_implementation = NAME
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: Any = model.config
         family, shape = family_of(config.model_type, "the checkpoint"), Shape.of(config)
-        transforms = self.quantization_config.spec.transforms(shape)
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
-        for block in layers:
-            prepare_block(block, family, self.quantization_config.spec, transforms)
+        spec = self.quantization_config.spec
+        if spec.clips is not None and len(spec.clips) != len(layers):
+            raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
+        for index, block in enumerate(layers):
+            prepare_block(block, family, spec, spec.transforms(shape, index))
+        if config.tie_word_embeddings:
+            raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
+        if kwargs.get("checkpoint_files"):
+            _check_files(model, [Path(file) for file in kwargs["checkpoint_files"]])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if any(buffer.is_meta for buffer in model.buffers()):
-            raise InputError("the checkpoint lacks packed weights that its config promises: copy or export it again.")
-        if model.config._attn_implementation != NAME:  # type: ignore[union-attr]
-            raise InputError(
-                f"this model runs with attn_implementation='{NAME}' only: leave that argument out of from_pretrained."
-            )
+        model.set_attn_implementation = _refuse_attention  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
@@ -153,6 +157,37 @@ class RotoboaQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Integers have no gradient."""
         return False
+
+
+def _refuse_attention(requested: Any, *arguments: Any, **options: Any) -> None:
+    if requested != NAME:
+        raise InputError(
+            f"this model runs with attn_implementation='{NAME}' alone, not with '{requested}': leave it as it is."
+        )
+
+
+def _check_files(model: nn.Module, files: list[Path]) -> None:
+    """Compare the headers of a checkpoint with the model made from its config: transformers fills gaps with noise.
+
+    Raises:
+        InputError: a tensor is missing or of another shape, or a file is damaged.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                names = list(reader.keys())
+                found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
+        except SafetensorError as error:
+            raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
+    for name, tensor in model.state_dict().items():
+        if name not in found:
+            raise InputError(f"{files[0].parent} has no tensor {name}: copy or export it again.")
+        if found[name] != tuple(tensor.shape):
+            raise InputError(
+                f"{files[0].parent}: tensor {name} has shape {found[name]}, and config.json asks for "
+                f"{tuple(tensor.shape)}: they do not belong together, export the model again."
+            )
 
 
 def load_native(folder: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -166,6 +201,7 @@ def load_native(folder: Path, **options: Any) -> tuple[PreTrainedModel, PreTrain
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no model ({error}): give the folder of a finished run.") from error
-    if config.get("quantization_config", {}).get("quant_method") != METHOD:
+    quantization = (config.get("quantization_config") if isinstance(config, dict) else None) or {}
+    if quantization.get("quant_method") != METHOD:
         raise InputError(f"{folder} holds no rotoboa checkpoint: load it with transformers alone.")
     return AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)

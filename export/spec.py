@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,12 +18,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Spec:
-    """Of every block alike.
+    """Of every block alike, but for `clips`.
 
     Attributes:
         bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
         r1, r2: folded into the weights, for information; r3, r4: online Hadamards of head_dim and ffn.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
+        clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
 
     bits: int
@@ -39,13 +40,14 @@ class Spec:
     key_bits: int = 16
     value_bits: int = 16
     cache_clip: float = 1.0
+    clips: Sequence[Mapping[str, float]] | None = None
     format_version: int = FORMAT_VERSION
 
-    def transforms(self, shape: Shape) -> OnlineTransforms:
-        """The online transforms of a block of this shape."""
+    def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
+        """The online transforms of block `index` of a decoder of this shape; None: before any search."""
         quantizer = DynamicQuantizer.of(self.activation_bits, self.activation_symmetric, self.activation_clip)
         plain = InputTransform(quantizer=quantizer)
-        return OnlineTransforms(
+        transforms = OnlineTransforms(
             qkv=plain,
             output=plain,
             gate_up=plain,
@@ -56,6 +58,7 @@ class Spec:
                 value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip),
             ),
         )
+        return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
@@ -66,7 +69,7 @@ class Spec:
         """Read config.json's `quantization_config`.
 
         Raises:
-            InputError: another format version, or fields that are missing or unknown.
+            InputError: another format version, or fields that are missing, unknown or of no use.
         """
         data = {name: value for name, value in data.items() if name != "quant_method"}
         version = data.get("format_version")
@@ -76,7 +79,35 @@ class Spec:
                 "install the release that wrote it, or quantize again."
             )
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
-        if unknown or "bits" not in data:
-            wrong = f"unknown {', '.join(unknown)}" if unknown else "no 'bits'"
+        wrong = f"unknown {', '.join(unknown)}" if unknown else "no 'bits'" if "bits" not in data else ""
+        if not wrong:
+            spec = cls(**data)
+            wrong = spec._wrong()
+        if wrong:
             raise InputError(f"the quantization_config of this checkpoint is damaged: {wrong}; export it again.")
-        return cls(**data)
+        return spec
+
+    def _wrong(self) -> str:
+        """The first field whose value has no meaning, in words; empty where all have."""
+        legal = {
+            "bits": self.bits in range(2, 9),
+            "group_size": self.group_size is None or (isinstance(self.group_size, int) and self.group_size > 0),
+            **{
+                name: getattr(self, name) in (*range(2, 9), 16)
+                for name in ("activation_bits", "key_bits", "value_bits")
+            },
+            **{
+                name: isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) <= 1
+                for name in ("activation_clip", "cache_clip")
+            },
+            **{
+                name: isinstance(getattr(self, name), bool)
+                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric")
+            },
+        }
+        legal["clips"] = self.clips is None or (
+            isinstance(self.clips, list)
+            and all(isinstance(block, dict) for block in self.clips)
+            and all(isinstance(clip, int | float) and 0 < clip <= 1 for block in self.clips for clip in block.values())
+        )
+        return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

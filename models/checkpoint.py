@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 from .families import Family, family_of
 
 INDEX = "model.safetensors.index.json"
@@ -39,6 +48,8 @@ def fetch(source: str, is_local: bool) -> Path:
             f"the hub has no model {source} that you may read: check its spelling, "
             "or set HF_TOKEN when it is private; a local folder works without the hub."
         ) from error
+    except HFValidationError as error:
+        raise InputError(f"{source} is no id of a model on the hub: {str(error).rstrip('.')}.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
             f"{source} could not be fetched and is not in the local cache ({type(error).__name__}): "
@@ -66,22 +77,25 @@ class Checkpoint:
 
     def _read_config(self) -> PretrainedConfig:
         try:
-            raw = json.loads((self.folder / "config.json").read_text())
+            raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise ValueError("it holds no JSON object")
             family_of(str(raw.get("model_type")), str(self.folder))
             if raw.get("quantization_config"):
                 raise InputError(f"{self.folder} is quantized already: give the full-precision checkpoint.")
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"{self.folder / 'config.json'} cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
+            what = " ".join(str(error).split()).rstrip(".")
+            raise InputError(f"{self.folder / 'config.json'} cannot be read ({what}): download it again.") from error
 
     def _locate(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it."""
         index = self.folder / INDEX
-        if index.is_file():
+        if index.is_file() and not (self.folder / SINGLE).is_file():  # in the order that transformers looks
             try:
-                mapping = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise InputError(f"{index} is not a valid index: {error}; download it again.") from error
+                mapping = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{index} is not a valid index ({error}): download it again.") from error
             for file in sorted(set(mapping.values())):
                 if not (self.folder / file).is_file():
                     raise InputError(f"{self.folder} lacks the shard {file} that its index names: download it again.")
@@ -133,20 +147,56 @@ class Checkpoint:
 
         Raises:
             InputError: the checkpoint has no such tensor, or its file is damaged.
+            RunError: it holds NaN or Inf.
         """
         if name not in self._where:
             raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
         file = self._where[name]
         try:
             with self._open(file) as reader:
-                return reader.get_tensor(name)
+                tensor: Tensor = reader.get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{file}: tensor {name} cannot be read ({error}): download it again.") from error
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # isfinite of all of it takes 40 times as long
+            raise RunError(
+                f"{file}: tensor {name} holds NaN or Inf: download it again, or look for a sound checkpoint."
+            )
+        return tensor
+
+    def check(self, expected: Mapping[str, torch.Size]) -> None:
+        """Check the headers of all files: every tensor of `expected` is there, floating-point, of its shape.
+
+        Raises:
+            InputError: one is not, or a block has tensors that are not expected.
+        """
+        tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
+        for name in expected:
+            if name not in self._where and name != tied:
+                raise InputError(
+                    f"{self.folder} has no tensor {name}, which its config.json asks for: download it again."
+                )
+        blocks = tuple(f"{self.family.layers}.{index}." for index in range(self.config.num_hidden_layers))
+        for file in self.files:
+            with self._open(file) as reader:
+                stored = set(reader.keys())
+                for name in (name for name, where in self._where.items() if where == file):
+                    if name not in stored:
+                        raise InputError(
+                            f"{file} has no tensor {name}, which the index says it has: download it again."
+                        )
+                    if name in expected:
+                        _check_slice(f"{file}: tensor {name}", reader.get_slice(name), expected[name])
+                    elif name.startswith(blocks) and not name.endswith(self.family.ignored):
+                        raise InputError(
+                            f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture: "
+                            "give a full-precision checkpoint as transformers saves it."
+                        )
 
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of decoder block `index`, by their names inside the block."""
         prefix = f"{self.family.layers}.{index}."
-        return {name.removeprefix(prefix): self.tensor(name) for name in self._where if name.startswith(prefix)}
+        inside = [name.removeprefix(prefix) for name in self._where if name.startswith(prefix)]
+        return {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
 
     def embedding(self) -> Tensor:
         """(vocabulary, hidden)."""
@@ -166,3 +216,13 @@ class Checkpoint:
         """The dtype the weights are stored in, as the embedding has it."""
         with self._open(self._where[f"{self.family.embedding}.weight"]) as reader:
             return reader.get_slice(f"{self.family.embedding}.weight")[:1].dtype
+
+
+def _check_slice(what: str, found: Any, expected: torch.Size) -> None:
+    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    if shape != tuple(expected):
+        raise InputError(
+            f"{what} has shape {shape}, and config.json asks for {tuple(expected)}: they do not belong together."
+        )
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise InputError(f"{what} is stored as {dtype}: give the full-precision checkpoint.")

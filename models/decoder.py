@@ -21,6 +21,9 @@ class Decoder:
         attention: name of the attention function, registered with transformers.
         dtype: what the blocks compute in.
         device: where the blocks compute.
+
+    Raises:
+        InputError: transformers cannot make a model of the config.
     """
 
     def __init__(
@@ -33,15 +36,24 @@ class Decoder:
     ) -> None:
         self.config = config
         self.family: Family = family_of(config.model_type, "the model")
-        self.shape = Shape.of(config)
         self.dtype = dtype
         self.device = torch.device(device)
-        with torch.device("meta"):
-            self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        try:
+            self.shape = Shape.of(config)
+            with torch.device("meta"):
+                self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.
+            self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=self.skeleton.config)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}".rstrip(".")
+            raise InputError(f"no model can be made of this config.json ({what}): download it again.") from error
         self.skeleton.eval()
-        # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.
-        self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=self.skeleton.config)
         self._rotary.to(self.device)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The tensors that a checkpoint of this config holds, by their full names."""
+        return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
 
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device, a module of its own."""

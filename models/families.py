@@ -17,6 +17,7 @@ class Family:
     """One architecture.
 
     `norm_offset` is what its RMSNorm adds to the stored weight: 0 for `w * x`, 1 for Gemma's `(1 + w) * x`.
+    `ignored` tensors of a block are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     norm_offset: float = 0.0
+    ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -196,8 +196,9 @@ def inspect_run(run: Run) -> None:
     """Show what a run is: recipe, versions, sizes, loss of each layer, perplexity."""
     manifest = _read_json(run, "manifest.json")
     report = _read_json(run, "report.json") if (run / "report.json").exists() else {}
-    for key in ("recipe", "versions", "bits"):
-        value = manifest.get(key, report.get(key))
+    facts = {**report, **(manifest.get("identity") or {})}
+    for key in ("recipe", "versions"):
+        value = facts.get(key)
         if value is not None:
             _print(_facts(key, value))
     if manifest.get("blocks"):

@@ -65,11 +65,6 @@ class Rotation(_Section):
     r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
     r4: bool = Field(default=False, description="Rotate the input of down, online: for low-bit activations.")
     seed: int = Field(default=0, ge=0, description="Seed of the random signs of the Hadamard matrices.")
-    seeds: int = Field(
-        default=1,
-        ge=1,
-        description="How many seeds, from that one on, are compared by a proxy on calibration text; the best is kept.",
-    )
 
 
 class Weights(_Section):
@@ -90,7 +85,7 @@ class Weights(_Section):
     rows: int = Field(
         default=4, ge=1, description="Rows of a head rounded at a time by boa: fewer are more exact, and slower."
     )
-    act_order: bool = Field(default=False, description="Round the input channels with the largest activations first.")
+    act_order: bool = Field(default=True, description="Round the input channels with the largest activations first.")
     grid: Literal["minmax", "diagonal", "hessian"] = Field(
         default="hessian",
         description="How scale and zero point are chosen. minmax: the full range of the weights; diagonal: a search "
@@ -106,11 +101,23 @@ class Weights(_Section):
         description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows.",
     )
     refine: int = Field(default=4, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
+    starts: int = Field(
+        default=5,
+        ge=1,
+        description="How often rows are rounded and refined, from grids of other widths; every row keeps its best.",
+    )
     drift: bool = Field(
         default=True, description="Let O and down also make up for what the residual stream has lost before them."
     )
+    head: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="How far the output layer, which stays as it is otherwise, makes up for what the last hidden "
+        "states have lost.",
+    )
     sequential: bool = Field(
-        default=True, description="Weigh values by the attention of quantized queries and keys, not of the originals."
+        default=False, description="Weigh values by the attention of quantized queries and keys, not of the originals."
     )
 
 
@@ -122,7 +129,9 @@ class Activations(_Section):
     clip: float = Field(
         default=0.9, gt=0, le=1, description="Part of a token's range that the grid covers; the rest is clipped."
     )
-    search: bool = Field(default=False, description="Search the clip ratio of each layer on calibration text instead.")
+    search: bool = Field(
+        default=True, description="Search the clip ratio of every layer's input on calibration text, in place of clip."
+    )
 
 
 class Cache(_Section):
@@ -133,7 +142,9 @@ class Cache(_Section):
     clip: float = Field(
         default=0.95, gt=0, le=1, description="Part of the range that the grid covers; the rest is clipped."
     )
-    search: bool = Field(default=False, description="Search the clip ratio of each layer on calibration text instead.")
+    search: bool = Field(
+        default=True, description="Search the clip ratios of every block on calibration text, in place of clip."
+    )
 
 
 class Calibration(_Section):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..export.checkpoint import save_tensors
 from .recipe import Recipe
 
 MANIFEST, REPORT, RECIPE = "manifest.json", "report.json", "recipe.yaml"
@@ -37,7 +38,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write safetensors atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+    save_tensors(temporary, tensors)
     temporary.replace(path)
 
 
@@ -76,6 +77,20 @@ class RunFolder:
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} exists and is no run of rotoboa: give another --output.")
 
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A finished run, to read.
+
+        Raises:
+            InputError: it is no run, not finished, or one of its blocks is damaged.
+        """
+        folder = cls.__new__(cls)
+        folder.path, folder.manifest = path, read_manifest(path)
+        if not folder.manifest.get("finished"):
+            raise InputError(f"{path} is not finished: run `rotoboa quantize` with the same recipe and output first.")
+        folder.finished_blocks()
+        return folder
+
     def need_space(self, size: int) -> None:
         """Check that `size` bytes fit on the disk of this folder.
 
@@ -89,6 +104,19 @@ class RunFolder:
                 f"the run needs about {size / 2**20:,.0f} MiB in {self.path} and {free / 2**20:,.0f} MiB are free: "
                 "make room, or give another --output."
             )
+
+    def start(self, recipe: str) -> None:
+        """Make the folder, or clear away what a killed run left half written, and write manifest and recipe.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        try:
+            remove_temporary(self.path)
+            self.save()
+            write_text(self.path / RECIPE, recipe)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}): give another --output.") from error
 
     def save(self) -> None:
         """Write the manifest."""
@@ -112,6 +140,10 @@ class RunFolder:
                 )
         return len(self.manifest["blocks"])
 
+    def clips(self) -> list[dict[str, float]]:
+        """The clip ratios of every finished block."""
+        return [entry["clips"] for entry in self.manifest["blocks"]]
+
     def write_block(self, index: int, tensors: dict[str, Tensor], entry: Mapping[str, Any]) -> None:
         """A finished block, then its line in the manifest: a kill in between costs this block only."""
         write_tensors(self.block_path(index), tensors)
@@ -134,15 +166,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is no run folder: it has no {MANIFEST}.") from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{path / MANIFEST} cannot be read: {error}") from error
+        raise InputError(f"{path / MANIFEST} cannot be read ({error}).") from error
     if not isinstance(data, dict) or "identity" not in data:
         raise InputError(f"{path / MANIFEST} is no manifest of a run: it has no identity.")
     return data
 
 
 def recipe_of(path: Path) -> Recipe:
-    """The recipe of a run folder."""
-    return Recipe.model_validate(read_manifest(path)["identity"]["recipe"])
+    """The recipe of a run folder.
+
+    Raises:
+        InputError: it is not one that this release reads.
+    """
+    try:
+        return Recipe.model_validate(read_manifest(path)["identity"]["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the recipe in {path / MANIFEST} is not one that this release of rotoboa reads: "
+            "use the release that made the run, or run it again."
+        ) from error
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -169,8 +211,9 @@ def device_of(name: str | None) -> torch.device:
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(chosen)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # the meta device cannot
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].rstrip(".")
+        reason = "torch knows none of this name" if first.startswith("Expected one of") else first
         raise InputError(f"device '{chosen}' cannot be used ({reason}): give --device cpu, cuda or cuda:N.") from error
     return device

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..boa.attention import NAME
 from ..boa.block import BlockQuantizer
 from ..boa.rounding import Settings
+from ..boa.statistics import InputStatistics
 from ..errors import InputError, RunError
 from ..eval.perplexity import perplexity
-from ..export.checkpoint import write_native
+from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, packed_block, unpack_block
 from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
@@ -36,15 +38,11 @@ from .calibration import Split, calibration_tokens, evaluation_tokens, load_text
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml
 from .run import (
-    RECIPE,
     REPORT,
     RunFolder,
     device_of,
-    read_manifest,
     recipe_of,
-    remove_temporary,
     write_json,
-    write_text,
 )
 
 VERSIONED = ("rotoboa", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -66,7 +64,7 @@ class Job:
     @property
     def settings(self) -> Settings:
         """Of the rounding, as the recipe has them."""
-        return Settings(**self.recipe.weights.model_dump())
+        return Settings(**self.recipe.weights.model_dump(exclude={"head"}))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -90,6 +88,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
     model = resolve_model(recipe.model)
     checkpoint = Checkpoint(fetch(model.source, model.is_local))
     decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    checkpoint.check(decoder.shapes)
     _check_sizes(recipe, decoder, model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -127,12 +126,13 @@ def _check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
             raise InputError(
                 f"weights.group_size {group} does not divide the {name} {width} of {model.name}: give {hint}."
             )
-    length, most = _length(recipe, model, decoder), getattr(decoder.config, "max_position_embeddings", None)
+    _check_length(_length(recipe, model, decoder), decoder, model, "calibration.sequence_length")
+
+
+def _check_length(length: int, decoder: Decoder, model: ResolvedModel, option: str) -> None:
+    most = getattr(decoder.config, "max_position_embeddings", None)
     if most and length > most:
-        raise InputError(
-            f"calibration.sequence_length {length} is more than the {most} positions of {model.name}: "
-            f"give at most {most}."
-        )
+        raise InputError(f"{option} {length} is more than the {most} positions of {model.name}: give at most {most}.")
 
 
 def _length(recipe: Recipe, model: ResolvedModel, decoder: Decoder) -> int:
@@ -171,6 +171,8 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     if recipe.output is None:
         raise InputError("the recipe has no output folder: give --output.")
     job = prepare(recipe, device)
+    folder = RunFolder(recipe.output, _identity(job))
+    folder.need_space(2 * _exported_bytes(job) + 2**24)
     length = _length(recipe, job.model, job.decoder)
     calibration_set = _dataset(recipe.calibration.dataset, job.model, "--calibration.dataset")
     evaluation_set = _dataset(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
@@ -184,23 +186,21 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
             job.decoder.shape.vocabulary,
         )
         windows = _evaluation_windows(job, evaluation_set, recipe.evaluation.split, length, recipe.evaluation.windows)
-    folder = RunFolder(recipe.output, _identity(job))
-    folder.need_space(2 * _exported_bytes(job) + 2**24)
-    remove_temporary(folder.path)
-    folder.save()
-    write_text(folder.path / RECIPE, recipe_to_yaml(recipe))
+    folder.start(recipe_to_yaml(recipe))
 
     try:
         embedding, norm, head = _ends(job)
         plain = _plain_forward(job, tokens, progress)
         with job.timed("quantize"):
-            _quantize_blocks(job, folder, tokens, embedding, progress)
+            streams = _quantize_blocks(job, folder, tokens, embedding, progress)
+            head = _correct_head(job, norm, head, *streams)
         with job.timed("export"):
             write_native(folder.path / "model", job.checkpoint, job.spec, _groups(job, folder, embedding, norm, head))
         measured = _evaluate(job, folder, windows, (embedding, norm, head), progress)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError, SafetensorError) as error:
+        what = str(error).rstrip(".") or type(error).__name__
         raise RunError(
-            f"the run in {folder.path} failed: {error}; the same command goes on from its last block."
+            f"the run in {folder.path} failed: {what}; the same command goes on from its last block."
         ) from error
     report = {
         "model": job.model.name,
@@ -237,16 +237,15 @@ def evaluate(
         InputError: there is no finished run, or the text cannot be used.
     """
     progress = progress or Progress(quiet=True)
-    if not read_manifest(run).get("finished"):
-        raise InputError(f"{run} is not finished: run `rotoboa quantize` with the same recipe and output first.")
+    folder = RunFolder.open(run)
     recipe = recipe_of(run).model_copy(update={"output": run})
     job = prepare(recipe, device)
     length = sequence_length or _length(recipe, job.model, job.decoder)
+    _check_length(length, job.decoder, job.model, "--sequence-length")
     chosen = dataset or _dataset(recipe.evaluation.dataset, job.model, "--dataset")
     tokens = _evaluation_windows(job, chosen, recipe.evaluation.split, length, windows or recipe.evaluation.windows)
-    folder = RunFolder.__new__(RunFolder)
-    folder.path, folder.manifest = run, read_manifest(run)
-    measured = _evaluate(job, folder, tokens, _ends(job), progress)
+    job.spec = replace(job.spec, clips=folder.clips())
+    measured = _evaluate(job, folder, tokens, read_ends(run / "model", job.decoder.family), progress)
     return {"perplexity": {chosen: measured}, "seconds": job.seconds, "sizes": _sizes(job, folder)}
 
 
@@ -287,12 +286,15 @@ def _plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
     return seconds
 
 
-def _quantize_blocks(job: Job, folder: RunFolder, tokens: Tensor, embedding: Tensor, progress: Progress) -> None:
+def _quantize_blocks(
+    job: Job, folder: RunFolder, tokens: Tensor, embedding: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family = job.decoder, job.decoder.family
     full = embedding[tokens].to(compute.dtype)
     quantized = full.clone()
     finished = folder.finished_blocks()
-    transforms = job.spec.transforms(compute.shape)
+    transforms, clips = job.spec.transforms(compute.shape), folder.clips()
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
         start = time.perf_counter()
@@ -305,10 +307,12 @@ def _quantize_blocks(job: Job, folder: RunFolder, tokens: Tensor, embedding: Ten
             compute,
             compute.block(index, rotated),
             job.settings,
-            transforms,
+            transforms if done is None else transforms.with_clips(clips[index]),
             batch=job.recipe.calibration.batch,
             report=partial(_show, progress, index),
             done=done,
+            search_inputs=job.recipe.activations.search and done is None,
+            search_cache=job.recipe.cache.search and done is None,
         )
         try:
             solver.run(full, quantized)
@@ -317,8 +321,28 @@ def _quantize_blocks(job: Job, folder: RunFolder, tokens: Tensor, embedding: Ten
         if done is None:
             layers = {name: {"loss": loss} for name, loss in solver.losses.items()}
             tensors = pack_block(solver.results, rotated, job.spec.bits, job.checkpoint.dtype)
-            folder.write_block(index, tensors, {"seconds": time.perf_counter() - start, "layers": layers})
+            entry = {"seconds": time.perf_counter() - start, "layers": layers, "clips": solver.transforms.clips}
+            folder.write_block(index, tensors, entry)
         progress.advance(block=index)
+    job.spec = replace(job.spec, clips=folder.clips())
+    return full, quantized
+
+
+@torch.no_grad()
+def _correct_head(job: Job, norm: Tensor, head: Tensor, full: Tensor, quantized: Tensor) -> Tensor:
+    """The output layer, which is not quantized, moved to make up for what the last hidden states lost.
+
+    It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with no rounding after it.
+    """
+    weights = job.recipe.weights
+    if weights.head == 0 or weights.method == "rtn":
+        return head
+    final, statistics = job.decoder.norm(norm), InputStatistics()
+    for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
+        statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
+    objective = statistics.objective().damped(weights.damping)
+    moved = objective.target(head.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
+    return moved.to(head.dtype).cpu()
 
 
 def _show(progress: Progress, index: int, name: str, loss: float) -> None:
@@ -339,7 +363,7 @@ def _evaluate(
     """Perplexity of full precision, of RTN without rotation and of the quantized model, on the same windows."""
     compute, checkpoint = job.decoder, job.checkpoint
     plain_ends = (checkpoint.embedding(), checkpoint.final_norm(), checkpoint.head())
-    transforms = replace(job.spec, r3=False, r4=False).transforms(compute.shape)
+    transforms = replace(job.spec, r3=False, r4=False, clips=None).transforms(compute.shape)
 
     def run(blocks: Iterator[torch.nn.Module], ends: tuple[Tensor, Tensor, Tensor], name: str) -> float:
         progress.stage(f"evaluate {name}", compute.shape.blocks)

@@ -12,31 +12,31 @@ def test_names_are_unique_and_resolve_to_their_rows() -> None:
     assert len({alias.name for alias in ALIASES}) == len(ALIASES)
     for alias in ALIASES:
         found = resolve_model(alias.name)
-        assert (found.source, found.dataset, found.sequence_length) == (
-            alias.source,
-            alias.dataset,
-            alias.sequence_length,
-        )
+        assert (found.source, found.dataset) == (alias.source, alias.dataset)
+        assert (found.sequence_length, found.windows) == (alias.sequence_length, alias.windows)
         assert found.is_local == (alias.name == "tiny")
 
 
 def test_tiny_is_the_folder_in_the_package() -> None:
     found = resolve_model("tiny")
     assert (Path(found.source) / "model.safetensors").is_file()
-    assert (found.dataset, found.sequence_length) == ("stdlib", 512)
+    assert (found.dataset, found.sequence_length, found.windows) == ("stdlib", 512, 200)
     by_path = resolve_model(str(TINY_FOLDER))
     assert (by_path.source, by_path.dataset, by_path.sequence_length) == (found.source, "stdlib", 512)
+    assert by_path.windows == 200
 
 
 def test_alias_defaults_are_those_of_the_papers() -> None:
     found = resolve_model("llama2-7b")
     assert found.source == "meta-llama/Llama-2-7b-hf"
     assert (found.dataset, found.sequence_length, found.is_local) == ("wikitext2", 2048, False)
+    assert found.windows is None
 
 
-def test_local_folder_needs_no_network(tmp_path: Path) -> None:
+def test_local_folder_has_no_default_text_that_would_be_downloaded(tmp_path: Path) -> None:
     found = resolve_model(str(tmp_path))
-    assert (found.source, found.is_local, found.dataset) == (str(tmp_path), True, "stdlib")
+    assert (found.source, found.is_local, found.dataset) == (str(tmp_path), True, None)
+    assert found.windows is None
 
 
 def test_relative_folder_goes_before_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

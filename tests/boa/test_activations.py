@@ -1,0 +1,147 @@
+"""The dynamic quantizer against a loop over single numbers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rotoboa.boa.activations import DynamicQuantizer
+
+MODES = [(True, 1.0), (True, 0.9), (False, 1.0), (False, 0.95)]
+# Tokens of ordinary keys, with outliers, of one sign, far from zero, tiny, and long.
+TOKENS = 40
+
+
+def _tokens(seed: int = 0, width: int = 24) -> Tensor:
+    x = torch.randn(TOKENS, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x[0:8, 3] *= 30
+    x[8:16] = x[8:16].abs()
+    x[16:20] -= 50
+    x[20:24] *= 1e-20
+    x[24:28] *= 1e20
+    return x
+
+
+def _slowly(x: list[float], quantizer: DynamicQuantizer) -> tuple[list[int], float, int]:
+    """Levels, scale and zero point of one token, by the docstring's table; Python rounds half to even, as torch."""
+    if quantizer.symmetric:
+        top = 2 ** (quantizer.bits - 1) - 1
+        scale = max(abs(v) for v in x) * (quantizer.clip / top)
+        return [max(-top - 1, min(top, round(v / scale))) for v in x], scale, 0
+    top = 2**quantizer.bits - 1
+    low, high = min(x) * quantizer.clip, max(x) * quantizer.clip
+    scale = (high - low) / top
+    zero = round(-low / scale)
+    return [max(0, min(top, round(v / scale) + zero)) for v in x], scale, zero
+
+
+def _reference(x: Tensor, quantizer: DynamicQuantizer) -> Tensor:
+    rows = []
+    for token in x.double().tolist():
+        levels, scale, zero = _slowly(token, quantizer)
+        rows.append([(level - zero) * scale for level in levels])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_equals_the_loop(bits: int, symmetric: bool, clip: float) -> None:
+    quantizer, x = DynamicQuantizer(bits, symmetric, clip), _tokens()
+    # The same operations in the same order, in float64: no difference at all.
+    assert torch.equal(quantizer(x), _reference(x, quantizer))
+
+
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32(dtype: torch.dtype, symmetric: bool, clip: float) -> None:
+    quantizer = DynamicQuantizer(4, symmetric, clip)
+    x = _tokens()[:20].to(dtype)
+    given = x.clone()
+    y = quantizer(x)
+    assert y.dtype == dtype and torch.equal(x, given)
+    # One rounding of the scale in float32, one of the result in `dtype`: a level more or less would be 5% of the range.
+    # high - low of tokens around -50 has cancelled some digits, which scale * (level - zero) shows: 16 eps of float32.
+    eps = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(y.double(), _reference(x, quantizer), rtol=eps, atol=0)
+
+
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_levels_are_few_and_evenly_spaced(bits: int, symmetric: bool, clip: float) -> None:
+    quantizer, x = DynamicQuantizer(bits, symmetric, clip), _tokens(1, width=200)
+    for token, y in zip(x.tolist(), quantizer(x), strict=True):
+        _, scale, zero = _slowly(token, quantizer)
+        levels = y / scale + zero
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-9)
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+        assert low <= levels.round().min() and levels.round().max() <= high
+        assert len(y.unique()) <= 2**bits
+
+
+def test_worked_example_of_the_docstring() -> None:
+    x = torch.tensor([0.9, -0.2, 0.4, -1.0])
+    assert DynamicQuantizer(2)(x).tolist() == [1, 0, 0, -1]
+
+
+def test_worked_example_asymmetric() -> None:
+    """Range -1 .. 2 in 3 steps of 1, zero point 1."""
+    x = torch.tensor([-1.0, 2.0, 0.6, -0.4])
+    assert DynamicQuantizer(2, symmetric=False)(x).tolist() == [-1, 2, 1, 0]
+
+
+def test_lowest_level_is_used_where_clipping_reaches_it() -> None:
+    """Symmetric, 2 bits, clip 0.5: scale 0.5 gives -2 .. 1 times it."""
+    assert DynamicQuantizer(2, clip=0.5)(torch.tensor([-1.0, 1.0, 0.2])).tolist() == [-1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+def test_each_vector_has_its_own_scale(symmetric: bool, clip: float) -> None:
+    quantizer, x = DynamicQuantizer(4, symmetric, clip), _tokens().view(2, 5, 4, 24)
+    alone = torch.stack([quantizer(token) for token in x.flatten(0, 2)]).view_as(x)
+    assert torch.equal(quantizer(x), alone)
+
+
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_zero_token(dtype: torch.dtype, symmetric: bool, clip: float) -> None:
+    assert torch.equal(
+        DynamicQuantizer(4, symmetric, clip)(torch.zeros(3, 8, dtype=dtype)), torch.zeros(3, 8, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1e-20, -0.3, 1.0, 5.0, -2e4, 1e30])
+def test_constant_token(value: float, dtype: torch.dtype, symmetric: bool, clip: float) -> None:
+    """No range to divide by; it becomes `clip` times itself, as any token's extreme does."""
+    x = torch.full((8,), value, dtype=dtype)
+    levels = 8 if symmetric and value < 0 and clip < 1 else 7  # the lowest level lies one step further out
+    factor = clip * levels / 7
+    # The asymmetric scale is then eps of the value, and there are 15 steps of it.
+    rtol = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
+    torch.testing.assert_close(DynamicQuantizer(4, symmetric, clip)(x), x * factor, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_twice_is_once_where_the_extreme_is_kept(bits: int) -> None:
+    """Symmetric at clip 1 always; asymmetric where the least value lies on the grid, as zero does."""
+    x = _tokens()
+    once = DynamicQuantizer(bits)(x)
+    torch.testing.assert_close(DynamicQuantizer(bits)(once), once, rtol=1e-15, atol=0)
+    quantizer = DynamicQuantizer(bits, symmetric=False)
+    x = x - x.amin(-1, keepdim=True)
+    once = quantizer(x)
+    torch.testing.assert_close(quantizer(once), once, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_error_is_at_most_half_a_step(symmetric: bool) -> None:
+    """At clip 1, where nothing is clipped but by the rounding of the asymmetric zero point, half a step more."""
+    x = _tokens()
+    for token, y in zip(x, DynamicQuantizer(4, symmetric)(x), strict=True):
+        _, scale, _ = _slowly(token.tolist(), DynamicQuantizer(4, symmetric))
+        assert (token - y).abs().max() <= scale * (0.5 if symmetric else 1.0) * (1 + 1e-9)
+
+
+def test_sixteen_bits_are_none() -> None:
+    assert DynamicQuantizer.of(16, True, 0.9) is None
+    assert DynamicQuantizer.of(4, False, 0.95) == DynamicQuantizer(4, False, 0.95)

@@ -1,0 +1,109 @@
+"""What many tests stand on: a short text, small Llama checkpoints, and finished runs, made once a session."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import rotoboa
+from rotoboa.models.aliases import TINY_FOLDER
+from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
+
+# Grids without a search and few row blocks: the code is the same, and a run of two blocks takes a second.
+QUICK = {
+    "weights.grid": "minmax",
+    "weights.refine": 1,
+    "weights.starts": 1,
+    "weights.rows": 8,
+    "calibration.samples": 4,
+    "calibration.sequence_length": 64,
+    "evaluation.windows": 4,
+}
+
+
+class _RootIsNoTest:
+    """The repository's root is the package itself: pytest would import its __init__.py once more, by another name."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        if path == Path(__file__).parents[1]:
+            return pytest.Dir.from_parent(parent, path=path)
+        return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_RootIsNoTest())
+
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some 30,000 tokens of the embedded model."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+def _save_llama(folder: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+    """A random Llama with the embedded model's tokenizer; norms and biases are not those of a fresh model."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 2048,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_llama() -> Callable[..., Path]:
+    """save_llama(folder, hidden_size=...): as `_save_llama`."""
+    return _save_llama
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two blocks: hidden 64, ffn 96, 4 query and 2 key heads of 16. Not to be changed."""
+    return _save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def make_recipe(text: Path) -> MakeRecipe:
+    """make_recipe("w2a16", {"model": ...}): a recipe of the package by its name, made small."""
+
+    def make(name: str, overrides: dict[str, Any]) -> Recipe:
+        data = {"calibration.dataset": str(text), "evaluation.dataset": str(text)}
+        return build_recipe(load_recipe(name), QUICK | data | overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe) -> Path:
+    """A finished w4a4kv4 run of the embedded model. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    rotoboa.quantize(make_recipe("w4a4kv4", {"output": folder}))
+    return folder

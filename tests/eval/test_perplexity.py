@@ -1,0 +1,109 @@
+"""Perplexity block by block is perplexity."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from rotoboa.eval.perplexity import perplexity
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.decoder import Decoder
+
+
+def tokens(windows: int, length: int, vocabulary: int = 2048) -> Tensor:
+    return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(2))
+
+
+def streamed(folder: Path, windows: Tensor, batch: int) -> float:
+    checkpoint = Checkpoint(folder)
+    decoder = Decoder(checkpoint.config)
+    blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
+    norm = decoder.norm(checkpoint.final_norm())
+    return perplexity(windows, checkpoint.embedding().float(), blocks, norm, checkpoint.head().float(), batch=batch)
+
+
+@torch.no_grad()
+def plain(folder: Path, windows: Tensor) -> float:
+    """The way of GPTQ's code: the loss of each window by the whole model, its mean over all windows."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_is_that_of_the_whole_model(llama: Path) -> None:
+    windows = tokens(5, 60)
+    expected = plain(llama, windows)
+    assert streamed(llama, windows, 2) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 8])
+def test_batch_does_not_matter(llama: Path, batch: int) -> None:
+    windows = tokens(5, 60)
+    assert streamed(llama, windows, batch) == pytest.approx(streamed(llama, windows, 2), rel=1e-6)
+
+
+def test_windows_do_not_see_each_other(llama: Path) -> None:
+    windows = tokens(4, 40)
+    apart = [math.log(streamed(llama, window[None], 8)) for window in windows]
+    assert streamed(llama, windows, 4) == pytest.approx(math.exp(sum(apart) / 4), rel=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 100])
+def test_a_uniform_model_has_the_vocabulary_as_perplexity(vocabulary: int) -> None:
+    windows = tokens(3, 20, vocabulary)
+    found = perplexity(windows, torch.randn(vocabulary, 8), [], nn.Identity(), torch.zeros(vocabulary, 8))
+    assert found == pytest.approx(vocabulary, rel=1e-6)
+
+
+def test_a_model_that_knows_the_next_token_has_perplexity_one() -> None:
+    windows = torch.arange(12).repeat(2, 1)
+    head = 100.0 * torch.eye(12).roll(1, 0)  # token i is followed by i + 1
+    assert perplexity(windows, torch.eye(12), [], nn.Identity(), head) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_hopeless_model_has_a_number_too() -> None:
+    windows = torch.arange(12).repeat(2, 1)
+    assert perplexity(windows, torch.eye(12), [], nn.Identity(), 1e6 * torch.eye(12)) == math.inf
+    assert math.isnan(perplexity(windows, torch.eye(12), [], nn.Identity(), math.nan * torch.eye(12)))
+
+
+def test_blocks_are_made_one_after_another_and_counted() -> None:
+    events: list[str] = []
+
+    def block(name: str, x: Tensor) -> Tensor:
+        events.append(name)
+        return x
+
+    def blocks() -> Iterator[Callable[[Tensor], Tensor]]:
+        for name in ("a", "b"):
+            events.append(f"make {name}")
+            yield partial(block, name)
+
+    windows = tokens(3, 5, 10)
+    perplexity(
+        windows,
+        torch.randn(10, 4),
+        blocks(),
+        nn.Identity(),
+        torch.randn(10, 4),
+        batch=2,
+        advance=lambda: events.append("done"),
+    )
+    assert events == ["make a", "a", "a", "done", "make b", "b", "b", "done"]
+
+
+def test_bfloat16_hidden_states_stay_bfloat16() -> None:
+    seen: list[torch.dtype] = []
+
+    def block(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return x
+
+    embedding = torch.randn(10, 4).bfloat16()
+    assert perplexity(tokens(2, 5, 10), embedding, [block], nn.Identity(), embedding) > 1
+    assert seen == [torch.bfloat16]

@@ -1,0 +1,399 @@
+"""A finished run, loaded by transformers, computes what was measured, and a damaged one is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import rotoboa
+from rotoboa.boa.attention import NAME
+from rotoboa.errors import InputError
+from rotoboa.export.linear import QuantizedLinear
+from rotoboa.export.native import packed_block
+from rotoboa.export.spec import FORMAT_VERSION, Spec
+from rotoboa.models.decoder import Decoder
+
+# Name: recipe, and what it changes. The small Llama has hidden 64 and ffn 96, so groups of 8, 16 and 32 divide both.
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "w4a4kv4": ("w4a4kv4", {}),
+    "w2a16g16": ("w2a16", {"weights.group_size": 16}),
+    "w4a16 symmetric": ("w4a16", {"weights.symmetric": True}),
+    "w3a8kv2 asymmetric g8": (
+        "w4a4kv4",
+        {
+            "weights.bits": 3,
+            "weights.group_size": 8,
+            "activations.bits": 8,
+            "activations.symmetric": False,
+            "cache.key_bits": 2,
+            "cache.value_bits": 3,
+        },
+    ),
+    "w8a16 unrotated": ("w4a16", {"weights.bits": 8, "rotation.r1": False, "rotation.r2": False}),
+    "w4a16 biased": ("w4a16", {"rotation.r4": True, "rotation.r3": True}),
+}
+EXACT = ["w2a16g16", "w4a16 symmetric", "w8a16 unrotated", "w4a16 biased"]  # nothing is rounded as the model runs
+
+Runs = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def runs(
+    llama: Path,
+    save_llama: Callable[..., Path],
+    make_recipe: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:
+    """runs(setting): a finished run of the small Llama. Not to be changed."""
+
+    @cache
+    def run(setting: str) -> Path:
+        recipe, changes = SETTINGS[setting]
+        folder = tmp_path_factory.mktemp("runs")
+        model = llama
+        if "biased" in setting:
+            model = save_llama(folder / "llama", attention_bias=True, mlp_bias=True)
+        rotoboa.quantize(make_recipe(recipe, {"model": str(model), "output": folder / "run", **changes}))
+        return folder / "run"
+
+    return run
+
+
+@pytest.fixture
+def broken(runs: Runs, tmp_path: Path) -> Path:
+    """A copy of a model folder, to be damaged."""
+    return Path(shutil.copytree(runs("w2a16g16") / "model", tmp_path / "model"))
+
+
+def streamed_logits(run: Path, ids: Tensor) -> Tensor:
+    """As the evaluation computes them: block by block, in float32, from the blocks of the run."""
+    ends = load_file(run / "model" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    decoder = Decoder(model.config, attention=NAME)
+    spec = Spec.from_dict(json.loads((run / "model" / "config.json").read_text())["quantization_config"])
+    hidden = ends["model.embed_tokens.weight"][ids].float()
+    with torch.no_grad():
+        for index in range(decoder.shape.blocks):
+            tensors = load_file(run / "blocks" / f"{index:05}.safetensors")
+            hidden = decoder.run(packed_block(decoder, index, tensors, spec), hidden)
+        return decoder.norm(ends["model.norm.weight"])(hidden) @ ends["lm_head.weight"].float().T
+
+
+def load(run: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(run / "model", **{"dtype": torch.float32, **options})
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
+    result: Tensor = model(ids, **options).logits
+    return result
+
+
+def tokens(*shape: int, seed: int = 0, vocabulary: int = 2048) -> Tensor:
+    return torch.randint(2, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_loaded_model_computes_what_was_measured(runs: Runs, setting: str) -> None:
+    run, ids = runs(setting), tokens(3, 50)
+    found, expected = logits(load(run), ids), streamed_logits(run, ids)
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_embedded_model_computes_what_was_measured(tiny_run: Path) -> None:
+    ids = tokens(2, 80)
+    assert (logits(load(tiny_run), ids) - streamed_logits(tiny_run, ids)).abs().max() < 1e-4
+
+
+def test_quantizers_are_on_in_the_loaded_model(runs: Runs) -> None:
+    model = load(runs("w4a4kv4"))
+    ids = tokens(1, 40)
+    with_all = logits(model, ids)
+    attention = model.model.layers[0].self_attn
+    assert attention.rotoboa_transform.key.bits == 4 and attention.rotoboa_transform.rotation is not None
+    assert model.model.layers[1].mlp.down_proj.transform.rotation is not None
+    for block, clips in zip(model.model.layers, model.config.quantization_config.spec.clips, strict=True):
+        attention = block.self_attn
+        assert attention.rotoboa_transform.key.clip == clips["key"]
+        assert attention.rotoboa_transform.value.clip == clips["value"]
+        assert attention.q_proj.transform.quantizer.clip == clips["qkv"]
+        assert block.mlp.down_proj.transform.quantizer.clip == clips["down"]
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            assert module.transform.quantizer is not None and module.transform.quantizer.bits == 4
+            module.transform = type(module.transform)(module.transform.rotation)
+            changed += 1
+    assert changed == 14
+    assert (logits(model, ids) - with_all).abs().max() > 1e-3
+
+
+def test_a_process_that_imports_only_rotoboa_and_transformers(runs: Runs, tmp_path: Path) -> None:
+    run, ids = runs("w2a16g16"), tokens(2, 30)
+    code = (
+        "import sys, torch, rotoboa, transformers\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "ids = load_file(sys.argv[2])['ids']\n"
+        "save_file({'logits': model(ids).logits.detach()}, sys.argv[3])\n"
+        "print('STAGES', 'rotoboa.pipeline.stages' in sys.modules)\n"
+    )
+    save_file({"ids": ids}, tmp_path / "ids")
+    command = [sys.executable, "-c", code, str(run / "model"), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "STAGES False" in done.stdout
+    assert (load_file(tmp_path / "logits")["logits"] - streamed_logits(run, ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_left_padding_changes_nothing(runs: Runs, setting: str) -> None:
+    model = load(runs(setting))
+    short, long = tokens(1, 20), tokens(1, 33, seed=1)
+    batch = torch.cat([nn.functional.pad(short, (13, 0)), long])
+    mask = torch.ones_like(batch)
+    mask[0, :13] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    found = logits(model, batch, attention_mask=mask, position_ids=positions)
+    assert found.isfinite().all()
+    for row, alone in enumerate((short, long)):
+        expected = logits(model, alone)[0]
+        assert (found[row, -alone.shape[1] :] - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_cache_gives_the_greedy_tokens_of_no_cache(runs: Runs, setting: str) -> None:
+    model, prompt = load(runs(setting)), tokens(2, 12)
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    plain = prompt
+    for _ in range(16):
+        plain = torch.cat([plain, logits(model, plain)[:, -1:].argmax(-1)], 1)
+    assert cached.shape == (2, 28)
+    assert torch.equal(cached, plain)
+
+
+def test_generation_with_left_padding(runs: Runs) -> None:
+    model = load(runs("w2a16g16"))
+    prompt = tokens(1, 9)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    padded = torch.cat([nn.functional.pad(prompt, (5, 0)), tokens(1, 14, seed=3)])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    together = model.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(together[0, 14:], alone[0, 9:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(runs: Runs, dtype: torch.dtype) -> None:
+    run, ids = runs("w4a16 symmetric"), tokens(1, 30)
+    model = load(run, dtype=dtype)
+    assert model.dtype == dtype and model.model.layers[0].self_attn.q_proj.scale.dtype == torch.float16
+    found, expected = logits(model, ids), logits(load(run), ids)
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_another_dtype_leaves_the_scales_alone(runs: Runs) -> None:
+    model, ids = load(runs("w4a16 symmetric"), dtype=torch.bfloat16), tokens(1, 30)
+    expected = logits(load(runs("w4a16 symmetric")), ids)
+    layer = model.model.layers[0].self_attn.q_proj
+    scale = layer.scale.clone()
+    model.to(torch.float32)
+    assert layer.scale.dtype == torch.float16 and torch.equal(layer.scale, scale)
+    assert model.dtype == torch.float32 and layer.qweight.dtype == torch.int32 and layer.zero.dtype == torch.uint8
+    assert (logits(model, ids) - expected).abs().max() < 1e-5
+
+
+def test_dtype_is_that_of_the_checkpoint_by_default(runs: Runs) -> None:
+    assert AutoModelForCausalLM.from_pretrained(runs("w4a4kv4") / "model").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("setting", "bits", "group"), [("w2a16g16", 2, 16), ("w4a4kv4", 4, None)])
+def test_size_on_disk_is_that_of_the_formula(runs: Runs, setting: str, bits: int, group: int | None) -> None:
+    tensors = load_file(runs(setting) / "model" / "model.safetensors")
+    ends = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    # (outputs, inputs) of q, k, v, o, gate, up, down; two blocks.
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
+    words = 2 * sum(out * -(-inputs * bits // 32) * 4 for out, inputs in shapes)
+    scales = 2 * sum(out * (inputs // (group or inputs)) * (2 + 1) for out, inputs in shapes)
+    norms = 2 * 2 * 64 * 2
+    assert words == 2 * sum(out * inputs for out, inputs in shapes) * 2 * bits // 16  # bits/16 of bfloat16
+    inside = {name: tensor for name, tensor in tensors.items() if name not in ends}
+    assert sum(tensor.numel() * tensor.element_size() for tensor in inside.values()) == words + scales + norms
+    assert all(tensors[name].dtype == torch.bfloat16 for name in ends)
+    assert tensors["lm_head.weight"].shape == tensors["model.embed_tokens.weight"].shape == (2048, 64)
+
+
+def test_tiny_model_takes_a_quarter_of_its_blocks(tiny_run: Path) -> None:
+    # 688 columns are 86 words at 4 bits: nothing is padded, so the ratio is 4/16 and scales.
+    original = load_file(Path(rotoboa.__file__).parent / "models" / "tiny" / "model.safetensors")
+    packed = load_file(tiny_run / "model" / "model.safetensors")
+    projections = [name for name in original if name.endswith("_proj.weight")]
+    before = sum(original[name].numel() * 2 for name in projections)
+    after = sum(
+        packed[name.replace("weight", part)].numel() * packed[name.replace("weight", part)].element_size()
+        for name in projections
+        for part in ("qweight", "scale", "zero")
+    )
+    rows = sum(original[name].shape[0] for name in projections)
+    assert after == before // 4 + rows * 3
+
+
+@pytest.mark.parametrize("setting", ["w4a4kv4", "w2a16g16", "w4a16 biased"])
+def test_saved_again_it_computes_the_same(runs: Runs, setting: str, tmp_path: Path) -> None:
+    model, ids = load(runs(setting)), tokens(1, 30)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.dtype == torch.float32
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    ours = json.loads((runs(setting) / "model" / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == ours
+
+
+def test_sharded_export_loads(runs: Runs, broken: Path) -> None:
+    ids = tokens(1, 20)
+    expected = logits(load(broken.parent), ids)
+    load(broken.parent).save_pretrained(broken.parent / "sharded", max_shard_size="300KB")
+    assert (broken.parent / "sharded" / "model.safetensors.index.json").is_file()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(broken.parent / "sharded"), ids), expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_another_attention_is_refused(runs: Runs, attention: str) -> None:
+    with pytest.raises(InputError, match=f"runs with attn_implementation='rotoboa' alone, not with '{attention}'"):
+        load(runs("w4a4kv4"), attn_implementation=attention)
+    model = load(runs("w4a4kv4"), attn_implementation="rotoboa")
+    with pytest.raises(InputError, match=f"not with '{attention}'"):
+        model.set_attn_implementation(attention)
+    model.set_attn_implementation("rotoboa")
+    assert model.config._attn_implementation == "rotoboa"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        target = config["quantization_config"] if name in config["quantization_config"] or name == "surplus" else config
+        target[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_another_format_version_is_refused(broken: Path) -> None:
+    edit_config(broken, format_version=99)
+    assert f"format version 99, and this installation reads {FORMAT_VERSION}" in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"surplus": 1}, "unknown surplus"),
+        ({"bits": 9}, "bits is 9"),
+        ({"bits": "two"}, "bits is 'two'"),
+        ({"key_bits": 1}, "key_bits is 1"),
+        ({"activation_clip": 0}, "activation_clip is 0"),
+        ({"group_size": -1}, "group_size is -1"),
+        ({"symmetric": "no"}, "symmetric is 'no'"),
+        ({"clips": [{"qkv": 2}, {}]}, "clips is [{'qkv': 2}, {}]"),
+        ({"clips": 0.9}, "clips is 0.9"),
+    ],
+)
+def test_a_damaged_config_is_refused(broken: Path, changes: dict[str, Any], words: str) -> None:
+    edit_config(broken, **changes)
+    assert f"is damaged: {words}" in refusal(broken)
+
+
+def test_a_config_without_bits_is_refused(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    del config["quantization_config"]["bits"]
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "is damaged: no 'bits'" in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        ({"bits": 4}, "qweight"),
+        ({"group_size": None}, "scale"),
+        ({"group_size": 32}, "scale"),
+        ({"group_size": 24}, "scale"),
+        ({"intermediate_size": 80}, "mlp"),
+        ({"num_hidden_layers": 3, "clips": None}, "no tensor model.layers.2"),
+        ({"num_hidden_layers": 3, "clips": [{}, {}]}, "clips of 2 blocks for 3"),
+        ({"clips": [{}]}, "clips of 1 blocks for 2"),
+        ({"attention_bias": True}, "no tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"tie_word_embeddings": True}, "ties embedding and head"),
+    ],
+)
+def test_a_config_that_contradicts_its_tensors_is_refused(broken: Path, changes: dict[str, Any], tensor: str) -> None:
+    edit_config(broken, **changes)
+    assert tensor in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.qweight",
+        "model.layers.0.self_attn.k_proj.scale",
+        "model.layers.0.self_attn.v_proj.zero",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(broken: Path, name: str) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert f"has no tensor {name}: copy or export it again" in refusal(broken)
+
+
+def test_a_truncated_file_is_named(broken: Path) -> None:
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "model.safetensors is not a whole safetensors file" in refusal(broken)
+
+
+def test_load_gives_model_and_tokenizer(runs: Runs) -> None:
+    run = runs("w2a16g16")
+    ids = tokens(1, 20)
+    for folder in (run, run / "model", str(run)):
+        model, tokenizer = rotoboa.load(folder, dtype=torch.float32)
+        assert torch.equal(logits(model, ids), logits(load(run), ids))
+        text = "def main() -> None:"
+        assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(run / "model")(text)["input_ids"]
+        assert not model.training
+
+
+def test_load_refuses_what_is_no_finished_model(runs: Runs, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no model .*: give the folder of a finished run"):
+        rotoboa.load(tmp_path / "absent")
+    with pytest.raises(InputError, match="holds no model"):
+        rotoboa.load(tmp_path)
+    with pytest.raises(InputError, match="holds no rotoboa checkpoint: load it with transformers alone"):
+        rotoboa.load(llama)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="holds no model"):
+        rotoboa.load(tmp_path)
+    for content in ("[]", '{"quantization_config": null}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match="holds no rotoboa checkpoint"):
+            rotoboa.load(tmp_path)
