@@ -16,6 +16,7 @@ PLAIN: dict[str, Any] = {
     "weights.method": "gptq",
     "weights.alpha": 0.0,
     "weights.drift": False,
+    "weights.token_weights": False,
     "weights.refine": 0,
     "weights.starts": 1,
     "weights.head": 0.0,

@@ -128,7 +128,7 @@ class BlockQuantizer:
         for span, hf, hq in self._batches(full, quantized):
             x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention)[0])
             if self.done is None:
-                outputs.add(attended[span].to(x.device), x, hf - hq if self.settings.drift else None)
+                outputs.add(attended[span].to(x.device), x, **self._stream(hf, hq))
             given[span] = x
         self._solve([f.output], outputs.objective, [1])
         for block, stream, source in ((self.full, full, attended), (self.quantized, quantized, given)):
@@ -192,7 +192,7 @@ class BlockQuantizer:
         inputs, downs = InputStatistics(), InputStatistics()
         if self.done is None:
             for _, hf, hq in self._batches(full, quantized):
-                inputs.add(norm(hf), t.gate_up(norm(hq)))
+                inputs.add(norm(hf), t.gate_up(norm(hq)), stream=hf if self.settings.token_weights else None)
         self._solve([f.gate, f.up], inputs.objective, [1, 1])
 
         self._search_input("down", self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
@@ -203,7 +203,7 @@ class BlockQuantizer:
             y = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
             uf[span], uq[span] = x, y
             if self.done is None:
-                downs.add(x, y, hf - hq if self.settings.drift else None)
+                downs.add(x, y, **self._stream(hf, hq))
         self._solve([f.down], downs.objective, [1])
         for block, stream, source in ((self.full, full, uf), (self.quantized, quantized, uq)):
             projection = block.get_submodule(f.down)
@@ -250,6 +250,13 @@ class BlockQuantizer:
         for start in range(0, len(full), self.batch):
             span = slice(start, start + self.batch)
             yield span, full[span].to(self.decoder.device), quantized[span].to(self.decoder.device)
+
+    def _stream(self, full: Tensor, quantized: Tensor) -> dict[str, Tensor | None]:
+        """What a layer that writes to the residual stream takes into account of it, as the settings ask."""
+        return {
+            "lost": full - quantized if self.settings.drift else None,
+            "stream": full if self.settings.token_weights else None,
+        }
 
     def _weight(self, name: str) -> Tensor:
         return self.full.get_parameter(f"{name}.weight").data

@@ -41,6 +41,7 @@ class Settings:
     refine: int = 4
     starts: int = 5
     drift: bool = True
+    token_weights: bool = True
     sequential: bool = False
 
     @property

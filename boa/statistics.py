@@ -28,8 +28,19 @@ class InputStatistics:
         self.residual: Tensor | None = None
         self.drift: Tensor | None = None
 
-    def add(self, full: Tensor, quantized: Tensor, lost: Tensor | None = None) -> None:
-        """`full`, `quantized` (..., c): the layer's input in both streams; `lost` (..., d): what the stream lost."""
+    def add(self, full: Tensor, quantized: Tensor, lost: Tensor | None = None, *, stream: Tensor | None = None) -> None:
+        """One batch of tokens.
+
+        Args:
+            full, quantized: (..., c), the layer's input in both streams.
+            lost: (..., d), D: what the residual stream has lost that the layer writes to.
+            stream: (..., hidden), the residual stream that the outputs end in. A token then counts by one over its mean
+                square, since every norm that reads the stream divides by that; None counts tokens alike.
+        """
+        if stream is not None:
+            weight = stream.square().mean(-1, keepdim=True).clamp_min(torch.finfo(stream.dtype).tiny).rsqrt()
+            full, quantized = full * weight, quantized * weight
+            lost = None if lost is None else lost * weight
         x = quantized.reshape(-1, quantized.shape[-1])
         difference = full.reshape(x.shape) - x
         self.h_in = _plus(self.h_in, x.T @ x)

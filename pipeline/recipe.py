@@ -109,6 +109,11 @@ class Weights(_Section):
     drift: bool = Field(
         default=True, description="Let O and down also make up for what the residual stream has lost before them."
     )
+    token_weights: bool = Field(
+        default=True,
+        description="Count a token's errors in O, gate, up and down by one over the mean square of the residual stream "
+        "that they end in.",
+    )
     head: float = Field(
         default=0.5,
         ge=0,

@@ -266,7 +266,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         elif moment == "export":
             patch.setattr(stages, "write_native", interrupt)
         else:
-            patch.setattr(stages, "perplexity", interrupt)
+            patch.setattr(stages, "perplexities", interrupt)
         with pytest.raises(KeyboardInterrupt):
             rotoboa.quantize(recipe)
     done = json.loads((tmp_path / "run" / "manifest.json").read_text())

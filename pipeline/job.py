@@ -1,0 +1,170 @@
+"""A job: everything that a run stands on, resolved and checked before any long work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..boa.attention import NAME
+from ..boa.rounding import Settings
+from ..errors import InputError
+from ..export.spec import Spec
+from ..models.aliases import ResolvedModel, resolve_model
+from ..models.checkpoint import Checkpoint, fetch
+from ..models.decoder import Decoder
+from ..rotation.rotate import Rotations
+from .calibration import Split, evaluation_tokens, load_texts
+from .recipe import Recipe
+from .run import device_of
+
+VERSIONED = ("rotoboa", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass
+class Job:
+    """Everything that a run stands on, checked before any long work."""
+
+    recipe: Recipe
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder
+    rotations: Rotations
+    spec: Spec
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        """Of the rounding, as the recipe has them."""
+        return Settings(**self.recipe.weights.model_dump(exclude={"head"}))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a stage to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.decoder.device.type == "cuda":
+                torch.cuda.synchronize(self.decoder.device)
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def prepare(recipe: Recipe, device: str | None = None) -> Job:
+    """Resolve and check a recipe.
+
+    Raises:
+        InputError: the model, its files, the sizes or the device do not fit the recipe.
+    """
+    target = device_of(device)
+    model = resolve_model(recipe.model)
+    checkpoint = Checkpoint(fetch(model.source, model.is_local))
+    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    checkpoint.check(decoder.shapes)
+    _check_sizes(recipe, decoder, model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint.folder} has no tokenizer that can be read: copy its files there.") from error
+    rotation = recipe.rotation
+    rotations = Rotations.of(
+        decoder.shape, r1=rotation.r1, r2=rotation.r2, r3=rotation.r3, r4=rotation.r4, seed=rotation.seed
+    )
+    spec = Spec(
+        bits=recipe.weights.bits,
+        group_size=recipe.weights.group_size,
+        symmetric=recipe.weights.symmetric,
+        r1=rotation.r1,
+        r2=rotation.r2,
+        r3=rotation.r3,
+        r4=rotation.r4,
+        activation_bits=recipe.activations.bits,
+        activation_symmetric=recipe.activations.symmetric,
+        activation_clip=recipe.activations.clip,
+        key_bits=recipe.cache.key_bits,
+        value_bits=recipe.cache.value_bits,
+        cache_clip=recipe.cache.clip,
+    )
+    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec)
+
+
+def _check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    shape, group = decoder.shape, recipe.weights.group_size
+    widths = {"hidden size": shape.hidden, "attention width": shape.query_heads * shape.head_dim, "ffn size": shape.ffn}
+    for name, width in widths.items():
+        if group and width % group:
+            fitting = [g for g in (32, 64, 128, 16, 8) if all(w % g == 0 for w in widths.values())]
+            hint = f"one of {', '.join(map(str, fitting))}" if fitting else "none (one scale per channel)"
+            raise InputError(
+                f"weights.group_size {group} does not divide the {name} {width} of {model.name}: give {hint}."
+            )
+    check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
+
+
+def check_length(length: int, decoder: Decoder, model: ResolvedModel, option: str) -> None:
+    """Check that a model has `length` positions; `option` is what the user would change.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    most = getattr(decoder.config, "max_position_embeddings", None)
+    if most and length > most:
+        raise InputError(f"{option} {length} is more than the {most} positions of {model.name}: give at most {most}.")
+
+
+def length_of(recipe: Recipe, model: ResolvedModel, decoder: Decoder) -> int:
+    """The recipe's sequence length, else the model's default, cut to the positions that it has."""
+    if recipe.calibration.sequence_length:
+        return recipe.calibration.sequence_length
+    most = getattr(decoder.config, "max_position_embeddings", None) or model.sequence_length
+    return min(model.sequence_length, most)
+
+
+def dataset_of(given: str | None, model: ResolvedModel, option: str) -> str:
+    """The text that was given, else the model's default; `option` is where the user would give it.
+
+    Raises:
+        InputError: the model has no default.
+    """
+    dataset = given or model.dataset
+    if dataset is None:
+        raise InputError(
+            f"{model.name} is a local folder, which has no default text: "
+            f"give {option} wikitext2 (a download), or a .txt or .jsonl file."
+        )
+    return dataset
+
+
+def evaluation_windows(job: Job, dataset: str, split: Split, length: int, windows: int | None) -> Tensor:
+    """(windows, length) tokens; `windows` None is the model's default number."""
+    texts = load_texts(dataset, split)
+    limit = windows if windows is not None else job.model.windows
+    return evaluation_tokens(job.tokenizer, texts, length, limit, job.decoder.shape.vocabulary)
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """What must be the same for a run to go on: recipe, checkpoint, and the versions that compute."""
+    files = sorted({*job.checkpoint.files, job.checkpoint.folder / "config.json"})
+    return {
+        "recipe": job.recipe.model_dump(mode="json", exclude={"output"}),
+        "checkpoint": {file.name: file.stat().st_size for file in files},
+        "versions": {name: version(name) for name in VERSIONED},
+    }
+
+
+def exported_bytes(job: Job) -> int:
+    """An upper estimate of the model folder."""
+    s = job.decoder.shape
+    weights = s.hidden * (2 * s.query_heads * s.head_dim + 2 * s.key_heads * s.head_dim + 3 * s.ffn)
+    scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_heads * s.head_dim))
+    return (
+        s.blocks * (weights * job.spec.bits // 8 + scales) + 2 * s.vocabulary * s.hidden * job.checkpoint.dtype.itemsize
+    )

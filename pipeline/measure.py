@@ -1,0 +1,118 @@
+"""What is measured of a run: perplexities, the plain forward pass that ratios are taken to, memory, sizes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..boa.rounding import Quantized, Settings, quantize
+from ..boa.transforms import OnlineTransforms
+from ..eval.perplexity import perplexity
+from ..export.native import pack_block, packed_block, prepare_block
+from ..export.spec import Spec
+from ..models.decoder import Decoder
+from .job import Job
+from .progress import Progress
+from .run import RunFolder
+
+
+def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
+    """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to."""
+    progress.stage("plain forward pass", job.decoder.shape.blocks)
+    compute = job.decoder
+    hidden = job.checkpoint.embedding()[tokens].to(compute.dtype)
+    seconds = 0.0
+    with torch.no_grad():
+        for index in range(compute.shape.blocks):
+            block = compute.block(index, job.checkpoint.block(index))
+            start = time.perf_counter()
+            for part in hidden.split(job.recipe.calibration.batch):
+                part.copy_(compute.run(block, part.to(compute.device)))
+            if compute.device.type == "cuda":
+                torch.cuda.synchronize(compute.device)
+            seconds += time.perf_counter() - start
+            progress.advance()
+    return seconds
+
+
+def perplexities(
+    job: Job, folder: RunFolder, windows: Tensor, ends: tuple[Tensor, Tensor, Tensor], progress: Progress
+) -> dict[str, float]:
+    """Perplexity of full precision, of RTN without rotation and of the quantized model, on the same windows."""
+    compute, checkpoint = job.decoder, job.checkpoint
+    plain_ends = (checkpoint.embedding(), checkpoint.final_norm(), checkpoint.head())
+    transforms = replace(job.spec, r3=False, r4=False, clips=None).transforms(compute.shape)
+
+    def run(blocks: Iterator[torch.nn.Module], ends: tuple[Tensor, Tensor, Tensor], name: str) -> float:
+        progress.stage(f"evaluate {name}", compute.shape.blocks)
+        embedding, norm, head = ends
+        functions = (partial(compute.run, block) for block in blocks)
+        return perplexity(
+            windows,
+            embedding.to(compute.device, compute.dtype),
+            functions,
+            compute.norm(norm),
+            head.to(compute.device, compute.dtype),
+            batch=job.recipe.calibration.batch,
+            advance=progress.advance,
+        )
+
+    indices = range(compute.shape.blocks)
+    measured = {}
+    with job.timed("evaluate full precision"):
+        plain = (compute.block(i, checkpoint.block(i)) for i in indices)
+        measured["full_precision"] = run(plain, plain_ends, "full precision")
+    if job.recipe.evaluation.baseline:
+        with job.timed("evaluate rtn"):
+            rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
+            measured["rtn"] = run(rounded, plain_ends, "rtn")
+    with job.timed("evaluate quantized"):
+        packed = (packed_block(compute, i, folder.read_block(i), job.spec) for i in indices)
+        measured["quantized"] = run(packed, ends, "quantized")
+    return measured
+
+
+def rounded_block(
+    decoder: Decoder, index: int, tensors: Mapping[str, Tensor], settings: Settings, transforms: OnlineTransforms
+) -> nn.Module:
+    """Block `index` of the original checkpoint, every projection rounded to nearest."""
+    family, rtn = decoder.family, replace(settings, method="rtn")
+    results = {}
+    for name in family.projections:
+        result = quantize(tensors[f"{name}.weight"].float()[None], None, rtn)
+        results[name] = Quantized(result.integers[0], result.scale[0], result.zero[0])
+    spec = Spec(settings.bits, settings.group_size, settings.symmetric)
+    module = prepare_block(decoder.empty_block(index), family, spec, transforms)
+    return decoder.block(index, pack_block(results, dict(tensors), settings.bits, decoder.dtype), module)
+
+
+def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
+    """Bytes of the tensor files before and after."""
+    exported = folder.path / "model"
+    files = exported.glob("*.safetensors")
+    return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files)}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory held so far, in bytes, of this process and of the device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    """What computed, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"
