@@ -23,9 +23,10 @@ def refine(
     bits: int,
     *,
     rounds: int,
-    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rounds` of scales, then zero points, then one sweep over all columns.
+    """`rounds` of scales and one sweep over all columns, and the scales once more.
+
+    It ends early where no integer moves.
 
     Args:
         target: (heads, r, c), W*.
@@ -44,9 +45,10 @@ def refine(
     for _ in range(rounds):
         error = _dequantize(q, scale, zero) - target
         _update_scales(error, q, scale, zero, h_in, h_out)
-        moved = sweep(error, q, scale, h_in, h_out, levels, group)
-        if moved == 0:
+        if sweep(error, q, scale, h_in, h_out, levels, group) == 0:
             break
+    if rounds:
+        _update_scales(_dequantize(q, scale, zero) - target, q, scale, zero, h_in, h_out)
     return q.to(torch.uint8), scale, zero
 
 

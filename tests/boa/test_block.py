@@ -233,13 +233,14 @@ class Met:
     attended: Tensor
 
 
-def _attention(block: nn.Module, x: Tensor) -> Met:
+def _attention(block: nn.Module, x: Tensor, cache: DynamicQuantizer | None = None) -> Met:
     cos, sin = (part.double() for part in _decoder().position_embeddings(LENGTH))
 
     def heads(name: str) -> Tensor:
         return (x @ block.get_parameter(f"{name}.weight").double().T).unflatten(-1, (-1, SIZE)).transpose(1, 2)
 
     query, key = apply_rotary_pos_emb(heads(LLAMA.query), heads(LLAMA.key), cos, sin)
+    key = key if cache is None else cache(key)
     group = HEADS // KEY_HEADS
     logits = query @ key.repeat_interleave(group, 1).transpose(-1, -2) / SIZE**0.5
     a = (logits + torch.full((LENGTH, LENGTH), -torch.inf).triu(1)).softmax(-1)
@@ -265,6 +266,11 @@ def _sum(left: Tensor, right: Tensor) -> Tensor:
     return left.reshape(-1, left.shape[-1]).double().T @ right.reshape(-1, right.shape[-1]).double()
 
 
+def _weights(stream: Tensor, on: bool) -> Tensor:
+    """One over the root mean square of every token of the residual stream, or ones: a factor of each side of a sum."""
+    return stream.square().mean(-1, keepdim=True).rsqrt() if on else torch.ones_like(stream[..., :1])
+
+
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
 
@@ -278,8 +284,9 @@ def _near(found: Tensor | None, expected: Tensor) -> None:
 @pytest.mark.parametrize("transforms", [PLAIN, ROTATED], ids=["plain", "rotated"])
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("drift", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 def test_objectives(
-    drift: bool, sequential: bool, transforms: OnlineTransforms, monkeypatch: pytest.MonkeyPatch
+    weighted: bool, drift: bool, sequential: bool, transforms: OnlineTransforms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that the projections are solved for, against the table of the method, written out on the streams."""
     solved: list[tuple[Tensor, Objective]] = []
@@ -290,7 +297,7 @@ def test_objectives(
 
     monkeypatch.setattr(block_module, "quantize", spy)
     # 2 bits to nearest: errors large enough to tell the streams apart.
-    settings = replace(QUICK, bits=2, method="rtn", sequential=sequential, drift=drift)
+    settings = replace(QUICK, bits=2, method="rtn", sequential=sequential, drift=drift, token_weights=weighted)
     solver = _run(settings, transforms).solver
     full, rounded = _block(_decoder(), transforms), solver.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
@@ -327,31 +334,33 @@ def test_objectives(
     _near(v.h_out, torch.stack(h_out))
     _near(v.residual, torch.stack(residual))
 
-    _near(o.h_in, _sum(given.attended, given.attended)[None])
-    _near(o.residual, _sum(exact.attended - given.attended, given.attended)[None])
+    w = _weights(hf, weighted)
+    _near(o.h_in, _sum(w * given.attended, w * given.attended)[None])
+    _near(o.residual, _sum(w * (exact.attended - given.attended), w * given.attended)[None])
     hf, hq = (
         hf + exact.attended @ output.T,
         hq + given.attended @ rounded.get_parameter(f"{LLAMA.output}.weight").double().T,
     )
     before = [stream.double() for stream in _streams()]
     if drift:
-        _near(o.drift, _sum(before[0] - before[1], given.attended)[None])
+        _near(o.drift, _sum(w * (before[0] - before[1]), w * given.attended)[None])
     else:
         assert o.drift is None
 
     mf, mq = (_normed(full, LLAMA.mlp_norm, h) for h in (hf, hq))
-    _near(gate_up.h_in, _sum(mq, mq)[None])
-    _near(gate_up.residual, _sum(mf - mq, mq)[None])
+    w = _weights(hf, weighted)
+    _near(gate_up.h_in, _sum(w * mq, w * mq)[None])
+    _near(gate_up.residual, _sum(w * (mf - mq), w * mq)[None])
 
     def hidden(block: nn.Module, x: Tensor) -> Tensor:
         gate, up = (x @ block.get_parameter(f"{name}.weight").double().T for name in (LLAMA.gate, LLAMA.up))
         return transforms.down.rotate(nn.functional.silu(gate) * up)
 
     uf, uq = hidden(full, mf), hidden(rounded, mq)
-    _near(down.h_in, _sum(uq, uq)[None])
-    _near(down.residual, _sum(uf - uq, uq)[None])
+    _near(down.h_in, _sum(w * uq, w * uq)[None])
+    _near(down.residual, _sum(w * (uf - uq), w * uq)[None])
     if drift:
-        _near(down.drift, _sum(hf - hq, uq)[None])
+        _near(down.drift, _sum(w * (hf - hq), w * uq)[None])
     else:
         assert down.drift is None
     for objective in (o, gate_up, down):
@@ -376,6 +385,34 @@ def test_statistics_are_of_quantized_inputs(monkeypatch: pytest.MonkeyPatch) -> 
     _near(solved[0].h_in, _sum(xq, xq)[None])
     _near(solved[0].residual, _sum(xf - xq, xq)[None])
     assert (solved[0].h_in.double() - _sum(plain, plain)).abs().max() > 0.1
+
+
+def test_full_precision_attention_sees_no_cache_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values: A_f of exact keys, A_q of keys as the cache holds them."""
+    solved: list[Objective] = []
+
+    def spy(weight: Tensor, objective: Objective, settings: Settings) -> Quantized:
+        solved.append(objective)
+        return quantize(weight, objective, settings)
+
+    monkeypatch.setattr(block_module, "quantize", spy)
+    cache = DynamicQuantizer(3, False, 0.95)
+    transforms = OnlineTransforms(attention=AttentionTransform(key=cache))
+    for sequential in (True, False):
+        solved.clear()
+        solver = _run(replace(QUICK, method="rtn", sequential=sequential), transforms).solver
+        hf, hq = (stream.double() for stream in _streams())
+        xf, xq = (_normed(solver.full, LLAMA.attention_norm, h) for h in (hf, hq))
+        exact = _attention(solver.full, xf)
+        given = _attention(solver.quantized if sequential else solver.full, xq, cache)
+        for g in range(KEY_HEADS):
+            pair = (2 * g, 2 * g + 1)
+            y = {h: given.probabilities[:, h] @ xq for h in pair}
+            lost = {h: exact.probabilities[:, h] @ xf - y[h] for h in pair}
+            h_in, residual = solved[1].h_in, solved[1].residual
+            assert residual is not None
+            _near(h_in[g], _total(_sum(y[h], y[h]) for h in pair))
+            _near(residual[g], _total(_sum(lost[h], y[h]) for h in pair))
 
 
 # what each setting is for

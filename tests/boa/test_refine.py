@@ -250,6 +250,28 @@ def _row_losses(result: Quantized, target: Tensor, objective: Objective) -> Tens
     return ((error @ objective.h_in) * error).sum(-1)
 
 
+def test_a_scale_better_than_the_rounded_optimum_stays() -> None:
+    """Where H_out ties rows, the best stored scales are not the best scales rounded: who has them keeps them."""
+    kept = 0
+    for seed in range(4):
+        target, objective = _problem(1, 6, 16, h_out=True, seed=seed)
+        found = _refined(_nearest(target, 4), target, objective, 4, 200)
+        best, least = found, _losses(found, target, objective)[0]
+        improved = True
+        while improved:  # one neighbour at a time
+            improved = False
+            for row, direction in itertools.product(range(6), (0.0, 65504.0)):
+                scale = best.scale.clone()
+                scale[0, row] = torch.nextafter(scale[0, row].half(), torch.tensor(direction).half()).double()
+                loss = _losses(replace(best, scale=scale), target, objective)[0]
+                if loss < least / SLACK:
+                    best, least, improved = replace(best, scale=scale), loss, True
+        kept += not torch.equal(best.scale, found.scale)
+        again = _refined(best, target, objective, 4, 1)
+        assert _losses(again, target, objective)[0] <= least * SLACK
+    assert kept > 0
+
+
 def test_scale_is_found_where_integers_are_right() -> None:
     """Scales off by 6 %, integers right: one update finds the stored scale that the target was made with."""
     generator = torch.Generator().manual_seed(0)
