@@ -101,43 +101,60 @@ def sweep(error: Tensor, q: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor |
 
     Every row of a column proposes its best step. Without H_out rows are independent and all steps are taken. With it,
     the steps of a head are taken together where that lowers the loss more than the single best of them does.
+
+    Args:
+        error, q: (heads, r, c), the weight error and the integers, both updated.
+        scale: (heads, r, c / group).
+        h_in: (B, c, c); B is 1 or heads.
+        h_out: (heads, r, r) or None.
     """
     columns = q.shape[-1]
     diagonal = h_in.diagonal(dim1=-2, dim2=-1)
-    own = None if h_out is None else h_out.diagonal(dim1=-2, dim2=-1)
-    inner = error @ h_in  # E H_in, kept up to date column block by column block
-    if inner.shape != q.shape:
-        inner = inner.expand_as(q).contiguous()
+    own = 1.0 if h_out is None else h_out.diagonal(dim1=-2, dim2=-1)[:, None]
+    inner = (error @ h_in).transpose(1, 2).contiguous()  # E H_in, columns first: the loop below works on whole columns
+    integers = q.transpose(1, 2).contiguous()
+    by_column = scale.transpose(1, 2).contiguous()
     moved = 0
     for start in range(0, columns, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, columns)
         local = h_in[:, start:stop, start:stop]
-        block = inner[..., start:stop].clone()
-        steps = torch.zeros_like(block)
-        for i in range(start, stop):
-            j = i - start
-            s = scale[..., i // group]
-            at = q[..., i]
-            curvature = diagonal[:, i, None] if own is None else diagonal[:, i, None] * own
-            g = block[..., j] if h_out is None else (h_out @ block[..., j, None])[..., 0]
-            k = (-g / (s * curvature)).round_()
-            k = torch.minimum(torch.maximum(k, -at), levels - at)
-            d = k * s
-            gain = d * (2 * g + curvature * d)
-            if h_out is None:
-                d = torch.where(gain < 0, d, torch.zeros_like(d))
-            else:
-                together = (d * (2 * g + diagonal[:, i, None] * (h_out @ d[..., None])[..., 0])).sum(-1, keepdim=True)
-                best, row = gain.min(-1, keepdim=True)
-                single = torch.zeros_like(d).scatter_(-1, row, d.gather(-1, row))
-                d = torch.where(
-                    (together < best) & (together < 0), d, torch.where(best < 0, single, torch.zeros_like(d))
-                )
-            steps[..., j] = d
-            q[..., i] = at + (d / s).round_()
-            block += d[..., None] * local[:, None, j]
+        block = inner[:, start:stop]
+        groups = torch.arange(start, stop, device=q.device).div(group, rounding_mode="floor")
+        s = by_column[:, groups]  # (heads, columns of the block, r)
+        curvature = diagonal[:, start:stop, None] * own
+        newton = -1 / (s * curvature)
+        steps = torch.empty_like(block)
+        for j in range(stop - start):
+            at = integers[:, start + j]
+            g = block[:, j] if h_out is None else (h_out @ block[:, j, :, None])[..., 0]
+            # The nearest integer to the minimum of a parabola, or one on the way there, never raises it.
+            goal = (g * newton[:, j]).round_().add_(at).clamp_(0, levels)
+            d = (goal - at) * s[:, j]
+            if h_out is not None:
+                taken = _joint_steps(d, g, h_out, diagonal[:, start + j, None])
+                d, goal = d * taken, torch.where(taken, goal, at)
+            steps[:, j] = d
+            integers[:, start + j] = goal
+            if start + j + 1 < stop:
+                block[:, j + 1 :] += local[:, j, j + 1 :, None] * d[:, None]
         moved += int(torch.count_nonzero(steps))
-        error[..., start:stop] += steps
+        error[..., start:stop] += steps.transpose(1, 2)
         if stop < columns:
-            inner[..., stop:] += steps @ h_in[:, start:stop, stop:]
+            inner[:, stop:] += h_in[:, stop:, start:stop] @ steps
+    q.copy_(integers.transpose(1, 2))
     return moved
+
+
+def _joint_steps(d: Tensor, g: Tensor, h_out: Tensor, curvature: Tensor) -> Tensor:
+    """Which steps of one column to take, (heads, r) bool: all of a head, its best, or none.
+
+    Args:
+        d: (heads, r), the proposed changes of the weights.
+        g: (heads, r), half the gradient there.
+        curvature: (B, 1), H_in[c, c].
+    """
+    together = (d * (2 * g + curvature * (h_out @ d[..., None])[..., 0])).sum(-1, keepdim=True)
+    gain = d * (2 * g + curvature * h_out.diagonal(dim1=-2, dim2=-1) * d)
+    best, row = gain.min(-1, keepdim=True)
+    single = torch.zeros_like(d, dtype=torch.bool).scatter_(-1, row, best < 0)
+    return torch.where((together < best) & (together < 0), d != 0, single)

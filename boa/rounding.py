@@ -38,7 +38,7 @@ class Settings:
     grid: str = "hessian"
     damping: float = 0.01
     alpha: float = 1.0
-    refine: int = 4
+    refine: int = 8
     starts: int = 5
     drift: bool = True
     token_weights: bool = True
@@ -74,7 +74,8 @@ def quantize(weight: Tensor, objective: Objective | None, settings: Settings) ->
 
     Args:
         weight: (heads, r, c) float32; a projection without heads is one head.
-        objective: what to minimise; not read by rtn, which may pass None.
+        objective: what to minimise; not read by rtn, which may pass None. Where its diagonal of H_in is zero the
+            channel is dead, and its weights become 0 (but for rtn).
 
     Raises:
         ValueError: the group size does not divide the columns, or the objective is not finite or stays indefinite.
@@ -92,6 +93,9 @@ def quantize(weight: Tensor, objective: Objective | None, settings: Settings) ->
 
     if settings.method == "gptq":
         objective = replace(objective, h_out=None)
+    # A channel that calibration never saw active says nothing, and must not widen its row's grid.
+    dead = objective.h_in.diagonal(dim1=-2, dim2=-1) <= 0
+    weight = weight.masked_fill(dead[:, None], 0)
     objective = objective.damped(settings.damping)
     target = objective.target(weight, settings.alpha)
     best = _round_and_refine(target, objective, settings)

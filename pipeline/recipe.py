@@ -100,7 +100,7 @@ class Weights(_Section):
         le=1,
         description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows.",
     )
-    refine: int = Field(default=4, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
+    refine: int = Field(default=8, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
     starts: int = Field(
         default=5,
         ge=1,
@@ -115,7 +115,7 @@ class Weights(_Section):
         "that they end in.",
     )
     head: float = Field(
-        default=0.5,
+        default=0.0,
         ge=0,
         le=1,
         description="How far the output layer, which stays as it is otherwise, makes up for what the last hidden "
