@@ -91,7 +91,7 @@ class BlockQuantizer:
         f, shape = self.family, self.shape
         norm = self.full.get_submodule(f.attention_norm)
         sample = norm(quantized[: self.batch].to(self.decoder.device))
-        self._search_input("qkv", sample, [f.query, f.key, f.value])
+        self._search_input("qkv", lambda: sample, [f.query, f.key, f.value])
         self._search_cache(self.transforms.qkv(sample))
         t = self.transforms
         attended = full.new_empty(*full.shape[:2], shape.query_heads * shape.head_dim)
@@ -122,7 +122,7 @@ class BlockQuantizer:
                 grams.add_values(xf, xq, seen_full, seen)
         self._solve([f.value], lambda: grams.value_objective(self._weight(f.output)), [shape.key_heads])
 
-        self._search_input("output", self._attend(self.quantized, t.qkv(sample), t.attention)[0], [f.output])
+        self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention)[0], [f.output])
         t = self.transforms
         outputs = InputStatistics()
         for span, hf, hq in self._batches(full, quantized):
@@ -187,7 +187,7 @@ class BlockQuantizer:
         f = self.family
         norm = self.full.get_submodule(f.mlp_norm)
         sample = norm(quantized[: self.batch].to(self.decoder.device))
-        self._search_input("gate_up", sample, [f.gate, f.up])
+        self._search_input("gate_up", lambda: sample, [f.gate, f.up])
         t = self.transforms
         inputs, downs = InputStatistics(), InputStatistics()
         if self.done is None:
@@ -195,7 +195,7 @@ class BlockQuantizer:
                 inputs.add(norm(hf), t.gate_up(norm(hq)), stream=hf if self.settings.token_weights else None)
         self._solve([f.gate, f.up], inputs.objective, [1, 1])
 
-        self._search_input("down", self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
+        self._search_input("down", lambda: self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
         t = self.transforms
         uf, uq = (full.new_empty(*full.shape[:2], self.shape.ffn) for _ in range(2))
         for span, hf, hq in self._batches(full, quantized):
@@ -217,13 +217,13 @@ class BlockQuantizer:
 
     # -- clip ratios ------------------------------------------------------------------------------------------------
 
-    def _search_input(self, site: str, x: Tensor, readers: list[str]) -> None:
+    def _search_input(self, site: str, sample: Callable[[], Tensor], readers: list[str]) -> None:
         """Choose the clip ratio of one site by the output error of the layers that read it."""
         transform: InputTransform = getattr(self.transforms, site)
         if not self.search_inputs or transform.quantizer is None:
             return
         weights = torch.cat([self._weight(name) for name in readers])
-        chosen = search_clip(transform.quantizer, transform.rotate(x).flatten(0, -2), weights.T @ weights)
+        chosen = search_clip(transform.quantizer, transform.rotate(sample()).flatten(0, -2), weights.T @ weights)
         self.transforms = self.transforms.with_input(site, replace(transform, quantizer=chosen))
 
     def _search_cache(self, x: Tensor) -> None:
