@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 SHRINKS = 48
-FINALISTS = 8
 _CHUNK = 1 << 22  # elements of one batch of candidate errors
 
 
@@ -25,6 +24,9 @@ class GridSettings:
     | minmax | none: the full range |
     | diagonal | e diag(H_in) e^T |
     | hessian | e H_in e^T |
+
+    That of all of H_in is what counts where outliers make it nearly singular, so without a rotation. After one, the
+    error that compensation leaves is closer to that of the diagonal.
     """
 
     bits: int
@@ -77,16 +79,13 @@ def _search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tupl
     scale, zero = _candidates(low, full, settings, weight)
     error = _errors(weight, scale, zero, settings)
     if h_in is None:
-        best = error.square().sum(-1).argmin(-1, keepdim=True)
-    else:
+        cost = error.square().sum(-1)
+    elif settings.method == "diagonal":
         cost = (error.square_() @ h_in.diagonal(dim1=-2, dim2=-1).to(weight.dtype)[:, None, :, None])[..., 0]
-        best = cost.argmin(-1, keepdim=True)
-        if settings.method == "hessian":
-            # All of H_in costs g times its diagonal: only the candidates that the diagonal likes best are compared.
-            few = cost.topk(min(FINALISTS, cost.shape[-1]), largest=False, sorted=False).indices
-            error = _errors(weight, scale.gather(-1, few), zero.gather(-1, few), settings).flatten(1, 2)
-            exact = ((error @ h_in.to(error.dtype)) * error).sum(-1).unflatten(1, few.shape[1:])
-            best = few.gather(-1, exact.argmin(-1, keepdim=True))
+    else:
+        flat = error.flatten(1, 2)
+        cost = ((flat @ h_in.to(flat.dtype)) * flat).sum(-1).unflatten(1, error.shape[1:3])
+    best = cost.argmin(-1, keepdim=True)
     return scale.gather(-1, best)[..., 0], zero.gather(-1, best)[..., 0]
 
 

@@ -35,7 +35,7 @@ class Settings:
     method: str = "boa"
     rows: int = 4
     act_order: bool = True
-    grid: str = "hessian"
+    grid: str = "diagonal"
     damping: float = 0.01
     alpha: float = 1.0
     refine: int = 8

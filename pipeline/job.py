@@ -44,7 +44,11 @@ class Job:
     @property
     def settings(self) -> Settings:
         """Of the rounding, as the recipe has them."""
-        return Settings(**self.recipe.weights.model_dump(exclude={"head"}))
+        weights = self.recipe.weights
+        grid = weights.grid
+        if grid == "auto":
+            grid = "diagonal" if self.recipe.rotation.r1 else "hessian"
+        return Settings(**weights.model_dump(exclude={"head", "grid"}), grid=grid)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

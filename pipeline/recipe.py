@@ -86,10 +86,11 @@ class Weights(_Section):
         default=4, ge=1, description="Rows of a head rounded at a time by boa: fewer are more exact, and slower."
     )
     act_order: bool = Field(default=True, description="Round the input channels with the largest activations first.")
-    grid: Literal["minmax", "diagonal", "hessian"] = Field(
-        default="hessian",
+    grid: Literal["auto", "minmax", "diagonal", "hessian"] = Field(
+        default="auto",
         description="How scale and zero point are chosen. minmax: the full range of the weights; diagonal: a search "
-        "over smaller ranges, weighting errors by the diagonal of the input Hessian; hessian: by all of it.",
+        "over smaller ranges, weighting errors by the diagonal of the input Hessian; hessian: by all of it; auto: "
+        "diagonal with R1, hessian without it.",
     )
     damping: float = Field(
         default=0.01, gt=0, lt=1, description="Part of a Hessian's mean diagonal added to its diagonal."

@@ -65,8 +65,7 @@ def _problems() -> list[tuple[Tensor, Tensor, int, int]]:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("metric", ["identity", "diagonal", "hessian"])
-def test_equals_brute_force(metric: str, bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "FINALISTS", 10**6)  # with all of them, nothing is left out of the comparison
+def test_equals_brute_force(metric: str, bits: int, symmetric: bool) -> None:
     settings = GridSettings(bits, symmetric, "hessian" if metric == "identity" else metric)
     scale, zero = search(_weight(), None if metric == "identity" else _hessian(), settings)
     for w, h, b, r in _problems():
@@ -82,7 +81,7 @@ def test_equals_brute_force(metric: str, bits: int, symmetric: bool, monkeypatch
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_hessian_picks_the_best_of_the_finalists(bits: int, symmetric: bool) -> None:
+def test_hessian_is_better_in_its_metric_than_the_diagonal(bits: int, symmetric: bool) -> None:
     scale, zero = search(_weight(), _hessian(), GridSettings(bits, symmetric, "hessian"))
     by_diagonal = search(_weight(), _hessian(), GridSettings(bits, symmetric, "diagonal"))
     better = 0
@@ -99,25 +98,12 @@ def test_hessian_picks_the_best_of_the_finalists(bits: int, symmetric: bool) -> 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_never_worse_than_the_full_range(
-    dtype: torch.dtype, method: str, bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row by row; with all finalists, since the few that the diagonal likes need not hold the full range."""
-    monkeypatch.setattr(grid, "FINALISTS", 10**6)
+def test_never_worse_than_the_full_range(dtype: torch.dtype, method: str, bits: int, symmetric: bool) -> None:
+    """Row by row, in the metric of the method."""
     for seed in range(5):
         searched, plain = _costs(_weight(seed).to(dtype), _hessian(seed), method, GridSettings(bits, symmetric))
         # In float32 two candidates as good as each other may change places.
         assert torch.all(searched <= plain * (1 + 1e3 * torch.finfo(dtype).eps) + 1e-20)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_finalists_are_enough(bits: int, symmetric: bool) -> None:
-    """On strongly correlated inputs, where the diagonal says least: 30 % off the full range's error."""
-    pairs = [_costs(_weight(seed), _hessian(seed), "hessian", GridSettings(bits, symmetric)) for seed in range(5)]
-    searched, plain = (torch.cat(part) for part in zip(*pairs, strict=True))
-    assert searched.sum() < 0.7 * plain.sum()
-    assert (searched <= plain).double().mean() > 0.9
 
 
 def _costs(weight: Tensor, h: Tensor, method: str, settings: GridSettings) -> tuple[Tensor, Tensor]:

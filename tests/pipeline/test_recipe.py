@@ -68,7 +68,7 @@ def test_none_as_text_unsets_optional_fields_alone() -> None:
         ("cache.key_bits", 9, "2 to 8, or 16 for no quantization"),
         ("weights.group_size", 7, "an integer at least 8, or none"),
         ("weights.method", "adaround", "one of rtn, gptq, boa"),
-        ("weights.grid", "mse", "one of minmax, diagonal, hessian"),
+        ("weights.grid", "mse", "one of auto, minmax, diagonal, hessian"),
         ("weights.rows", True, "an integer at least 1"),
         ("weights.damping", 0, "a number above 0 and below 1"),
         ("weights.damping", float("nan"), "a number above 0 and below 1"),
