@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 PLAIN: dict[str, Any] = {
     "weights.method": "gptq",
+    "weights.grid": "hessian",
     "weights.alpha": 0.0,
     "weights.drift": False,
     "weights.token_weights": False,

@@ -5,8 +5,10 @@ import pytest
 from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.recipe import build_recipe, load_recipe
 
+CHOICES = [(True, "auto", "diagonal"), (False, "auto", "hessian"), (True, "minmax", "minmax")]
 
-@pytest.mark.parametrize(("r1", "grid", "expected"), [(True, "auto", "diagonal"), (False, "auto", "hessian"), (True, "minmax", "minmax")])  # fmt: skip
+
+@pytest.mark.parametrize(("r1", "grid", "expected"), CHOICES)
 def test_the_grid_follows_the_rotation(r1: bool, grid: str, expected: str) -> None:
     recipe = build_recipe(load_recipe("w2a16"), {"rotation.r1": r1, "weights.grid": grid})
     assert prepare(recipe, "cpu").settings.grid == expected
