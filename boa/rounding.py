@@ -27,6 +27,8 @@ class Settings:
     | rtn | identity | identity | all |
     | gptq | the objective's | identity | all |
     | boa | the objective's | the objective's | `rows` of each head at a time |
+
+    `drift`, `token_weights` and `sequential` say what the objective is collected from: see `BlockQuantizer`.
     """
 
     bits: int
