@@ -32,9 +32,8 @@ def test_perplexity(report: tuple[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_seconds_and_sizes(report: tuple[str, dict[str, Any]]) -> None:
+def test_sizes(report: tuple[str, dict[str, Any]]) -> None:
     name, measured = report
-    assert measured["seconds"]["quantize"] < 25 * measured["plain_forward_seconds"]  # 5 to 10 on two idle cores
     bits = {"w4a4kv4": 4, "w2a16": 2}[name]
     blocks, ends = 4 * (256 * (2 * 256 + 2 * 128 + 3 * 688)), 2 * 2048 * 256
     packed, rows = blocks * bits // 8, 4 * (2 * 256 + 2 * 128 + 2 * 688 + 256)
