@@ -134,12 +134,17 @@ def draw_batch(tokens: Tokens, count: int, device: str) -> torch.Tensor:
     return torch.from_numpy(windows).to(device)
 
 
-def fit(model: LlamaForCausalLM, tokens: Tokens, out: Path, minutes: float, batch: int, peak: float) -> None:
-    """Train `model` in place for `minutes` of wall-clock time, saving it to `out` every 2,000 steps."""
+def fit(
+    model: LlamaForCausalLM, tokens: Tokens, out: Path, minutes: float, batch: int, peak: float, seed: int = 0
+) -> None:
+    """Train `model` in place for `minutes` of wall-clock time, saving it to `out` every 2,000 steps.
+
+    `seed` is of the order of the windows: training that goes on must not see the same ones again.
+    """
     device = model.device.type
     forward = torch.compile(model)  # twice the speed of eager mode on a CPU
     optimizer = build_optimizer(model, peak)
-    np.random.seed(0)
+    np.random.seed(seed)
     start, step, seen, running = time.time(), 0, 0, 0.0
     budget = minutes * 60
     while (elapsed := time.time() - start) < budget:
@@ -174,7 +179,9 @@ def held_out_perplexity(model: LlamaForCausalLM, tokens: Tokens) -> tuple[float,
     return math.exp(total / count), count
 
 
-def train(out: Path, minutes: float = 70, batch: int = 8, lr: float = 2e-3, megabytes: float = 60) -> None:
+def train(
+    out: Path, minutes: float = 70, batch: int = 8, lr: float = 2e-3, megabytes: float = 60, start: Path | None = None
+) -> None:
     """Train tokenizer and model and write both to `out`, the weights in bfloat16.
 
     Args:
@@ -183,6 +190,7 @@ def train(out: Path, minutes: float = 70, batch: int = 8, lr: float = 2e-3, mega
         batch: sequences of `SEQUENCE_LENGTH` tokens per step.
         lr: peak learning rate.
         megabytes: source text taken from the installed packages, in MB.
+        start: a folder that an earlier training wrote: its tokenizer is kept and its model trained on.
 
     Raises:
         InputError: this interpreter's standard library has no ``.py`` files.
@@ -194,15 +202,21 @@ def train(out: Path, minutes: float = 70, batch: int = 8, lr: float = 2e-3, mega
 
     texts = training_texts(megabytes, rng)
     print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} M characters", flush=True)
-    tokenizer = train_tokenizer(rng.sample(texts, min(TOKENIZER_FILES, len(texts))))
+    if start is None:
+        tokenizer = train_tokenizer(rng.sample(texts, min(TOKENIZER_FILES, len(texts))))
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     tokenizer.save_pretrained(out)
     tokens = encode(tokenizer, texts)
     held = encode(tokenizer, evaluation_texts())
     print(f"{len(tokens) / 1e6:.1f} M training tokens, {len(held) / 1e6:.2f} M held out", flush=True)
 
-    model = build_model(tokenizer).to(device)
+    if start is None:
+        model = build_model(tokenizer).to(device)
+    else:
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    fit(model, tokens, out, minutes, batch, lr)
+    fit(model, tokens, out, minutes, batch, lr, seed=0 if start is None else 1)
 
     model.eval()
     model = model.to(torch.bfloat16).float()  # the figure is that of the weights as they are saved
@@ -217,10 +231,13 @@ def main(
     batch: Annotated[int, typer.Option(help=f"Sequences of {SEQUENCE_LENGTH} tokens per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     megabytes: Annotated[float, typer.Option(help="MB of source text from the installed packages.")] = 60,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of an earlier training to go on from.", exists=True, file_okay=False)
+    ] = None,
 ) -> None:
     """Train the embedded model again, from what is installed on this machine."""
     try:
-        train(out, minutes, batch, lr, megabytes)
+        train(out, minutes, batch, lr, megabytes, start)
     except InputError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
