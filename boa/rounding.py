@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .grid import GridSettings, round_to, search, snap
+from .kernels import round_block
 from .objective import Objective, inverse_factor
 from .refine import refine
 
@@ -228,55 +229,39 @@ def round_columns(
     """
     batch, rows, columns = weight.shape
     groups = columns // group
+    ahead = grid is None and order is None and groups > 1
     if grid is None:
-        scale = weight.new_empty(batch, groups, rows)
-        zero = torch.empty_like(scale)
+        scale, zero = (weight.new_empty(batch, rows, groups) for _ in range(2))
     else:
-        scale, zero = (part.transpose(1, 2).contiguous() for part in grid)
+        scale, zero = grid
 
     def choose(g: int, current: Tensor) -> None:
         span = slice(g * group, (g + 1) * group)
-        scale[:, g], zero[:, g] = search(current, h_in[:, span, span], settings)
+        scale[..., g], zero[..., g] = search(current[..., span], h_in[:, span, span], settings)
 
-    ahead = grid is None and order is None and groups > 1
     if grid is None and not ahead:
         for g in range(groups):
-            choose(g, weight[:, :, g * group : (g + 1) * group])
-    width = group * max(1, COLUMN_BLOCK // group) if ahead else COLUMN_BLOCK
-    # Columns first: the loop below reads and writes whole columns of all rows.
-    work = weight.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+            choose(g, weight)
+    work = weight.clone() if order is None else weight.gather(2, order[:, None].expand_as(weight))
     group_of = torch.arange(columns, device=weight.device).div(group, rounding_mode="floor").expand(batch, -1)
     if order is not None:
-        work = work.gather(1, order[..., None].expand_as(work))
         group_of = group_of.gather(1, order)
-    single = order is None or batch == 1
-    index = group_of[0].tolist() if single else []
-    pivots = upper.diagonal(dim1=-2, dim2=-1)[..., None]
     found = torch.empty_like(work)
+    width = group if ahead else COLUMN_BLOCK
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        block = work[:, start:stop]
-        errors = torch.empty_like(block)
-        for i in range(start, stop):
-            column = block[:, i - start]
-            if ahead and i % group == 0:
-                choose(i // group, block[:, i - start : i - start + group].transpose(1, 2))
-            if single:
-                s, z = scale[:, index[i]], zero[:, index[i]]
-            else:
-                pick = group_of[:, i, None, None].expand(-1, 1, rows)
-                s, z = scale.gather(1, pick)[:, 0], zero.gather(1, pick)[:, 0]
-            q = round_to(column, s, z, settings.levels)
-            found[:, i] = q
-            error = (column - (q - z) * s) / pivots[:, i]
-            errors[:, i - start] = error
-            if i + 1 < stop:
-                block[:, i + 1 - start :] -= upper[:, i, i + 1 : stop, None] * error[:, None]
+        if ahead:
+            choose(start // group, work)
+        pick = group_of[:, None, start:stop].expand(-1, rows, -1)
+        found[..., start:stop], errors = round_block(
+            work[..., start:stop], upper[:, start:stop, start:stop], scale.gather(2, pick), zero.gather(2, pick),
+            settings.levels,
+        )  # fmt: skip
         if stop < columns:
-            work[:, stop:] -= upper[:, start:stop, stop:].transpose(-1, -2) @ errors
+            work[..., stop:] -= errors @ upper[:, start:stop, stop:]
     if order is not None:
-        found = torch.empty_like(found).scatter_(1, order[..., None].expand_as(found), found)
-    return found.transpose(1, 2).to(torch.uint8), scale.transpose(1, 2), zero.transpose(1, 2)
+        found = torch.empty_like(found).scatter_(2, order[:, None].expand_as(found), found)
+    return found.to(torch.uint8), scale, zero
 
 
 def _descending(h_in: Tensor) -> Tensor:

@@ -157,16 +157,20 @@ def test_float32(h_out: bool) -> None:
 @KINDS
 @pytest.mark.parametrize("group", [16, 4])
 def test_sweep_keeps_its_books(group: int, heads: int, shared: bool, h_out: bool) -> None:
-    """`error` and `q` are changed together, and the moves are counted."""
+    """The two products follow the integers, and the steps are what moved."""
     target, objective = _problem(heads, 6, 16, h_out=h_out, shared=shared)
     start = _nearest(target, 3, group)
     q = start.integers.double()
-    error = start.dequantize() - target
+    inner = (start.dequantize() - target) @ objective.h_in
+    levels = (q - start.zero) @ objective.h_in if group == 16 else None
     before = _losses(start, target, objective)
-    moved = sweep(error, q, start.scale, objective.h_in, objective.h_out, 7, group)
+    steps = sweep(inner, q, start.scale, objective.h_in, objective.h_out, 7, levels)
     result = Quantized(q.to(torch.uint8), start.scale, start.zero)
-    torch.testing.assert_close(error, result.dequantize() - target, rtol=0, atol=1e-13)
-    assert moved == int((result.integers != start.integers).sum()) > 0
+    torch.testing.assert_close(steps, result.dequantize() - start.dequantize(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(inner, (result.dequantize() - target) @ objective.h_in, rtol=0, atol=1e-10)
+    if levels is not None:
+        torch.testing.assert_close(levels, (q - start.zero) @ objective.h_in, rtol=0, atol=1e-9)
+    assert int((steps != 0).sum()) == int((result.integers != start.integers).sum()) > 0
     assert torch.equal(q, q.round()) and q.min() >= 0 and q.max() <= 7
     assert torch.all(_losses(result, target, objective) < before)
 
@@ -189,13 +193,13 @@ def test_the_optimum_stays(h_out: bool) -> None:
         start = _nearest(target, 2)
         best, least = _best(start, target, objective, 3)
         q = best.clone()
-        error = (q - start.zero) * start.scale - target
-        assert sweep(error, q, start.scale, objective.h_in, objective.h_out, 3, 3) == 0
+        inner = ((q - start.zero) * start.scale - target) @ objective.h_in
+        assert not sweep(inner, q, start.scale, objective.h_in, objective.h_out, 3).any()
         assert torch.equal(q, best)
         # and what sweeps reach is often, never less than, that optimum
         q = start.integers.double()
-        error = start.dequantize() - target
-        while sweep(error, q, start.scale, objective.h_in, objective.h_out, 3, 3):
+        inner = (start.dequantize() - target) @ objective.h_in
+        while sweep(inner, q, start.scale, objective.h_in, objective.h_out, 3).any():
             pass
         reached = _losses(Quantized(q.to(torch.uint8), start.scale, start.zero), target, objective)
         assert least * (1 - 1e-9) <= reached.sum() <= _losses(start, target, objective).sum()

@@ -1,0 +1,209 @@
+"""The columns of one block, one after another: compiled on the CPU, whole-column torch operations elsewhere.
+
+Both forms do the same operations in the same order, but for sums over the rows that H_out ties together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+_SERIAL = 1 << 15  # weights below which more threads cost more than they save
+
+
+def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Round the columns of a block left to right, each error spread over those that come after it.
+
+    Args:
+        block: (B, R, w) weights.
+        upper: (B, w, w), the block's part of U.
+        scale, zero: (B, R, w), of every weight.
+        levels: the largest integer.
+
+    Returns:
+        The integers, in the dtype of `block`, and the errors divided by their pivots, (B, R, w) each.
+    """
+    if _is_compiled(block):
+        work = block.clone(memory_format=torch.contiguous_format)
+        found, errors = torch.empty_like(work), torch.empty_like(work)
+        rows = work.shape[0] * work.shape[1]
+        _spread(_round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
+        return found, errors
+    work = block.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # whole columns are read and written
+    s, z = scale.transpose(1, 2).contiguous(), zero.transpose(1, 2).contiguous()
+    found, errors = torch.empty_like(work), torch.empty_like(work)
+    for i in range(work.shape[1]):
+        column = work[:, i]
+        q = (column / s[:, i] + z[:, i]).round_().clamp_(0, levels)
+        found[:, i] = q
+        errors[:, i] = error = (column - (q - z[:, i]) * s[:, i]) / upper[:, i, i, None]
+        work[:, i + 1 :] -= upper[:, i, i + 1 :, None] * error[:, None]
+    return found.transpose(1, 2), errors.transpose(1, 2)
+
+
+def descend_block(
+    inner: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor | None, levels: int
+) -> tuple[Tensor, Tensor]:
+    """One pass of coordinate descent over the columns of a block.
+
+    Every row of a column proposes its best step. Without H_out rows are independent and all steps are taken. With it,
+    the steps of a head are taken together where that lowers the loss more than the single best of them does.
+
+    Args:
+        inner: (heads, r, w), E H_in at the block's columns.
+        integers: (heads, r, w), as floating-point numbers.
+        scale: (heads, r, w), of every weight.
+        h_in: (B, w, w), the block's part; B is 1 or heads.
+        h_out: (heads, r, r) or None.
+        levels: the largest integer.
+
+    Returns:
+        The integers afterwards, and the changes of the weights, (heads, r, w) each.
+    """
+    diagonal = h_in.diagonal(dim1=-2, dim2=-1)
+    curvature = diagonal[:, None] if h_out is None else diagonal[:, None] * h_out.diagonal(dim1=-2, dim2=-1)[..., None]
+    newton = -1 / (scale * curvature)
+    if _is_compiled(inner):
+        work, found = (t.clone(memory_format=torch.contiguous_format) for t in (inner, integers))
+        steps = torch.empty_like(work)
+        arguments = (work, found, scale, newton, h_in, steps, levels)
+        if h_out is None:
+            _spread(_descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
+        else:
+            _spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
+        return found, steps
+    work, found, s, newton = (
+        t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in (inner, integers, scale, newton)
+    )
+    steps = torch.empty_like(work)
+    for j in range(work.shape[1]):
+        at = found[:, j]
+        g = work[:, j] if h_out is None else (h_out @ work[:, j, :, None])[..., 0]
+        # The nearest integer to the minimum of a parabola, or one on the way there, never raises it.
+        goal = (g * newton[:, j]).round_().add_(at).clamp_(0, levels)
+        d = (goal - at) * s[:, j]
+        if h_out is not None:
+            taken = _joint_steps(d, g, h_out, diagonal[:, j, None])
+            d, goal = d * taken, torch.where(taken, goal, at)
+        steps[:, j], found[:, j] = d, goal
+        work[:, j + 1 :] += h_in[:, j, j + 1 :, None] * d[:, None]
+    return found.transpose(1, 2), steps.transpose(1, 2)
+
+
+def _joint_steps(d: Tensor, g: Tensor, h_out: Tensor, curvature: Tensor) -> Tensor:
+    """Which steps of one column to take, (heads, r) bool: all of a head, its best, or none.
+
+    Args:
+        d: (heads, r), the proposed changes of the weights.
+        g: (heads, r), half the gradient there.
+        curvature: (B, 1), H_in[c, c].
+    """
+    together = (d * (2 * g + curvature * (h_out @ d[..., None])[..., 0])).sum(-1, keepdim=True)
+    gain = d * (2 * g + curvature * h_out.diagonal(dim1=-2, dim2=-1) * d)
+    best, row = gain.min(-1, keepdim=True)
+    single = torch.zeros_like(d, dtype=torch.bool).scatter_(-1, row, best < 0)
+    return torch.where((together < best) & (together < 0), d != 0, single)
+
+
+# -- compiled -------------------------------------------------------------------------------------------------------
+
+
+def _is_compiled(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="rotoboa")
+
+
+def _spread(kernel: Callable[..., None], count: int, work: int, *arguments: Any) -> None:
+    """Run `kernel(*arguments, start, stop)` over 0 .. count, on as many threads as torch uses."""
+    given = [a.detach().contiguous().numpy() if isinstance(a, Tensor) else np.float32(a) for a in arguments]
+    threads = min(torch.get_num_threads(), count, 1 + work // _SERIAL)
+    bounds = [count * i // threads for i in range(threads + 1)]
+    others = [_pool().submit(kernel, *given, *span) for span in pairwise(bounds[1:])]
+    kernel(*given, bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@njit(nogil=True, cache=True)
+def _round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  # type: ignore[no-untyped-def]
+    _, rows, width = work.shape
+    for index in range(start, stop):
+        b, r = index // rows, index % rows
+        row, u = work[b, r], upper[b]
+        for i in range(width):
+            s, z = scale[b, r, i], zero[b, r, i]
+            q = min(max(np.rint(row[i] / s + z), np.float32(0)), levels)
+            error = (row[i] - (q - z) * s) / u[i, i]
+            found[b, r, i], errors[b, r, i] = q, error
+            for j in range(i + 1, width):
+                row[j] -= u[i, j] * error
+
+
+@njit(nogil=True, cache=True)
+def _descend_rows(inner, integers, scale, newton, h_in, steps, levels, start, stop):  # type: ignore[no-untyped-def]
+    _, rows, width = inner.shape
+    for index in range(start, stop):
+        b, r = index // rows, index % rows
+        row, h = inner[b, r], h_in[b % h_in.shape[0]]
+        for j in range(width):
+            at = integers[b, r, j]
+            goal = min(max(np.rint(row[j] * newton[b, r, j]) + at, np.float32(0)), levels)
+            d = (goal - at) * scale[b, r, j]
+            integers[b, r, j], steps[b, r, j] = goal, d
+            if d != 0:
+                for k in range(j + 1, width):
+                    row[k] += h[j, k] * d
+
+
+@njit(nogil=True, cache=True)
+def _descend_heads(inner, integers, scale, newton, h_in, steps, levels, h_out, start, stop):  # type: ignore[no-untyped-def]
+    _, rows, width = inner.shape
+    zero, two = np.float32(0), np.float32(2)  # an integer would make these sums float64
+    gradient, follow = np.empty(rows, inner.dtype), np.empty(rows, inner.dtype)
+    d, goal = np.empty(rows, inner.dtype), np.empty(rows, inner.dtype)
+    for b in range(start, stop):
+        h, out = h_in[b % h_in.shape[0]], h_out[b]
+        for j in range(width):
+            gradient[:] = zero
+            for i in range(rows):
+                x = inner[b, i, j]
+                for r in range(rows):
+                    gradient[r] += out[i, r] * x
+            moves = 0
+            for r in range(rows):
+                at = integers[b, r, j]
+                goal[r] = min(max(np.rint(gradient[r] * newton[b, r, j]) + at, zero), levels)
+                d[r] = (goal[r] - at) * scale[b, r, j]
+                moves += d[r] != 0
+                steps[b, r, j] = zero
+            if moves == 0:
+                continue
+            follow[:] = zero
+            for i in range(rows):
+                if d[i] != 0:
+                    for r in range(rows):
+                        follow[r] += out[i, r] * d[i]
+            together, best, single = zero, np.float32(np.inf), 0
+            for r in range(rows):
+                together += d[r] * (two * gradient[r] + h[j, j] * follow[r])
+                gain = d[r] * (two * gradient[r] + h[j, j] * out[r, r] * d[r])
+                if gain < best:
+                    best, single = gain, r
+            everyone = together < best and together < 0
+            for r in range(rows):
+                if d[r] != 0 and (everyone or (r == single and best < 0)):
+                    integers[b, r, j], steps[b, r, j] = goal[r], d[r]
+                    for k in range(j + 1, width):
+                        inner[b, r, k] += h[j, k] * d[r]

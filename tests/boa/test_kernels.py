@@ -1,0 +1,66 @@
+"""The compiled kernels against the torch form of the same steps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rotoboa.boa import kernels
+from rotoboa.boa.objective import damp, inverse_factor
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _gram(batch: int, size: int, seed: int) -> Tensor:
+    x = _random(batch, 2 * size, size, seed=seed)
+    x = x + 0.5 * x[..., :1]
+    return damp(x.transpose(1, 2) @ x, 0.01)
+
+
+def _in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_is_compiled", lambda tensor: False)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 1, 1), (1, 300, 128), (3, 40, 17)])
+def test_rounding_is_the_same_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, batch: int, rows: int, width: int, threads: int
+) -> None:
+    block = _random(batch, rows, width, seed=1)
+    upper = inverse_factor(_gram(batch, width, 2)).float()
+    scale = _random(batch, rows, width, seed=3).abs() * 0.2 + 0.3
+    zero = _random(batch, rows, width, seed=4).round().clamp(-1, 1) + 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernels, "_SERIAL", 1)
+    before = block.clone()
+    compiled = kernels.round_block(block, upper, scale, zero, 3)
+    assert torch.equal(block, before)
+    _in_torch(monkeypatch)
+    for found, expected in zip(compiled, kernels.round_block(block, upper, scale, zero, 3), strict=True):
+        assert torch.equal(found, expected)
+    assert compiled[0].unique().tolist() == [0, 1, 2, 3] or rows * width == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_descent_is_the_same(monkeypatch: pytest.MonkeyPatch, tied: bool, shared: bool, threads: int) -> None:
+    """Independent rows to the last bit; tied ones but for the order of sums over rows."""
+    heads, rows, width = 5, 16, 128
+    h_in = _gram(1 if shared else heads, width, 1).float()
+    h_out = _gram(heads, rows, 2).float() if tied else None
+    q = torch.randint(0, 8, (heads, rows, width), generator=torch.Generator().manual_seed(3)).float()
+    scale = _random(heads, rows, width, seed=4).abs() * 0.1 + 0.2
+    inner = _random(heads, rows, width, seed=5) @ h_in * 0.1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernels, "_SERIAL", 1)
+    before = inner.clone(), q.clone()
+    found, steps = kernels.descend_block(inner, q, scale, h_in, h_out, 7)
+    assert torch.equal(inner, before[0]) and torch.equal(q, before[1])
+    _in_torch(monkeypatch)
+    expected, expected_steps = kernels.descend_block(inner, q, scale, h_in, h_out, 7)
+    assert torch.equal(found, expected) and torch.equal(steps, expected_steps)
+    moved = int((found != q).sum())
+    assert moved == int((steps != 0).sum()) > 100
+    torch.testing.assert_close(steps, (found - q) * scale)
