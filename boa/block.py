@@ -100,13 +100,13 @@ class BlockQuantizer:
         exact = AttentionTransform()
         for span, hf, hq in self._batches(full, quantized):
             xf, xq = norm(hf), t.qkv(norm(hq))
-            attended[span], seen_full = self._attend(self.full, xf, exact)
+            attended[span] = self._attend(self.full, xf, exact)
             if self.done is None:
                 seen = self._meet(self.quantized, xq, t.attention)
                 inputs.add(xf, xq)
                 grams.add_grams(seen.query, seen.key)
                 if not self.settings.sequential:
-                    grams.add_values(xf, xq, seen_full, seen)
+                    grams.add_values(xq, self.full.get_submodule(f.value)(xq), attended[span].to(xq.device), seen)
         self._solve(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, full.shape[1]),
@@ -115,32 +115,24 @@ class BlockQuantizer:
 
         if self.settings.sequential and self.done is None:
             # Values are weighed by the attention of quantized queries and keys.
-            for _, hf, hq in self._batches(full, quantized):
-                xf, xq = norm(hf), t.qkv(norm(hq))
-                seen_full = self._meet(self.full, xf, exact)
+            for span, _, hq in self._batches(full, quantized):
+                xq = t.qkv(norm(hq))
                 seen = self._meet(self.quantized, xq, t.attention)
-                grams.add_values(xf, xq, seen_full, seen)
+                grams.add_values(xq, self.full.get_submodule(f.value)(xq), attended[span].to(xq.device), seen)
         self._solve([f.value], lambda: grams.value_objective(self._weight(f.output)), [shape.key_heads])
 
-        self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention)[0], [f.output])
+        self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention), [f.output])
         t = self.transforms
         outputs = InputStatistics()
         for span, hf, hq in self._batches(full, quantized):
-            x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention)[0])
-            if self.done is None:
-                outputs.add(attended[span].to(x.device), x, **self._stream(hf, hq))
-            given[span] = x
+            given[span] = x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention))
+            self._write(f.output, outputs, full[span], hf, hq, attended[span].to(x.device), x)
         self._solve([f.output], outputs.objective, [1])
-        for block, stream, source in ((self.full, full, attended), (self.quantized, quantized, given)):
-            projection = block.get_submodule(f.output)
-            for part, x in zip(stream.split(self.batch), source.split(self.batch), strict=True):
-                part += projection(x.to(self.decoder.device)).to(part.device)
+        self._add(f.output, quantized, given)
 
-    def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> tuple[Tensor, Seen]:
-        """The input of the output projection (batch, length, heads * head_dim); queries and keys as they met."""
-        seen: list[Seen] = []
-        attended = _capture(block.get_submodule(self.family.output), self._attention(block, x, transform, seen.append))
-        return attended, seen[0]
+    def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Tensor:
+        """The input of the output projection (batch, length, heads * head_dim)."""
+        return _capture(block.get_submodule(self.family.output), self._attention(block, x, transform, None))
 
     def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Seen:
         """Queries, keys and values alone: the forward pass ends where attention would begin."""
@@ -156,7 +148,7 @@ class BlockQuantizer:
         raise RuntimeError("attention did not run")
 
     def _attention(
-        self, block: nn.Module, x: Tensor, transform: AttentionTransform, recorder: Recorder
+        self, block: nn.Module, x: Tensor, transform: AttentionTransform, recorder: Recorder | None
     ) -> Callable[[], object]:
         attention = block.get_submodule(self.family.attention)
 
@@ -197,18 +189,13 @@ class BlockQuantizer:
 
         self._search_input("down", lambda: self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
         t = self.transforms
-        uf, uq = (full.new_empty(*full.shape[:2], self.shape.ffn) for _ in range(2))
+        given = full.new_empty(*full.shape[:2], self.shape.ffn)
         for span, hf, hq in self._batches(full, quantized):
-            x = t.down.rotate(self._mlp_hidden(self.full, norm(hf)))
-            y = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
-            uf[span], uq[span] = x, y
-            if self.done is None:
-                downs.add(x, y, **self._stream(hf, hq))
+            exact = t.down.rotate(self._mlp_hidden(self.full, norm(hf)))
+            given[span] = x = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
+            self._write(f.down, downs, full[span], hf, hq, exact, x)
         self._solve([f.down], downs.objective, [1])
-        for block, stream, source in ((self.full, full, uf), (self.quantized, quantized, uq)):
-            projection = block.get_submodule(f.down)
-            for part, x in zip(stream.split(self.batch), source.split(self.batch), strict=True):
-                part += projection(x.to(self.decoder.device)).to(part.device)
+        self._add(f.down, quantized, given)
 
     def _mlp_hidden(self, block: nn.Module, x: Tensor) -> Tensor:
         """The input of the down projection, before R4, (batch, length, ffn)."""
@@ -251,12 +238,37 @@ class BlockQuantizer:
             span = slice(start, start + self.batch)
             yield span, full[span].to(self.decoder.device), quantized[span].to(self.decoder.device)
 
-    def _stream(self, full: Tensor, quantized: Tensor) -> dict[str, Tensor | None]:
-        """What a layer that writes to the residual stream takes into account of it, as the settings ask."""
-        return {
-            "lost": full - quantized if self.settings.drift else None,
-            "stream": full if self.settings.token_weights else None,
-        }
+    def _write(
+        self,
+        name: str,
+        statistics: InputStatistics,
+        stream: Tensor,
+        hf: Tensor,
+        hq: Tensor,
+        exact: Tensor,
+        given: Tensor,
+    ) -> None:
+        """Move a batch of the full stream through a projection that writes to it, and collect the other's statistics.
+
+        Args:
+            stream: the batch of the full stream, changed in place.
+            hf, hq: both streams before the projection, where blocks compute.
+            exact, given: the projection's input in both.
+        """
+        projection = self.full.get_submodule(name)
+        written = projection(exact)
+        if self.done is None:
+            lost = written - projection(given)
+            if self.settings.drift:
+                lost += hf - hq
+            statistics.add(None, given, lost, stream=hf if self.settings.token_weights else None)
+        stream += written.to(stream.device)
+
+    def _add(self, name: str, stream: Tensor, inputs: Tensor) -> None:
+        """Move the quantized stream through a projection that is quantized now."""
+        projection = self.quantized.get_submodule(name)
+        for part, x in zip(stream.split(self.batch), inputs.split(self.batch), strict=True):
+            part += projection(x.to(self.decoder.device)).to(part.device)
 
     def _weight(self, name: str) -> Tensor:
         return self.full.get_parameter(f"{name}.weight").data

@@ -5,8 +5,6 @@ Sums are over all tokens of all sequences, in float32 per batch and float32 or w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -28,33 +26,39 @@ class InputStatistics:
         self.residual: Tensor | None = None
         self.drift: Tensor | None = None
 
-    def add(self, full: Tensor, quantized: Tensor, lost: Tensor | None = None, *, stream: Tensor | None = None) -> None:
+    def add(
+        self, full: Tensor | None, quantized: Tensor, lost: Tensor | None = None, *, stream: Tensor | None = None
+    ) -> None:
         """One batch of tokens.
 
         Args:
-            full, quantized: (..., c), the layer's input in both streams.
-            lost: (..., d), D: what the residual stream has lost that the layer writes to.
+            full: (..., c), the layer's input in the full-precision stream; None where `lost` holds what it lost too.
+            quantized: (..., c), its input in the quantized one.
+            lost: (..., d), D: what the layer's output has to make up for. A layer with fewer outputs than inputs is
+                cheaper to describe by W (x_f - x_q) in here than by `full`.
             stream: (..., hidden), the residual stream that the outputs end in. A token then counts by one over its mean
                 square, since every norm that reads the stream divides by that; None counts tokens alike.
         """
-        if stream is not None:
-            weight = stream.square().mean(-1, keepdim=True).clamp_min(torch.finfo(stream.dtype).tiny).rsqrt()
-            full, quantized = full * weight, quantized * weight
-            lost = None if lost is None else lost * weight
         x = quantized.reshape(-1, quantized.shape[-1])
-        difference = full.reshape(x.shape) - x
-        self.h_in = _plus(self.h_in, x.T @ x)
-        self.residual = _plus(self.residual, difference.T @ x)
+        difference = None if full is None else full.reshape(x.shape) - x
+        lost = None if lost is None else lost.reshape(len(x), -1)
+        if stream is not None:
+            weight = stream.square().mean(-1).clamp_min(torch.finfo(stream.dtype).tiny).rsqrt().reshape(-1, 1)
+            x = x * weight
+            difference, lost = (None if part is None else part * weight for part in (difference, lost))
+        self.h_in = torch.zeros(2 * x.shape[1:], dtype=x.dtype, device=x.device) if self.h_in is None else self.h_in
+        add_gram(self.h_in[None], x[None])
+        if difference is not None:
+            self.residual = _plus(self.residual, difference.T @ x)
         if lost is not None:
-            self.drift = _plus(self.drift, lost.reshape(len(x), -1).T @ x)
+            self.drift = _plus(self.drift, lost.T @ x)
 
     def objective(self) -> Objective:
         """One head, H_out the identity."""
-        if self.h_in is None or self.residual is None:
+        if self.h_in is None:
             raise ValueError("no calibration tokens were seen")
-        return Objective(
-            self.h_in[None], residual=self.residual[None], drift=None if self.drift is None else self.drift[None]
-        )
+        residual, drift = (None if part is None else part[None] for part in (self.residual, self.drift))
+        return Objective(mirrored(self.h_in[None]), residual=residual, drift=drift)
 
 
 class AttentionStatistics:
@@ -63,7 +67,8 @@ class AttentionStatistics:
     Attributes:
         keys, queries: (key heads, head_dim, head_dim): K^T K, and Q^T Q summed over each key head's query heads, after
             RoPE and with R3 taken out again.
-        value_h_in, value_residual: (key heads, c, c): X A^T A X^T and (X_f A_f^T - X_q A_q^T) A_q X_q^T, summed so.
+        value_h_in: (key heads, c, c): X_q A_q^T A_q X_q^T, summed so; blocks above the diagonal are not filled in.
+        value_drift: (key heads, head_dim, c): (W X_f A_f^T - W X_q A_q^T) A_q X_q^T, summed so.
     """
 
     def __init__(self, rotation: Hadamard | None = None) -> None:
@@ -71,7 +76,7 @@ class AttentionStatistics:
         self.keys: Tensor | None = None
         self.queries: Tensor | None = None
         self.value_h_in: Tensor | None = None
-        self.value_residual: Tensor | None = None
+        self.value_drift: Tensor | None = None
 
     def add_grams(self, query: Tensor, key: Tensor) -> None:
         """`query` (batch, heads, length, head_dim), `key` (batch, key heads, ...), as attention uses them."""
@@ -81,34 +86,43 @@ class AttentionStatistics:
         self.keys = _plus(self.keys, self._unrotate(k.transpose(1, 2) @ k))
         self.queries = _plus(self.queries, self._unrotate(q.transpose(1, 2) @ q))
 
-    def add_values(self, full: Tensor, quantized: Tensor, full_seen: Seen, quantized_seen: Seen) -> None:
+    def add_values(self, inputs: Tensor, values: Tensor, attended: Tensor, seen: Seen) -> None:
         """One batch of value inputs, weighted by causal attention.
 
         Args:
-            full, quantized: (batch, length, c), the layer's input in both streams.
-            full_seen, quantized_seen: what attention computes with in both streams.
+            inputs: (batch, length, c), X_q: the layer's input in the quantized stream.
+            values: (batch, length, key heads * head_dim), W X_q: the full-precision layer on that input.
+            attended: (batch, length, heads * head_dim), W X_f A_f^T: attention's output in the full-precision stream.
+            seen: what attention computes with in the quantized stream.
 
+        A bias may be in both `values` and `attended`: probabilities sum to 1, so it falls out of the difference.
         Query positions are taken in chunks, and a chunk only meets the tokens up to its end. Whichever is cheaper is
         formed first: A X per head, or the group's sum of A^T A.
         """
-        heads, length, c = full_seen.query.shape[1], full.shape[1], full.shape[2]
-        groups = full_seen.key.shape[1]
+        batch, length, c = inputs.shape
+        heads, groups = seen.query.shape[1], seen.key.shape[1]
         step = max(64, min(length, PROBABILITIES // (heads * length)))
-        if length * c + c * c <= length * length + groups * (length * c + c * c) / heads:
-            accumulate = _weighted_inputs
-        else:
-            accumulate = _weighted_grams
-        if self.value_h_in is None or self.value_residual is None:
-            self.value_h_in, self.value_residual = full.new_zeros(2, groups, c, c)
-        for i in range(len(full)):
-            chunks = (
-                (
-                    causal_probabilities(full_seen, i, start, min(start + step, length)),
-                    causal_probabilities(quantized_seen, i, start, min(start + step, length)),
-                )
-                for start in range(0, length, step)
-            )
-            accumulate(full[i], quantized[i], chunks, self.value_h_in, self.value_residual)
+        wide = length * c + c * c > length * length + groups * (length * c + c * c) / heads
+        values, attended = (part.unflatten(-1, (groups, -1)).transpose(1, 2) for part in (values, attended))
+        attended = attended.unflatten(-1, (heads // groups, -1)).transpose(2, 3)  # (batch, groups, n, length, head_dim)
+        if self.value_h_in is None or self.value_drift is None:
+            self.value_h_in = inputs.new_zeros(groups, c, c)
+            self.value_drift = inputs.new_zeros(groups, values.shape[-1], c)
+        for i in range(batch):
+            x, pulled = inputs[i], torch.zeros_like(values[i].transpose(1, 2))
+            gram = inputs.new_zeros(groups, length, length) if wide else None
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                a = causal_probabilities(seen, i, start, stop)
+                lost = attended[i, :, :, start:stop].flatten(1, 2) - a @ values[i, :, :stop]
+                pulled[..., :stop].baddbmm_(lost.transpose(1, 2), a)
+                if gram is not None:
+                    add_gram(gram[:, :stop, :stop], a)
+                else:
+                    add_gram(self.value_h_in, (a.flatten(0, 1) @ x[:stop]).unflatten(0, (groups, -1)))
+            self.value_drift += pulled @ x
+            if gram is not None:
+                self.value_h_in += x.T @ (mirrored(gram) @ x)
 
     def _unrotate(self, gram: Tensor) -> Tensor:
         """Queries and keys were multiplied by R3: R3 G R3^T is the Gram without it."""
@@ -125,12 +139,12 @@ class AttentionStatistics:
 
     def value_objective(self, output: Tensor) -> Objective:
         """H_out is W_O,h^T W_O,h summed over a value head's query heads; `output` is W_O (hidden, heads * head_dim)."""
-        if self.value_h_in is None or self.value_residual is None:
+        if self.value_h_in is None:
             raise ValueError("no calibration tokens were seen")
         groups, size = len(self.value_h_in), self.grams()[0].shape[-1]
         parts = output.T.reshape(groups, -1, size, output.shape[0]).float()
         h_out = (parts @ parts.transpose(-1, -2)).sum(1)
-        return Objective(self.value_h_in, h_out, self.value_residual)
+        return Objective(mirrored(self.value_h_in), h_out, drift=self.value_drift)
 
 
 def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,30 +168,19 @@ def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return gram * cc + cross + cross.transpose(-1, -2) + j.T @ (gram * ss) @ j
 
 
-def _weighted_inputs(
-    full: Tensor, quantized: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], h_in: Tensor, residual: Tensor
-) -> None:
-    """Y = A X of every head, then Y_q^T Y_q and (Y_f - Y_q)^T Y_q by group, added in place."""
-    for a_full, a_quantized in chunks:
-        groups, _, seen = a_full.shape
-        y = (a_quantized.flatten(0, 1) @ quantized[:seen]).unflatten(0, (groups, -1))
-        lost = (a_full.flatten(0, 1) @ full[:seen]).unflatten(0, (groups, -1)).sub_(y)
-        h_in.baddbmm_(y.transpose(1, 2), y)
-        residual.baddbmm_(lost.transpose(1, 2), y)
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to `total` (B, c, c), the blocks on and below its diagonal only; `x` is (B, n, c)."""
+    columns = x.shape[-1]
+    width = max(64, -(-columns // 4))
+    for start in range(0, columns, width):
+        below = total[:, start:, start : start + width]
+        below.baddbmm_(x[..., start:].transpose(1, 2), x[..., start : start + width])
 
 
-def _weighted_grams(
-    full: Tensor, quantized: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], h_in: Tensor, residual: Tensor
-) -> None:
-    """A_q^T A_q and A_f^T A_q by group, then X (.) X^T, added in place."""
-    gram, cross = full.new_zeros(2, len(h_in), len(full), len(full))
-    for a_full, a_quantized in chunks:
-        seen = a_full.shape[-1]
-        gram[:, :seen, :seen].baddbmm_(a_quantized.transpose(1, 2), a_quantized)
-        cross[:, :seen, :seen].baddbmm_(a_full.transpose(1, 2), a_quantized)
-    own = quantized.T @ (gram @ quantized)
-    h_in += own
-    residual += full.T @ (cross @ quantized) - own
+def mirrored(total: Tensor) -> Tensor:
+    """The whole symmetric matrices (B, c, c) of which `add_gram` made the lower half."""
+    lower = total.tril()
+    return lower + lower.tril(-1).transpose(1, 2)
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

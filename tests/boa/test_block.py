@@ -312,7 +312,7 @@ def test_objectives(
 
     _near(qk.h_in, _sum(xq, xq)[None])
     _near(qk.residual, _sum(xf - xq, xq)[None])
-    assert qk.drift is None and v.drift is None and gate_up.drift is None
+    assert qk.drift is None and gate_up.drift is None and v.residual is None
     met = []
     for h in range(HEADS):
         met.append(_turned_back(_sum(half.key[:, h // 2], half.key[:, h // 2])))
@@ -332,20 +332,17 @@ def test_objectives(
         h_out.append(_total(part.T @ part for part in parts))
     _near(v.h_in, torch.stack(h_in))
     _near(v.h_out, torch.stack(h_out))
-    _near(v.residual, torch.stack(residual))
+    value = full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
+    _near(v.drift, value @ torch.stack(residual))
 
     w = _weights(hf, weighted)
     _near(o.h_in, _sum(w * given.attended, w * given.attended)[None])
-    _near(o.residual, _sum(w * (exact.attended - given.attended), w * given.attended)[None])
+    lost = (exact.attended - given.attended) @ output.T + (hf - hq if drift else 0)
+    _near(o.drift, _sum(w * lost, w * given.attended)[None])
     hf, hq = (
         hf + exact.attended @ output.T,
         hq + given.attended @ rounded.get_parameter(f"{LLAMA.output}.weight").double().T,
     )
-    before = [stream.double() for stream in _streams()]
-    if drift:
-        _near(o.drift, _sum(w * (before[0] - before[1]), w * given.attended)[None])
-    else:
-        assert o.drift is None
 
     mf, mq = (_normed(full, LLAMA.mlp_norm, h) for h in (hf, hq))
     w = _weights(hf, weighted)
@@ -358,13 +355,11 @@ def test_objectives(
 
     uf, uq = hidden(full, mf), hidden(rounded, mq)
     _near(down.h_in, _sum(w * uq, w * uq)[None])
-    _near(down.residual, _sum(w * (uf - uq), w * uq)[None])
-    if drift:
-        _near(down.drift, _sum(w * (hf - hq), w * uq)[None])
-    else:
-        assert down.drift is None
+    lost = (uf - uq) @ full.get_parameter(f"{LLAMA.down}.weight").double().T + (hf - hq if drift else 0)
+    _near(down.drift, _sum(w * lost, w * uq)[None])
     for objective in (o, gate_up, down):
         assert objective.h_out is None
+    assert o.residual is None and down.residual is None
 
 
 def test_statistics_are_of_quantized_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,10 +404,11 @@ def test_full_precision_attention_sees_no_cache_quantizer(monkeypatch: pytest.Mo
             pair = (2 * g, 2 * g + 1)
             y = {h: given.probabilities[:, h] @ xq for h in pair}
             lost = {h: exact.probabilities[:, h] @ xf - y[h] for h in pair}
-            h_in, residual = solved[1].h_in, solved[1].residual
-            assert residual is not None
+            h_in, drift = solved[1].h_in, solved[1].drift
+            assert drift is not None
             _near(h_in[g], _total(_sum(y[h], y[h]) for h in pair))
-            _near(residual[g], _total(_sum(lost[h], y[h]) for h in pair))
+            value = solver.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
+            _near(drift[g], value[g] @ _total(_sum(lost[h], y[h]) for h in pair))
 
 
 # what each setting is for

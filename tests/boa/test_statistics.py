@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import (
 
 from rotoboa.boa.attention import Seen, attention_forward, causal_probabilities, set_attention
 from rotoboa.boa.objective import Objective
-from rotoboa.boa.statistics import AttentionStatistics, InputStatistics, rope_pull_back
+from rotoboa.boa.statistics import AttentionStatistics, InputStatistics, add_gram, mirrored, rope_pull_back
 from rotoboa.rotation.hadamard import Hadamard
 
 KEY_HEADS, SIZE, WIDTH, LENGTH, SEQUENCES = 2, 4, 6, 7, 3
@@ -97,6 +97,18 @@ class Toy:
         """Of some."""
         seen = self.seen
         return Seen(seen.query[sequences], seen.key[sequences], seen.value[sequences], SCALING)
+
+    @property
+    def values(self) -> Tensor:
+        """(sequences, length, key heads * size)."""
+        return self.project(self.w_v).transpose(1, 2).flatten(2)
+
+    @property
+    def attended(self) -> Tensor:
+        """What attention gives, (sequences, length, heads * size)."""
+        values = self.project(self.w_v).repeat_interleave(self.group, 1)
+        a = torch.stack([torch.stack([_dense(self, s, h) for h in range(self.heads)]) for s in range(len(self.x))])
+        return (a @ values).transpose(1, 2).flatten(2)
 
     def output_of(self, head: int) -> Tensor:
         """W_O,h, (hidden, size)."""
@@ -238,12 +250,13 @@ def test_r3_is_taken_out_of_the_grams(size: int) -> None:
 # values
 
 
-def _values(toy: Toy, given: Tensor | None = None) -> AttentionStatistics:
-    statistics = toy.grams()
+def _values(full: Toy, quantized: Toy) -> AttentionStatistics:
+    """Collected one sequence, then all the others."""
+    statistics = quantized.grams()
+    values = torch.einsum("btc,hrc->bthr", quantized.x, full.w_v).flatten(2)
     for part in (slice(0, 1), slice(1, None)):
-        full, quantized = toy.x[part], (toy.x if given is None else given)[part]
-        if len(full):
-            statistics.add_values(full, quantized, toy.part(part), toy.part(part))
+        if len(full.x[part]):
+            statistics.add_values(quantized.x[part], values[part], full.attended[part], quantized.part(part))
     return statistics
 
 
@@ -251,7 +264,7 @@ def _values(toy: Toy, given: Tensor | None = None) -> AttentionStatistics:
 def test_values_of_one_query_head_each_are_exact(rope: bool) -> None:
     """The squared error of the attention layer's output, of all sequences."""
     toy = Toy(1, rope=rope)
-    objective = _values(toy).value_objective(toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_o)
     assert objective.h_out is not None
     for head in range(KEY_HEADS):
 
@@ -269,7 +282,7 @@ def test_values_of_one_query_head_each_are_exact(rope: bool) -> None:
 def test_values_of_groups(group: int, rope: bool) -> None:
     """H_in and H_out each sum over the query heads: every head's output weight meets every head's attention."""
     toy = Toy(group, rope=rope)
-    objective = _values(toy).value_objective(toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_o)
     assert objective.h_out is not None
     for head in range(KEY_HEADS):
 
@@ -290,10 +303,8 @@ def test_value_target_is_the_least_squares_solution() -> None:
     full, quantized = Toy(1, rope=True), Toy(1, rope=True)
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
     quantized.w_q = full.w_q + 0.2 * _random(*full.w_q.shape, seed=31)
-    statistics = quantized.grams()
-    statistics.add_values(full.x, quantized.x, full.seen, quantized.seen)
-    objective = statistics.value_objective(full.w_o)
-    target = Objective(objective.h_in, residual=objective.residual).target(full.w_v)
+    objective = _values(full, quantized).value_objective(full.w_o)
+    target = Objective(objective.h_in, drift=objective.drift).target(full.w_v)
     for head in range(KEY_HEADS):
         y_full, y_quantized = (
             torch.cat([_softly(toy, s, head) @ x for s, x in enumerate(toy.x)]) for toy in (full, quantized)
@@ -304,16 +315,15 @@ def test_value_target_is_the_least_squares_solution() -> None:
 
 
 def _literally(full: Toy, quantized: Toy) -> tuple[Tensor, Tensor]:
-    """X_q A_q^T A_q X_q^T and (X_f A_f^T - X_q A_q^T) A_q X_q^T, summed over sequences and each group's query heads."""
+    """X_q A_q^T A_q X_q^T and W (X_f A_f^T - X_q A_q^T) A_q X_q^T, summed over sequences and a group's query heads."""
     width = full.x.shape[-1]
-    h_in = torch.zeros(full.key_heads, width, width, dtype=torch.float64)
-    residual = torch.zeros_like(h_in)
+    h_in, residual = torch.zeros(2, full.key_heads, width, width, dtype=torch.float64)
     for s in range(len(full.x)):
         for h in range(full.heads):
             y = _dense(quantized, s, h) @ quantized.x[s]
             h_in[h // full.group] += y.T @ y
             residual[h // full.group] += (_dense(full, s, h) @ full.x[s] - y).T @ y
-    return h_in, residual
+    return h_in, full.w_v @ residual
 
 
 def _dense(toy: Toy, sequence: int, head: int) -> Tensor:
@@ -333,31 +343,50 @@ def test_both_orders_of_multiplication(group: int, key_heads: int, length: int, 
         Toy(group, rope=True, sequences=2, length=length, width=width, key_heads=key_heads) for _ in range(2)
     )
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
-    statistics = AttentionStatistics()
-    for part in (slice(0, 1), slice(1, 2)):
-        statistics.add_values(full.x[part], quantized.x[part], full.part(part), quantized.part(part))
-    h_in, residual = _literally(full, quantized)
-    assert statistics.value_h_in is not None and statistics.value_residual is not None
-    torch.testing.assert_close(statistics.value_h_in, h_in, rtol=0, atol=1e-12 * float(h_in.abs().max()))
-    torch.testing.assert_close(statistics.value_residual, residual, rtol=0, atol=1e-12 * float(h_in.abs().max()))
+    statistics = _values(full, quantized)
+    h_in, drift = _literally(full, quantized)
+    objective = statistics.value_objective(full.w_o)
+    torch.testing.assert_close(objective.h_in, h_in, rtol=0, atol=1e-12 * float(h_in.abs().max()))
+    assert objective.drift is not None
+    torch.testing.assert_close(objective.drift, drift, rtol=0, atol=1e-12 * float(h_in.abs().max()))
+
+
+def test_a_bias_of_values_makes_no_difference() -> None:
+    """Probabilities sum to 1: it falls out."""
+    toy = Toy(2, rope=True)
+    plain, biased = _values(toy, toy), AttentionStatistics()
+    bias = _random(KEY_HEADS, SIZE, seed=8)
+    spread = bias.repeat_interleave(2, 0).flatten()
+    biased.add_values(toy.x, toy.values + bias.flatten(), toy.attended + spread, toy.seen)
+    assert plain.value_drift is not None
+    torch.testing.assert_close(biased.value_drift, plain.value_drift, rtol=0, atol=1e-11)
+    assert plain.value_drift.abs().max() < 1e-11  # the same stream twice has lost nothing
 
 
 def test_narrow_and_wide_agree() -> None:
     """Channels of zeros make the same input a wide one: another order of multiplication, the same numbers."""
-    toy = Toy(4, rope=True, length=40, key_heads=2)
-    wide = torch.nn.functional.pad(toy.x, (0, 194))
-    other = 0.9 * toy.x
-    narrow_one, wide_one = AttentionStatistics(), AttentionStatistics()
-    narrow_one.add_values(toy.x, other, toy.seen, toy.seen)
-    wide_one.add_values(wide, torch.nn.functional.pad(other, (0, 194)), toy.seen, toy.seen)
-    for narrow, wider in (
-        (narrow_one.value_h_in, wide_one.value_h_in),
-        (narrow_one.value_residual, wide_one.value_residual),
-    ):
-        assert narrow is not None and wider is not None
-        scale = float(narrow.abs().max())
-        torch.testing.assert_close(wider[:, :WIDTH, :WIDTH], narrow, rtol=0, atol=1e-12 * scale)
-        assert wider[:, WIDTH:].abs().max() == 0 and wider[:, :, WIDTH:].abs().max() == 0
+    toy, other = Toy(4, rope=True, length=40, key_heads=2), Toy(4, rope=True, length=40, key_heads=2)
+    other.x = 0.9 * toy.x
+    narrow = _values(toy, other)
+    values, attended, seen = other.values, toy.attended, other.seen
+    wide = AttentionStatistics()
+    wide.add_values(torch.nn.functional.pad(other.x, (0, 194)), values, attended, seen)
+    wide.add_grams(seen.query, seen.key)
+    one, two = narrow.value_objective(toy.w_o), wide.value_objective(toy.w_o)
+    assert one.drift is not None and two.drift is not None
+    for narrower, wider in ((one.h_in, two.h_in[:, :WIDTH]), (one.drift, two.drift)):
+        scale = float(narrower.abs().max())
+        torch.testing.assert_close(wider[..., :WIDTH], narrower, rtol=0, atol=1e-12 * scale)
+    assert two.h_in[:, WIDTH:].abs().max() == 0 and two.drift[:, :, WIDTH:].abs().max() == 0
+
+
+@pytest.mark.parametrize("columns", [3, 64, 65, 300])
+def test_grams_by_half(columns: int) -> None:
+    x = _random(2, 9, columns)
+    total = torch.zeros(2, columns, columns, dtype=torch.float64)
+    for part in x.split(4, 1):
+        add_gram(total, part)
+    torch.testing.assert_close(mirrored(total), x.transpose(1, 2) @ x, rtol=0, atol=1e-12)
 
 
 # attention
@@ -474,12 +503,15 @@ def test_adding_does_not_write_to_what_was_given() -> None:
     toy = Toy(2, rope=True)
     seen = toy.seen
     copies = [tensor.clone() for tensor in (toy.x, seen.query, seen.key)]
+    values, attended = toy.values, toy.attended
+    copies += [values.clone(), attended.clone()]
     statistics, inputs = AttentionStatistics(), InputStatistics()
     for _ in range(2):
         statistics.add_grams(seen.query, seen.key)
-        statistics.add_values(toy.x, toy.x, seen, seen)
+        statistics.add_values(toy.x, values, attended, seen)
         inputs.add(toy.x, toy.x)
-    assert all(torch.equal(a, b) for a, b in zip(copies, (toy.x, seen.query, seen.key), strict=True))
+    given = (toy.x, seen.query, seen.key, values, attended)
+    assert all(torch.equal(a, b) for a, b in zip(copies, given, strict=True))
 
 
 def test_nothing_seen() -> None:
