@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..models.families import Family
 from ..rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 from .attention import AttentionTransform
@@ -40,6 +41,18 @@ class OnlineTransforms:
     gate_up: InputTransform = InputTransform()
     down: InputTransform = InputTransform()
     attention: AttentionTransform = field(default_factory=AttentionTransform)
+
+    def by_projection(self, family: Family) -> dict[str, InputTransform]:
+        """The transform of each projection's input."""
+        return {
+            family.query: self.qkv,
+            family.key: self.qkv,
+            family.value: self.qkv,
+            family.output: self.output,
+            family.gate: self.gate_up,
+            family.up: self.gate_up,
+            family.down: self.down,
+        }
 
     @property
     def clips(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..boa.attention import NAME, set_attention
 from ..boa.rounding import Quantized
-from ..boa.transforms import InputTransform, OnlineTransforms
+from ..boa.transforms import OnlineTransforms
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.families import Family, Shape, family_of
@@ -67,16 +67,7 @@ def unpack_block(
 
 def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: OnlineTransforms) -> nn.Module:
     """Replace a block's projections by packed layers and switch its attention's transforms on, in place."""
-    sites: dict[str, InputTransform] = {
-        family.query: transforms.qkv,
-        family.key: transforms.qkv,
-        family.value: transforms.qkv,
-        family.output: transforms.output,
-        family.gate: transforms.gate_up,
-        family.up: transforms.gate_up,
-        family.down: transforms.down,
-    }
-    for name, transform in sites.items():
+    for name, transform in transforms.by_projection(family).items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         with linear.weight.device:

@@ -65,6 +65,12 @@ class Rotation(_Section):
     r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
     r4: bool = Field(default=False, description="Rotate the input of down, online: for low-bit activations.")
     seed: int = Field(default=0, ge=0, description="Seed of the random signs of the Hadamard matrices.")
+    seeds: int = Field(
+        default=1,
+        ge=1,
+        description="How many seeds, from the above on, are tried on a little calibration text; the one that loses "
+        "least to rounding to nearest is used.",
+    )
 
 
 class Weights(_Section):

@@ -24,12 +24,8 @@ from .job import Job, check_length, dataset_of, evaluation_windows, exported_byt
 from .measure import device_name, peak_memory, perplexities, plain_forward, sizes
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml
-from .run import (
-    REPORT,
-    RunFolder,
-    recipe_of,
-    write_json,
-)
+from .run import REPORT, RunFolder, recipe_of, write_json
+from .seeds import choose_seed
 
 
 def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -62,6 +58,12 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     folder.start(recipe_to_yaml(recipe))
 
     try:
+        seed = folder.manifest.get("rotation_seed")
+        if seed is None:
+            with job.timed("choose the rotation"):
+                folder.manifest["rotation_seed"] = seed = choose_seed(job, tokens, progress)
+            folder.save()
+        job.rotations = job.rotations.reseeded(seed)
         embedding, norm, head = _ends(job)
         plain = plain_forward(job, tokens, progress)
         with job.timed("quantize"):
@@ -87,7 +89,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         "python": platform.python_version(),
         "device": device_name(job.decoder.device),
         "recipe": recipe.model_dump(mode="json"),
-        "seeds": {"rotation": recipe.rotation.seed, "calibration": recipe.calibration.seed},
+        "seeds": {"rotation": seed, "calibration": recipe.calibration.seed},
     }
     write_json(folder.path / REPORT, report)
     folder.manifest["finished"] = True

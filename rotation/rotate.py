@@ -12,7 +12,7 @@ With orthogonal Q, a row vector x becomes x Q: a layer that reads it gets W Q, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class Rotations:
             r4=Hadamard.of(shape.ffn) if r4 else None,
             seed=seed,
         )
+
+    def reseeded(self, seed: int) -> Rotations:
+        """The same rotations, their signs drawn from another seed."""
+        return replace(self, r1=self.r1 and Hadamard.of(self.shape.hidden, seed), seed=seed)
 
     def values(self, index: int) -> Hadamard | None:
         """R2 of block `index`."""
