@@ -1,9 +1,11 @@
-"""Perplexity, block by block: only one decoder block is in memory at a time."""
+"""Perplexity and divergence, block by block: only one decoder block is in memory at a time, and no more logits than
+those of one window."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,41 @@ from torch import Tensor, nn
 BlockFunction = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class States:
+    """A model's last hidden states over windows of text: all that its predictions need besides the output layer.
+
+    Attributes:
+        hidden: (windows, length, hidden), in the dtype of the computation, on the CPU.
+        norm: the final norm.
+        head: (vocabulary, hidden), on the device to compute on.
+    """
+
+    hidden: Tensor
+    norm: nn.Module
+    head: Tensor
+
+    def log_probabilities(self, window: int) -> Tensor:
+        """(length - 1, vocabulary) float32: of the token after each of a window's tokens but its last."""
+        hidden = self.norm(self.hidden[window, :-1].to(self.head.device))
+        return (hidden @ self.head.T).float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions are from those of the original, over the tokens that perplexity is taken over.
+
+    Attributes:
+        kl: mean of KL(original || model) of the distribution of the next token, in nats; 0 is the same model.
+        top1: part of the tokens for which both hold the same next token for the most likely; 1 is the same model.
+    """
+
+    kl: float
+    top1: float
+
+
 @torch.no_grad()
-def perplexity(
+def last_states(
     tokens: Tensor,
     embedding: Tensor,
     blocks: Iterable[BlockFunction],
@@ -21,8 +56,8 @@ def perplexity(
     *,
     batch: int = 8,
     advance: Callable[[], None] = lambda: None,
-) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of its window.
+) -> States:
+    """The last hidden states of a model that is made one block after another.
 
     Args:
         tokens: (windows, length).
@@ -32,8 +67,6 @@ def perplexity(
         head: (vocabulary, hidden).
         batch: windows computed at a time.
         advance: called after each block.
-
-    Windows do not see each other, as in the papers' protocol (GPTQ, QuaRot, BoA).
     """
     device = embedding.device
     hidden = torch.empty(*tokens.shape, embedding.shape[1], dtype=embedding.dtype)
@@ -43,12 +76,32 @@ def perplexity(
         for part in hidden.split(batch):
             part.copy_(block(part.to(device)))
         advance()
-    total = 0.0
-    for part, ids in zip(hidden.split(1), tokens.split(1), strict=True):  # logits are large: one window of them
-        logits = norm(part[:, :-1].to(device)) @ head.T
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), ids[:, 1:].to(device).flatten(), reduction="sum"
-        )
-        total += float(losses)
-    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
-    return math.exp(mean) if mean < 700 else math.inf if mean < math.inf else mean
+    return States(hidden, norm, head)
+
+
+@torch.no_grad()
+def scores(tokens: Tensor, states: States, original: States | None = None) -> tuple[float, Divergence | None]:
+    """Perplexity of a model, and its divergence from the original where that is given.
+
+    Perplexity is exp of the mean negative log-likelihood of every token but the first of its window. Windows do not
+    see each other, as in the papers' protocol (GPTQ, QuaRot, BoA). The divergence is the KL divergence and the top-1
+    agreement that llama.cpp's `perplexity` reports.
+
+    Args:
+        tokens: (windows, length).
+        states: the model's, over these tokens.
+        original: those of the model that it was made from, over the same tokens.
+    """
+    likelihood = kl = same = 0.0
+    for window, ids in enumerate(tokens):  # logits are large: one window of them
+        predicted = states.log_probabilities(window)
+        likelihood += float(predicted.gather(1, ids[1:, None].to(predicted.device)).sum(dtype=torch.float64))
+        if original is not None:
+            expected = original.log_probabilities(window)
+            # A token's terms nearly cancel, so their sum goes over the vocabulary in float32 and from there in float64.
+            kl += float((expected.exp() * (expected - predicted)).sum(-1).sum(dtype=torch.float64))
+            same += int((expected.argmax(-1) == predicted.argmax(-1)).sum())
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    mean = -likelihood / count
+    perplexity = math.exp(mean) if mean < 700 else math.inf if mean < math.inf else mean
+    return perplexity, None if original is None else Divergence(kl / count, same / count)

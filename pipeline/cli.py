@@ -179,7 +179,7 @@ def evaluate(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the perplexity of a finished run again."""
+    """Measure a finished run again: perplexity, and divergence from full precision."""
     _read_json(run, "manifest.json")
 
     from . import stages

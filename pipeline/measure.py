@@ -1,4 +1,4 @@
-"""What is measured of a run: perplexities, the plain forward pass that ratios are taken to, memory, sizes."""
+"""What is measured of a run: perplexities, divergence, the plain forward pass of ratios, memory, sizes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..boa.rounding import Quantized, Settings, quantize
 from ..boa.transforms import OnlineTransforms
-from ..eval.perplexity import perplexity
+from ..eval.perplexity import States, last_states, scores
 from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
 from ..models.decoder import Decoder
@@ -46,39 +47,49 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
 
 def perplexities(
     job: Job, folder: RunFolder, windows: Tensor, ends: tuple[Tensor, Tensor, Tensor], progress: Progress
-) -> dict[str, float]:
-    """Perplexity of full precision, of RTN without rotation and of the quantized model, on the same windows."""
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Full precision, RTN without rotation and the quantized model on the same windows, each run through them once.
+
+    Returns:
+        The perplexity of each, and the divergence from full precision: `kl` and `top1` of the quantized model, and
+        `rtn` with both of RTN.
+    """
     compute, checkpoint = job.decoder, job.checkpoint
     plain_ends = (checkpoint.embedding(), checkpoint.final_norm(), checkpoint.head())
     transforms = replace(job.spec, r3=False, r4=False, clips=None).transforms(compute.shape)
+    perplexity: dict[str, float] = {}
+    divergence: dict[str, Any] = {}
 
-    def run(blocks: Iterator[torch.nn.Module], ends: tuple[Tensor, Tensor, Tensor], name: str) -> float:
+    def run(
+        name: str, blocks: Iterator[nn.Module], ends: tuple[Tensor, Tensor, Tensor], original: States | None = None
+    ) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
         embedding, norm, head = ends
-        functions = (partial(compute.run, block) for block in blocks)
-        return perplexity(
-            windows,
-            embedding.to(compute.device, compute.dtype),
-            functions,
-            compute.norm(norm),
-            head.to(compute.device, compute.dtype),
-            batch=job.recipe.calibration.batch,
-            advance=progress.advance,
-        )
+        with job.timed(f"evaluate {name}"):
+            states = last_states(
+                windows,
+                embedding.to(compute.device, compute.dtype),
+                (partial(compute.run, block) for block in blocks),
+                compute.norm(norm),
+                head.to(compute.device, compute.dtype),
+                batch=job.recipe.calibration.batch,
+                advance=progress.advance,
+            )
+            key = name.replace(" ", "_")
+            perplexity[key], found = scores(windows, states, original)
+        if found is not None:
+            divergence[key] = asdict(found)
+        return states
 
     indices = range(compute.shape.blocks)
-    measured = {}
-    with job.timed("evaluate full precision"):
-        plain = (compute.block(i, checkpoint.block(i)) for i in indices)
-        measured["full_precision"] = run(plain, plain_ends, "full precision")
+    plain = (compute.block(i, checkpoint.block(i)) for i in indices)
+    original = run("full precision", plain, plain_ends)
     if job.recipe.evaluation.baseline:
-        with job.timed("evaluate rtn"):
-            rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
-            measured["rtn"] = run(rounded, plain_ends, "rtn")
-    with job.timed("evaluate quantized"):
-        packed = (packed_block(compute, i, folder.read_block(i), job.spec) for i in indices)
-        measured["quantized"] = run(packed, ends, "quantized")
-    return measured
+        rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
+        run("rtn", rounded, plain_ends, original)
+    packed = (packed_block(compute, i, folder.read_block(i), job.spec) for i in indices)
+    run("quantized", packed, ends, original)
+    return perplexity, divergence.pop("quantized") | divergence
 
 
 def rounded_block(

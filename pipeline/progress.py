@@ -153,22 +153,37 @@ def _show(value: Any) -> str:
 
 
 def result_table(report: Mapping[str, Any]) -> Table:
-    """The perplexities of a report: a row for each model measured, a column for each data set.
+    """Perplexity and divergence: a row for each model measured, columns for each data set.
 
-    `report["perplexity"]` is {data set: {"full_precision": 9.1, "rtn": 25.0, "quantized": 9.6}}; what was not
+    `report["perplexity"]` is {data set: {"full_precision": 9.1, "rtn": 25.0, "quantized": 9.6}}, and
+    `report["divergence"]` {data set: {"kl": 0.05, "top1": 0.9, "rtn": {"kl": 0.9, "top1": 0.5}}}; what was not
     measured is left out or None.
     """
     perplexity: Mapping[str, Mapping[str, float | None]] = report.get("perplexity") or {}
+    divergence: Mapping[str, Mapping[str, Any]] = report.get("divergence") or {}
     table = Table(title="Perplexity", title_justify="left")
     table.add_column("model")
     for dataset in perplexity:
         table.add_column(dataset, justify="right")
+        if dataset in divergence:
+            table.title = "Perplexity, and divergence from full precision"
+            table.add_column("KL (nats)", justify="right")
+            table.add_column("same top-1", justify="right")
     for key, label in MODELS.items():
-        values = [row.get(key) for row in perplexity.values()]
-        if any(value is not None for value in values):
-            cells = ["" if value is None else f"{value:,.3f}" for value in values]
-            table.add_row(label, *cells, style="bold" if key == "quantized" else None)
+        if all(row.get(key) is None for row in perplexity.values()):
+            continue
+        cells = []
+        for dataset, row in perplexity.items():
+            cells.append(_cell(row.get(key), "{:,.3f}"))
+            if dataset in divergence:
+                found = divergence[dataset] if key == "quantized" else divergence[dataset].get(key) or {}
+                cells += [_cell(found.get("kl"), "{:.4f}"), _cell(found.get("top1"), "{:.1%}")]
+        table.add_row(label, *cells, style="bold" if key == "quantized" else None)
     return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def cost_table(report: Mapping[str, Any]) -> Table:

@@ -71,7 +71,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
             head = _correct_head(job, norm, head, *streams)
         with job.timed("export"):
             write_native(folder.path / "model", job.checkpoint, job.spec, _groups(job, folder, embedding, norm, head))
-        measured = perplexities(job, folder, windows, (embedding, norm, head), progress)
+        perplexity, divergence = perplexities(job, folder, windows, (embedding, norm, head), progress)
     except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError, SafetensorError) as error:
         what = str(error).rstrip(".") or type(error).__name__
         raise RunError(
@@ -79,7 +79,8 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         ) from error
     report = {
         "model": job.model.name,
-        "perplexity": {evaluation_set: measured},
+        "perplexity": {evaluation_set: perplexity},
+        "divergence": {evaluation_set: divergence},
         "tokens": {"calibration": list(tokens.shape), "evaluation": list(windows.shape)},
         "seconds": {**job.seconds, "total": time.perf_counter() - started},
         "plain_forward_seconds": plain,
@@ -106,7 +107,7 @@ def evaluate(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure the perplexity of a finished run again, on this or another text; returns a report of it.
+    """Measure a finished run again, on this or another text; returns a report of perplexity and divergence.
 
     Raises:
         InputError: there is no finished run, or the text cannot be used.
@@ -120,8 +121,13 @@ def evaluate(
     chosen = dataset or dataset_of(recipe.evaluation.dataset, job.model, "--dataset")
     tokens = evaluation_windows(job, chosen, recipe.evaluation.split, length, windows or recipe.evaluation.windows)
     job.spec = replace(job.spec, clips=folder.clips())
-    measured = perplexities(job, folder, tokens, read_ends(run / "model", job.decoder.family), progress)
-    return {"perplexity": {chosen: measured}, "seconds": job.seconds, "sizes": sizes(job, folder)}
+    perplexity, divergence = perplexities(job, folder, tokens, read_ends(run / "model", job.decoder.family), progress)
+    return {
+        "perplexity": {chosen: perplexity},
+        "divergence": {chosen: divergence},
+        "seconds": job.seconds,
+        "sizes": sizes(job, folder),
+    }
 
 
 def _ends(job: Job) -> tuple[Tensor, Tensor, Tensor]:

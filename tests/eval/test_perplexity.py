@@ -1,22 +1,29 @@
 """Perplexity block by block is perplexity."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from rotoboa.eval.perplexity import perplexity
+from rotoboa.eval.perplexity import BlockFunction, last_states, scores
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 
 
 def tokens(windows: int, length: int, vocabulary: int = 2048) -> Tensor:
     return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(2))
+
+
+def perplexity(
+    windows: Tensor, embedding: Tensor, blocks: Iterable[BlockFunction], norm: nn.Module, head: Tensor, **options: Any
+) -> float:
+    return scores(windows, last_states(windows, embedding, blocks, norm, head, **options))[0]
 
 
 def streamed(folder: Path, windows: Tensor, batch: int) -> float:

@@ -123,6 +123,23 @@ def test_result_table() -> None:
     ]
 
 
+def test_divergence_has_columns_beside_its_data_set() -> None:
+    report = {
+        "perplexity": {"c4": {"full_precision": 5.0, "rtn": 7.0, "quantized": 5.5}, "wikitext2": {"quantized": 6.0}},
+        "divergence": {"c4": {"kl": 0.0625, "top1": 0.875, "rtn": {"kl": 1.5, "top1": 0.5}}},
+    }
+    lines = text(result_table(report)).splitlines()
+    assert lines[0].strip() == "Perplexity, and divergence from full precision"
+    header = [cell.strip() for cell in lines[2].strip("┃").split("┃")]
+    assert header == ["model", "c4", "KL (nats)", "same top-1", "wikitext2"]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert rows == [
+        ["full precision", "5.000", "", "", ""],
+        ["RTN, no rotation", "7.000", "1.5000", "50.0%", ""],
+        ["quantized", "5.500", "0.0625", "87.5%", "6.000"],
+    ]
+
+
 def test_what_was_not_measured_has_no_row() -> None:
     assert "RTN" not in text(result_table({"perplexity": {"c4": {"full_precision": 5.0, "quantized": 5.25}}}))
     assert not result_table({}).rows and not cost_table({}).rows

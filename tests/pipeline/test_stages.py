@@ -75,6 +75,10 @@ def test_report(finished: tuple[Recipe, dict[str, Any]], text: Path, llama: Path
     measured = perplexities(report)
     assert list(measured) == ["full_precision", "rtn", "quantized"]
     assert all(math.isfinite(value) and value > 1 for value in measured.values())
+    (divergence,) = report["divergence"].values()
+    assert report["divergence"].keys() == report["perplexity"].keys()
+    assert set(divergence) == {"kl", "top1", "rtn"} and set(divergence["rtn"]) == {"kl", "top1"}
+    assert divergence["kl"] > 0 and 0 < divergence["top1"] < 1
     assert report["model"] == str(llama)
     assert report["recipe"] == recipe.model_dump(mode="json")
     assert report["seeds"] == {"rotation": 0, "calibration": 0}
@@ -129,7 +133,7 @@ def test_evaluating_again_gives_the_figures_of_the_report(
     recipe, report = finished
     before = model_files(output_of(recipe))
     again = stages.evaluate(output_of(recipe))
-    assert again["perplexity"] == report["perplexity"] and again["sizes"] == report["sizes"]
+    assert all(again[name] == report[name] for name in ("perplexity", "divergence", "sizes"))
     fewer = stages.evaluate(output_of(recipe), windows=2)
     assert perplexities(fewer)["quantized"] != perplexities(report)["quantized"]
     other = tmp_path / "other.txt"
@@ -180,8 +184,11 @@ def test_methods_bits_and_groups(
     report = rotoboa.quantize(make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "run", **changes}))
     measured = perplexities(report)
     assert list(measured) == ["full_precision", "quantized"] and "evaluate rtn" not in report["seconds"]
+    (divergence,) = report["divergence"].values()
+    assert list(divergence) == ["kl", "top1"]
     if bits == 8:
         assert measured["quantized"] == pytest.approx(measured["full_precision"], rel=0.02)
+        assert divergence["kl"] < 0.01 and divergence["top1"] > 0.9
     tensors = load_file(tmp_path / "run" / "blocks" / "00001.safetensors")
     assert tensors["mlp.down_proj.qweight"].shape == (64, packed_width(96, bits))
     assert tensors["mlp.down_proj.scale"].shape == tensors["mlp.down_proj.zero"].shape == (64, 96 // (group or 96))
