@@ -30,7 +30,7 @@ Split = Literal["calibration", "validation", "evaluation"]
 LINE_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", *LINE_SUFFIXES)
 POSSIBLE = "'stdlib', 'wikitext2', 'c4', or the path of a local .txt file or .jsonl file with a field 'text' per line"
-TOKENIZER_BATCH = 256
+TOKENIZER_BATCH = 16
 
 WIKITEXT2_SPLITS = {"calibration": "train", "validation": "validation", "evaluation": "test"}
 # A shard holds 356,317 documents; the first 16,384 are some 8 M tokens, far more than any calibration draws.
@@ -127,7 +127,8 @@ def evaluation_tokens(
     Raises:
         InputError: the texts give less than one window, or a token id is `vocab_size` or above.
     """
-    tokens = _encode(tokenizer, texts, vocab_size)
+    enough = None if limit is None else limit * sequence_length
+    tokens = _encode(tokenizer, texts, vocab_size, enough)
     windows = len(tokens) // sequence_length
     if windows == 0:
         raise InputError(
@@ -137,11 +138,18 @@ def evaluation_tokens(
     return tokens[: windows * sequence_length].view(windows, sequence_length)[:limit]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], vocab_size: int | None) -> torch.Tensor:
-    """Return the tokens of all texts, int64 (n,), bos before each text when the tokenizer has one."""
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], vocab_size: int | None, enough: int | None = None
+) -> torch.Tensor:
+    """Return the tokens of all texts, int64 (n,), bos before each text when the tokenizer has one.
+
+    Given `enough`, texts after that many tokens may be left out.
+    """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     pieces = [np.empty(0, dtype=np.int64)]
     for start in range(0, len(texts), TOKENIZER_BATCH):
+        if enough is not None and sum(map(len, pieces)) >= enough:
+            break
         # verbose=False: texts are longer than the model's positions by design, and are cut into windows afterwards.
         batch = tokenizer(texts[start : start + TOKENIZER_BATCH], add_special_tokens=False, verbose=False)["input_ids"]
         pieces += [np.array([*bos, *ids], dtype=np.int64) for ids in batch]
