@@ -24,7 +24,7 @@ def test_cost_is_that_of_rounding() -> None:
     job = _job("w4a4kv4")
     rotated = seeds.rounding_cost(job, job.rotations, TOKENS)
     plain = _job("w4a4kv4", rotation__r1=False, rotation__r2=False, rotation__r4=False)
-    assert rotated < 0.5 * seeds.rounding_cost(plain, plain.rotations, TOKENS)
+    assert rotated < 0.6 * seeds.rounding_cost(plain, plain.rotations, TOKENS)
     for changes in ({"weights__bits": 3}, {"activations__bits": 3}):
         coarse = _job("w4a4kv4", **changes)
         assert seeds.rounding_cost(coarse, coarse.rotations, TOKENS) > 1.2 * rotated
