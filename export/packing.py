@@ -2,12 +2,19 @@
 
 Value i of a row starts at bit `i * bits` of the row, least significant bit first; the last word is padded with zeros.
 Worked example, 4 bits: the row `[1, 2, 3]` is the one word `0x321`.
+
+Eight values are `bits` bytes when packed and one 64-bit lane when not, so all eight move at once: three times the lower
+and the upper half of what a lane holds are drawn apart, or together. Rows go in parts, so that temporaries stay small.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
+
+_CHUNK = 1 << 20  # values at a time
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -24,16 +31,22 @@ def pack(integers: Tensor, bits: int) -> Tensor:
     _check(bits)
     if integers.numel() and (int(integers.min()) < 0 or int(integers.max()) >= 2**bits):
         raise ValueError(f"a value lies outside 0 .. {2**bits - 1}, which {bits} bits hold")
+    return pack_levels(integers, bits)
+
+
+def pack_levels(integers: Tensor, bits: int) -> Tensor:
+    """`pack` of values that are known to fit: to look at them would wait for a GPU."""
     rows, columns = integers.shape
-    values = torch.nn.functional.pad(integers.to(torch.int64), (0, -columns % 32)).view(rows, -1, 32)
-    words = values.new_zeros(rows, values.shape[1], bits)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        words[..., word] |= values[..., i] << shift
-        if shift + bits > 32:
-            words[..., word + 1] |= values[..., i] >> (32 - shift)
-    words = (words & 0xFFFFFFFF).flatten(1)[:, : packed_width(columns, bits)]
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+    width = packed_width(columns, bits)
+    words = torch.empty(rows, width, dtype=torch.int32, device=integers.device)
+    for start, stop in _parts(rows, columns):
+        # A copy, whole words wide: lanes are changed in place.
+        lanes = torch.zeros(stop - start, -(-columns // 32) * 32, dtype=torch.uint8, device=integers.device)
+        lanes[:, :columns] = integers[start:stop]
+        packed = _draw_together(lanes.view(torch.int64), bits).view(torch.uint8)
+        data = packed.view(stop - start, -1, 8)[..., :bits].reshape(stop - start, -1)
+        words[start:stop].view(torch.uint8).copy_(data[:, : 4 * width])
+    return words
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -48,18 +61,73 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
             f"{words.shape[1]} words a row cannot be {columns} values of {bits} bits, "
             f"which take {packed_width(columns, bits)}"
         )
-    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(words.shape[0], -1, bits)
-    mask = 2**bits - 1
-    values = torch.empty(*padded.shape[:2], 32, dtype=torch.uint8, device=words.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        value = padded[..., word] >> shift  # arithmetic: the mask below takes off the copies of the sign
-        if shift + bits > 32:
-            value = (value & (2 ** (32 - shift) - 1)) | (padded[..., word + 1] << (32 - shift))
-        values[..., i] = (value & mask).to(torch.uint8)
-    return values.flatten(1)[:, :columns]
+    rows, groups = words.shape[0], -(-columns // 8)
+    lanes = torch.empty(rows, groups, dtype=torch.int64, device=words.device)
+    for start, stop in _parts(rows, columns):
+        data = words[start:stop].contiguous().view(torch.uint8)
+        data = torch.nn.functional.pad(data, (0, max(0, groups * bits - data.shape[1])))[:, : groups * bits]
+        part = lanes[start:stop]
+        part.view(torch.uint8).view(stop - start, groups, 8)[..., :bits] = data.view(stop - start, groups, bits)
+        _draw_apart(part, bits)
+    return lanes.view(torch.uint8)[:, :columns]
+
+
+def planes(words: Tensor, bits: int) -> Tensor:
+    """The values of 2- or 4-bit words with less work than `unpack`, in another order.
+
+    Returns:
+        (rows, 8 / bits, 4 * words) uint8: [r, p, k] is value p of byte k, so column k * 8 / bits + p of the row; the
+        padding at a row's end is zero.
+    """
+    _check(bits)
+    count, mask = 8 // bits, (2**bits - 1) * 0x01010101
+    out = torch.empty(words.shape[0], count, words.shape[1], dtype=torch.int32, device=words.device)
+    for plane in range(count):
+        torch.bitwise_right_shift(words, plane * bits, out=out[:, plane])
+        out[:, plane].bitwise_and_(mask)
+    return out.view(torch.uint8)
+
+
+def _draw_apart(lanes: Tensor, bits: int) -> Tensor:
+    """Eight values in the low 8 * bits bits of each lane (the rest is anything) -> one a byte; in place."""
+    for values in (4, 2, 1):  # that a half holds
+        half = 8 * values
+        low, shift = _low_halves(half, values * bits), half - values * bits
+        if shift:
+            upper = (lanes << shift).bitwise_and_(_signed(low << half))
+            lanes.bitwise_and_(low).bitwise_or_(upper)
+    return lanes
+
+
+def _draw_together(lanes: Tensor, bits: int) -> Tensor:
+    """The inverse of `_draw_apart`; the bits above are zero."""
+    for values in (1, 2, 4):
+        half = 8 * values
+        low, shift = _low_halves(half, values * bits), half - values * bits
+        if shift:  # then the top bit of a lane is zero, and a shift to the right brings in no sign
+            upper = (lanes >> shift).bitwise_and_(_signed(low << values * bits))
+            lanes.bitwise_and_(low).bitwise_or_(upper)
+    return lanes
+
+
+def _low_halves(half: int, bits: int) -> int:
+    """A mask of the low `bits` bits of every second field of `half` bits, the lowest one included."""
+    return sum(((1 << bits) - 1) << start for start in range(0, 64, 2 * half))
+
+
+def _signed(mask: int) -> int:
+    """64 bits as an int64 has them."""
+    mask &= (1 << 64) - 1
+    return mask - (1 << 64) if mask >> 63 else mask
+
+
+def _parts(rows: int, columns: int) -> list[tuple[int, int]]:
+    step = max(1, _CHUNK // max(1, columns))
+    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 def _check(bits: int) -> None:
     if not 2 <= bits <= 8:
         raise ValueError(f"{bits} bits cannot be packed; 2 to 8 can")
+    if sys.byteorder != "little":
+        raise ValueError("words are cut into bytes here as little-endian machines have them, which this is not")

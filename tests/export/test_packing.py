@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotoboa.export.packing import pack, packed_width, unpack
+from rotoboa.export import packing
+from rotoboa.export.packing import pack, packed_width, planes, unpack
 
 ALL_BITS = range(2, 9)
 COLUMNS = [1, 2, 7, 31, 32, 33, 43, 64, 100, 129, 688]
@@ -52,6 +53,36 @@ def test_views_pack_like_copies() -> None:
     values = integers(40, 30, 5)
     assert torch.equal(pack(values.T, 5), pack(values.T.contiguous(), 5))
     assert torch.equal(unpack(pack(values, 5)[::2], 5, 30), values[::2])
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_parts_give_what_the_whole_gives(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = integers(23, 75, bits)
+    words = pack(values, bits)
+    monkeypatch.setattr(packing, "_CHUNK", 160)  # two rows at a time
+    assert torch.equal(pack(values, bits), words)
+    assert torch.equal(unpack(words, bits, 75), values)
+
+
+def test_what_was_packed_stays_as_it_was() -> None:
+    values = integers(5, 64, 4)
+    copy = values.clone()
+    words = pack(values, 4)
+    kept = words.clone()
+    unpack(words, 4, 64)
+    planes(words, 4)
+    assert torch.equal(values, copy) and torch.equal(words, kept)
+
+
+@pytest.mark.parametrize("columns", [16, 43, 64, 688])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_planes_hold_the_values_of_unpack(bits: int, columns: int) -> None:
+    values = integers(6, columns, bits)
+    words = pack(values, bits)
+    found = planes(words, bits)
+    assert found.dtype == torch.uint8 and found.shape == (6, 8 // bits, 4 * words.shape[1])
+    in_order = found.transpose(1, 2).flatten(1)
+    assert torch.equal(in_order[:, :columns], values) and not in_order[:, columns:].any()
 
 
 def test_worked_example() -> None:
