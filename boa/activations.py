@@ -31,19 +31,38 @@ class DynamicQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Round `x` (..., n) to its levels and back, in its own dtype; the scale is computed in float32 or wider."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _wide(x)
+        scale, zero = self.grid(self.span(wide))
+        return self.values(self.levels(wide, scale, zero), scale, zero, x.dtype)
+
+    def span(self, x: Tensor) -> Tensor:
+        """What the grid of each vector follows from, in x's dtype: (..., 1) max abs, or (..., 2) min and max."""
+        return x.abs().amax(-1, keepdim=True) if self.symmetric else torch.stack(torch.aminmax(x, dim=-1), -1)
+
+    def grid(self, span: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None where symmetric) of `span`, each (..., 1), in float32 or wider."""
+        wide = _wide(span)
         tiny = torch.finfo(torch.float32).tiny
         if self.symmetric:
-            top = 2 ** (self.bits - 1) - 1
-            scale = (wide.abs().amax(-1, keepdim=True) * (self.clip / top)).clamp_min_(tiny)
-            q = (wide / scale).round_().clamp_(-top - 1, top)
-            return q.mul_(scale).to(x.dtype)
-        top = 2**self.bits - 1
-        low, high = torch.aminmax(wide, dim=-1, keepdim=True)
-        low, high = low * self.clip, high * self.clip
+            return (wide * (self.clip / (2 ** (self.bits - 1) - 1))).clamp_min_(tiny), None
+        low, high = (wide * self.clip).split(1, -1)
         # A constant token has no range: as small a scale as its values can still be divided by.
         least = torch.maximum(low.abs(), high.abs()) * torch.finfo(wide.dtype).eps
-        scale = torch.maximum((high - low) / top, least).clamp_min_(tiny)
-        zero = (-low / scale).round_()
-        q = (wide / scale).round_().add_(zero).clamp_(0, top)
-        return q.sub_(zero).mul_(scale).to(x.dtype)
+        scale = torch.maximum((high - low) / (2**self.bits - 1), least).clamp_min_(tiny)
+        return scale, (-low / scale).round_()
+
+    def levels(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The integer levels of `x` on this grid, (..., n) in the grid's dtype."""
+        levels = (_wide(x) / scale).round_()
+        if zero is None:
+            top = 2 ** (self.bits - 1) - 1
+            return levels.clamp_(-top - 1, top)
+        return levels.add_(zero).clamp_(0, 2**self.bits - 1)
+
+    def values(self, levels: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the levels mean, in `dtype`; `levels`, in the grid's dtype, may be overwritten."""
+        return (levels if zero is None else levels.sub_(zero)).mul_(scale).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

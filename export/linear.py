@@ -1,14 +1,18 @@
-"""A linear layer that stays packed in memory and is dequantized as it computes."""
+"""A linear layer that stays packed in memory and computes from its integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from ..boa.activations import DynamicQuantizer
 from ..boa.transforms import InputTransform
-from .packing import packed_width, unpack
+from .packing import packed_width, planes, unpack
+
+_CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
+_CHUNK_ELSEWHERE = 1 << 24
 
 
 class QuantizedLinear(nn.Module):
@@ -16,6 +20,15 @@ class QuantizedLinear(nn.Module):
 
     Buffers, as in the files: `qweight` (out, words) int32, `scale` (out, groups) float16, `zero` (out, groups) uint8;
     the weight is `scale * (integer - zero)`. `bias` (out,) where the original has one.
+
+    | activations | weights | computed |
+    |---|---|---|
+    | symmetric, 8 bits or fewer | one scale a row | int8 x int8 in int32, scales applied to the sums |
+    | any other | any | a part of the weight at a time becomes floats, and is dropped |
+
+    Sums of products of integers are exact, so the first differs from the second, which is what is simulated, by the
+    rounding of floats alone. Groups of columns are dequantized since integers were no faster there (a product for each
+    group). What is left after a call is of the size of its output.
     """
 
     qweight: Tensor
@@ -40,6 +53,9 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", torch.ones(outputs, groups, dtype=torch.float16))
         self.register_buffer("zero", torch.zeros(outputs, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+        # Values a byte where they are used in the order of `planes`, which whole words of a group have; else 1.
+        whole_words = groups == 1 or inputs // groups * bits % 32 == 0
+        self._planes = 8 // bits if bits in (2, 4) and whole_words else 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay float16.
@@ -58,8 +74,94 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return nn.functional.linear(self.transform(x), self.dequantize(x.dtype), self.bias)
+        x, quantizer = self.transform.rotate(x), self.transform.quantizer
+        flat = x.reshape(-1, self.in_features)
+        if quantizer is not None and len(flat) and self.counts(quantizer, x.device):
+            y = self._from_integers(flat, quantizer)
+        else:
+            y = self._from_floats(flat if quantizer is None else quantizer(flat))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def counts(self, quantizer: DynamicQuantizer | None, device: torch.device) -> bool:
+        """Whether products are taken of integers; on a CPU they are slow without oneDNN."""
+        fast = device.type == "cuda" or (device.type == "cpu" and torch.backends.mkldnn.is_available())
+        if quantizer is None or not fast:
+            return False
+        return quantizer.symmetric and quantizer.bits <= 8 and self.scale.shape[1] == 1
+
+    def _from_integers(self, x: Tensor, quantizer: DynamicQuantizer) -> Tensor:
+        """(T, in) -> (T, out): sum_c q_c (I_c - z) = sum_c q_c I_c - z sum_c q_c, times both scales."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale, zero = quantizer.grid(quantizer.span(wide))
+        levels = quantizer.levels(wide, scale, zero).to(torch.int8)
+        total = levels.sum(1, keepdim=True, dtype=torch.int32)
+        levels = self._ordered(levels).flatten(1)
+        y = x.new_empty(len(x), self.out_features)
+        for rows in self._parts(x.device):
+            integers, zero = self._integers(rows).flatten(1), self.zero[rows, 0].to(torch.int32)
+            if self.bits == 8:  # int8 holds 0 .. 255 less 128
+                integers, zero = integers.bitwise_xor_(128), zero - 128
+            sums = integer_product(levels, integers.view(torch.int8)).addcmul_(total, zero[None], value=-1)
+            part = sums.to(wide.dtype).mul_(scale).mul_(self.scale[rows, 0].to(wide.dtype))
+            y[:, rows] = part if self.bias is None else part.add_(self.bias[rows])
+        return y
+
+    def _from_floats(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out) in the dtype of x."""
+        dtype = x.dtype
+        # One scale a row is applied to the sums, which would overflow float16.
+        late = self.scale.shape[1] == 1 and dtype != torch.float16
+        wide = torch.float32 if dtype == torch.bfloat16 and not late else dtype
+        x = self._ordered(x).flatten(1)
+        y = x.new_empty(len(x), self.out_features)
+        for rows in self._parts(x.device):
+            integers, zero = self._integers(rows), self.zero[rows, :, None]
+            # Below 8 bits the difference fits int8, whose bits are those of the uint8 one.
+            weight = integers.sub_(zero).view(torch.int8).to(wide) if self.bits < 8 else integers.to(wide).sub_(zero)
+            if not late:
+                weight = weight.mul_(self.scale[rows, :, None]).to(dtype)
+            part = x @ weight.flatten(1).T
+            if late:
+                part *= self.scale[rows, 0].to(torch.float32 if dtype == torch.bfloat16 else dtype)
+            y[:, rows] = part if self.bias is None else part.add_(self.bias[rows])
+        return y
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """Columns of x (T, in) in the order of `_integers`: (T, groups, columns)."""
+        groups = self.scale.shape[1]
+        if self._planes == 1:
+            return x.unflatten(1, (groups, -1))
+        padding = self.qweight.shape[1] * 32 // self.bits - self.in_features
+        x = nn.functional.pad(x, (0, padding)) if padding else x
+        return x.unflatten(1, (groups, -1, self._planes)).transpose(-1, -2).flatten(2)
+
+    def _integers(self, rows: slice) -> Tensor:
+        """0 .. 2^bits - 1 of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number."""
+        words, groups = self.qweight[rows], self.scale.shape[1]
+        if self._planes == 1:
+            return unpack(words, self.bits, self.in_features).unflatten(1, (groups, -1))
+        return planes(words.reshape(len(words) * groups, -1), self.bits).view(len(words), groups, -1)
+
+    def _parts(self, device: torch.device) -> Iterator[slice]:
+        step = max(8, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // self.in_features // 8 * 8)
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.scale.shape[1]}"
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T in int32, of int8 (T, c) and (out, c)."""
+    if not x.is_cuda:
+        return torch._int_mm(x, weight.T)
+    rows, outputs = len(x), len(weight)
+    return torch._int_mm(*pad_for_cuda(x, weight))[:rows, :outputs]
+
+
+def pad_for_cuda(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` and the transpose of `weight` with zeros, so that cuBLAS takes them: 17 rows or more, multiples of 8."""
+    columns = -x.shape[1] % 8
+    x = nn.functional.pad(x, (0, columns, 0, max(0, 17 - len(x))))
+    return x, nn.functional.pad(weight, (0, columns, 0, -len(weight) % 8)).T
