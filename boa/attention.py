@@ -1,8 +1,8 @@
 """The attention function registered with transformers as "rotoboa".
 
 It sees queries and keys after RoPE. Where a module carries an `AttentionTransform`, it rotates queries and keys (R3)
-and quantizes keys and values as the cache will hold them; where it carries a recorder, the recorder sees what
-attention computes with. The product itself is transformers' SDPA.
+and quantizes keys and values as the cache will hold them, unless they come from a cache that has done so; where it
+carries a recorder, the recorder sees what attention computes with. The product itself is transformers' SDPA.
 """
 
 from __future__ import annotations
@@ -33,13 +33,22 @@ class AttentionTransform:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each (batch, heads, length, head_dim), after RoPE."""
-        if self.rotation is not None:
-            query, key = self.rotation.apply(query), self.rotation.apply(key)
+        query, key = self.rotate(query), self.rotate(key)
         if self.key is not None:
             key = self.key(key)
         if self.value is not None:
             value = self.value(value)
         return query, key, value
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., head_dim), rotated."""
+        return x if self.rotation is None else self.rotation.apply(x)
+
+
+def mark_stored(key: Tensor) -> Tensor:
+    """Say of keys that they, and the values beside them, come from a cache: rotated and rounded already."""
+    key.rotoboa_stored = True  # type: ignore[attr-defined]
+    return key
 
 
 class Seen(NamedTuple):
@@ -74,7 +83,9 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...)."""
     transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
-    if transform is not None:
+    if transform is not None and getattr(key, "rotoboa_stored", False):
+        query = transform.rotate(query)
+    elif transform is not None:
         query, key, value = transform(query, key, value)
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:

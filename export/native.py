@@ -23,6 +23,7 @@ from ..boa.transforms import OnlineTransforms
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.families import Family, Shape, family_of
+from .cache import use_packed_cache
 from .linear import QuantizedLinear
 from .packing import pack, unpack
 from .spec import Spec
@@ -138,6 +139,13 @@ class RotoboaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.set_attn_implementation = _refuse_attention  # type: ignore[assignment]
+        model.requires_grad_(False)
+        spec = self.quantization_config.spec
+        if min(spec.key_bits, spec.value_bits) < 16:
+            config: Any = model.config
+            family = family_of(config.model_type, "the checkpoint")
+            decoder, _, layers = family.layers.rpartition(".")
+            use_packed_cache(model.get_submodule(decoder), layers, family.attention)
         return model
 
     def is_serializable(self) -> bool:

@@ -1,0 +1,193 @@
+"""The key/value cache of a loaded model: packed integers, dequantized as attention reads them.
+
+It is a layer type for transformers' `DynamicCache`. Keys are rotated (R3) and rounded once, as they come, by the
+quantizer that calibration and evaluation use; what attention gets is what they get, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..boa.activations import DynamicQuantizer
+from ..boa.attention import AttentionTransform, mark_stored
+from .packing import pack_levels, packed_width, unpack
+
+_STATE = ("keys", "key_spans", "values", "value_spans")
+
+
+class PackedLayer(DynamicLayer):
+    """The cache of one attention layer.
+
+    `keys` and `values` are (batch, heads, tokens, words) int32; `key_spans` and `value_spans` (batch, heads, tokens, 2)
+    hold the smallest and the largest entry of each vector in the model's dtype, from which its scale and zero point
+    follow (`DynamicQuantizer.grid`). Without a quantizer, vectors are kept as they are and have no span. A layer with a
+    sliding window keeps every token: its mask hides the old ones.
+
+    Args:
+        transform: of the attention module, whose quantizers and rotation these are.
+    """
+
+    def __init__(self, transform: AttentionTransform) -> None:
+        super().__init__()
+        self.transform = transform
+        self.key_spans: Tensor | None = None
+        self.value_spans: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """An empty cache for states of these sizes."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.sizes = {"key": key_states.shape[-1], "value": value_states.shape[-1]}
+        self.keys, self.key_spans = _store(key_states[:, :, :0], self.transform.key)
+        self.values, self.value_spans = _store(value_states[:, :, :0], self.transform.value)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys after RoPE and values, (batch, heads, new, head_dim); returns all of them, dequantized."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (
+            *_store(self.transform.rotate(key_states), self.transform.key),
+            *_store(value_states, self.transform.value),
+        )
+        for name, tensor in zip(_STATE, new, strict=True):
+            if tensor is not None:
+                setattr(self, name, torch.cat([getattr(self, name), tensor], 2))
+        key = _read(self.keys, self.key_spans, self.transform.key, self.sizes["key"], self.dtype)
+        value = _read(self.values, self.value_spans, self.transform.value, self.sizes["value"], self.dtype)
+        return mark_stored(key), value
+
+    @property
+    def bytes(self) -> int:
+        """What this layer holds."""
+        state = (getattr(self, name) for name in _STATE)
+        return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor is not None)
+
+    def get_seq_length(self) -> int:
+        """Tokens."""
+        return int(self.keys.shape[2]) if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; transformers gives a number that is not positive."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if tokens_to_remove < 0:
+            self._change(lambda tensor: tensor[:, :, :tokens_to_remove])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for name in _STATE:
+            setattr(self, name, None)
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these sequences."""
+        self._change(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        """Move it to the CPU."""
+        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move it back."""
+        self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in _STATE:
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+
+def _store(x: Tensor, quantizer: DynamicQuantizer | None) -> tuple[Tensor, Tensor | None]:
+    """Words and spans of x (batch, heads, tokens, head_dim); x itself without a quantizer."""
+    if quantizer is None:
+        return x, None
+    width = packed_width(x.shape[-1], quantizer.bits)
+    if not x.numel():
+        return x.new_empty(*x.shape[:3], width, dtype=torch.int32), x.new_empty(*x.shape[:3], 2 - quantizer.symmetric)
+    span = quantizer.span(x)
+    levels = quantizer.levels(x, *quantizer.grid(span)).add_(_lowest(quantizer)).to(torch.uint8)
+    return pack_levels(levels.flatten(0, 2), quantizer.bits).view(*x.shape[:3], width), span
+
+
+def _read(
+    stored: Tensor, span: Tensor | None, quantizer: DynamicQuantizer | None, size: int, dtype: torch.dtype
+) -> Tensor:
+    if quantizer is None or span is None:
+        return stored.view_as(stored)  # a tensor of its own, to be marked
+    scale, zero = quantizer.grid(span)
+    levels = unpack(stored.flatten(0, 2), quantizer.bits, size).view(*stored.shape[:3], size).to(scale.dtype)
+    return quantizer.values(levels.sub_(_lowest(quantizer)), scale, zero, dtype)
+
+
+def _lowest(quantizer: DynamicQuantizer) -> int:
+    """What symmetric levels need to be added to become 0 .. 2^bits - 1."""
+    return 2 ** (quantizer.bits - 1) if quantizer.symmetric else 0
+
+
+def cache_bytes(cache: Cache) -> int:
+    """What a cache of packed layers holds; what a stock one does, where it has keys and values alone."""
+    return sum(
+        layer.bytes
+        if isinstance(layer, PackedLayer)
+        else sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values) if tensor is not None)
+        for layer in cache.layers
+    )
+
+
+def packed_cache(transforms: Sequence[AttentionTransform]) -> DynamicCache:
+    """An empty cache of packed layers."""
+    cache = DynamicCache()
+    _pack_layers(cache, transforms)
+    return cache
+
+
+def use_packed_cache(decoder: nn.Module, layers: str, attention: str) -> None:
+    """Let `decoder` (the module whose forward takes `past_key_values`) pack what it keeps, in place.
+
+    A cache that it would make, and an empty `DynamicCache` that it is given (`generate` makes one), gets packed layers.
+    Any other cache was somebody's choice and is left as it is; attention then rounds what it reads from there.
+
+    Args:
+        layers: attribute of the decoder that lists its blocks.
+        attention: name of the attention module in a block, which carries its transform.
+    """
+    decoder.register_forward_pre_hook(partial(_give_cache, layers=layers, attention=attention), with_kwargs=True)
+
+
+def _give_cache(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layers: str, attention: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(decoder.config, "use_cache", False)
+    if cache is None and wanted:
+        cache = DynamicCache()
+        kwargs = {**kwargs, "past_key_values": cache}
+    if isinstance(cache, DynamicCache) and type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        blocks = decoder.get_submodule(layers).children()
+        _pack_layers(cache, [block.get_submodule(attention).rotoboa_transform for block in blocks])  # type: ignore[misc]
+    return args, kwargs
+
+
+def _pack_layers(cache: DynamicCache, transforms: Sequence[AttentionTransform]) -> None:
+    """Put packed layers in place of stock ones that hold keys and values alone; others stay."""
+    layers = cache.layers or [DynamicLayer() for _ in transforms]
+    cache.layers = [
+        PackedLayer(transform) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+        for layer, transform in zip(layers, transforms, strict=True)
+    ]

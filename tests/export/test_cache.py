@@ -1,0 +1,310 @@
+"""The packed cache against the simulation: the same keys and values to the last bit, and the same model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel, StaticCache
+
+import rotoboa
+from rotoboa.boa.activations import DynamicQuantizer
+from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
+from rotoboa.export.cache import PackedLayer, cache_bytes, packed_cache, use_packed_cache
+from rotoboa.rotation.hadamard import Hadamard
+
+BATCH, HEADS = 3, 2
+
+
+def transform(bits: int, head_dim: int, *, symmetric: bool = False) -> AttentionTransform:
+    quantizer = DynamicQuantizer(bits, symmetric, 0.95)
+    return AttentionTransform(Hadamard.of(head_dim), quantizer, replace(quantizer, clip=0.9))
+
+
+def states(length: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x = torch.randn(2, BATCH, HEADS, length, head_dim, generator=torch.Generator().manual_seed(head_dim))
+    x[:, 0, :, 1] = 0  # a padded token
+    x[:, 1, :, 2] = -3.5  # a constant one
+    x[..., 1] += 20
+    key, value = x.to(dtype)
+    return key, value
+
+
+def simulated(transform: AttentionTransform, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return transform(key, key, value)[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_holds_what_the_simulation_computes(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    for head_dim in (16, 20):
+        how = transform(bits, head_dim, symmetric=symmetric)
+        key, value = states(9, head_dim, dtype)
+        layer, expected = PackedLayer(how), [key[:, :, :0], value[:, :, :0]]
+        for start, stop in ((0, 4), (4, 5), (5, 5), (5, 9)):
+            new = key[:, :, start:stop], value[:, :, start:stop]
+            found = layer.update(*new)
+            if stop > start:  # part by part, as a rotation of one token differs in its last digit from one of many
+                expected = [torch.cat(pair, 2) for pair in zip(expected, simulated(how, *new), strict=True)]
+            assert layer.get_seq_length() == stop and found[0].dtype == dtype
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 4), (3, 16), (16, 16), (2, 8)])
+def test_sixteen_bits_are_kept_as_they_are(key_bits: int, value_bits: int) -> None:
+    quantizers = [DynamicQuantizer.of(bits, False, 0.95) for bits in (key_bits, value_bits)]
+    how, (key, value) = AttentionTransform(Hadamard.of(16), *quantizers), states(6, 16)
+    layer = PackedLayer(how)
+    layer.update(key[:, :, :5], value[:, :, :5])
+    found, expected = layer.update(key[:, :, 5:], value[:, :, 5:]), simulated(how, key, value)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(2, 64), (3, 64), (4, 64), (4, 128), (8, 64)])
+def test_bytes_are_those_of_the_formula(bits: int, head_dim: int) -> None:
+    layer = PackedLayer(transform(bits, head_dim))
+    layer.update(*states(10, head_dim, torch.bfloat16))
+    vectors = 2 * BATCH * HEADS * 10
+    assert layer.bytes == vectors * (head_dim * bits // 8 + 2 * 2)  # and smallest and largest entry in bfloat16
+    assert layer.keys.dtype == torch.int32
+    held = [tensor for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == layer.bytes
+
+
+def test_sequences_and_tokens_are_chosen() -> None:
+    how, (key, value) = transform(4, 16), states(8, 16)
+    order = torch.tensor([2, 0, 0])
+    steps: list[tuple[Callable[[PackedLayer], None], Callable[[Tensor], Tensor]]] = [
+        (lambda layer: layer.reorder_cache(order), lambda x: x[order]),
+        (lambda layer: layer.crop(-3), lambda x: x[:, :, :-3]),
+        (lambda layer: layer.crop(0), lambda x: x),
+        (lambda layer: layer.batch_repeat_interleave(2), lambda x: x.repeat_interleave(2, 0)),
+        (lambda layer: layer.batch_select_indices(order), lambda x: x[order]),
+        (lambda layer: layer.offload(), lambda x: x),
+        (lambda layer: layer.prefetch(), lambda x: x),
+    ]
+    layer = PackedLayer(how)
+    layer.update(key[:, :, :7], value[:, :, :7])
+    expected = [tensor[:, :, :7] for tensor in (key, value)]
+    for change, same in steps:
+        change(layer)
+        expected = [same(tensor) for tensor in expected]
+        assert layer.get_seq_length() == expected[0].shape[2]
+    new = [tensor[order, :, 7:] for tensor in (key, value)]
+    found = layer.update(*new)
+    expected = [torch.cat(pair, 2) for pair in zip(expected, new, strict=True)]
+    for a, b in zip(found, simulated(how, *expected), strict=True):
+        assert torch.equal(a, b)
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.bytes == 0
+    assert torch.equal(layer.update(key, value)[0], simulated(how, key, value)[0])
+
+
+def test_crop_wants_the_number_of_tokens_to_remove() -> None:
+    with pytest.raises(ValueError, match="as a negative number"):
+        PackedLayer(transform(4, 16)).crop(3)
+
+
+# The small Llama has key heads of 16, so 4 bits are two words. Activations of 16 bits: a token more or less in a
+# product changes its last digits alone, and not the level of an activation.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kv4": {"cache.key_bits": 4, "cache.value_bits": 4},
+    "k2v3": {"cache.key_bits": 2, "cache.value_bits": 3},
+    "k8v16": {"cache.key_bits": 8, "cache.value_bits": 16},
+}
+Load = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def load(llama: Path, make_recipe: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """load(setting): the small Llama with a quantized, rotated cache, in float64; clip ratios differ by block."""
+
+    @cache
+    def run(setting: str) -> Path:
+        folder = tmp_path_factory.mktemp("cache") / "run"
+        changes = {"model": str(llama), "output": folder, "activations.bits": 16, **SETTINGS[setting]}
+        rotoboa.quantize(make_recipe("w4a4kv4", changes))
+        return folder
+
+    def load(setting: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+        return rotoboa.load(run(setting), dtype=dtype)[0]
+
+    return load
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(2, 2048, shape, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
+    result: Tensor = model(tokens, **options).logits
+    return result
+
+
+def packed(cache: Any) -> bool:
+    return len(cache.layers) == 2 and all(type(layer) is PackedLayer for layer in cache.layers)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_pass_with_the_cache_is_the_simulation(load: Load, setting: str) -> None:
+    model, tokens = load(setting), ids(2, 40)
+    with torch.no_grad():
+        result = model(tokens, use_cache=True)
+    assert packed(result.past_key_values) and result.past_key_values.get_seq_length() == 40
+    assert torch.equal(result.logits, logits(model, tokens, use_cache=False))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("steps", [[1] * 24, [10, 1, 1, 7, 1, 4], [23, 1]])
+def test_token_by_token_is_one_pass(load: Load, setting: str, steps: list[int]) -> None:
+    model, tokens = load(setting), ids(2, 24)
+    expected, parts, past = logits(model, tokens, use_cache=False), [], None
+    for part in tokens.split(steps, 1):
+        with torch.no_grad():
+            result = model(part, past_key_values=past, use_cache=True)
+        past = result.past_key_values
+        parts.append(result.logits)
+    assert past is not None and packed(past) and past.get_seq_length() == 24
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("given", [DynamicCache, lambda config: DynamicCache(config=config)], ids=["bare", "config"])
+def test_a_cache_of_the_caller_is_filled(load: Load, given: Callable[..., DynamicCache]) -> None:
+    """It is kept by the caller, who does not look at what the model returns."""
+    model, tokens = load("kv4"), ids(1, 12)
+    mine = given(config=model.config) if given is not DynamicCache else DynamicCache()
+    expected = logits(model, tokens, use_cache=False)
+    first = logits(model, tokens[:, :8], past_key_values=mine)
+    assert packed(mine) and mine.get_seq_length() == 8
+    second = logits(model, tokens[:, 8:], past_key_values=mine)
+    assert (torch.cat([first, second], 1) - expected).abs().max() < 1e-5 * expected.std()
+    mine.crop(-6)
+    again = logits(model, tokens[:, 6:], past_key_values=mine)
+    assert (again - expected[:, 6:]).abs().max() < 1e-5 * expected.std()
+
+
+def test_another_cache_is_left_alone_and_rounded_as_it_is_read(load: Load) -> None:
+    model, tokens = load("kv4"), ids(1, 10)
+    static = StaticCache(model.config, max_cache_len=16)
+    found = torch.cat([logits(model, part, past_key_values=static) for part in tokens.split([7, 3], 1)], 1)
+    assert not any(isinstance(layer, PackedLayer) for layer in static.layers)
+    expected = logits(model, tokens, use_cache=False)
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
+
+
+def test_no_cache_where_none_is_wanted(load: Load) -> None:
+    model = load("kv4")
+    with torch.no_grad():
+        assert model(ids(1, 5), use_cache=False).past_key_values is None
+        assert packed(model(ids(1, 5)).past_key_values)
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
+
+
+def slowly(model: PreTrainedModel, tokens: Tensor, new: int) -> Tensor:
+    for _ in range(new):
+        tokens = torch.cat([tokens, logits(model, tokens, use_cache=False)[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_generate_stores_packed_integers(load: Load, setting: str) -> None:
+    model, prompt = load(setting), ids(2, 12)
+    result = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, **GREEDY)
+    assert torch.equal(result.sequences, slowly(model, prompt, 16))
+    assert packed(result.past_key_values) and result.past_key_values.get_seq_length() == 12 + 16 - 1
+    stored = result.past_key_values.layers[0]
+    words = 16 * SETTINGS[setting]["cache.key_bits"] // 32
+    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27, words)
+
+
+def test_four_bits_an_entry(load: Load) -> None:
+    """In bfloat16: 4 bits an entry and 32 a vector, so of 16 entries 6 bits in place of 16."""
+    model, prompt = load("kv4", torch.bfloat16), ids(2, 12)
+    result = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, **GREEDY)
+    entries = 2 * 2 * 2 * 16 * 16 * 2  # keys and values, batch, heads, tokens, head_dim, blocks
+    assert cache_bytes(result.past_key_values) == entries * 6 // 8
+    stock = DynamicCache()
+    for block in range(2):
+        stock.update(torch.zeros(2, 2, 16, 16).bfloat16(), torch.zeros(2, 2, 16, 16).bfloat16(), block)
+    assert cache_bytes(stock) == entries * 2
+
+
+def test_beam_search(load: Load) -> None:
+    """Beams with the packed cache, reordered at every step, are the beams of no cache."""
+    model, prompt = load("kv4"), ids(2, 9)
+    options = {**GREEDY, "num_beams": 3, "max_new_tokens": 8, "num_return_sequences": 2, "output_scores": True}
+    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options)
+    assert torch.equal(found.sequences, plain.sequences)
+    torch.testing.assert_close(found.sequences_scores, plain.sequences_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_left_padding(load: Load) -> None:
+    model, prompt = load("kv4"), ids(1, 9)
+    alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, **GREEDY).sequences
+    padded = torch.cat([torch.nn.functional.pad(prompt, (5, 0)), ids(1, 14)])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    together = model.generate(padded, attention_mask=mask, max_new_tokens=8, **GREEDY).sequences
+    assert torch.equal(together[0, 14:], alone[0, 9:])
+
+
+def test_drafts_of_prompt_lookup_are_cropped(load: Load) -> None:
+    """Assisted decoding removes the tokens that were guessed wrong from the cache."""
+    model = load("kv4")
+    prompt = ids(1, 6).repeat(1, 3)
+    options = {**GREEDY, "max_new_tokens": 10, "attention_mask": torch.ones_like(prompt)}
+    assisted = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(assisted.sequences, model.generate(prompt, **options).sequences)
+
+
+def test_sliding_window() -> None:
+    """Every token is kept, and the mask hides those that the window has passed."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        initializer_range=0.5,
+        attn_implementation=NAME,
+    )
+    model = MistralForCausalLM(config).double().eval()
+    for block in model.model.layers:
+        set_attention(block.self_attn, transform(4, 8))
+    tokens = ids(2, 20) % 64
+    expected = logits(model, tokens, use_cache=False)
+    use_packed_cache(model.model, "layers", "self_attn")
+    mine, parts = DynamicCache(config=config), []
+    for part in tokens.split([7, 1, 1, 4, 1, 6], 1):
+        parts.append(logits(model, part, past_key_values=mine))
+    assert packed(mine)
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5 * expected.std()
+    config.sliding_window = None
+    wide = MistralForCausalLM(config).double().eval()
+    wide.load_state_dict(model.state_dict())
+    for block in wide.model.layers:
+        set_attention(block.self_attn, transform(4, 8))
+    assert (logits(wide, tokens, use_cache=False) - expected).abs().max() > 0.01 * expected.std()
+
+
+def test_clip_ratios_are_those_of_the_block(load: Load) -> None:
+    model = load("kv4")
+    with torch.no_grad():
+        cache = model(ids(1, 4)).past_key_values
+    for layer, clips in zip(cache.layers, model.config.quantization_config.spec.clips, strict=True):
+        assert (layer.transform.key.clip, layer.transform.value.clip) == (clips["key"], clips["value"])
+    made = packed_cache([layer.transform for layer in cache.layers])
+    assert packed(made) and torch.equal(logits(model, ids(1, 4), past_key_values=made), logits(model, ids(1, 4)))
