@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..boa.rounding import Quantized, Settings, quantize
 from ..boa.transforms import OnlineTransforms
 from ..eval.perplexity import States, last_states, scores
+from ..export.memory import memory
 from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
 from ..models.decoder import Decoder
@@ -111,6 +112,11 @@ def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
     exported = folder.path / "model"
     files = exported.glob("*.safetensors")
     return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files)}
+
+
+def loaded(job: Job, tokens: int) -> dict[str, Any]:
+    """Bytes that the loaded model holds, and its cache of `tokens` tokens, beside those in bfloat16."""
+    return memory(job.decoder, job.spec, job.checkpoint.dtype, tokens)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

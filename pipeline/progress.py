@@ -187,7 +187,11 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def cost_table(report: Mapping[str, Any]) -> Table:
-    """What it took and what it takes: `report["seconds"]`, {stage: seconds}, and `report["sizes"]`, {name: bytes}."""
+    """What it took and what it takes.
+
+    `report["seconds"]` is {stage: seconds}, `report["sizes"]` {name: bytes} on disk; `report["memory"]` has, of the
+    loaded model and of its cache, {"bfloat16": bytes, "quantized": bytes}, and of the cache the number of tokens.
+    """
     table = Table(title="Time and size", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
@@ -197,6 +201,13 @@ def cost_table(report: Mapping[str, Any]) -> Table:
         table.add_section()
     for name, size in (report.get("sizes") or {}).items():
         table.add_row(name.replace("_", " "), human_size(size))
+    memory: Mapping[str, Mapping[str, int]] = report.get("memory") or {}
+    if memory and table.rows:
+        table.add_section()
+    for name, held in memory.items():
+        of = f" of {held['tokens']:,} tokens" if "tokens" in held else ""
+        share = f"{held['quantized'] / held['bfloat16']:.0%} of bfloat16"
+        table.add_row(f"{name}{of} in memory", f"{human_size(held['quantized'])}, {share}")
     return table
 
 

@@ -21,7 +21,7 @@ from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
 from .calibration import calibration_tokens, load_texts
 from .job import Job, check_length, dataset_of, evaluation_windows, exported_bytes, identity, length_of, prepare
-from .measure import device_name, peak_memory, perplexities, plain_forward, sizes
+from .measure import device_name, loaded, peak_memory, perplexities, plain_forward, sizes
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml
 from .run import REPORT, RunFolder, recipe_of, write_json
@@ -86,6 +86,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         "plain_forward_seconds": plain,
         "peak_memory_bytes": peak_memory(job.decoder.device),
         "sizes": sizes(job, folder),
+        "memory": loaded(job, windows.shape[1]),
         "versions": folder.manifest["identity"]["versions"],
         "python": platform.python_version(),
         "device": device_name(job.decoder.device),
@@ -127,6 +128,7 @@ def evaluate(
         "divergence": {chosen: divergence},
         "seconds": job.seconds,
         "sizes": sizes(job, folder),
+        "memory": loaded(job, tokens.shape[1]),
     }
 
 

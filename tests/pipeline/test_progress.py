@@ -151,6 +151,19 @@ def test_cost_table() -> None:
         assert words in shown
 
 
+def test_cost_table_shows_memory_against_bfloat16() -> None:
+    memory = {
+        "model": {"bfloat16": 2**22, "quantized": 2**20},
+        "cache": {"tokens": 2048, "bfloat16": 2**13, "quantized": 2**11 + 2**9},
+    }
+    lines = text(cost_table({"memory": memory})).splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert rows == [
+        ["model in memory", "1 MiB, 25% of bfloat16"],
+        ["cache of 2,048 tokens in memory", "2.5 KiB, 31% of bfloat16"],
+    ]
+
+
 def test_loss_table_takes_the_mean_of_experts() -> None:
     layers = {"self_attn.q_proj": {"loss": 0.125}}
     experts = {f"mlp.experts.{index}.up_proj": {"loss": float(index)} for index in range(3)}

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rotoboa
 from rotoboa.boa.block import BlockQuantizer
 from rotoboa.errors import InputError
+from rotoboa.export.memory import model_bytes
 from rotoboa.export.packing import packed_width
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
@@ -94,6 +95,10 @@ def test_report(finished: tuple[Recipe, dict[str, Any]], text: Path, llama: Path
         "original": (llama / "model.safetensors").stat().st_size,
         "quantized": (run / "model" / "model.safetensors").stat().st_size,
     }
+    held = model_bytes(rotoboa.load(run)[0])
+    original = model_bytes(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16))
+    assert report["memory"]["model"] == {"bfloat16": original, "quantized": held}
+    assert report["memory"]["cache"]["tokens"] == 64
     assert report["python"] and report["device"]
 
 
