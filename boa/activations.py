@@ -44,7 +44,8 @@ class DynamicQuantizer:
         wide = _wide(span)
         tiny = torch.finfo(torch.float32).tiny
         if self.symmetric:
-            return (wide * (self.clip / (2 ** (self.bits - 1) - 1))).clamp_min_(tiny), None
+            # A division, as compressed-tensors has it: at its clip ratio the least level is a tie, broken alike.
+            return (wide / ((2 ** (self.bits - 1) - 1) / self.clip)).clamp_min_(tiny), None
         low, high = (wide * self.clip).split(1, -1)
         # A constant token has no range: as small a scale as its values can still be divided by.
         least = torch.maximum(low.abs(), high.abs()) * torch.finfo(wide.dtype).eps

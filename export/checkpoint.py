@@ -41,18 +41,49 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     file.chmod(0o666 & ~mask)
 
 
-def write_native(folder: Path, source: Checkpoint, spec: Spec, groups: Iterable[dict[str, Tensor]]) -> None:
+def write_native(
+    folder: Path,
+    source: Checkpoint,
+    spec: Spec,
+    groups: Iterable[dict[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write `folder` as a checkpoint that transformers loads after `import rotoboa`.
 
     Args:
         folder: made new; what an interrupted export left there is replaced.
         source: the full-precision checkpoint, for its config and tokenizer.
         groups: tensors by their full names, a decoder block at a time; shards are filled in this order.
+        shard_bytes: the most bytes of one tensor file.
     """
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    shards = _write_shards(folder, groups)
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False  # the two are rotated differently
+    if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
+        config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
+    config["quantization_config"] = {"quant_method": METHOD, **spec.to_dict()}
+    write_checkpoint(folder, source.folder, config, groups, shard_bytes=shard_bytes)
+
+
+def write_checkpoint(
+    folder: Path,
+    source: Path,
+    config: dict[str, Any],
+    groups: Iterable[dict[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint in the layout of the hub: tensors, index, config.json, and what goes with them.
+
+    Args:
+        folder: made new; what is there is replaced.
+        source: the folder whose tokenizer, generation config and licence are copied.
+        config: the whole of config.json.
+        groups: tensors by their full names; shards are filled in this order, and a group is not split.
+        shard_bytes: the most bytes of one tensor file, where its first group is not larger.
+    """
+    fresh_folder(folder)
+    shards = _write_shards(folder, groups, shard_bytes)
     if len(shards) == 1:
         (folder / shards[0][0]).replace(folder / SINGLE)
     else:
@@ -62,16 +93,23 @@ def write_native(folder: Path, source: Checkpoint, spec: Spec, groups: Iterable[
             (folder / temporary).replace(folder / final)
             weight_map.update(dict.fromkeys(names, final))
             total += size
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_extras(folder, source, config)
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make a folder; what is there is removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def write_extras(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """Write config.json; copy tokenizer, chat template, generation config and licence, as far as `source` has them."""
     for pattern in _COPIED:
-        for file in source.folder.glob(pattern):
+        for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    config["tie_word_embeddings"] = False  # the two are rotated differently
-    if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
-        config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
-    config["quantization_config"] = {"quant_method": METHOD, **spec.to_dict()}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def read_ends(folder: Path, family: Family) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +132,9 @@ def read_ends(folder: Path, family: Family) -> tuple[Tensor, Tensor, Tensor]:
     return found[names[0]], found[names[1]], found[names[2]]
 
 
-def _write_shards(folder: Path, groups: Iterable[dict[str, Tensor]]) -> list[tuple[str, list[str], int]]:
+def _write_shards(
+    folder: Path, groups: Iterable[dict[str, Tensor]], shard_bytes: int
+) -> list[tuple[str, list[str], int]]:
     """(file, tensor names, bytes) of each shard; at most one shard and one group are in memory."""
     shards: list[tuple[str, list[str], int]] = []
     waiting: dict[str, Tensor] = {}
@@ -107,7 +147,7 @@ def _write_shards(folder: Path, groups: Iterable[dict[str, Tensor]]) -> list[tup
             waiting.clear()
 
     for group in groups:
-        if waiting and _bytes(waiting) + _bytes(group) > SHARD_BYTES:
+        if waiting and _bytes(waiting) + _bytes(group) > shard_bytes:
             flush()
         waiting.update(group)
     flush()
@@ -118,5 +158,6 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON into a folder that is not in use yet."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ def _slowly(x: list[float], quantizer: DynamicQuantizer) -> tuple[list[int], flo
     """Levels, scale and zero point of one token, by the docstring's table; Python rounds half to even, as torch."""
     if quantizer.symmetric:
         top = 2 ** (quantizer.bits - 1) - 1
-        scale = max(abs(v) for v in x) * (quantizer.clip / top)
+        scale = max(abs(v) for v in x) / (top / quantizer.clip)
         return [max(-top - 1, min(top, round(v / scale))) for v in x], scale, 0
     top = 2**quantizer.bits - 1
     low, high = min(x) * quantizer.clip, max(x) * quantizer.clip

@@ -1,0 +1,203 @@
+"""The compressed-tensors format, `pack-quantized`: what vLLM serves and what transformers loads by itself.
+
+A weight is `scale * (integer - zero)`, as in a run; the format has signed numbers, so integers and zero points are
+shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers were chosen for exactly these values.
+
+| | |
+|---|---|
+| `weight_packed` | (out, ceil(in * bits / 32)) int32, values without a gap |
+| `weight_scale` | (out, groups) float16 |
+| `weight_zero_point` | (ceil(out * bits / 32), groups) int32; asymmetric grids only |
+| `weight_shape` | [out, in] |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from torch import Tensor
+
+from ..boa.rounding import Quantized
+from ..errors import InputError
+from ..models.families import Shape, family_of
+from .checkpoint import SHARD_BYTES, write_checkpoint
+from .finished import Finished, projection_columns, projection_rows, refuse_online
+from .reading import check_shape, read_config, read_shapes
+from .spec import Spec
+
+NAME = "compressed-tensors"
+
+
+def stock_clip(bits: int) -> float:
+    """The clip ratio that equals the format's own dynamic scale, max |x| / ((2^b - 1) / 2), where ours has 2^(b-1) - 1.
+
+    Example: 14/15 for 4 bits, 254/255 for 8.
+    """
+    return (2.0 ** (bits - 1) - 1) / ((2.0**bits - 1) / 2)
+
+
+def check(run: Finished) -> None:
+    """Check that the format, as stock transformers reads it, computes what the run computes.
+
+    Raises:
+        InputError: it does not; the sentence says why and what to use instead.
+    """
+    spec = run.spec
+    refuse_online(spec, NAME, activations=True)
+    if spec.activation_bits == 16:
+        return
+    if not spec.symmetric:
+        raise InputError(
+            f"{NAME} with quantized activations needs symmetric weights, and this run has zero points: quantize with "
+            "--weights.symmetric, or use --format native."
+        )
+    if not spec.activation_symmetric:
+        raise InputError(f"{NAME} takes symmetric dynamic activations, and these are not: use --format native.")
+    clip = stock_clip(spec.activation_bits)
+    found = {spec.activation_clip} if spec.clips is None else _input_clips(spec)
+    if any(abs(value - clip) > 1e-6 for value in found):
+        raise InputError(
+            f"{NAME} cannot hold clip ratios of activations, and its readers use {clip:.7f} at "
+            f"{spec.activation_bits} bits: quantize with --no-activations.search --activations.clip {clip:.16g}, "
+            "or use --format native."
+        )
+
+
+def _input_clips(spec: Spec) -> set[float]:
+    return {clip for block in spec.clips or () for site, clip in block.items() if site not in ("key", "value")}
+
+
+def quantization_config(spec: Spec, head: str) -> dict[str, Any]:
+    """`quantization_config` of config.json; `head` is the linear layer that is left as it is.
+
+    Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
+    checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key.
+    """
+    weights = QuantizationArgs(
+        num_bits=spec.bits,
+        type=QuantizationType.INT,
+        symmetric=spec.symmetric,
+        strategy=QuantizationStrategy.GROUP if spec.group_size else QuantizationStrategy.CHANNEL,
+        group_size=spec.group_size,
+    )
+    inputs = None
+    if spec.activation_bits < 16:
+        inputs = QuantizationArgs(
+            num_bits=spec.activation_bits,
+            type=QuantizationType.INT,
+            symmetric=True,
+            strategy=QuantizationStrategy.TOKEN,
+            dynamic=True,
+        )
+    # The format is set: what the library infers for quantized activations is another one, without packing.
+    packed = CompressionFormat.pack_quantized
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs, format=packed)
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=packed.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=[head],
+    )
+    data: dict[str, Any] = config.model_dump(mode="json")
+    return data if spec.symmetric else {**data, "dequantize": True}
+
+
+def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]:
+    """One projection in the format: integers (out, in), scale and zero (out, groups) -> the tensors of the table above.
+
+    Raises:
+        ValueError: symmetric, and a zero point is not 2^(b-1).
+    """
+    middle = 2 ** (bits - 1)
+    shifted = (result.integers.to(torch.int16) - middle).to(torch.int8)
+    tensors = {
+        "weight_packed": pack_to_int32(shifted, bits),
+        "weight_scale": result.scale.to(torch.float16),
+        "weight_shape": torch.tensor(result.integers.shape),
+    }
+    zero = (result.zero.to(torch.int16) - middle).to(torch.int8)
+    if not symmetric:
+        tensors["weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0)
+    elif bool(zero.any()):
+        raise ValueError("the run is symmetric by its recipe, and has other zero points than the middle of the grid")
+    return tensors
+
+
+def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
+    """All tensors of the checkpoint by their full names, a decoder block at a time."""
+    f = run.family
+    embedding, norm, head = run.ends()
+    yield {f"{f.embedding}.weight": embedding}
+    for index in range(run.shape.blocks):
+        quantized, others = run.split(index)
+        prefix = f"{f.layers}.{index}."
+        group = {prefix + name: tensor for name, tensor in others.items()}
+        for name, result in quantized.items():
+            parts = compress(result, run.spec.bits, run.spec.symmetric)
+            group |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
+        yield group
+    yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
+
+
+def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a finished run in this format.
+
+    Raises:
+        InputError: the format cannot hold the run.
+    """
+    check(run)
+    config = {**run.config, "quantization_config": quantization_config(run.spec, run.family.head)}
+    write_checkpoint(folder, run.folder, config, groups(run), shard_bytes=shard_bytes)
+
+
+def inspect(folder: Path) -> None:
+    """Compare the headers of a checkpoint with its config: transformers fills gaps with noise.
+
+    Raises:
+        InputError: a file is damaged, a tensor is missing or of another shape, or the config is not one of ours.
+    """
+    config, quantization = read_config(folder, NAME)
+    try:
+        stored = CompressionFormat(quantization.get("format"))
+        (scheme,) = QuantizationConfig.model_validate(quantization).config_groups.values()
+        weights = scheme.weights
+        if stored != CompressionFormat.pack_quantized or weights is None:
+            raise ValueError(f"format {quantization.get('format')}, where pack-quantized is read")
+        family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
+    except (ValueError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{folder / 'config.json'} cannot be used ({what}): export the model again.") from error
+    found = read_shapes(folder)
+    bits = weights.num_bits
+    for index in range(shape.blocks):
+        for name in family.projections:
+            rows, columns = projection_rows(family, shape)[name], projection_columns(family, shape)[name]
+            groups = -(-columns // weights.group_size) if weights.group_size else 1
+            expected: dict[str, tuple[int, ...]] = {
+                "weight_packed": (rows, -(-columns * bits // 32)),
+                "weight_scale": (rows, groups),
+                "weight_shape": (2,),
+            }
+            if not weights.symmetric:
+                expected["weight_zero_point"] = (-(-rows * bits // 32), groups)
+            for part, size in expected.items():
+                check_shape(folder, f"{family.layers}.{index}.{name}.{part}", size, found)
+    check_shape(folder, f"{family.embedding}.weight", (shape.vocabulary, shape.hidden), found)
+    check_shape(folder, f"{family.head}.weight", (shape.vocabulary, shape.hidden), found)
+    check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
+    if f"{family.layers}.{shape.blocks}.{family.down}.weight_packed" in found:
+        raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")

@@ -1,0 +1,149 @@
+"""A finished run as exports read it: its blocks, its ends and its config, without the original checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from ..boa.rounding import Quantized
+from ..errors import InputError
+from ..models.families import Family, Shape, family_of
+from .checkpoint import read_ends
+from .native import METHOD, unpack_block
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run left on disk.
+
+    Attributes:
+        folder: its model folder, for embedding, norm, head, config and tokenizer.
+        blocks: the files of its decoder blocks, in order.
+        config: config.json without `quantization_config`.
+        spec: what the run is, with the clip ratios that were searched.
+    """
+
+    folder: Path
+    blocks: Sequence[Path]
+    config: Mapping[str, Any]
+    spec: Spec
+    family: Family
+    shape: Shape
+
+    @classmethod
+    def open(cls, folder: Path, blocks: Sequence[Path]) -> Finished:
+        """Read the config of a run's model folder.
+
+        Raises:
+            InputError: it is missing, damaged, or of another number of blocks.
+        """
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            quantization = dict(config.pop("quantization_config"))
+            if quantization.get("quant_method") != METHOD:
+                raise ValueError(f"it is in the format {quantization.get('quant_method')}")
+            family, shape = family_of(config["model_type"], str(folder)), Shape.of(SimpleNamespace(**config))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise InputError(f"{folder} holds no model of a finished run ({what}): run the recipe again.") from error
+        if len(blocks) != shape.blocks:
+            raise InputError(f"the run has {len(blocks)} blocks, and its config.json {shape.blocks}: run it again.")
+        return cls(folder, blocks, config, Spec.from_dict(quantization), family, shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all that is not quantized, as config.json has it."""
+        return getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")))
+
+    def transformers_config(self) -> PretrainedConfig:
+        """The config as transformers reads it, without quantization."""
+        return AutoConfig.for_model(**self.config)
+
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Embedding, final norm and head, as the run computed with them."""
+        return read_ends(self.folder, self.family)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index` by their names inside the block: `qweight`, `scale`, `zero`, and the others.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        try:
+            return load_file(self.blocks[index])
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.blocks[index]} cannot be read ({error}): run the recipe again.") from error
+
+    def split(self, index: int) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+        """Block `index` as integers, scale and zero point of every projection, and its other tensors."""
+        tensors = self.block(index)
+        quantized = unpack_block(tensors, self.family, self.spec.bits, self.columns)
+        packed = {f"{name}.{part}" for name in quantized for part in ("qweight", "scale", "zero")}
+        return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """How many inputs each projection has."""
+        return projection_columns(self.family, self.shape)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many outputs each projection has."""
+        return projection_rows(self.family, self.shape)
+
+    def groups(self) -> Iterator[dict[str, Tensor]]:
+        """All tensors by their full names: embedding, each block, then norm and head."""
+        f = self.family
+        embedding, norm, head = self.ends()
+        yield {f"{f.embedding}.weight": embedding}
+        for index in range(self.shape.blocks):
+            yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in self.block(index).items()}
+        yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
+
+
+def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
+    """How many inputs each projection of a block has."""
+    widths = dict.fromkeys(family.projections, shape.hidden)
+    return widths | {family.output: shape.query_heads * shape.head_dim, family.down: shape.ffn}
+
+
+def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
+    """How many outputs each projection of a block has."""
+    heads = {family.query: shape.query_heads, family.key: shape.key_heads, family.value: shape.key_heads}
+    sizes = dict.fromkeys((family.gate, family.up), shape.ffn) | dict.fromkeys(
+        (family.output, family.down), shape.hidden
+    )
+    return sizes | {name: count * shape.head_dim for name, count in heads.items()}
+
+
+def refuse_online(spec: Spec, name: str, *, activations: bool = False) -> None:
+    """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
+
+    Raises:
+        InputError: R3, R4, or a quantizer of activations or cache is on.
+    """
+    online = []
+    if spec.r3:
+        online.append("R3 (an online rotation of queries and keys)")
+    if spec.r4:
+        online.append("R4 (an online rotation before down)")
+    if spec.activation_bits < 16 and not activations:
+        online.append(f"{spec.activation_bits}-bit activations")
+    if spec.key_bits < 16 or spec.value_bits < 16:
+        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values")
+    if online:
+        raise InputError(
+            f"the run needs {' and '.join(online)}, which {name} cannot hold and its readers would leave out: "
+            "use --format native, or quantize with a recipe without it, such as w4a16."
+        )
