@@ -26,7 +26,7 @@ from .families import Family, family_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*")
+_WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md")
 
 
 def fetch(source: str, is_local: bool) -> Path:

@@ -272,3 +272,6 @@ def _read_json(run: Path, name: str) -> dict[str, Any]:
 def main() -> None:
     """Entry point of the command `rotoboa`."""
     app(prog_name="rotoboa")
+
+
+from . import cli_exports  # noqa: E402, F401  (adds its commands to `app`)

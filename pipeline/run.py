@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..export.checkpoint import save_tensors
+from ..export.record import checksum
 from .recipe import Recipe
 
 MANIFEST, REPORT, RECIPE = "manifest.json", "report.json", "recipe.yaml"
@@ -40,12 +40,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     save_tensors(temporary, tensors)
     temporary.replace(path)
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RunFolder:

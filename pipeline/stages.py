@@ -20,6 +20,7 @@ from ..errors import InputError, RunError
 from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
 from .calibration import calibration_tokens, load_texts
+from .exporting import base_of, describe, open_finished
 from .job import Job, check_length, dataset_of, evaluation_windows, exported_bytes, identity, length_of, prepare
 from .measure import device_name, loaded, peak_memory, perplexities, plain_forward, sizes
 from .progress import Progress
@@ -79,6 +80,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         ) from error
     report = {
         "model": job.model.name,
+        "base": base_of(job.model.name, job.checkpoint.folder),
         "perplexity": {evaluation_set: perplexity},
         "divergence": {evaluation_set: divergence},
         "tokens": {"calibration": list(tokens.shape), "evaluation": list(windows.shape)},
@@ -94,6 +96,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         "seeds": {"rotation": seed, "calibration": recipe.calibration.seed},
     }
     write_json(folder.path / REPORT, report)
+    describe(folder, open_finished(folder), "native", folder.path / "model", folder.path / "model")
     folder.manifest["finished"] = True
     folder.save()
     return report

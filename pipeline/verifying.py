@@ -1,0 +1,216 @@
+"""Loads an export as its users will, and compares its logits with the run's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..boa.attention import NAME
+from ..errors import InputError, RunError
+from ..export import compressed_tensors, gguf_reader, gptq
+from ..export.finished import Finished
+from ..export.native import load_native, packed_block
+from ..export.record import check_files, read_record
+from ..models.decoder import Decoder
+from .exporting import blocks_digest, open_finished
+from .run import MANIFEST, RunFolder
+
+# Half prose, half code; long enough that every position is not the first.
+_TEXT = '''"""Count the words of a file, and print the most frequent ones.
+
+The words are compared in lower case. A word is a run of letters; digits and signs divide words.
+"""
+import sys
+from collections import Counter
+
+
+def main(path: str, most: int = 10) -> None:
+    with open(path, encoding="utf-8") as file:
+        words = Counter(word.lower() for line in file for word in line.split() if word.isalpha())
+    for word, count in words.most_common(most):
+        print(f"{count:8} {word}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+'''
+_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was compared.
+
+    Attributes:
+        format, reader: of the export, and what loaded it.
+        difference: the largest difference of a logit.
+        deviation: standard deviation of the run's logits.
+        agreement: share of positions with the same most likely token.
+        tolerance: the difference that is allowed; None where the reader computes otherwise by design.
+    """
+
+    format: str
+    reader: str
+    difference: float
+    deviation: float
+    agreement: float
+    tolerance: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance (NaN is not)."""
+        return self.tolerance is None or self.difference <= self.tolerance
+
+
+def verify(export: Path, *, run: Path | None = None, tolerance: float | None = None) -> list[Verified]:
+    """Compare the logits of an export, as its stock reader computes them in float32, with those of its run.
+
+    Args:
+        export: folder of an export, or a run, whose `model` folder it then is.
+        run: folder of the run; None is where the export says it was.
+        tolerance: the largest difference allowed; None is 1 % of the standard deviation of the run's logits, and 20 %
+            where activations or cache are quantized: there a rounding that falls the other way is a whole level.
+
+    Raises:
+        InputError: the export is damaged, or its run is not found or another one.
+        RunError: its reader failed.
+    """
+    if (export / MANIFEST).is_file():
+        export = export / "model"
+    record = read_record(export)
+    check_files(export, record)
+    where = run or Path(os.path.normpath(export.resolve() / record.run))
+    if not (where / MANIFEST).is_file():
+        raise InputError(f"the run of {export} is not in {where}: give it with --run.")
+    folder = RunFolder.open(where)
+    if blocks_digest(folder) != record.blocks:
+        raise InputError(f"{export} was made from another run than {where}: give the right one with --run.")
+    if record.format not in READERS:
+        raise InputError(f"{export} is in the format {record.format}, which this release of rotoboa does not read.")
+    finished = open_finished(folder)
+    ids = sample(finished)
+    expected = run_logits(finished, ids)
+    deviation = float(expected.std())
+    spec = finished.spec
+    online = min(spec.activation_bits, spec.key_bits, spec.value_bits) < 16
+    limit = tolerance if tolerance is not None else deviation * (0.2 if online else 0.01)
+    results = []
+    for reader, (judged, compute) in READERS[record.format].items():
+        if reader == "llama.cpp" and find_spec("llama_cpp") is None:
+            continue
+        found = compute(export, ids)
+        if found.shape != expected.shape:
+            shapes = f"{tuple(found.shape)}, and the run {tuple(expected.shape)}"
+            raise RunError(f"{export}: {reader} gives logits of shape {shapes}: export it again.")
+        difference = float((found - expected).abs().max())
+        agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+        results.append(Verified(record.format, reader, difference, deviation, agreement, limit if judged else None))
+    return results
+
+
+def sample(run: Finished) -> Tensor:
+    """(1, n) tokens of a text, at most 128 and no more than the model has positions."""
+    tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
+    length = min(_TOKENS, int(getattr(run.transformers_config(), "max_position_embeddings", _TOKENS)))
+    ids = torch.tensor(tokenizer(_TEXT)["input_ids"][:length])
+    return ids[ids < run.shape.vocabulary][None]
+
+
+@torch.no_grad()
+def run_logits(run: Finished, ids: Tensor) -> Tensor:
+    """(1, n, vocabulary): as the run was measured, block by block in float32."""
+    decoder = Decoder(run.transformers_config(), attention=NAME)
+    embedding, norm, head = run.ends()
+    hidden = embedding[ids].float()
+    for index in range(run.shape.blocks):
+        hidden = decoder.run(packed_block(decoder, index, run.block(index), run.spec), hidden)
+    return decoder.norm(norm)(hidden) @ head.float().T
+
+
+def _native(export: Path, ids: Tensor) -> Tensor:
+    model, _ = load_native(export, dtype=torch.float32)
+    with torch.no_grad():
+        logits: Tensor = model(ids).logits
+    return logits
+
+
+def _gptq(export: Path, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = gptq.read(export)(ids).logits
+    return logits
+
+
+def _compressed_tensors(export: Path, ids: Tensor) -> Tensor:
+    compressed_tensors.inspect(export)
+    return _fresh(_TRANSFORMERS, export, ids, "")
+
+
+def _gguf(export: Path, ids: Tensor) -> Tensor:
+    return _fresh(_TRANSFORMERS, export, ids, gguf_reader.inspect(export).name)
+
+
+def _llama(export: Path, ids: Tensor) -> Tensor:
+    return _fresh(_LLAMA, export, ids, gguf_reader.inspect(export).name)
+
+
+_TRANSFORMERS = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+folder, ids, logits, file = sys.argv[1:]
+options = {"gguf_file": file, "config": transformers.AutoConfig.from_pretrained(folder)} if file else {}
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+with torch.no_grad():
+    save_file({"logits": model(load_file(ids)["ids"]).logits.float().contiguous()}, logits)
+assert "rotoboa" not in sys.modules
+"""
+
+_LLAMA = """
+import os, sys, numpy, llama_cpp
+from safetensors.numpy import load_file, save_file
+folder, ids, logits, file = sys.argv[1:]
+tokens = load_file(ids)["ids"][0].tolist()
+model = llama_cpp.Llama(os.path.join(folder, file), n_ctx=len(tokens), logits_all=True, verbose=False)
+model.eval(tokens)
+save_file({"logits": numpy.array(model.scores[: len(tokens)], dtype=numpy.float32)[None]}, logits)
+"""
+
+
+def _fresh(program: str, export: Path, ids: Tensor, file: str) -> Tensor:
+    """Logits that a program computes in a process of its own, which knows nothing of rotoboa and of the network.
+
+    Raises:
+        RunError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({"ids": ids}, folder / "ids")
+        paths = [export.resolve(), folder / "ids", folder / "logits"]
+        command = [sys.executable, "-c", program, *map(str, paths), file]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip().rstrip(".")
+            raise RunError(f"{export} cannot be loaded by its stock reader ({last}): export it again.")
+        return load_file(folder / "logits")["logits"]
+
+
+# Format -> reader -> whether its logits must be those of the run, and how they are computed.
+READERS: Mapping[str, Mapping[str, tuple[bool, Callable[[Path, Tensor], Tensor]]]] = {
+    "native": {"rotoboa.load": (True, _native)},
+    "compressed-tensors": {"transformers": (True, _compressed_tensors)},
+    "gptq": {"rotoboa's reader": (True, _gptq)},
+    "gptq-v1": {"rotoboa's reader": (True, _gptq)},
+    # llama.cpp rounds activations to 8 bits, whatever the file says: it is shown, and not judged.
+    "gguf": {"transformers": (True, _gguf), "llama.cpp": (False, _llama)},
+}
