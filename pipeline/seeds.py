@@ -29,9 +29,10 @@ def choose_seed(job: Job, tokens: Tensor, progress: Progress) -> int:
         return rotation.seed
     progress.stage("choose the rotation", len(candidates))
     costs = {}
-    for seed in candidates:
-        costs[seed] = rounding_cost(job, job.rotations.reseeded(seed), tokens[:SEQUENCES])
-        progress.advance()
+    with job.timed("choose the rotation"):
+        for seed in candidates:
+            costs[seed] = rounding_cost(job, job.rotations.reseeded(seed), tokens[:SEQUENCES])
+            progress.advance()
     return min(candidates, key=costs.__getitem__)
 
 

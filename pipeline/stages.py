@@ -61,8 +61,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     try:
         seed = folder.manifest.get("rotation_seed")
         if seed is None:
-            with job.timed("choose the rotation"):
-                folder.manifest["rotation_seed"] = seed = choose_seed(job, tokens, progress)
+            folder.manifest["rotation_seed"] = seed = choose_seed(job, tokens, progress)
             folder.save()
         job.rotations = job.rotations.reseeded(seed)
         embedding, norm, head = _ends(job)
