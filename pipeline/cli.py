@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import json
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperArgument, TyperCommand
 
 from ..errors import InputError, RunError
+from .files import read_json as _read_json
 from .progress import Progress, cost_table, loss_table, result_table
 from .recipe import SECTIONS, build_recipe, field_paths, load_recipe, recipe_names, recipe_text
 
@@ -210,6 +210,33 @@ def inspect_run(run: Run) -> None:
 
 
 @app.command(cls=_Command)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)],
+    form: Annotated[
+        Literal["markdown", "csv", "json"] | None,
+        typer.Option("--format", metavar="markdown|csv|json", help="(default by --output's name, else markdown)"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a file. (default to the screen)")] = None,
+) -> None:
+    """Compare runs in one table: bits, size, perplexities, tasks, seconds, memory.
+
+    What makes a run's figures others than those of the first, another model or text, is in its notes.
+    """
+    from .compare import comparison, format_of, render
+    from .files import read_report
+
+    form = form or format_of(output)
+    text = render(comparison([(run, read_report(run)) for run in runs]), form)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): give another --output.") from error
+
+
+@app.command(cls=_Command)
 def models() -> None:
     """List the short names of models. Any folder with a checkpoint or Hugging Face id works as well."""
     from ..models.aliases import ALIASES
@@ -253,20 +280,6 @@ def _facts(title: str, value: Any) -> Table:
 
     add("", value)
     return table
-
-
-def _read_json(run: Path, name: str) -> dict[str, Any]:
-    """A file of a run folder; InputError where there is none or it is damaged."""
-    path = run / name
-    if not path.is_file():
-        raise InputError(f"{run} is no folder of a run: it has no {name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} cannot be read: it holds no JSON object.")
-    return content
 
 
 def main() -> None:

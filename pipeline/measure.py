@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..boa.rounding import Quantized, Settings, quantize
@@ -117,6 +119,21 @@ def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
 def loaded(job: Job, tokens: int) -> dict[str, Any]:
     """Bytes that the loaded model holds, and its cache of `tokens` tokens, beside those in bfloat16."""
     return memory(job.decoder, job.spec, job.checkpoint.dtype, tokens)
+
+
+def bits_per_weight(job: Job, folder: RunFolder) -> float:
+    """Bits that a quantized weight takes as it is stored, scales, zero points and padding included."""
+    sizes = {"I32": 4, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
+    stored = weights = 0
+    for index in range(job.decoder.shape.blocks):
+        with safe_open(folder.block_path(index), "pt") as file:
+            names = set(file.keys())
+            for name in (name.removesuffix(".qweight") for name in names if name.endswith(".qweight")):
+                for part in names & {f"{name}.qweight", f"{name}.scale", f"{name}.zero"}:
+                    tensor = file.get_slice(part)
+                    stored += math.prod(tensor.get_shape()) * sizes[tensor.get_dtype()]
+                weights += job.decoder.shapes[f"{job.decoder.family.layers}.{index}.{name}.weight"].numel()
+    return 8 * stored / weights
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -22,7 +22,7 @@ from ..export.native import pack_block, unpack_block
 from .calibration import calibration_tokens, load_texts
 from .exporting import base_of, describe, open_finished
 from .job import Job, check_length, dataset_of, evaluation_windows, exported_bytes, identity, length_of, prepare
-from .measure import device_name, loaded, peak_memory, perplexities, plain_forward, sizes
+from .measure import bits_per_weight, device_name, loaded, peak_memory, perplexities, plain_forward, sizes
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml
 from .run import REPORT, RunFolder, recipe_of, write_json
@@ -88,6 +88,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         "peak_memory_bytes": peak_memory(job.decoder.device),
         "sizes": sizes(job, folder),
         "memory": loaded(job, windows.shape[1]),
+        "bits_per_weight": bits_per_weight(job, folder),
         "versions": folder.manifest["identity"]["versions"],
         "python": platform.python_version(),
         "device": device_name(job.decoder.device),
