@@ -7,12 +7,14 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
 from .progress import MODELS, human_size, human_time
 
+Cell = Callable[[Mapping[str, Any]], str]  # of a row
 Format = Literal["markdown", "csv", "json"]
 SUFFIXES: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".json": "json"}
 SAME_TEXT = 1e-3  # relative: full precision on the same text is the same but for the order of sums
@@ -169,7 +171,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     divergent, tasks = _keys(rows, "divergence"), _keys(rows, "tasks")
     short = short_names([*datasets, *divergent])
     models = short_names([row["model"] for row in rows])
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+    columns: list[tuple[str, Cell]] = [
         ("run", lambda row: row["run"]),
         ("model", lambda row: models[row["model"]]),
         ("method", lambda row: row["method"]),
@@ -184,17 +186,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
     for dataset in datasets:
         for key, label in MODELS.items():
-            title = f"perplexity on {short[dataset]}, {label}"
-            columns.append((title, lambda row, d=dataset, k=key: _cell(row["perplexity"].get(d, {}).get(k), "{:,.3f}")))
+            columns.append((f"perplexity on {short[dataset]}, {label}", _figure("perplexity", dataset, key, "{:,.3f}")))
     for dataset in divergent:
-        get = lambda row, key, d=dataset: row["divergence"].get(d, {}).get(key)  # noqa: E731
-        columns.append((f"KL on {short[dataset]}", lambda row, g=get: _cell(g(row, "kl"), "{:.4f}")))
-        columns.append((f"top-1 agreement on {short[dataset]}", lambda row, g=get: _cell(g(row, "top1"), "{:.1%}")))
+        columns.append((f"KL on {short[dataset]}", _figure("divergence", dataset, "kl", "{:.4f}")))
+        columns.append((f"top-1 agreement on {short[dataset]}", _figure("divergence", dataset, "top1", "{:.1%}")))
     for task in tasks:
         metric = next(row["tasks"][task]["metric"] for row in rows if task in row["tasks"])
-        for key in ("full_precision", "quantized"):
-            title = f"{task}{f' ({metric})' if metric else ''}, {MODELS[key]}"
-            columns.append((title, lambda row, t=task, k=key: _task(row["tasks"].get(t, {}), k)))
+        name = f"{task} ({metric})" if metric else task
+        columns.append((f"{name}, {MODELS['full_precision']}", _figure("tasks", task, "full_precision", "{:.3f}")))
+        columns.append((f"{name}, {MODELS['quantized']}", partial(_score, task)))
     columns += [
         ("quantization", lambda row: _cell(row["seconds"].get("quantize"), human_time)),
         ("whole run", lambda row: _cell(row["seconds"].get("total"), human_time)),
@@ -220,10 +220,15 @@ def _size(value: int | None) -> str:
     return _cell(value, human_size)
 
 
-def _task(found: Mapping[str, Any], key: str) -> str:
-    """A score; the standard error stands with the quantized model's."""
-    error = found.get("stderr") if key == "quantized" else None
-    return _cell(found.get(key), "{:.3f}") + (f" ± {error:.3f}" if error is not None and found.get(key) else "")
+def _figure(group: str, name: str, key: str, form: str) -> Cell:
+    return lambda row: _cell(row[group].get(name, {}).get(key), form)
+
+
+def _score(task: str, row: Mapping[str, Any]) -> str:
+    """The quantized model's, with its standard error."""
+    found = row["tasks"].get(task, {})
+    error = f" ± {found['stderr']:.3f}" if found.get("stderr") is not None else ""
+    return _cell(found.get("quantized"), "{:.3f}" + error)
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
