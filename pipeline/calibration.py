@@ -39,6 +39,8 @@ C4_SPLITS = {
     "validation": ("en/c4-validation.00000-of-00008.json.gz", "train[1100:2200]"),
     "evaluation": ("en/c4-validation.00000-of-00008.json.gz", "train[:1100]"),
 }
+# GPTQ's code, and what came after it, evaluates on all windows of WikiText-2 and on the first 256 of C4.
+PAPER_WINDOWS = {"c4": 256}
 
 
 def load_texts(dataset: str, split: Split) -> list[str]:

@@ -169,7 +169,9 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN", sho
 @app.command(cls=_Command)
 def evaluate(
     run: Run,
-    dataset: Annotated[str | None, typer.Option(metavar="TEXT", help="Data set. (default that of the run)")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Data sets, with commas. (default those of the run)")
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, metavar="INT", help="Windows of text. (default as in the run)")
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
 from ..rotation.rotate import Rotations
-from .calibration import Split, evaluation_tokens, load_texts
+from .calibration import PAPER_WINDOWS, Split, evaluation_tokens, load_texts
 from .recipe import Recipe
 from .run import device_of
 
@@ -147,10 +147,15 @@ def dataset_of(given: str | None, model: ResolvedModel, option: str) -> str:
     return dataset
 
 
+def evaluation_sets(given: Sequence[str] | None, model: ResolvedModel, option: str) -> tuple[str, ...]:
+    """The texts that were given, else the model's default alone; errors as of `dataset_of`."""
+    return tuple(given) if given else (dataset_of(None, model, option),)
+
+
 def evaluation_windows(job: Job, dataset: str, split: Split, length: int, windows: int | None) -> Tensor:
-    """(windows, length) tokens; `windows` None is the model's default number."""
+    """(windows, length) tokens; `windows` None is the model's default number, else that of the papers."""
     texts = load_texts(dataset, split)
-    limit = windows if windows is not None else job.model.windows
+    limit = windows or job.model.windows or PAPER_WINDOWS.get(dataset)
     return evaluation_tokens(job.tokenizer, texts, length, limit, job.decoder.shape.vocabulary)
 
 

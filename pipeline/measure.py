@@ -49,14 +49,30 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
 
 
 def perplexities(
-    job: Job, folder: RunFolder, windows: Tensor, ends: tuple[Tensor, Tensor, Tensor], progress: Progress
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Full precision, RTN without rotation and the quantized model on the same windows, each run through them once.
+    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: tuple[Tensor, Tensor, Tensor], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Full precision, RTN without rotation and the quantized model on the same texts, each run through them once.
+
+    Args:
+        job, folder: the run; its blocks are finished.
+        texts: (windows, length) tokens by the name of the data set.
+        ends: embedding, final norm and head of the quantized model.
+        progress: told of each block.
 
     Returns:
-        The perplexity of each, and the divergence from full precision: `kl` and `top1` of the quantized model, and
-        `rtn` with both of RTN.
+        `perplexity`, by data set and model, and `divergence` from full precision by data set: `kl` and `top1` of the
+        quantized model, and `rtn` with both of RTN.
     """
+    measured: dict[str, dict[str, Any]] = {"perplexity": {}, "divergence": {}}
+    for dataset, windows in texts.items():
+        found = _perplexities(job, folder, windows, ends, progress)
+        measured["perplexity"][dataset], measured["divergence"][dataset] = found
+    return measured
+
+
+def _perplexities(
+    job: Job, folder: RunFolder, windows: Tensor, ends: tuple[Tensor, Tensor, Tensor], progress: Progress
+) -> tuple[dict[str, float], dict[str, Any]]:
     compute, checkpoint = job.decoder, job.checkpoint
     plain_ends = (checkpoint.embedding(), checkpoint.final_norm(), checkpoint.head())
     transforms = replace(job.spec, r3=False, r4=False, clips=None).transforms(compute.shape)

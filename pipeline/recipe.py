@@ -14,7 +14,16 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from ..errors import InputError
@@ -38,6 +47,23 @@ def _check_weight_bits(bits: int) -> int:
     return bits
 
 
+def split_names(value: Any) -> Any:
+    """'a, b' -> ['a', 'b']; a list stays as it is, so that a name in it may hold a comma."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is not None and (not names or not all(names) or len(set(names)) < len(names)):
+        raise ValueError("no names, an empty name or the same name twice")
+    return names
+
+
+Names = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(split_names),
+    AfterValidator(_check_names),
+    Legal("a name, or several with commas between them or as a list, each once"),
+]
 WeightBits = Annotated[int, AfterValidator(_check_weight_bits), Legal("2 to 8")]
 Bits = Annotated[int, AfterValidator(_check_bits), Legal("2 to 8, or 16 for no quantization")]
 
@@ -174,9 +200,11 @@ class Calibration(_Section):
 
 
 class Evaluation(_Section):
-    """Evaluation (how perplexity is measured when the weights are done)."""
+    """Evaluation (what is measured when the weights are done)."""
 
-    dataset: str | None = Field(default=None, description="As for calibration.")
+    dataset: Names = Field(
+        default=None, description="Text for perplexity and divergence, as for calibration; several with commas."
+    )
     split: Literal["evaluation", "validation"] = Field(
         default="evaluation", description="evaluation: the text to report; validation: other text, to choose by."
     )
@@ -252,8 +280,8 @@ def field_paths() -> list[FieldPath]:
     for name, info in _leaves().items():
         default = str(info.default).lower() if isinstance(info.default, bool | NoneType) else str(info.default)
         # A flag shows by itself that it is true or false, and the text of a choice explains each of its values.
-        kinds = (info.annotation, *get_args(info.annotation))
-        implied = get_origin(info.annotation) is Literal or any(kind in kinds for kind in (bool, str, Path))
+        kinds = {info.annotation, *get_args(info.annotation)}
+        implied = get_origin(info.annotation) is Literal or not kinds.isdisjoint((bool, str, Path, tuple[str, ...]))
         note = f"default {default}" if implied else f"{_legal_values(info)}; default {default}"
         paths.append(FieldPath(name, info.annotation, info.default, f"{info.description} ({note})"))
     return paths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,20 @@ from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
 from .calibration import calibration_tokens, load_texts
 from .exporting import base_of, describe, open_finished
-from .job import Job, check_length, dataset_of, evaluation_windows, exported_bytes, identity, length_of, prepare
+from .job import (
+    Job,
+    check_length,
+    dataset_of,
+    evaluation_sets,
+    evaluation_windows,
+    exported_bytes,
+    identity,
+    length_of,
+    prepare,
+)
 from .measure import bits_per_weight, device_name, loaded, peak_memory, perplexities, plain_forward, sizes
 from .progress import Progress
-from .recipe import Recipe, recipe_to_yaml
+from .recipe import Recipe, recipe_to_yaml, split_names
 from .run import REPORT, RunFolder, recipe_of, write_json
 from .seeds import choose_seed
 
@@ -45,7 +55,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     folder.need_space(2 * exported_bytes(job) + 2**24)
     length = length_of(recipe, job.model, job.decoder)
     calibration_set = dataset_of(recipe.calibration.dataset, job.model, "--calibration.dataset")
-    evaluation_set = dataset_of(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
+    evaluated = evaluation_sets(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
     with job.timed("text"):
         tokens = calibration_tokens(
             job.tokenizer,
@@ -55,7 +65,8 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
             recipe.calibration.seed,
             job.decoder.shape.vocabulary,
         )
-        windows = evaluation_windows(job, evaluation_set, recipe.evaluation.split, length, recipe.evaluation.windows)
+        split, most = recipe.evaluation.split, recipe.evaluation.windows
+        windows = {name: evaluation_windows(job, name, split, length, most) for name in evaluated}
     folder.start(recipe_to_yaml(recipe))
 
     try:
@@ -71,7 +82,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
             head = _correct_head(job, norm, head, *streams)
         with job.timed("export"):
             write_native(folder.path / "model", job.checkpoint, job.spec, _groups(job, folder, embedding, norm, head))
-        perplexity, divergence = perplexities(job, folder, windows, (embedding, norm, head), progress)
+        measured = perplexities(job, folder, windows, (embedding, norm, head), progress)
     except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError, SafetensorError) as error:
         what = str(error).rstrip(".") or type(error).__name__
         raise RunError(
@@ -80,14 +91,13 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     report = {
         "model": job.model.name,
         "base": base_of(job.model.name, job.checkpoint.folder),
-        "perplexity": {evaluation_set: perplexity},
-        "divergence": {evaluation_set: divergence},
-        "tokens": {"calibration": list(tokens.shape), "evaluation": list(windows.shape)},
+        **measured,
+        "tokens": {"calibration": list(tokens.shape), "evaluation": _shapes(windows)},
         "seconds": {**job.seconds, "total": time.perf_counter() - started},
         "plain_forward_seconds": plain,
         "peak_memory_bytes": peak_memory(job.decoder.device),
         "sizes": sizes(job, folder),
-        "memory": loaded(job, windows.shape[1]),
+        "memory": loaded(job, length),
         "bits_per_weight": bits_per_weight(job, folder),
         "versions": folder.manifest["identity"]["versions"],
         "python": platform.python_version(),
@@ -105,13 +115,21 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
 def evaluate(
     run: Path,
     *,
-    dataset: str | None = None,
+    dataset: str | Sequence[str] | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a finished run again, on this or another text; returns a report of perplexity and divergence.
+    """Measure a finished run again, on the same or on other texts; returns a report of perplexity and divergence.
+
+    Args:
+        run: the folder of the run.
+        dataset: texts, a list or with commas; None: those of the run.
+        windows: of each text; None: as in the run.
+        sequence_length: tokens of a window; None: as in the run.
+        device: where to compute; None: CUDA where it is, else the CPU.
+        progress: told of each step.
 
     Raises:
         InputError: there is no finished run, or the text cannot be used.
@@ -122,17 +140,22 @@ def evaluate(
     job = prepare(recipe, device)
     length = sequence_length or length_of(recipe, job.model, job.decoder)
     check_length(length, job.decoder, job.model, "--sequence-length")
-    chosen = dataset or dataset_of(recipe.evaluation.dataset, job.model, "--dataset")
-    tokens = evaluation_windows(job, chosen, recipe.evaluation.split, length, windows or recipe.evaluation.windows)
+    chosen = evaluation_sets(split_names(dataset) or recipe.evaluation.dataset, job.model, "--dataset")
+    split, most = recipe.evaluation.split, windows or recipe.evaluation.windows
+    tokens = {name: evaluation_windows(job, name, split, length, most) for name in chosen}
     job.spec = replace(job.spec, clips=folder.clips())
-    perplexity, divergence = perplexities(job, folder, tokens, read_ends(run / "model", job.decoder.family), progress)
+    measured = perplexities(job, folder, tokens, read_ends(run / "model", job.decoder.family), progress)
     return {
-        "perplexity": {chosen: perplexity},
-        "divergence": {chosen: divergence},
+        **measured,
+        "tokens": {"evaluation": _shapes(tokens)},
         "seconds": job.seconds,
         "sizes": sizes(job, folder),
-        "memory": loaded(job, tokens.shape[1]),
+        "memory": loaded(job, length),
     }
+
+
+def _shapes(windows: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {dataset: list(tokens.shape) for dataset, tokens in windows.items()}
 
 
 def _ends(job: Job) -> tuple[Tensor, Tensor, Tensor]:

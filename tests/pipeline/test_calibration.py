@@ -1,6 +1,7 @@
 """Datasets become texts, texts become windows of tokens, and each wrong input one sentence."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.tiny import corpus
 from rotoboa.pipeline import calibration
 from rotoboa.pipeline.calibration import calibration_tokens, evaluation_tokens, load_texts
+from rotoboa.pipeline.job import evaluation_windows, prepare
+from rotoboa.pipeline.run import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,18 @@ def stream(tokenizer: Any, texts: list[str]) -> list[int]:
 
 
 TEXTS = ["import os\n" * 20, "def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 25]
+
+
+def test_c4_is_256_windows_as_in_the_papers(
+    hub: Hub, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = prepare(recipe_of(tiny_run))
+    job.model = replace(job.model, windows=None)  # as a model of the hub
+    words = datasets.Dataset.from_dict({"text": ["word " * 4000]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: words)
+    assert len(evaluation_windows(job, "c4", "evaluation", 8, None)) == 256
+    assert len(evaluation_windows(job, "c4", "evaluation", 8, 300)) == 300
+    assert len(evaluation_windows(job, "wikitext2", "evaluation", 8, None)) > 300
 
 
 def test_calibration_windows_are_drawn_by_the_seed(tokenizer: Any) -> None:

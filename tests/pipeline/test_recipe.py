@@ -89,6 +89,15 @@ def test_illegal_values_are_named_with_the_legal_ones(name: str, value: object, 
     assert (str(value) or "''") in message
 
 
+def test_names_are_a_list_or_have_commas() -> None:
+    for given in ("wikitext2, c4", ["wikitext2", "c4"]):
+        assert build_recipe({"evaluation": {"dataset": given}}).evaluation.dataset == ("wikitext2", "c4")
+    assert build_recipe({"evaluation": {"dataset": ["a,b.txt"]}}).evaluation.dataset == ("a,b.txt",)
+    for wrong in ("a,,b", "a,a", [], ["a", ""]):
+        with pytest.raises(InputError, match=r"evaluation\.dataset is .* but must be a name, or several with commas"):
+            build_recipe({"evaluation": {"dataset": wrong}})
+
+
 def test_unknown_fields_are_named_with_the_closest_one() -> None:
     message = complaint({"weights": {"bit": 4}, "samples": 2, "cache": 4, "qqq": 1, 7: 1}, {"weights.bits": 1})
     assert "weights.bit (perhaps weights.bits)" in message

@@ -83,7 +83,7 @@ def test_report(finished: tuple[Recipe, dict[str, Any]], text: Path, llama: Path
     assert report["model"] == str(llama)
     assert report["recipe"] == recipe.model_dump(mode="json")
     assert report["seeds"] == {"rotation": 0, "calibration": 0}
-    assert report["tokens"] == {"calibration": [4, 64], "evaluation": [4, 64]}
+    assert report["tokens"] == {"calibration": [4, 64], "evaluation": {str(text): [4, 64]}}
     assert set(report["versions"]) >= {"rotoboa", "torch", "transformers", "safetensors", "tokenizers", "numpy"}
     assert report["versions"]["torch"] == torch.__version__
     seconds = dict(report["seconds"])
@@ -144,6 +144,12 @@ def test_evaluating_again_gives_the_figures_of_the_report(
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
     assert list(stages.evaluate(output_of(recipe), dataset=str(other))["perplexity"]) == [str(other)]
+    for both in (f"{text}, {other}", [str(text), str(other)]):
+        found = stages.evaluate(output_of(recipe), dataset=both)
+        assert list(found["perplexity"]) == list(found["divergence"]) == [str(text), str(other)]
+        assert found["perplexity"][str(text)] == report["perplexity"][str(text)]
+        assert found["tokens"] == {"evaluation": {str(text): [4, 64], str(other): [4, 64]}}
+        assert "evaluate quantized" in found["seconds"]
     longer = stages.evaluate(output_of(recipe), sequence_length=128)
     assert perplexities(longer)["full_precision"] != perplexities(report)["full_precision"]
     assert model_files(output_of(recipe)) == before
