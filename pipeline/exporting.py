@@ -133,12 +133,17 @@ def base_of(name: str, checkpoint: Path) -> dict[str, Any]:
 def _public(recipe: Recipe) -> Recipe:
     """A recipe without the paths of the machine that ran it: local folders and files become their names."""
 
-    def name(value: str | None) -> str | None:
-        return Path(value).name if value and Path(value).exists() and not HUB_ID.fullmatch(value) else value
+    def name(value: str) -> str:
+        return Path(value).name if Path(value).exists() and not HUB_ID.fullmatch(value) else value
 
+    calibration, evaluation = recipe.calibration, recipe.evaluation
     sections = {
-        section: getattr(recipe, section).model_copy(update={"dataset": name(getattr(recipe, section).dataset)})
-        for section in ("calibration", "evaluation")
+        "calibration": calibration.model_copy(
+            update={"dataset": None if calibration.dataset is None else name(calibration.dataset)}
+        ),
+        "evaluation": evaluation.model_copy(
+            update={"dataset": evaluation.dataset and tuple(map(name, evaluation.dataset))}
+        ),
     }
     return recipe.model_copy(update={"model": name(recipe.model), "output": None, **sections})
 
