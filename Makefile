@@ -9,7 +9,7 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy ablation clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -46,6 +46,9 @@ bench-accept: $(STAMP)  ## make the figures of the last `make bench` the baselin
 
 accuracy: $(STAMP)  ## the accuracy of the defaults on the embedded model, three calibration seeds
 	$(BIN)/python benchmarks/accuracy.py
+
+runtime: $(STAMP)  ## speed and memory of exported models on this machine (ARGS: --threads 1, ...)
+	$(BIN)/python benchmarks/runtime.py $(ARGS)
 
 ablation: $(STAMP)  ## what each lever is worth, in benchmarks/ablation.md (about an hour on two cores)
 	$(BIN)/python benchmarks/ablation.py $(ARGS)

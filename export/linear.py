@@ -96,15 +96,15 @@ class QuantizedLinear(nn.Module):
         levels = quantizer.levels(wide, scale, zero).to(torch.int8)
         total = levels.sum(1, keepdim=True, dtype=torch.int32)
         levels = self._ordered(levels).flatten(1)
-        y = x.new_empty(len(x), self.out_features)
+        parts = []
         for rows in self._parts(x.device):
             integers, zero = self._integers(rows).flatten(1), self.zero[rows, 0].to(torch.int32)
             if self.bits == 8:  # int8 holds 0 .. 255 less 128
                 integers, zero = integers.bitwise_xor_(128), zero - 128
             sums = integer_product(levels, integers.view(torch.int8)).addcmul_(total, zero[None], value=-1)
-            part = sums.to(wide.dtype).mul_(scale).mul_(self.scale[rows, 0].to(wide.dtype))
-            y[:, rows] = part if self.bias is None else part.add_(self.bias[rows])
-        return y
+            part = sums.to(wide.dtype).mul_(scale).mul_(self.scale[rows, 0])
+            parts.append((part if self.bias is None else part.add_(self.bias[rows])).to(x.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _from_floats(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out) in the dtype of x."""
@@ -113,7 +113,7 @@ class QuantizedLinear(nn.Module):
         late = self.scale.shape[1] == 1 and dtype != torch.float16
         wide = torch.float32 if dtype == torch.bfloat16 and not late else dtype
         x = self._ordered(x).flatten(1)
-        y = x.new_empty(len(x), self.out_features)
+        parts = []
         for rows in self._parts(x.device):
             integers, zero = self._integers(rows), self.zero[rows, :, None]
             # Below 8 bits the difference fits int8, whose bits are those of the uint8 one.
@@ -123,8 +123,8 @@ class QuantizedLinear(nn.Module):
             part = x @ weight.flatten(1).T
             if late:
                 part *= self.scale[rows, 0].to(torch.float32 if dtype == torch.bfloat16 else dtype)
-            y[:, rows] = part if self.bias is None else part.add_(self.bias[rows])
-        return y
+            parts.append(part if self.bias is None else part.add_(self.bias[rows]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _ordered(self, x: Tensor) -> Tensor:
         """Columns of x (T, in) in the order of `_integers`: (T, groups, columns)."""
