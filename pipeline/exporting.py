@@ -108,12 +108,12 @@ def blocks_digest(folder: RunFolder) -> str:
 
 def describe(folder: RunFolder, finished: Finished, format_name: str, where: Path, final: Path) -> None:
     """Write model card, recipe, report and export.json into `where`, which will be at `final`."""
-    report = _read_report(folder.path)
     recipe = _public(recipe_of(folder.path))
-    base = report.get("base") or {"model": recipe.model, "hub": False, "licence": None}
+    report = _public_report(_read_report(folder.path), recipe)
+    base = report["base"]
     yaml = recipe_to_yaml(recipe)
     write_text(where / RECIPE, yaml)
-    write_json(where / REPORT, {**report, "recipe": recipe.model_dump(mode="json")})
+    write_json(where / REPORT, report)
     weights = sorted((*where.glob("*.safetensors"), *where.glob("*.gguf")))
     files = {file.name: file.stat().st_size for file in weights}
     write_card(where, format_name, finished.spec, report, yaml, base=base, files=files)
@@ -132,20 +132,37 @@ def base_of(name: str, checkpoint: Path) -> dict[str, Any]:
 
 def _public(recipe: Recipe) -> Recipe:
     """A recipe without the paths of the machine that ran it: local folders and files become their names."""
-
-    def name(value: str) -> str:
-        return Path(value).name if Path(value).exists() and not HUB_ID.fullmatch(value) else value
-
     calibration, evaluation = recipe.calibration, recipe.evaluation
     sections = {
-        "calibration": calibration.model_copy(
-            update={"dataset": None if calibration.dataset is None else name(calibration.dataset)}
-        ),
+        "calibration": calibration.model_copy(update={"dataset": calibration.dataset and _name(calibration.dataset)}),
         "evaluation": evaluation.model_copy(
-            update={"dataset": evaluation.dataset and tuple(map(name, evaluation.dataset))}
+            update={"dataset": evaluation.dataset and tuple(map(_name, evaluation.dataset))}
         ),
     }
-    return recipe.model_copy(update={"model": name(recipe.model), "output": None, **sections})
+    return recipe.model_copy(update={"model": _name(recipe.model), "output": None, **sections})
+
+
+def _name(value: str) -> str:
+    """The last part of a path; other names, hub ids among them, as they are."""
+    return value if HUB_ID.fullmatch(value) and not Path(value).exists() else Path(value).name or value
+
+
+def _public_report(report: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What a report says of the model, without the machine that made it: no times, no memory, no paths."""
+    public = {key: report[key] for key in ("sizes", "versions", "seeds") if key in report}
+    measured = {
+        key: {_name(dataset): values for dataset, values in (report.get(key) or {}).items()}
+        for key in ("perplexity", "divergence")
+    }
+    tokens = dict(report.get("tokens") or {})
+    tokens["evaluation"] = {_name(dataset): shape for dataset, shape in (tokens.get("evaluation") or {}).items()}
+    return {
+        "base": report.get("base") or {"model": recipe.model, "hub": False, "licence": None},
+        **measured,
+        "tokens": tokens,
+        **public,
+        "recipe": recipe.model_dump(mode="json"),
+    }
 
 
 def _read_report(run: Path) -> dict[str, Any]:

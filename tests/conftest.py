@@ -102,6 +102,31 @@ def make_recipe(text: Path) -> MakeRecipe:
 
 
 @pytest.fixture(scope="session")
+def cheap_run(
+    llama: Path, save_llama: Callable[..., Path], make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """cheap_run("w4a16", {"weights.bits": 3}, config={...}): a finished run, rounded to nearest. Not to be changed."""
+    made: dict[str, Path] = {}
+
+    def run(name: str, changes: dict[str, Any] | None = None, config: dict[str, Any] | None = None) -> Path:
+        key = repr((name, changes, config))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("cheap")
+            model = save_llama(folder / "llama", **config) if config else llama
+            fixed = {
+                "model": str(model),
+                "output": folder / "run",
+                "weights.method": "rtn",
+                "evaluation.baseline": False,
+            }
+            rotoboa.quantize(make_recipe(name, fixed | (changes or {})))
+            made[key] = folder / "run"
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe) -> Path:
     """A finished w4a4kv4 run of the embedded model. Not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"

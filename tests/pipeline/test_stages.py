@@ -111,6 +111,7 @@ def test_run_folder(finished: tuple[Recipe, dict[str, Any]]) -> None:
         *("blocks/00000.safetensors", "blocks/00001.safetensors"),
         *("model/config.json", "model/generation_config.json", "model/model.safetensors"),
         *("model/tokenizer.json", "model/tokenizer_config.json"),
+        *("model/README.md", "model/recipe.yaml", "model/report.json", "model/export.json"),
     }
     assert build_recipe(load_recipe(str(run / "recipe.yaml"))) == recipe
     manifest = json.loads((run / "manifest.json").read_text())
