@@ -15,7 +15,7 @@ from rotoboa.models.aliases import TINY_FOLDER
 
 REPORT: dict[str, Any] = {
     "perplexity": {"wikitext2": {"full_precision": 9.7583, "rtn": 13.25, "quantized": 10.125}},
-    "tokens": {"evaluation": [141, 2048]},
+    "tokens": {"evaluation": {"wikitext2": [141, 2048]}},
     "sizes": {"original": 3 * 2**20},
 }
 HUB = {"model": "meta-llama/Llama-3.2-1B", "hub": True, "licence": "llama3.2"}
