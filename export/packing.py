@@ -39,7 +39,7 @@ def pack_levels(integers: Tensor, bits: int) -> Tensor:
     rows, columns = integers.shape
     width = packed_width(columns, bits)
     words = torch.empty(rows, width, dtype=torch.int32, device=integers.device)
-    for start, stop in _parts(rows, columns):
+    for start, stop in _parts(rows, columns, integers.device):
         # A copy, whole words wide: lanes are changed in place.
         lanes = torch.zeros(stop - start, -(-columns // 32) * 32, dtype=torch.uint8, device=integers.device)
         lanes[:, :columns] = integers[start:stop]
@@ -63,7 +63,7 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
         )
     rows, groups = words.shape[0], -(-columns // 8)
     lanes = torch.empty(rows, groups, dtype=torch.int64, device=words.device)
-    for start, stop in _parts(rows, columns):
+    for start, stop in _parts(rows, columns, words.device):
         data = words[start:stop].contiguous().view(torch.uint8)
         data = torch.nn.functional.pad(data, (0, max(0, groups * bits - data.shape[1])))[:, : groups * bits]
         part = lanes[start:stop]
@@ -121,8 +121,9 @@ def _signed(mask: int) -> int:
     return mask - (1 << 64) if mask >> 63 else mask
 
 
-def _parts(rows: int, columns: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK // max(1, columns))
+def _parts(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:
+    chunk = _CHUNK if device.type == "cpu" else 16 * _CHUNK  # elsewhere starting an operation costs more than memory
+    step = max(1, chunk // max(1, columns))
     return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
