@@ -9,7 +9,7 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation verify clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -52,6 +52,9 @@ runtime: $(STAMP)  ## speed and memory of exported models on this machine (ARGS:
 
 ablation: $(STAMP)  ## what each lever is worth, in benchmarks/ablation.md (about an hour on two cores)
 	$(BIN)/python benchmarks/ablation.py $(ARGS)
+
+verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
+	$(BIN)/python benchmarks/verify.py
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
