@@ -18,7 +18,7 @@ from typer.core import TyperArgument, TyperCommand
 
 from ..errors import InputError, RunError
 from .files import read_json as _read_json
-from .progress import Progress, cost_table, loss_table, result_table
+from .progress import Progress, cost_table, loss_table, result_table, task_table
 from .recipe import SECTIONS, build_recipe, field_paths, load_recipe, recipe_names, recipe_text
 
 app = typer.Typer(
@@ -139,7 +139,7 @@ def _quantize(*, recipe: str, device: str | None, quiet: bool, **given: Any) -> 
 
     with Progress(quiet=quiet) as progress:
         report = stages.quantize(run, device=device, progress=progress)
-    _print(result_table(report), cost_table(report))
+    _print(result_table(report), task_table(report), cost_table(report))
     typer.echo(f"The run is in {run.output}")
 
 
@@ -178,19 +178,41 @@ def evaluate(
     sequence_length: Annotated[
         int | None, typer.Option(min=2, metavar="INT", help="Tokens of a window. (default as in the run)")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Zero-shot tasks by lm-eval's names, with commas; 'default': the eight of the BoA paper, or the three "
+            "of the embedded model. Text is then measured only where --dataset is given.",
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of task files that --tasks may name; else all of them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="INT", help="Items of a task. (default all)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="INT", help="Sequences of a task at a time.")] = 8,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a finished run again: perplexity, and divergence from full precision."""
+    """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
     _read_json(run, "manifest.json")
 
     from . import stages
 
     with Progress(quiet=quiet) as progress:
         report = stages.evaluate(
-            run, dataset=dataset, windows=windows, sequence_length=sequence_length, device=device, progress=progress
+            run,
+            dataset=dataset,
+            windows=windows,
+            sequence_length=sequence_length,
+            tasks=tasks,
+            tasks_path=tasks_path,
+            limit=limit,
+            batch=batch_size,
+            device=device,
+            progress=progress,
         )
-    _print(result_table(report))
+    _print(result_table(report), task_table(report))
 
 
 @app.command("inspect", cls=_Command)
@@ -208,7 +230,7 @@ def inspect_run(run: Run) -> None:
     if not report:
         typer.echo("There is no report: the run is not finished.")
         return
-    _print(result_table(report), cost_table(report))
+    _print(result_table(report), task_table(report), cost_table(report))
 
 
 @app.command(cls=_Command)

@@ -182,6 +182,28 @@ def result_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def task_table(report: Mapping[str, Any]) -> Table:
+    """Zero-shot results: a row for each task, a column for each model, with standard errors.
+
+    `report["tasks"]` is {task: {"metric": "acc", "full_precision": 0.7, "full_precision_stderr": 0.02, "quantized":
+    0.6, "stderr": 0.02}}; `stderr` is that of the quantized model.
+    """
+    tasks: Mapping[str, Mapping[str, Any]] = report.get("tasks") or {}
+    table = Table(title="Zero-shot tasks", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    measured = {key: label for key, label in MODELS.items() if any(key in found for found in tasks.values())}
+    for label in measured.values():
+        table.add_column(label, justify="right")
+    for name, found in tasks.items():
+        errors = {key: found.get("stderr" if key == "quantized" else f"{key}_stderr") for key in measured}
+        cells = [_cell(found.get(key), "{:.3f}") + _cell(errors[key], " ± {:.3f}") for key in measured]
+        average = name == "average"
+        metric = "" if average else found["metric"]
+        table.add_row(name, metric, *cells, style="bold" if average else None)
+    return table
+
+
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 

@@ -212,6 +212,14 @@ class Evaluation(_Section):
         default=None, ge=1, description="Windows of text to measure; none: all, or the model's default."
     )
     baseline: bool = Field(default=True, description="Also measure the model rounded to nearest without rotation.")
+    tasks: Names = Field(
+        default=None,
+        description="Zero-shot tasks, names of lm-eval with commas; default: for the embedded model the three made "
+        "for it, for others the eight of the BoA paper.",
+    )
+    tasks_path: Path | None = Field(
+        default=None, description="Folder of lm-eval task files (YAML) that tasks may name too; without tasks, all."
+    )
 
 
 class Recipe(_Section):

@@ -88,7 +88,7 @@ def test_the_stock_readers_complaint_is_one_sentence(run: Path, monkeypatch: pyt
 def test_truncated_files_of_every_format_are_refused(run: Path) -> None:
     for name in ("native", "compressed-tensors", "gptq", "gguf"):
         folder = export(run, name)
-        (file,) = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+        file = next(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
         file.write_bytes(file.read_bytes()[:-1000])
         with pytest.raises(InputError, match="is not the file that was exported"):
             verify(folder)

@@ -1,0 +1,192 @@
+"""Zero-shot tasks, by lm-eval: its own tasks by name, or those of a local folder of YAML files.
+
+lm-eval is imported inside the functions: that takes seconds, and most runs have no tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+
+PAPER_TASKS = (
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "hellaswag",
+    "lambada_openai",
+    "openbookqa",
+    "piqa",
+    "winogrande",
+)
+"""The eight tasks of the BoA paper."""
+
+METRICS = ("acc_norm", "acc")
+"""What is reported of a task, the first that it has: QuaRot's choice, and what others of the field do."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model reaches on a task.
+
+    Attributes:
+        metric: name of the metric; accuracies are parts of one.
+        value: its mean over the items.
+        stderr: standard error of that mean; None where lm-eval gives none.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+
+
+def task_names(folder: Path) -> list[str]:
+    """The tasks that a folder of YAML files describes.
+
+    Raises:
+        InputError: it is no folder, its files cannot be read, or there are none of tasks.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder of tasks {folder}: check the path.")
+    with _quiet():
+        names: list[str] = _index([folder], defaults=False).all_subtasks
+    if not names:
+        raise InputError(f"{folder} holds no task: an lm-eval task is a YAML file with the field `task`.")
+    return names
+
+
+def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Any]:
+    """Tasks and groups of lm-eval, with their data: what `zero_shot` takes.
+
+    Args:
+        names: tasks, groups or tags, of lm-eval or of `folders`.
+        folders: hold YAML files of tasks. Functions that they name with `!function` are run.
+
+    Raises:
+        InputError: a task is unknown, its data cannot be had, or lm-eval is not installed.
+    """
+    with _quiet():
+        manager = _index(folders, defaults=False)
+        if not set(names) <= set(manager.all_tasks):  # lm-eval's own are thousands of files, which take a while
+            manager = _index(folders, defaults=True)
+        for name in names:
+            if name not in manager.all_tasks:
+                close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+                hint = f"perhaps {' or '.join(close)}" if close else "`lm-eval ls tasks` lists lm-eval's"
+                raise InputError(f"there is no task '{name}' ({hint}): give another name, or the folder that has it.")
+        return [part for name in names for part in _load(manager, name)]
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, Score]:
+    """What a model reaches on tasks, without examples in its prompt but those that a task itself has.
+
+    Args:
+        model: on the device to compute on.
+        tokenizer: the model's.
+        tasks: of `load_tasks`; they can be used again with another model.
+        limit: items of each task, from the first; None: all.
+        batch: sequences computed at a time.
+
+    Returns:
+        A score for each task, by its name; a group has one where lm-eval aggregates it, else each of its tasks has.
+    """
+    with _quiet():
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        found = lm_eval.simple_evaluate(runner, tasks=list(tasks), limit=limit, log_samples=False)
+    assert found is not None  # it is on the first process of several, and there is one
+    scores: dict[str, Score] = {}
+    for task in tasks:
+        members = {part.task_name: part for part in task.get_all_tasks()} if hasattr(task, "get_all_tasks") else {}
+        name = task.name if members else task.task_name
+        score = _score(found["results"].get(name, {}))
+        of_members = {part: _score(found["results"][part]) for part in members}
+        scores |= {name: score} if score is not None else {k: v for k, v in of_members.items() if v is not None}
+    return scores
+
+
+def average(scores: Sequence[Score]) -> Score | None:
+    """Mean of accuracies, as tables of papers have it; None where there are fewer than two, or other metrics."""
+    if len(scores) < 2 or any(score.metric not in METRICS for score in scores):
+        return None
+    errors = [score.stderr for score in scores]
+    known = [error for error in errors if error is not None]
+    stderr = sum(error**2 for error in known) ** 0.5 / len(errors) if len(known) == len(errors) else None
+    return Score("average", sum(score.value for score in scores) / len(scores), stderr)
+
+
+def _index(folders: Sequence[Path], *, defaults: bool) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"zero-shot tasks need lm-eval, which cannot be imported ({error}): pip install 'lm-eval[hf]'."
+        ) from error
+    try:
+        return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=defaults)
+    except Exception as error:  # whatever is wrong with somebody's YAML
+        where = ", ".join(str(folder) for folder in folders)
+        raise InputError(f"the tasks in {where} cannot be read ({_first_line(error)}): correct their YAML.") from error
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The task or group of a name, or the tasks of a tag."""
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # data sets are had by way of many libraries, with as many kinds of errors
+        raise InputError(
+            f"the data of task {name} could not be had ({_first_line(error)}): check the connection and the task, or "
+            "give a task with local data."
+        ) from error
+    group = loaded.get("groups", {}).get(name)
+    return [group] if group is not None else list(loaded["tasks"].values())
+
+
+def _score(entry: dict[str, Any]) -> Score | None:
+    """The metric to report of lm-eval's results for a task, whose keys are 'metric,filter'."""
+    values = {
+        key.partition(",")[0]: (key, value)
+        for key, value in reversed(entry.items())  # the first filter counts, where there are several
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }
+    metric = next((name for name in METRICS if name in values), next(reversed(values), None))
+    if metric is None:
+        return None
+    key, value = values[metric]
+    stderr = entry.get(key.replace(",", "_stderr,", 1))
+    return Score(metric, float(value), float(stderr) if isinstance(stderr, int | float) else None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars, notes and warnings; its errors pass."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
