@@ -30,8 +30,22 @@ PAPER_TASKS = (
 )
 """The eight tasks of the BoA paper."""
 
+FEWSHOT_SEED = 1234
 METRICS = ("acc_norm", "acc")
 """What is reported of a task, the first that it has: QuaRot's choice, and what others of the field do."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks with their data, ready for any number of models.
+
+    Attributes:
+        names: of the tasks and groups to report.
+        loaded: lm-eval's, as its `TaskManager.load` gives them.
+    """
+
+    names: tuple[str, ...]
+    loaded: Any
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,8 @@ def task_names(folder: Path) -> list[str]:
     return names
 
 
-def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Any]:
-    """Tasks and groups of lm-eval, with their data: what `zero_shot` takes.
+def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> Tasks:
+    """Tasks, groups and tags of lm-eval, with their data: what `zero_shot` takes.
 
     Args:
         names: tasks, groups or tags, of lm-eval or of `folders`.
@@ -83,13 +97,22 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Any]:
                 close = difflib.get_close_matches(name, manager.all_tasks, n=3)
                 hint = f"perhaps {' or '.join(close)}" if close else "`lm-eval ls tasks` lists lm-eval's"
                 raise InputError(f"there is no task '{name}' ({hint}): give another name, or the folder that has it.")
-        return [part for name in names for part in _load(manager, name)]
+        parts = [part for name in names for part in _load(manager, name)]
+        try:
+            loaded = manager.load(parts)
+        except ValueError as error:
+            raise InputError(f"two of {', '.join(names)} hold the same task ({_first_line(error)}).") from error
+        for task in loaded["tasks"].values():  # the defaults of lm-eval's own command
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return Tasks(tuple(_name(part) for part in parts), loaded)
 
 
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Any],
+    tasks: Tasks,
     *,
     limit: int | None = None,
     batch: int = 8,
@@ -111,15 +134,15 @@ def zero_shot(
         from lm_eval.models.huggingface import HFLM
 
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        found = lm_eval.simple_evaluate(runner, tasks=list(tasks), limit=limit, log_samples=False)
+        # Not simple_evaluate, whose rest gathers facts about the machine and its packages: a minute on a slow one.
+        found = lm_eval.evaluate(runner, task_dict=tasks.loaded, limit=limit, log_samples=False)
     assert found is not None  # it is on the first process of several, and there is one
+    results = {name: score for name, entry in found["results"].items() if (score := _score(entry)) is not None}
     scores: dict[str, Score] = {}
-    for task in tasks:
-        members = {part.task_name: part for part in task.get_all_tasks()} if hasattr(task, "get_all_tasks") else {}
-        name = task.name if members else task.task_name
-        score = _score(found["results"].get(name, {}))
-        of_members = {part: _score(found["results"][part]) for part in members}
-        scores |= {name: score} if score is not None else {k: v for k, v in of_members.items() if v is not None}
+    for name in tasks.names:
+        group = tasks.loaded.get("groups", {}).get(name)
+        members = [] if group is None or name in results else [task.task_name for task in group.get_all_tasks()]
+        scores |= {part: results[part] for part in members or [name] if part in results}
     return scores
 
 
@@ -158,6 +181,10 @@ def _load(manager: Any, name: str) -> list[Any]:
         ) from error
     group = loaded.get("groups", {}).get(name)
     return [group] if group is not None else list(loaded["tasks"].values())
+
+
+def _name(part: Any) -> str:
+    return str(part.name if hasattr(part, "get_all_tasks") else part.task_name)
 
 
 def _score(entry: dict[str, Any]) -> Score | None:

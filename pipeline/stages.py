@@ -163,7 +163,9 @@ def evaluate(
         chosen = evaluation_sets(split_names(dataset) or recipe.evaluation.dataset, job.model, "--dataset")
         tokens = {name: evaluation_windows(job, name, split, length, most) for name in chosen}
     job.spec = replace(job.spec, clips=folder.clips())
-    measured = perplexities(job, folder, tokens, read_ends(run / "model", job.decoder.family), progress)
+    measured: dict[str, dict[str, Any]] = perplexities(
+        job, folder, tokens, read_ends(run / "model", job.decoder.family), progress
+    )
     if asked:
         measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
     if not (windows or sequence_length or limit):
@@ -193,7 +195,7 @@ def _read_report(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
-def _add(report: dict[str, Any], measured: Mapping[str, Mapping[str, Any]], windows: Mapping[str, Any]) -> None:
+def _add(report: dict[str, Any], measured: Mapping[str, dict[str, Any]], windows: Mapping[str, Any]) -> None:
     """Add the texts that a report has not, and tasks."""
     new = [dataset for dataset in windows if dataset not in report["perplexity"]]
     for name in ("perplexity", "divergence"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ..boa.attention import NAME
 from ..errors import InputError
-from ..eval.zeroshot import PAPER_TASKS, Score, average, load_tasks, task_names, zero_shot
+from ..eval.zeroshot import PAPER_TASKS, Score, Tasks, average, load_tasks, task_names, zero_shot
 from ..export.native import load_native
 from ..models.aliases import TINY_FOLDER
 from .job import Job
@@ -26,7 +26,7 @@ TINY_TASKS = ("tiny_next_line", "tiny_recall", "tiny_agreement")
 TINY_TASKS_FOLDER = TINY_FOLDER / "tasks"
 
 
-def tasks_of(job: Job, names: Sequence[str] | None, folder: Path | None) -> list[Any]:
+def tasks_of(job: Job, names: Sequence[str] | None, folder: Path | None) -> Tasks | None:
     """The tasks of these names with their data, checked before any long work; none where nothing is asked for.
 
     Args:
@@ -39,7 +39,7 @@ def tasks_of(job: Job, names: Sequence[str] | None, folder: Path | None) -> list
         InputError: a task is unknown, given twice, or its data cannot be had.
     """
     if not names and folder is None:
-        return []
+        return None
     folders = [TINY_TASKS_FOLDER] if folder is None else [TINY_TASKS_FOLDER, folder]
     in_folder = () if folder is None else task_names(folder)
     default = TINY_TASKS if job.checkpoint.folder.resolve() == TINY_FOLDER else PAPER_TASKS
@@ -50,7 +50,7 @@ def tasks_of(job: Job, names: Sequence[str] | None, folder: Path | None) -> list
 
 
 def task_scores(
-    job: Job, folder: RunFolder, tasks: Sequence[Any], progress: Progress, *, limit: int | None = None, batch: int = 8
+    job: Job, folder: RunFolder, tasks: Tasks, progress: Progress, *, limit: int | None = None, batch: int = 8
 ) -> dict[str, dict[str, Any]]:
     """What the models of a finished run reach on tasks. Each is held whole in memory, one after the other.
 

@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 from .. import corpus
 
-ITEMS = 480
+ITEMS = 400
 SEED = 0
 
-NEXT_LINE_CONTEXT = 5  # lines
+NEXT_LINE_CONTEXT = 6  # lines
 RECALL_CONTEXT = 600  # characters, of which the embedded model's tokenizer puts some three in a token
 RECALL_DISTANCE = 300
 AGREEMENT_CONTEXT = 240
 BRACKET_DISTANCE = 12
 COMMON = frozenset({*kwlist, *softkwlist, "self"})
-WORD = re.compile(r"\b[A-Za-z_]\w{3,}")
+WORD = re.compile(r"\b[A-Za-z]\w{3,}")
 
 
 class Item(NamedTuple):
@@ -82,14 +82,18 @@ def _parse(text: str) -> Iterator[Module]:
 
 
 def next_line() -> list[Item]:
-    """Which of four statements follows: the module's own, or one of three from elsewhere in it.
+    """Which of four statements follows: the module's own, or one of three from other modules.
 
-    All have the same indentation and, by a quarter, the same length; the right one has a name in common with the
-    lines before it.
+    All have the same indentation and about the same length; the right one alone has a name in common with the lines
+    before it.
     """
     rng = random.Random(SEED)
     places = [(module, row) for module in modules() for row in sorted(module.statements)]
     rng.shuffle(places)
+    alike: dict[tuple[int, int], list[tuple[Module, str]]] = {}
+    for module, row in places:
+        line = module.lines[row]
+        alike.setdefault((_indentation(line), len(line.strip()) // 8), []).append((module, line))
 
     def items() -> Iterator[Item]:
         for module, row in places:
@@ -98,18 +102,11 @@ def next_line() -> list[Item]:
             before = set(WORD.findall("\n".join(context))) - COMMON
             if row < NEXT_LINE_CONTEXT or len(line.strip()) < 12 or not before & set(WORD.findall(line)):
                 continue
-            others = {
-                other
-                for number in module.statements
-                if abs(number - row) > NEXT_LINE_CONTEXT
-                for other in (module.lines[number],)
-                if _indentation(other) == _indentation(line)
-                and abs(len(other) - len(line)) <= len(line.strip()) / 4
-                and other not in (line, *context)
-            }
-            if len(others) >= 3:
-                wrong = rng.sample(sorted(others), 3)
-                yield _item(rng, "\n".join(context), "\n" + line, [f"\n{other}" for other in wrong])
+            others = alike[_indentation(line), len(line.strip()) // 8]
+            drawn = rng.sample(others, min(20, len(others)))
+            wrong = {other for source, other in drawn if source is not module and not before & set(WORD.findall(other))}
+            if len(wrong) >= 3:
+                yield _item(rng, "\n".join(context), f"\n{line}", [f"\n{w}" for w in rng.sample(sorted(wrong), 3)])
 
     return _first(items(), ITEMS)
 
@@ -166,7 +163,8 @@ def agreement() -> list[Item]:
     def brackets(right: str, wrong: str) -> Iterator[Item]:
         for module, start, end in closing[right]:
             first = module.text.rfind("\n", 0, max(0, end - AGREEMENT_CONTEXT)) + 1
-            if first <= start:
+            # After a letter or digit a bracket begins a token, so that context and choice are tokens of their own.
+            if first <= start and module.text[end - 1].isalnum():
                 rest = module.text[end + 1 : end + 13].partition("\n")[0]
                 yield _item(rng, module.text[first:end], right + rest, [wrong + rest])
 
