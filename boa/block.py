@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..models.decoder import Decoder
 from .attention import AttentionTransform, Recorder, Seen, set_attention
 from .clipping import search_clip
-from .objective import Objective
+from .objective import Objective, is_finite
 from .rounding import Quantized, Settings, quantize
 from .statistics import AttentionStatistics, InputStatistics, rope_pull_back
 from .transforms import InputTransform, OnlineTransforms
@@ -45,9 +45,12 @@ class BlockQuantizer:
         done: results of an earlier run by projection; these are used as they are.
         search_inputs: choose the clip ratio of each site's activations on the first batch.
         search_cache: likewise for keys and values.
+        empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
+        release: called after each batch, so that what lies in files need not stay in memory.
 
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
-    loss of each, `quantized` the block with dequantized weights, `transforms` the clip ratios that were chosen.
+    loss of each, `damping` that of the projections whose Hessian needed more than the settings say, `quantized` the
+    block with dequantized weights, `transforms` the clip ratios that were chosen.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class BlockQuantizer:
         done: Mapping[str, Quantized] | None = None,
         search_inputs: bool = False,
         search_cache: bool = False,
+        empty: Callable[..., Tensor] = torch.empty,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
         self.full = block
@@ -69,8 +74,10 @@ class BlockQuantizer:
         self.settings, self.transforms, self.batch = settings, transforms, batch
         self.report = report or (lambda name, loss: None)
         self.done, self.search_inputs, self.search_cache = done, search_inputs, search_cache
+        self.empty, self.release = empty, release
         self.results: dict[str, Quantized] = {}
         self.losses: dict[str, float] = {}
+        self.damping: dict[str, float] = {}
 
     @torch.no_grad()
     def run(self, full: Tensor, quantized: Tensor) -> None:
@@ -82,8 +89,18 @@ class BlockQuantizer:
         for name in self.family.projections:
             if not torch.stack(self._weight(name).aminmax()).isfinite().all():
                 raise ValueError(f"{name}: its weight holds NaN or Inf")
+        self._check("", full, quantized)
         self._attention_half(full, quantized)
+        self._check(self.family.output, full, quantized)
         self._mlp_half(full, quantized)
+        self._check(self.family.down, full, quantized)
+
+    def _check(self, layer: str, full: Tensor, quantized: Tensor) -> None:
+        """Find NaN and Inf in the streams after the layer that has just written to them."""
+        for name, stream in (("full-precision", full), ("quantized", quantized)):
+            if not all(is_finite(part) for part in stream.split(self.batch)):
+                where = f"{layer}: the {name} stream after it" if layer else f"the {name} stream that comes in"
+                raise ValueError(f"{where} holds NaN or Inf")
 
     # -- attention --------------------------------------------------------------------------------------------------
 
@@ -94,8 +111,8 @@ class BlockQuantizer:
         self._search_input("qkv", lambda: sample, [f.query, f.key, f.value])
         self._search_cache(self.transforms.qkv(sample))
         t = self.transforms
-        attended = full.new_empty(*full.shape[:2], shape.query_heads * shape.head_dim)
-        given = torch.empty_like(attended)
+        size = (*full.shape[:2], shape.query_heads * shape.head_dim)
+        attended, given = (self.empty(*size, dtype=full.dtype) for _ in range(2))
         inputs, grams = InputStatistics(), AttentionStatistics(t.attention.rotation)
         exact = AttentionTransform()
         for span, hf, hq in self._batches(full, quantized):
@@ -189,7 +206,7 @@ class BlockQuantizer:
 
         self._search_input("down", lambda: self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
         t = self.transforms
-        given = full.new_empty(*full.shape[:2], self.shape.ffn)
+        given = self.empty(*full.shape[:2], self.shape.ffn, dtype=full.dtype)
         for span, hf, hq in self._batches(full, quantized):
             exact = t.down.rotate(self._mlp_hidden(self.full, norm(hf)))
             given[span] = x = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
@@ -237,6 +254,7 @@ class BlockQuantizer:
         for start in range(0, len(full), self.batch):
             span = slice(start, start + self.batch)
             yield span, full[span].to(self.decoder.device), quantized[span].to(self.decoder.device)
+            self.release()
 
     def _write(
         self,
@@ -269,6 +287,7 @@ class BlockQuantizer:
         projection = self.quantized.get_submodule(name)
         for part, x in zip(stream.split(self.batch), inputs.split(self.batch), strict=True):
             part += projection(x.to(self.decoder.device)).to(part.device)
+            self.release()
 
     def _weight(self, name: str) -> Tensor:
         return self.full.get_parameter(f"{name}.weight").data
@@ -281,6 +300,7 @@ class BlockQuantizer:
             )
             try:
                 goal = objective()
+                goal.check()
                 result = quantize(stacked, goal, self.settings)
             except ValueError as error:
                 raise ValueError(f"{', '.join(names)}: {error}") from error
@@ -293,6 +313,8 @@ class BlockQuantizer:
             for i, (name, part) in enumerate(zip(names, loss.split(heads), strict=True)):
                 self.results[name] = Quantized(*(pieces[i] for pieces in parts))
                 self.losses[name] = float(part.mean())
+                if result.damping > self.settings.damping:
+                    self.damping[name] = result.damping
                 self.report(name, self.losses[name])
         else:
             self.results.update({name: self.done[name] for name in names})

@@ -22,7 +22,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-MAX_DAMPING_STEPS = 6
+MAX_DAMPING = 1000.0
+TRIANGLE = 512  # columns of a triangular matrix that are inverted at a time
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,39 @@ class Objective:
         h_out: (heads, r, r), or None for the identity.
         residual: (B, c, c), R = (X_f - X_q) X_q^T: what the inputs lost already (GPTAQ, arXiv 2504.02692).
         drift: (heads, r, c), D X_q^T where D is what the residual stream lost that this projection writes to.
+        damping: the part of their mean diagonals that was added to the diagonals of `h_in` and `h_out`.
     """
 
     h_in: Tensor
     h_out: Tensor | None = None
     residual: Tensor | None = None
     drift: Tensor | None = None
+    damping: float = 0.0
+
+    def check(self) -> None:
+        """Find NaN and Inf where they come in.
+
+        Raises:
+            ValueError: names what holds them: a stream's input of the layer, or what its outputs are weighed by.
+        """
+        parts = {
+            "its input in the quantized stream": self.h_in,
+            "what weighs its outputs": self.h_out,
+            "its input in the full-precision stream": self.residual,
+            "what it should put out": self.drift,
+        }
+        for name, part in parts.items():
+            if part is not None and not is_finite(part):
+                raise ValueError(f"{name} holds NaN or Inf, or its squares overflow")
 
     def damped(self, fraction: float) -> Objective:
-        """With `fraction` of the mean diagonal added to both diagonals, and more where Cholesky still fails."""
-        return replace(
-            self,
-            h_in=damp(self.h_in, fraction),
-            h_out=None if self.h_out is None else damp(self.h_out, fraction),
-        )
+        """With `fraction` of the mean diagonal added to both diagonals, and more where Cholesky still fails.
+
+        `damping` of the result is the larger fraction of the two.
+        """
+        h_in, used = _damp(self.h_in, fraction)
+        h_out, used_out = (None, 0.0) if self.h_out is None else _damp(self.h_out, fraction)
+        return replace(self, h_in=h_in, h_out=h_out, damping=max(used, used_out))
 
     def target(self, weight: Tensor, alpha: float = 1.0) -> Tensor:
         """W* = W + alpha (W R + drift) H_in^-1: (heads, r, c), the minimum of ||W X_f + D - Q X_q||^2 for alpha = 1.
@@ -58,9 +78,9 @@ class Objective:
             return weight
         shift = torch.zeros_like(weight)
         if self.residual is not None:
-            shift = shift + weight @ self.residual.to(weight.dtype)
+            shift += weight @ self.residual.to(weight.dtype)
         if self.drift is not None:
-            shift = shift + self.drift.to(weight.dtype)
+            shift += self.drift.to(weight.dtype)
         factor = torch.linalg.cholesky(self.h_in.double())
         solved = torch.cholesky_solve(shift.double().transpose(-1, -2), factor).transpose(-1, -2)
         return weight + alpha * solved.to(weight.dtype)
@@ -75,6 +95,11 @@ class Objective:
         return (self.gradient(error) * error).sum((-1, -2))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf: both pass through the sum, which is quicker than looking at each."""
+    return bool(tensor.sum(dtype=torch.float64).isfinite())
+
+
 def damp(h: Tensor, fraction: float) -> Tensor:
     """`h` (B, n, n) in float64 with `fraction` of its mean diagonal added, ten times more at each failed Cholesky.
 
@@ -83,30 +108,59 @@ def damp(h: Tensor, fraction: float) -> Tensor:
     Raises:
         ValueError: `h` is not finite.
     """
+    return _damp(h, fraction)[0]
+
+
+def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
+    """`damp`, and the fraction that was enough."""
     h = h.double()
-    h = (h + h.transpose(-1, -2)) / 2
+    h = (h + h.transpose(-1, -2)).div_(2)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    if not torch.isfinite(h).all():
+    if not is_finite(h):
         raise ValueError("its Hessian holds NaN or Inf")
-    mean = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    dead = diagonal <= 0
-    for step in range(MAX_DAMPING_STEPS):
-        added = torch.where(dead, mean, fraction * 10**step * mean)
-        damped = h + torch.diag_embed(added)
-        if not (torch.linalg.cholesky_ex(damped).info > 0).any():
-            if step:
-                logger.warning("damping raised to %g of the mean diagonal: Cholesky failed below", fraction * 10**step)
-            return damped
-    raise ValueError(f"its Hessian stays indefinite with {fraction * 10 ** (MAX_DAMPING_STEPS - 1):g} damping")
+    original = diagonal.clone()
+    mean = original.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    dead = original <= 0
+    used = fraction
+    while True:
+        diagonal.copy_(original + torch.where(dead, mean, used * mean))  # in place: Hessians are the largest tensors
+        if not (torch.linalg.cholesky_ex(h).info > 0).any():
+            if used > fraction:
+                logger.warning("Cholesky failed: damping raised from %g to %g of the mean diagonal", fraction, used)
+            return h, used
+        if used >= MAX_DAMPING:
+            raise ValueError(f"its Hessian stays indefinite with {used:g} damping")
+        used *= 10
 
 
 def inverse_factor(h: Tensor) -> Tensor:
     """The upper U with U^T U = h^-1, (B, n, n) in float64, for a positive definite `h`.
 
     From the Cholesky factor of the reversed matrix: with J the reversal, J h J = L L^T gives h = (J L J)(J L J)^T with
-    J L J upper; U is the inverse of that, one triangular solve, without forming h^-1.
+    J L J upper; U is the inverse of that, without forming h^-1. Of a large h, two copies are held at a time.
     """
-    reversed_factor = torch.linalg.cholesky(h.flip(-1, -2))
-    upper = reversed_factor.flip(-1, -2)
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
-    return torch.linalg.solve_triangular(upper, eye, upper=True)
+    factor = h.flip(-1, -2)
+    del h  # the caller may have passed it on
+    torch.linalg.cholesky(factor, out=factor)
+    upper = factor.flip(-1, -2)
+    del factor
+    invert_upper(upper)
+    return upper
+
+
+def invert_upper(u: Tensor) -> None:
+    """Replace upper triangular matrices (B, n, n) by their inverses, block column by block column.
+
+    [[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]: A is inverted already, D is a small block.
+    """
+    n = u.shape[-1]
+    eye = torch.eye(min(TRIANGLE, n), dtype=u.dtype, device=u.device)
+    for start in range(0, n, TRIANGLE):
+        block = slice(start, min(start + TRIANGLE, n))
+        size = block.stop - start
+        inverse = torch.linalg.solve_triangular(
+            u[:, block, block], eye[:size, :size].expand(len(u), -1, -1), upper=True
+        )
+        u[:, block, block] = inverse
+        if start:
+            u[:, :start, block] = u[:, :start, :start] @ (u[:, :start, block] @ inverse).neg_()

@@ -57,13 +57,15 @@ class Settings:
 class Quantized:
     """Integers (heads, r, c) in 0 .. 2^b - 1, scale and zero (heads, r, groups); the weight is scale * (I - zero).
 
-    `loss` is the objective at the result, summed over heads; None for RTN, which has none.
+    `loss` is the objective at the result, summed over heads; None for RTN, which has none. `damping` is the part of
+    the mean diagonal that its Hessians needed.
     """
 
     integers: Tensor
     scale: Tensor
     zero: Tensor
     loss: float | None = None
+    damping: float = 0.0
 
     def dequantize(self) -> Tensor:
         """(heads, r, c), float32."""
@@ -105,6 +107,7 @@ def quantize(weight: Tensor, objective: Objective | None, settings: Settings) ->
     if settings.starts > 1:
         best = _restart(best, target, objective, settings)
     best.loss = float(objective.loss(best.dequantize() - target).sum())
+    best.damping = objective.damping
     return best
 
 
@@ -176,8 +179,8 @@ def _compensate(
     group = settings.group_size or columns
     h_in = objective.h_in.to(target.dtype)
     order = _descending(h_in) if settings.act_order else None
-    permuted = h_in if order is None else _permute(objective.h_in, order)
-    upper = inverse_factor(permuted.double()).to(target.dtype)
+    upper = inverse_factor((objective.h_in if order is None else _permute(objective.h_in, order)).double())
+    upper = upper.to(target.dtype)
 
     work = target.clone()
     integers = torch.empty_like(target, dtype=torch.uint8)
@@ -269,5 +272,5 @@ def _descending(h_in: Tensor) -> Tensor:
 
 
 def _permute(h: Tensor, order: Tensor) -> Tensor:
-    rows = h.gather(1, order[..., None].expand_as(h))
-    return rows.gather(2, order[:, None].expand_as(h))
+    batch = torch.arange(len(h), device=h.device)[:, None, None]
+    return h[batch, order[:, :, None], order[:, None]]

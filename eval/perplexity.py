@@ -56,25 +56,31 @@ def last_states(
     *,
     batch: int = 8,
     advance: Callable[[], None] = lambda: None,
+    empty: Callable[..., Tensor] = torch.empty,
+    release: Callable[[], None] = lambda: None,
 ) -> States:
     """The last hidden states of a model that is made one block after another.
 
     Args:
         tokens: (windows, length).
-        embedding: (vocabulary, hidden), in the dtype to compute in.
+        embedding: (vocabulary, hidden), anywhere and of any dtype: only the rows of `tokens` are read.
         blocks: functions (batch, length, hidden) -> the same, made one after another.
         norm: the final norm.
-        head: (vocabulary, hidden).
+        head: (vocabulary, hidden), on the device and in the dtype to compute in.
         batch: windows computed at a time.
         advance: called after each block.
+        empty: makes the tensor of hidden states of all windows, by its size and `dtype`.
+        release: called after each batch, so that what lies in files need not stay in memory.
     """
-    device = embedding.device
-    hidden = torch.empty(*tokens.shape, embedding.shape[1], dtype=embedding.dtype)
+    device = head.device
+    hidden = empty(*tokens.shape, embedding.shape[1], dtype=head.dtype)
     for part, ids in zip(hidden.split(batch), tokens.split(batch), strict=True):
-        part.copy_(embedding[ids.to(device)])
+        part.copy_(embedding[ids.to(embedding.device)])
+        release()
     for block in blocks:
         for part in hidden.split(batch):
             part.copy_(block(part.to(device)))
+            release()
         advance()
     return States(hidden, norm, head)
 

@@ -17,9 +17,9 @@ from ..errors import InputError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
 from ..models.families import Family
 from .native import METHOD
+from .shards import SHARD_BYTES, write_shards
 from .spec import Spec
 
-SHARD_BYTES = 5_000_000_000
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -83,7 +83,7 @@ def write_checkpoint(
         shard_bytes: the most bytes of one tensor file, where its first group is not larger.
     """
     fresh_folder(folder)
-    shards = _write_shards(folder, groups, shard_bytes)
+    shards = write_shards(folder, groups, shard_bytes)
     if len(shards) == 1:
         (folder / shards[0][0]).replace(folder / SINGLE)
     else:
@@ -106,10 +106,14 @@ def fresh_folder(folder: Path) -> None:
 
 def write_extras(folder: Path, source: Path, config: dict[str, Any]) -> None:
     """Write config.json; copy tokenizer, chat template, generation config and licence, as far as `source` has them."""
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    for file in copied_files(source):
+        shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", config)
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that go into the model folder as they are."""
+    return sorted({file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()})
 
 
 def read_ends(folder: Path, family: Family) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,32 +134,6 @@ def read_ends(folder: Path, family: Family) -> tuple[Tensor, Tensor, Tensor]:
         missing = ", ".join(name for name in names if name not in found)
         raise InputError(f"{folder} lacks {missing}: run the recipe again.")
     return found[names[0]], found[names[1]], found[names[2]]
-
-
-def _write_shards(
-    folder: Path, groups: Iterable[dict[str, Tensor]], shard_bytes: int
-) -> list[tuple[str, list[str], int]]:
-    """(file, tensor names, bytes) of each shard; at most one shard and one group are in memory."""
-    shards: list[tuple[str, list[str], int]] = []
-    waiting: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if waiting:
-            name = f"shard-{len(shards)}.tmp"
-            save_tensors(folder / name, waiting)
-            shards.append((name, list(waiting), _bytes(waiting)))
-            waiting.clear()
-
-    for group in groups:
-        if waiting and _bytes(waiting) + _bytes(group) > shard_bytes:
-            flush()
-        waiting.update(group)
-    flush()
-    return shards
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,33 @@ class Checkpoint:
                 tensor: Tensor = reader.get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{file}: tensor {name} cannot be read ({error}): download it again.") from error
-        if not torch.stack(tensor.aminmax()).isfinite().all():  # isfinite of all of it takes 40 times as long
-            raise RunError(
-                f"{file}: tensor {name} holds NaN or Inf: download it again, or look for a sound checkpoint."
-            )
+        _check_finite(file, name, tensor)
         return tensor
+
+    def rows(self, name: str, count: int = 8192) -> Iterator[tuple[slice, Tensor]]:
+        """One matrix, `count` rows at a time: embedding and head are the largest tensors of a model.
+
+        Raises:
+            InputError, RunError: as `tensor`.
+        """
+        (total, *_), file = self.shape(name), self._where[name]
+        for start in range(0, total, count):
+            rows = slice(start, min(start + count, total))
+            with self._open(file) as reader:
+                part: Tensor = reader.get_slice(name)[rows]
+            _check_finite(file, name, part)
+            yield rows, part
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header of its file.
+
+        Raises:
+            InputError: there is no such tensor.
+        """
+        if name not in self._where:
+            raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
+        with self._open(self._where[name]) as reader:
+            return tuple(reader.get_slice(name).get_shape())
 
     def check(self, expected: Mapping[str, torch.Size]) -> None:
         """Check the headers of all files: every tensor of `expected` is there, floating-point, of its shape.
@@ -208,14 +230,25 @@ class Checkpoint:
 
     def head(self) -> Tensor:
         """(vocabulary, hidden): the output layer; the embedding where the two are tied."""
+        return self.tensor(self.head_name)
+
+    @property
+    def head_name(self) -> str:
+        """The name of the tensor that is the output layer."""
         name = f"{self.family.head}.weight"
-        return self.embedding() if self.config.tie_word_embeddings or name not in self else self.tensor(name)
+        tied = self.config.tie_word_embeddings or name not in self
+        return f"{self.family.embedding}.weight" if tied else name
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the weights are stored in, as the embedding has it."""
         with self._open(self._where[f"{self.family.embedding}.weight"]) as reader:
             return reader.get_slice(f"{self.family.embedding}.weight")[:1].dtype
+
+
+def _check_finite(file: Path, name: str, tensor: Tensor) -> None:
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # isfinite of all of it takes 40 times as long
+        raise RunError(f"{file}: tensor {name} holds NaN or Inf: download it again, or look for a sound checkpoint.")
 
 
 def _check_slice(what: str, found: Any, expected: torch.Size) -> None:

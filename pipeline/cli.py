@@ -19,7 +19,19 @@ from typer.core import TyperArgument, TyperCommand
 from ..errors import InputError, RunError
 from .files import read_json as _read_json
 from .progress import Progress, cost_table, loss_table, result_table, task_table
-from .recipe import SECTIONS, build_recipe, field_paths, load_recipe, recipe_names, recipe_text
+from .recipe import (
+    SECTIONS,
+    Recipe,
+    build_recipe,
+    field_paths,
+    load_recipe,
+    recipe_names,
+    recipe_text,
+    value_of,
+)
+
+DEFAULT_RECIPE = "w4a4kv4"
+FREE = ("memory",)  # fields that change nothing in what comes out
 
 app = typer.Typer(
     help="Large language models to 4 and 2 bits: Hadamard rotations and attention-aware error compensation.",
@@ -123,17 +135,26 @@ def _recipe_options() -> dict[str, inspect.Parameter]:
 RECIPE_OPTIONS = _recipe_options()
 
 
-def _quantize(*, recipe: str, device: str | None, quiet: bool, **given: Any) -> None:
+def _overrides(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that were given as options, by their dotted names."""
+    names = {parameter.name: name for name, parameter in RECIPE_OPTIONS.items()}
+    return {names[key]: value for key, value in given.items() if value is not None}
+
+
+def _quantize(*, recipe: str | None, resume: Path | None, device: str | None, quiet: bool, **given: Any) -> None:
     """Quantize a model and measure its perplexity.
 
     A recipe says how; each option below replaces one of its fields. The defaults are for where the recipe is silent.
+    A run that was interrupted goes on when the same command is given again, or by --resume.
     """
-    names = {parameter.name: name for name, parameter in RECIPE_OPTIONS.items()}
-    overrides = {names[key]: value for key, value in given.items() if value is not None}
-    run = build_recipe(load_recipe(recipe), overrides)
-    if run.output is None:
-        model = Path(run.model).name or Path(run.model).resolve().name or "model"
-        run = run.model_copy(update={"output": Path("runs") / f"{model}-{Path(recipe).stem}"})
+    if resume is not None:
+        run = _resumed(resume, recipe, _overrides(given))
+    else:
+        recipe = recipe or DEFAULT_RECIPE
+        run = build_recipe(load_recipe(recipe), _overrides(given))
+        if run.output is None:
+            model = Path(run.model).name or Path(run.model).resolve().name or "model"
+            run = run.model_copy(update={"output": Path("runs") / f"{model}-{Path(recipe).stem}"})
 
     from . import stages
 
@@ -143,14 +164,43 @@ def _quantize(*, recipe: str, device: str | None, quiet: bool, **given: Any) -> 
     typer.echo(f"The run is in {run.output}")
 
 
+def _resumed(run: Path, recipe: str | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of an unfinished run; InputError where options ask for another one."""
+    if recipe is not None:
+        raise InputError(f"--resume takes the recipe of {run}: leave out --recipe, or leave out --resume.")
+    _read_json(run, "manifest.json")
+
+    from .run import recipe_of
+
+    kept = recipe_of(run).model_copy(update={"output": run})
+    wanted = build_recipe(kept.model_dump(mode="json"), overrides)
+    changed = sorted(name for name in overrides if name not in FREE and value_of(kept, name) != value_of(wanted, name))
+    if changed:
+        raise InputError(
+            f"--resume goes on with the recipe of {run}, which has another {', '.join(changed)}: leave "
+            f"{'it' if len(changed) == 1 else 'them'} out, or start a new run in another --output."
+        )
+    return wanted
+
+
 def _quantize_signature() -> inspect.Signature:
     recipe = Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="A name (see `rotoboa recipes`) or file.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help=f"A name (see `rotoboa recipes`) or file. (default {DEFAULT_RECIPE})",
+        ),
+    ]
+    resume = Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with the unfinished run in this folder, by its recipe."),
     ]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [
-            inspect.Parameter("recipe", keyword, default="w4a4kv4", annotation=recipe),
+            inspect.Parameter("recipe", keyword, default=None, annotation=recipe),
+            inspect.Parameter("resume", keyword, default=None, annotation=resume),
             *RECIPE_OPTIONS.values(),
             inspect.Parameter("device", keyword, default=None, annotation=Device),
             inspect.Parameter("quiet", keyword, default=False, annotation=Quiet),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +20,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..boa.attention import NAME
 from ..boa.rounding import Settings
 from ..errors import InputError
+from ..export.checkpoint import copied_files
 from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
 from ..rotation.rotate import Rotations
+from .buffers import Buffers
 from .calibration import PAPER_WINDOWS, Split, evaluation_tokens, load_texts
+from .progress import Progress
 from .recipe import Recipe
-from .run import device_of
+from .run import checksum, device_of
 
 VERSIONED = ("rotoboa", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+LONG_READ = 2**31  # bytes that take long enough to be shown
 
 
 @dataclass
@@ -39,7 +47,10 @@ class Job:
     decoder: Decoder
     rotations: Rotations
     spec: Spec
+    buffers: Buffers
     seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    _running: dict[str, float] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
@@ -53,13 +64,25 @@ class Job:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds of a stage to `seconds`."""
-        start = time.perf_counter()
+        self._running[stage] = time.perf_counter()
         try:
             yield
         finally:
             if self.decoder.device.type == "cuda":
                 torch.cuda.synchronize(self.decoder.device)
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - self._running.pop(stage)
+
+    def go_on(self, seconds: Mapping[str, float]) -> None:
+        """Count on from what earlier parts of the run have spent, as `spent` gave it."""
+        earlier = dict(seconds)
+        self.started -= earlier.pop("total", 0.0)
+        self.seconds = {name: earlier.get(name, 0.0) + self.seconds.get(name, 0.0) for name in earlier | self.seconds}
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by stage, those of the running ones up to now, and in total."""
+        now = time.perf_counter()
+        running = {name: self.seconds.get(name, 0.0) + now - start for name, start in self._running.items()}
+        return {**self.seconds, **running, "total": now - self.started}
 
 
 def prepare(recipe: Recipe, device: str | None = None) -> Job:
@@ -97,7 +120,8 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip,
     )
-    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec)
+    buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory)
+    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers)
 
 
 def _check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
@@ -160,13 +184,40 @@ def evaluation_windows(job: Job, dataset: str, split: Split, length: int, window
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """What must be the same for a run to go on: recipe, checkpoint, and the versions that compute."""
-    files = sorted({*job.checkpoint.files, job.checkpoint.folder / "config.json"})
+    """What must be the same for a run to go on and is known at once: the recipe, and the versions that compute."""
     return {
         "recipe": job.recipe.model_dump(mode="json", exclude={"output"}),
-        "checkpoint": {file.name: file.stat().st_size for file in files},
         "versions": {name: version(name) for name in VERSIONED},
     }
+
+
+def checkpoint_checksums(job: Job, known: Mapping[str, Any], progress: Progress) -> dict[str, dict[str, Any]]:
+    """For each file of the checkpoint that has a part in the result its SHA-256, and by what it is known unchanged.
+
+    `known` is what this returned for an earlier part of the run: a file with the same size and times is not read again.
+    """
+    folder = job.checkpoint.folder
+
+    def of(file: Path) -> dict[str, Any]:
+        stat = file.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        old = known.get(file.name, {})
+        return {"sha256": old["sha256"] if old.get("state") == state else checksum(file), "state": state}
+
+    files = sorted({*job.checkpoint.files, folder / "config.json", *copied_files(folder)})
+    found = {}
+    if sum(file.stat().st_size for file in files) > LONG_READ:
+        progress.stage("checksums", len(files))
+    with ThreadPoolExecutor(4) as pool:
+        for file, entry in zip(files, pool.map(of, files), strict=True):
+            found[file.name] = entry
+            progress.advance()
+    return found
+
+
+def tokens_checksum(tokens: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def exported_bytes(job: Job) -> int:

@@ -33,7 +33,8 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
     """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to."""
     progress.stage("plain forward pass", job.decoder.shape.blocks)
     compute = job.decoder
-    hidden = job.checkpoint.embedding()[tokens].to(compute.dtype)
+    hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
+    hidden.copy_(job.checkpoint.embedding()[tokens])
     seconds = 0.0
     with torch.no_grad():
         for index in range(compute.shape.blocks):
@@ -41,6 +42,7 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
             start = time.perf_counter()
             for part in hidden.split(job.recipe.calibration.batch):
                 part.copy_(compute.run(block, part.to(compute.device)))
+                job.buffers.release()
             if compute.device.type == "cuda":
                 torch.cuda.synchronize(compute.device)
             seconds += time.perf_counter() - start
@@ -87,12 +89,14 @@ def _perplexities(
         with job.timed(f"evaluate {name}"):
             states = last_states(
                 windows,
-                embedding.to(compute.device, compute.dtype),
+                embedding,
                 (partial(compute.run, block) for block in blocks),
                 compute.norm(norm),
                 head.to(compute.device, compute.dtype),
                 batch=job.recipe.calibration.batch,
                 advance=progress.advance,
+                empty=job.buffers.empty,
+                release=job.buffers.release,
             )
             key = name.replace(" ", "_")
             perplexity[key], found = scores(windows, states, original)

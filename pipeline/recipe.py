@@ -18,6 +18,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -235,6 +236,12 @@ class Recipe(_Section):
     cache: Cache = Cache()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
+    memory: Annotated[ByteSize | None, Legal("a size such as 12GiB")] = Field(
+        default=None,
+        ge=0,
+        description="Host memory for activations; more than that lies in files without a name on the disk of the run; "
+        "none: half of what is free.",
+    )
     output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
 
 
@@ -293,6 +300,12 @@ def field_paths() -> list[FieldPath]:
         note = f"default {default}" if implied else f"{_legal_values(info)}; default {default}"
         paths.append(FieldPath(name, info.annotation, info.default, f"{info.description} ({note})"))
     return paths
+
+
+def value_of(recipe: Recipe, name: str) -> Any:
+    """The value of a leaf field by its dotted name."""
+    section, _, leaf = name.rpartition(".")
+    return getattr(getattr(recipe, section) if section else recipe, leaf)
 
 
 def _unknown(name: str) -> str:

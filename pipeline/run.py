@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +20,8 @@ from ..export.checkpoint import save_tensors
 from ..export.record import checksum
 from .recipe import Recipe
 
-MANIFEST, REPORT, RECIPE = "manifest.json", "report.json", "recipe.yaml"
+MANIFEST, REPORT, RECIPE, LOCK = "manifest.json", "report.json", "recipe.yaml", ".lock"
+SAME_BYTES = ("recipe.memory",)  # what may differ when a run is gone on with
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    _replace(temporary, path)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -39,6 +42,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_tensors(temporary, tensors)
+    _replace(temporary, path)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename, once the content is on the disk: a power cut must not leave a whole name on half a file."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -47,7 +57,12 @@ class RunFolder:
 
     Args:
         path: the folder; made when it is missing.
-        identity: what makes two runs the same: the recipe without its output, the checkpoint, versions.
+        identity: what makes two runs the same: the recipe without its output, versions; `identify` adds what takes
+            longer to know.
+
+    Attributes:
+        manifest: what manifest.json holds, or will.
+        clock: seconds by stage up to now, asked whenever the manifest is written.
 
     Raises:
         InputError: the folder holds something else, another run, or this run finished.
@@ -55,21 +70,39 @@ class RunFolder:
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
-        self.manifest: dict[str, Any] = {"identity": json.loads(json.dumps(identity, default=str)), "blocks": []}
-        found = path / MANIFEST
-        if found.is_file():
-            old = read_manifest(path)
-            changed = _differences(old.get("identity", {}), self.manifest["identity"])
-            if changed:
-                raise InputError(
-                    f"{path} holds another run, with other {', '.join(changed)}: "
-                    "give another --output, or remove the folder."
-                )
-            self.manifest = old
-            if old.get("finished"):
-                raise InputError(f"{path} holds this very run, finished: see it with `rotoboa inspect {path}`.")
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} exists and is no run of rotoboa: give another --output.")
+        self.clock: Callable[[], dict[str, float]] | None = None
+        self._lock = FileLock(path / LOCK)
+        self.manifest = self._look(json.loads(json.dumps(identity, default=str)))
+
+    def _look(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The manifest that is there, or a new one."""
+        if not (self.path / MANIFEST).is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
+                raise InputError(f"{self.path} exists and is no run of rotoboa: give another --output.")
+            return {"identity": identity, "blocks": []}
+        old = read_manifest(self.path)
+        self._compare(old["identity"], identity)
+        if old.get("finished"):
+            raise InputError(f"{self.path} holds this very run, finished: see it with `rotoboa inspect {self.path}`.")
+        return old
+
+    def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        changed = [d for name in sorted(new) for d in _differences(old.get(name), new[name], name)]
+        if changed := [name for name in changed if name not in SAME_BYTES]:
+            raise InputError(
+                f"{self.path} holds another run, with other {', '.join(changed)}: "
+                "give another --output, or remove the folder."
+            )
+
+    def identify(self, **sections: Any) -> None:
+        """Add sections to the identity, or compare them where the run has them already.
+
+        Raises:
+            InputError: they differ, so this is another run.
+        """
+        known, given = self.manifest["identity"], json.loads(json.dumps(sections))
+        self._compare(known, {name: value for name, value in given.items() if name in known})
+        known.update(given)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -100,21 +133,53 @@ class RunFolder:
             )
 
     def start(self, recipe: str) -> None:
-        """Make the folder, or clear away what a killed run left half written, and write manifest and recipe.
+        """Lock the folder, clear away what a killed run left half written, write manifest and recipe.
 
         Raises:
-            InputError: the folder cannot be written to.
+            InputError: the folder cannot be written to, or another process writes to it.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+            before = self.manifest
+            if (self.path / MANIFEST).is_file() and read_manifest(self.path)["blocks"] != before["blocks"]:
+                raise InputError(f"another process has written to {self.path} meanwhile: run the command again.")
             remove_temporary(self.path)
+            self.manifest["parts"] = self.manifest.get("parts", 0) + 1
             self.save()
             write_text(self.path / RECIPE, recipe)
+        except Timeout as error:
+            raise InputError(f"another process is writing to {self.path}: wait for it, or stop it.") from error
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}): give another --output.") from error
 
+    def close(self) -> None:
+        """Let another process write; what is temporary goes."""
+        if self._lock.is_locked:
+            remove_temporary(self.path)
+            (self.path / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
+            self._lock.release()
+
     def save(self) -> None:
         """Write the manifest."""
+        if self.clock is not None:
+            self.manifest["seconds"] = self.clock()
         write_json(self.path / MANIFEST, self.manifest)
+
+    def keep(self, **facts: Any) -> None:
+        """Put facts that need not be found out again into the manifest."""
+        self.manifest.update(facts)
+        self.save()
+
+    def model_files(self) -> dict[str, str]:
+        """The checksum of each file of the exported model; empty where there is none."""
+        folder = self.path / "model"
+        return {file.name: checksum(file) for file in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+    def is_exported(self) -> bool:
+        """Whether an earlier part of this run has written the model, and it is whole."""
+        known: dict[str, str] = self.manifest.get("model", {})
+        return bool(known) and known.items() <= self.model_files().items()
 
     def block_path(self, index: int) -> Path:
         """The file of a finished block."""
@@ -189,11 +254,19 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [prefix]
 
 
+def _is_foreign(file: Path) -> bool:
+    """Whether it is none of the files that a run killed at its very beginning leaves."""
+    return file.name not in (LOCK, f".{MANIFEST}.tmp")
+
+
 def remove_temporary(path: Path) -> None:
     """Clear what a killed run left half written."""
-    for file in path.rglob(".*.tmp"):
+    for file in sorted(path.rglob(".*.tmp"), reverse=True):
         with contextlib.suppress(OSError):
-            file.unlink()
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
 
 
 def device_of(name: str | None) -> torch.device:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..boa.block import BlockQuantizer
+from ..boa.objective import is_finite
 from ..boa.statistics import InputStatistics
 from ..errors import InputError, RunError
 from ..export.checkpoint import read_ends, write_native
@@ -25,6 +27,7 @@ from .exporting import base_of, describe, open_finished
 from .job import (
     Job,
     check_length,
+    checkpoint_checksums,
     dataset_of,
     evaluation_sets,
     evaluation_windows,
@@ -32,13 +35,14 @@ from .job import (
     identity,
     length_of,
     prepare,
+    tokens_checksum,
 )
 from .measure import bits_per_weight, device_name, loaded, peak_memory, perplexities, plain_forward, sizes
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml, split_names
 from .run import REPORT, RunFolder, recipe_of, write_json
 from .seeds import choose_seed
-from .tasks import task_scores, tasks_of
+from .tasks import Tasks, task_scores, tasks_of
 
 
 def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -53,6 +57,7 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     if recipe.output is None:
         raise InputError("the recipe has no output folder: give --output.")
     job = prepare(recipe, device)
+    job.started = started
     folder = RunFolder(recipe.output, identity(job))
     folder.need_space(2 * exported_bytes(job) + 2**24)
     length = length_of(recipe, job.model, job.decoder)
@@ -70,41 +75,75 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         split, most = recipe.evaluation.split, recipe.evaluation.windows
         windows = {name: evaluation_windows(job, name, split, length, most) for name in evaluated}
         tasks = tasks_of(job, recipe.evaluation.tasks, recipe.evaluation.tasks_path)
-    folder.start(recipe_to_yaml(recipe))
-
+    files = checkpoint_checksums(job, folder.manifest.get("files", {}), progress)
+    texts = {"calibration": tokens, **{f"evaluation {name}": text for name, text in windows.items()}}
+    folder.identify(
+        checkpoint={name: entry["sha256"] for name, entry in files.items()},
+        text={name: tokens_checksum(text) for name, text in texts.items()},
+    )
+    folder.manifest["files"] = files
+    folder.finished_blocks()
+    job.go_on(folder.manifest.get("seconds", {}))
+    folder.clock = job.spent
     try:
-        seed = folder.manifest.get("rotation_seed")
-        if seed is None:
-            folder.manifest["rotation_seed"] = seed = choose_seed(job, tokens, progress)
-            folder.save()
-        job.rotations = job.rotations.reseeded(seed)
-        embedding, norm, head = _ends(job)
-        plain = plain_forward(job, tokens, progress)
-        with job.timed("quantize"):
-            streams = _quantize_blocks(job, folder, tokens, embedding, progress)
-            head = _correct_head(job, norm, head, *streams)
-        with job.timed("export"):
-            write_native(folder.path / "model", job.checkpoint, job.spec, _groups(job, folder, embedding, norm, head))
-        measured = perplexities(job, folder, windows, (embedding, norm, head), progress)
-        if tasks:
-            measured["tasks"] = task_scores(job, folder, tasks, progress)
+        folder.start(recipe_to_yaml(recipe))
+        return _run(job, folder, tokens, windows, tasks, progress)
     except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError, SafetensorError) as error:
         what = str(error).rstrip(".") or type(error).__name__
         raise RunError(
             f"the run in {folder.path} failed: {what}; the same command goes on from its last block."
         ) from error
+    finally:
+        folder.close()
+
+
+def _run(
+    job: Job,
+    folder: RunFolder,
+    tokens: Tensor,
+    windows: Mapping[str, Tensor],
+    tasks: Tasks | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The long work. Each result is in the manifest as soon as it is there, and is not worked out again."""
+    recipe, known = job.recipe, folder.manifest
+    if "rotation_seed" not in known:
+        folder.keep(rotation_seed=choose_seed(job, tokens, progress))
+    seed = known["rotation_seed"]
+    job.rotations = job.rotations.reseeded(seed)
+    if "plain_forward_seconds" not in known:
+        folder.keep(plain_forward_seconds=plain_forward(job, tokens, progress))
+    if folder.is_exported():
+        job.spec = replace(job.spec, clips=folder.clips())
+    else:
+        embedding, norm, head = _ends(job)
+        with job.timed("quantize"):
+            streams = _quantize_blocks(job, folder, tokens, embedding, progress)
+            head = _correct_head(job, norm, head, *streams)
+        with job.timed("export"):
+            temporary = folder.path / ".model.tmp"
+            write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, embedding, norm, head))
+            shutil.rmtree(folder.path / "model", ignore_errors=True)
+            temporary.replace(folder.path / "model")
+            folder.keep(model=folder.model_files())
+    ends = read_ends(folder.path / "model", job.decoder.family)
+    measured = perplexities(job, folder, windows, ends, progress)
+    if tasks:
+        measured["tasks"] = task_scores(job, folder, tasks, progress)
     report = {
         "model": job.model.name,
         "base": base_of(job.model.name, job.checkpoint.folder),
         **measured,
         "tokens": {"calibration": list(tokens.shape), "evaluation": _shapes(windows)},
-        "seconds": {**job.seconds, "total": time.perf_counter() - started},
-        "plain_forward_seconds": plain,
-        "peak_memory_bytes": peak_memory(job.decoder.device),
+        "seconds": job.spent(),
+        "parts": known["parts"],
+        "plain_forward_seconds": known["plain_forward_seconds"],
+        "peak_memory_bytes": _peak(job, folder),
         "sizes": sizes(job, folder),
-        "memory": loaded(job, length),
+        "memory": loaded(job, tokens.shape[1]),
         "bits_per_weight": bits_per_weight(job, folder),
-        "versions": folder.manifest["identity"]["versions"],
+        "raised_damping": _raised_damping(folder),
+        "versions": known["identity"]["versions"],
         "python": platform.python_version(),
         "device": device_name(job.decoder.device),
         "recipe": recipe.model_dump(mode="json"),
@@ -112,9 +151,25 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     }
     write_json(folder.path / REPORT, report)
     describe(folder, open_finished(folder), "native", folder.path / "model", folder.path / "model")
-    folder.manifest["finished"] = True
-    folder.save()
+    folder.keep(finished=True)
     return report
+
+
+def _raised_damping(folder: RunFolder) -> dict[str, float]:
+    """Layers whose Cholesky decomposition needed more damping than the recipe has, by block and name."""
+    return {
+        f"{block['index']}.{name}": layer["damping"]
+        for block in folder.manifest["blocks"]
+        for name, layer in block["layers"].items()
+        if "damping" in layer
+    }
+
+
+def _peak(job: Job, folder: RunFolder) -> dict[str, int]:
+    """The most memory that any part of the run has held so far."""
+    earlier = folder.manifest.get("peak_memory_bytes", {})
+    now = {**peak_memory(job.decoder.device), "spilled": job.buffers.peak}
+    return {name: max(size, earlier.get(name, 0)) for name, size in now.items()}
 
 
 def evaluate(
@@ -217,10 +272,27 @@ def _shapes(windows: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 def _ends(job: Job) -> tuple[Tensor, Tensor, Tensor]:
     """Embedding, final norm and head, rotated, in the checkpoint's dtype: what is stored is what is measured."""
-    c, dtype = job.checkpoint, job.checkpoint.dtype
-    embedding = job.rotations.rotate_embedding(c.embedding()).to(dtype)
-    head, norm = job.rotations.rotate_head(c.head(), c.final_norm(), job.decoder.family)
-    return embedding, norm.to(dtype), head.to(dtype)
+    c, family, rotations = job.checkpoint, job.decoder.family, job.rotations
+    final = c.final_norm()
+    _, norm = rotations.rotate_head(final[None], final, family)
+    embedding = _rotated(job, f"{family.embedding}.weight", rotations.rotate_embedding)
+    head = _rotated(job, c.head_name, lambda part: rotations.rotate_head(part, final, family)[0])
+    return embedding, norm.to(c.dtype), head
+
+
+def _rotated(job: Job, name: str, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    """A matrix of the checkpoint, rotated some rows at a time (in float64), in a file."""
+    dtype = job.checkpoint.dtype
+    result = job.buffers.file(*job.checkpoint.shape(name), dtype=dtype)
+    for rows, part in job.checkpoint.rows(name):
+        result[rows] = rotate(part).to(dtype)
+        if not is_finite(result[rows]):
+            raise RunError(
+                f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
+                "as bfloat16 or float32."
+            )
+        job.buffers.release()
+    return result
 
 
 def _quantize_blocks(
@@ -228,9 +300,11 @@ def _quantize_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family = job.decoder, job.decoder.family
-    full = embedding[tokens].to(compute.dtype)
-    quantized = full.clone()
-    finished = folder.finished_blocks()
+    full, quantized = (
+        job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype).copy_(embedding[tokens])
+        for _ in range(2)
+    )
+    finished = len(folder.manifest["blocks"])
     transforms, clips = job.spec.transforms(compute.shape), folder.clips()
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
@@ -240,9 +314,13 @@ def _quantize_blocks(
         if index < finished:
             columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
             done = unpack_block(folder.read_block(index), family, job.spec.bits, columns)
+        block = compute.block(index, rotated)
+        projections = {f"{name}.weight" for name in family.projections}
+        others = {name: tensor for name, tensor in rotated.items() if name not in projections}
+        del rotated  # in float64 it is twice as large as the block
         solver = BlockQuantizer(
             compute,
-            compute.block(index, rotated),
+            block,
             job.settings,
             transforms if done is None else transforms.with_clips(clips[index]),
             batch=job.recipe.calibration.batch,
@@ -250,15 +328,21 @@ def _quantize_blocks(
             done=done,
             search_inputs=job.recipe.activations.search and done is None,
             search_cache=job.recipe.cache.search and done is None,
+            empty=job.buffers.empty,
+            release=job.buffers.release,
         )
         try:
             solver.run(full, quantized)
         except ValueError as error:
-            raise RunError(f"block {index}, {error}: look for NaN or Inf in the checkpoint.") from error
+            raise RunError(f"block {index}, {error}: look for NaN, Inf or huge values in the checkpoint.") from error
         if done is None:
-            layers = {name: {"loss": loss} for name, loss in solver.losses.items()}
-            tensors = pack_block(solver.results, rotated, job.spec.bits, job.checkpoint.dtype)
+            layers: dict[str, dict[str, float]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
+            for name, damping in solver.damping.items():
+                layers[name]["damping"] = damping
+                progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
+            tensors = pack_block(solver.results, others, job.spec.bits, job.checkpoint.dtype)
             entry = {"seconds": time.perf_counter() - start, "layers": layers, "clips": solver.transforms.clips}
+            folder.manifest["peak_memory_bytes"] = _peak(job, folder)
             folder.write_block(index, tensors, entry)
         progress.advance(block=index)
     job.spec = replace(job.spec, clips=folder.clips())
@@ -278,8 +362,10 @@ def _correct_head(job: Job, norm: Tensor, head: Tensor, full: Tensor, quantized:
     for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
         statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
     objective = statistics.objective().damped(weights.damping)
-    moved = objective.target(head.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
-    return moved.to(head.dtype).cpu()
+    for part in head.split(8192):
+        moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
+        part.copy_(moved)
+    return head
 
 
 def _show(progress: Progress, index: int, name: str, loss: float) -> None:

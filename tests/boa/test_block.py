@@ -441,10 +441,50 @@ def test_bad_weight_is_named(name: str, value: float) -> None:
         solver.run(*_streams())
 
 
-def test_bad_stream_is_named() -> None:
+@pytest.mark.parametrize("stream", ["full-precision", "quantized"])
+def test_bad_stream_is_named(stream: str) -> None:
     decoder = _decoder()
     full, quantized = _streams()
-    quantized[1, 5, 0] = float("nan")
+    (full if stream == "full-precision" else quantized)[1, 5, 0] = float("nan")
     solver = BlockQuantizer(decoder, decoder.block(0, _tensors()), QUICK, PLAIN)
-    with pytest.raises(ValueError, match=rf"{LLAMA.query}, {LLAMA.key}: .*NaN"):
+    with pytest.raises(ValueError, match=f"^the {stream} stream that comes in holds NaN or Inf$"):
         solver.run(full, quantized)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
+@pytest.mark.parametrize(
+    ("huge", "message"),
+    [
+        (LLAMA.query, f"{LLAMA.query}, {LLAMA.key}: what weighs its outputs holds NaN or Inf"),
+        (LLAMA.value, f"{LLAMA.output}: what it should put out holds NaN or Inf"),
+        (LLAMA.gate, f"{LLAMA.down}: what it should put out holds NaN or Inf"),
+    ],
+)
+def test_what_arises_in_a_layer_is_named(huge: str, message: str, method: str) -> None:
+    decoder, tensors = _decoder(), _tensors()
+    tensors[f"{huge}.weight"] *= 1e37
+    solver = BlockQuantizer(decoder, decoder.block(0, tensors), replace(QUICK, method=method), PLAIN)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        solver.run(*_streams())
+
+
+@pytest.mark.parametrize("layer", [LLAMA.output, LLAMA.down])
+def test_what_arises_where_nothing_is_solved_is_named(layer: str) -> None:
+    decoder, ran = _decoder(), _run()
+    tensors = _tensors()
+    tensors[f"{layer}.weight"].mul_(3e38).clamp_(-3e38, 3e38)
+    solver = BlockQuantizer(decoder, decoder.block(0, tensors), QUICK, PLAIN, done=ran.solver.results)
+    with pytest.raises(ValueError, match=f"^{layer}: the full-precision stream after it holds NaN or Inf$"):
+        solver.run(*_streams())
+
+
+def test_damping_that_was_raised_is_told() -> None:
+    decoder = _decoder()
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(SEQUENCES, LENGTH, 2, generator=generator) @ torch.randn(2, HIDDEN, generator=generator)
+    settings = replace(QUICK, damping=1e-12, method="gptq", token_weights=False)
+    solver = BlockQuantizer(decoder, decoder.block(0, _tensors()), settings, PLAIN)
+    solver.run(full, full.clone())
+    assert {LLAMA.query, LLAMA.key} <= solver.damping.keys()  # inputs of two dimensions
+    assert all(1e-12 < value <= 1e-6 for value in solver.damping.values())
+    assert _run().solver.damping == {}

@@ -302,8 +302,8 @@ def test_a_block_that_overflows_is_named_and_the_finished_ones_stay(user: User, 
     name = "model.layers.1.self_attn.q_proj.weight"
     change_tensors(copied, lambda tensors: tensors[name].fill_(3e38))
     message = user.fails(1, "--quiet", "--no-rotation.r1", "--no-rotation.r2")
-    assert "block 1, self_attn.q_proj, self_attn.k_proj: " in message
-    assert "look for NaN or Inf in the checkpoint" in message
+    assert "block 1, self_attn.q_proj, self_attn.k_proj: what weighs its outputs holds NaN or Inf" in message
+    assert "look for NaN, Inf or huge values in the checkpoint" in message
     manifest = json.loads((user.output / "manifest.json").read_text())
     assert [block["index"] for block in manifest["blocks"]] == [0] and "finished" not in manifest
     assert (user.output / "blocks" / "00000.safetensors").is_file()

@@ -37,6 +37,7 @@ def started(path: Path, blocks: int = 0, identity: dict[str, Any] = IDENTITY) ->
     folder.start("model: tiny\n")
     for index in range(blocks):
         folder.write_block(index, BLOCK, {"seconds": 1.0})
+    folder.close()
     return folder
 
 
@@ -175,7 +176,47 @@ def test_all_that_differs_is_named(tmp_path: Path) -> None:
     started(tmp_path)
     changed = {"recipe": Recipe(model="x").model_dump(mode="json", exclude={"output"}), "checkpoint": {}}
     message = refusal(tmp_path, changed)
-    assert "with other checkpoint.model.safetensors, recipe.model, versions: " in message
+    assert "with other checkpoint.model.safetensors, recipe.model: " in message
+
+
+def test_what_takes_long_to_know_is_compared_later(tmp_path: Path) -> None:
+    early = {"recipe": IDENTITY["recipe"]}
+    folder = RunFolder(tmp_path, early)
+    folder.identify(text={"calibration": "a"})
+    folder.start("model: tiny\n")
+    folder.close()
+    again = RunFolder(tmp_path, early)
+    again.identify(text={"calibration": "a"}, versions={})
+    with pytest.raises(InputError, match=r"holds another run, with other text\.calibration: give another --output"):
+        again.identify(text={"calibration": "b"})
+    assert read_manifest(tmp_path)["identity"] == early | {"text": {"calibration": "a"}}
+
+
+# -- one process at a time --------------------------------------------------------------------------------------------
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run", IDENTITY), RunFolder(tmp_path / "run", IDENTITY)
+    first.start("model: tiny\n")
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=r"another process is writing to .*run: wait for it, or stop it\."):
+        second.start("model: tiny\n")
+    second.close()
+    assert files(tmp_path) == before
+    first.write_block(0, BLOCK, {})
+    first.close()
+    assert not (tmp_path / "run" / ".lock").exists()
+    with pytest.raises(InputError, match=r"another process has written to .*run meanwhile: run the command again"):
+        second.start("model: tiny\n")
+    second.close()
+    started(tmp_path / "run")
+
+
+def test_a_lock_that_a_killed_process_left_does_not_hold(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".manifest.json.tmp").write_text("{")
+    started(tmp_path, blocks=1)
+    assert set(files(tmp_path)) == {"manifest.json", "recipe.yaml", "blocks/00000.safetensors"}
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Host memory for activations: tensors, and files on the disk in their place beyond a budget."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..errors import RunError
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Buffers:
+    """Makes the tensors that grow with the number of tokens, or are too large to be held for long.
+
+    Those beyond the budget are shared mappings of files without a name: the system writes them out and reads them back,
+    whoever uses them sees tensors, and they are gone with the process, however it ends.
+
+    Args:
+        folder: where the files lie; made when it is missing.
+        budget: bytes of ordinary memory; None is half of what is free now.
+    """
+
+    def __init__(self, folder: Path, budget: int | None = None) -> None:
+        self.folder = folder
+        self.budget = free_memory() // 2 if budget is None else budget
+        self.held = self.spilled = self.peak = 0
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of any content, in memory while the budget lasts, else in a file.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        count = torch.Size(size).numel() * dtype.itemsize
+        if self.held + count > self.budget:
+            return self.file(*size, dtype=dtype)
+        tensor = torch.empty(size, dtype=dtype)
+        self.held += count
+        weakref.finalize(tensor, self._freed, count)
+        return tensor
+
+    def file(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of any content that lies in a file.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        count = max(torch.Size(size).numel() * dtype.itemsize, 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            try:
+                _reserve(file.fileno(), count)
+            except OSError as error:
+                raise RunError(
+                    f"{count / 2**20:,.0f} MiB of activations do not fit on the disk of {self.folder} "
+                    f"({error.strerror}): make room, or give fewer --calibration.samples or more --memory."
+                ) from error
+            mapped = mmap.mmap(file.fileno(), count)
+        self._maps.add(mapped)
+        self.spilled += count
+        self.peak = max(self.peak, self.spilled)
+        weakref.finalize(mapped, self._unmapped, count)
+        return torch.frombuffer(mapped, dtype=dtype, count=torch.Size(size).numel()).view(size)
+
+    def release(self) -> None:
+        """Let the system take back the memory of all files; their content stays."""
+        for mapped in list(self._maps):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _freed(self, count: int) -> None:
+        self.held -= count
+
+    def _unmapped(self, count: int) -> None:
+        self.spilled -= count
+
+
+def _reserve(file: int, count: int) -> None:
+    """Make a file of `count` bytes that are really there: writing to a mapping without room would be fatal."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, count)
+    else:
+        os.truncate(file, count)
+
+
+def free_memory() -> int:
+    """Bytes that this process may take: what is available, and no more than a container leaves."""
+    free = [psutil.virtual_memory().available]
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        free += [int(limit) - int(used)] if limit != "max" else []
+    except (OSError, ValueError):
+        pass  # there is no container, or one of another kind
+    return max(min(free), 0)
