@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     StrictDataclassError,
 )
@@ -26,6 +29,7 @@ from .families import Family, family_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md")
 
 
@@ -37,8 +41,19 @@ def fetch(source: str, is_local: bool) -> Path:
     """
     if is_local:
         return Path(source)
-    try:
+    with hub_errors(source):
         return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
+
+
+@contextmanager
+def hub_errors(source: str) -> Iterator[None]:
+    """Say in one sentence why the hub does not give `source`.
+
+    Raises:
+        InputError: the repository is unknown, gated, or out of reach.
+    """
+    try:
+        yield
     except GatedRepoError as error:
         raise InputError(
             f"{source} is gated: accept its licence on its model page, then set HF_TOKEN or run `hf auth login`."
@@ -50,11 +65,85 @@ def fetch(source: str, is_local: bool) -> Path:
         ) from error
     except HFValidationError as error:
         raise InputError(f"{source} is no id of a model on the hub: {str(error).rstrip('.')}.") from error
+    except (NotASafetensorsRepoError, EntryNotFoundError) as error:
+        raise InputError(f"{source} has no config.json or no safetensors files: choose another repository.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
             f"{source} could not be fetched and is not in the local cache ({type(error).__name__}): "
             "check the connection, or give the folder of a downloaded checkpoint."
         ) from error
+
+
+class Remote:
+    """What `Checkpoint` says of a checkpoint, from its config and the headers of its files on the hub.
+
+    Args:
+        source: hub id.
+
+    Raises:
+        InputError: as `fetch`, or the architecture is not supported.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        with hub_errors(source):
+            folder = Path(hf_hub_download(source, "config.json")).parent
+            headers = get_safetensors_metadata(source)
+        self.config = read_config(folder)
+        self.family: Family = family_of(self.config.model_type, source)
+        self._found = {
+            name: tensor for file in headers.files_metadata.values() for name, tensor in file.tensors.items()
+        }
+
+    @classmethod
+    def of(cls, source: str) -> Remote | None:
+        """None where the whole checkpoint is in the local cache already."""
+        try:
+            snapshot_download(source, allow_patterns=list(_WANTED), local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return cls(source)
+        return None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in self._found.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        return DTYPES.get(self._found[f"{self.family.embedding}.weight"].dtype, torch.float32)
+
+    def check(self, expected: Mapping[str, torch.Size]) -> None:
+        """As `Checkpoint.check`, but for tensors that are not expected."""
+        tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
+        for name, shape in expected.items():
+            if name not in self._found and name != tied:
+                raise InputError(f"{self.source} has no tensor {name}, which its config.json asks for: choose another.")
+            if name in self._found and tuple(self._found[name].shape) != tuple(shape):
+                raise InputError(
+                    f"{self.source}: tensor {name} has shape {tuple(self._found[name].shape)}, and config.json asks "
+                    f"for {tuple(shape)}: they do not belong together."
+                )
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        InputError: it cannot be read, or is that of a quantized or unsupported model.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it holds no JSON object")
+        family_of(str(raw.get("model_type")), str(folder))
+        if raw.get("quantization_config"):
+            raise InputError(f"{folder} is quantized already: give the full-precision checkpoint.")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{folder / 'config.json'} cannot be read ({what}): download it again.") from error
 
 
 class Checkpoint:
@@ -71,22 +160,9 @@ class Checkpoint:
         self.folder = folder
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint.")
-        self.config = self._read_config()
+        self.config = read_config(folder)
         self.family: Family = family_of(self.config.model_type, str(folder))
         self._where = self._locate()
-
-    def _read_config(self) -> PretrainedConfig:
-        try:
-            raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(raw, dict):
-                raise ValueError("it holds no JSON object")
-            family_of(str(raw.get("model_type")), str(self.folder))
-            if raw.get("quantization_config"):
-                raise InputError(f"{self.folder} is quantized already: give the full-precision checkpoint.")
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
-            what = " ".join(str(error).split()).rstrip(".")
-            raise InputError(f"{self.folder / 'config.json'} cannot be read ({what}): download it again.") from error
 
     def _locate(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it."""

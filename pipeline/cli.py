@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -100,6 +101,14 @@ def _global_options(
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda:1. (default cuda, else cpu)")
 ]
+_RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"A name (see `rotoboa recipes`) or file. (default {DEFAULT_RECIPE})",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
@@ -184,14 +193,6 @@ def _resumed(run: Path, recipe: str | None, overrides: dict[str, Any]) -> Recipe
 
 
 def _quantize_signature() -> inspect.Signature:
-    recipe = Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            metavar="NAME|FILE",
-            help=f"A name (see `rotoboa recipes`) or file. (default {DEFAULT_RECIPE})",
-        ),
-    ]
     resume = Annotated[
         Path | None,
         typer.Option("--resume", metavar="RUN", help="Go on with the unfinished run in this folder, by its recipe."),
@@ -199,7 +200,7 @@ def _quantize_signature() -> inspect.Signature:
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [
-            inspect.Parameter("recipe", keyword, default=None, annotation=recipe),
+            inspect.Parameter("recipe", keyword, default=None, annotation=_RecipeName),
             inspect.Parameter("resume", keyword, default=None, annotation=resume),
             *RECIPE_OPTIONS.values(),
             inspect.Parameter("device", keyword, default=None, annotation=Device),
@@ -265,11 +266,59 @@ def evaluate(
     _print(result_table(report), task_table(report))
 
 
-@app.command("inspect", cls=_Command)
-def inspect_run(run: Run) -> None:
-    """Show what a run is: recipe, versions, sizes, loss of each layer, perplexity."""
+def _inspect(*, subject: str, recipe: str | None, device: str | None, as_json: bool, **given: Any) -> None:
+    """Show what a run is, or what a run of a model would be, before any work.
+
+    Of a run: recipe, versions, sizes, loss of each layer, perplexity. Of a model, by a recipe and the options below:
+    parameters, rotations, bytes before and after, calibration, memory and time.
+    """
+    if (Path(subject) / "manifest.json").is_file():
+        if recipe is not None or _overrides(given) or device is not None:
+            raise InputError(f"{subject} is a run, which has its recipe: leave out the other options.")
+        _inspect_run(Path(subject), as_json)
+        return
+    if given.get("model") is not None:
+        raise InputError("the model is given twice: leave out --model.")
+    wanted = build_recipe(load_recipe(recipe or DEFAULT_RECIPE), {**_overrides(given), "model": subject})
+
+    from .plan import plan
+    from .plan_table import plan_tables
+
+    found = plan(wanted, device)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print(*plan_tables(found))
+
+
+def _inspect_signature() -> inspect.Signature:
+    subject = Annotated[
+        str, typer.Argument(help="Folder of a run, or a model as for --model.", metavar="RUN|MODEL", show_default=False)
+    ]
+    as_json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter("subject", keyword, annotation=subject),
+            inspect.Parameter("recipe", keyword, default=None, annotation=_RecipeName),
+            *RECIPE_OPTIONS.values(),
+            inspect.Parameter("device", keyword, default=None, annotation=Device),
+            inspect.Parameter("as_json", keyword, default=False, annotation=as_json),
+        ]
+    )
+
+
+_inspect.__signature__ = _inspect_signature()  # type: ignore[attr-defined]
+_inspect.__annotations__ = {}
+app.command("inspect", cls=_Command)(_inspect)
+
+
+def _inspect_run(run: Path, as_json: bool) -> None:
     manifest = _read_json(run, "manifest.json")
     report = _read_json(run, "report.json") if (run / "report.json").exists() else {}
+    if as_json:
+        typer.echo(json.dumps({"manifest": manifest, "report": report}, indent=2))
+        return
     facts = {**report, **(manifest.get("identity") or {})}
     for key in ("recipe", "versions"):
         value = facts.get(key)
@@ -281,6 +330,8 @@ def inspect_run(run: Run) -> None:
         typer.echo("There is no report: the run is not finished.")
         return
     _print(result_table(report), task_table(report), cost_table(report))
+    if raised := report.get("raised_damping"):
+        _print(_facts("raised damping", raised))
 
 
 @app.command(cls=_Command)

@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
     checkpoint = Checkpoint(fetch(model.source, model.is_local))
     decoder = Decoder(checkpoint.config, attention=NAME, device=target)
     checkpoint.check(decoder.shapes)
-    _check_sizes(recipe, decoder, model)
+    check_sizes(recipe, decoder, model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -124,7 +124,12 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
     return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers)
 
 
-def _check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that the sizes of a recipe and of a model go together.
+
+    Raises:
+        InputError: they do not.
+    """
     shape, group = decoder.shape, recipe.weights.group_size
     widths = {"hidden size": shape.hidden, "attention width": shape.query_heads * shape.head_dim, "ffn size": shape.ffn}
     for name, width in widths.items():
