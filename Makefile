@@ -9,7 +9,7 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation verify clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation verify memory clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -55,6 +55,9 @@ ablation: $(STAMP)  ## what each lever is worth, in benchmarks/ablation.md (abou
 
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py
+
+memory: $(STAMP)  ## peak memory of 4 and of 32 blocks (ARGS=--large: and of a model of the shape of Llama-3-8B)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -65,9 +65,11 @@ def hub_errors(source: str) -> Iterator[None]:
         ) from error
     except HFValidationError as error:
         raise InputError(f"{source} is no id of a model on the hub: {str(error).rstrip('.')}.") from error
-    except (NotASafetensorsRepoError, EntryNotFoundError) as error:
-        raise InputError(f"{source} has no config.json or no safetensors files: choose another repository.") from error
+    except NotASafetensorsRepoError as error:
+        raise InputError(f"{source} has no safetensors files: choose another repository.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(f"{source} has no config.json: choose another repository.") from error
         raise InputError(
             f"{source} could not be fetched and is not in the local cache ({type(error).__name__}): "
             "check the connection, or give the folder of a downloaded checkpoint."

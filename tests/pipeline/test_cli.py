@@ -237,8 +237,9 @@ def test_inspect_an_unfinished_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "evaluate"])
 def test_no_run_folder(stages: Stages, tmp_path: Path, command: str) -> None:
-    assert "no folder of a run" in fails(2, command, str(tmp_path / "absent"))
-    assert "no folder of a run" in fails(2, command, str(tmp_path))
+    if command == "evaluate":  # what is no run may be a model to inspect
+        assert "no folder of a run" in fails(2, command, str(tmp_path / "absent"))
+        assert "no folder of a run" in fails(2, command, str(tmp_path))
     for damaged in ("{", "[]"):
         (tmp_path / "manifest.json").write_text(damaged)
         assert "manifest.json cannot be read" in fails(2, command, str(tmp_path))

@@ -1,0 +1,215 @@
+"""The plan of a run says before what the run says after."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, NotASafetensorsRepoError
+from safetensors import safe_open
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+import rotoboa
+from rotoboa.errors import InputError
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.pipeline.cli import app
+from rotoboa.pipeline.plan import construction, matrix_rate, plan
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.rotation.hadamard import Hadamard
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def tensor_bytes(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as reader:
+            total += sum(tensor.numel() * tensor.element_size() for tensor in map(reader.get_tensor, reader.keys()))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied"),
+    [
+        ({}, False),
+        ({"weights.bits": 3, "weights.group_size": 16, "calibration.samples": 3}, False),
+        ({"weights.bits": 2, "weights.group_size": 32, "memory": "1KiB"}, True),
+    ],
+)
+def test_what_is_planned_is_what_comes(
+    save_llama: Callable[..., Path], make_recipe: MakeRecipe, tmp_path: Path, changes: dict[str, Any], tied: bool
+) -> None:
+    model = save_llama(tmp_path / "model", tie_word_embeddings=tied)
+    recipe = make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **changes})
+    planned, report = plan(recipe), rotoboa.quantize(recipe)
+    reference = LlamaForCausalLM.from_pretrained(model)
+    assert planned["model"]["parameters"] >= sum(p.numel() for p in reference.parameters())
+    linears = [m for m in reference.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert planned["model"]["quantized_parameters"] == sum(m.weight.numel() for m in linears)
+    assert planned["model"]["dtype"] == "bfloat16"
+    assert planned["sizes"]["original"] == report["sizes"]["original"]
+    assert planned["sizes"]["quantized"] == tensor_bytes(tmp_path / "run" / "model")
+    assert planned["sizes"]["bits_per_weight"] == pytest.approx(report["bits_per_weight"], rel=1e-12)
+    samples, length = report["tokens"]["calibration"]
+    assert planned["calibration"]["tokens"] == samples * length
+    assert planned["calibration"]["evaluation_windows"] == 4
+    spilled = report["peak_memory_bytes"]["spilled"]
+    assert planned["calibration"]["spilled"] == pytest.approx(spilled, abs=1024 if "memory" in changes else 0)
+
+
+def test_parameters_of_the_model(llama: Path, make_recipe: MakeRecipe) -> None:
+    reference = LlamaForCausalLM.from_pretrained(llama)
+    planned = plan(make_recipe("w4a16", {"model": str(llama)}))
+    assert planned["model"]["parameters"] == sum(p.numel() for p in reference.parameters())
+
+
+def test_no_tensor_is_read(llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *arguments: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Checkpoint, "rows", lambda *arguments: pytest.fail("a tensor was read"))
+    plan(make_recipe("w4a4kv4", {"model": str(llama)}))
+
+
+def test_more_work_takes_longer(llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotoboa.pipeline.plan.matrix_rate", lambda device: 1e9)
+
+    def seconds(**changes: Any) -> float:
+        fields = {name.replace("__", "."): value for name, value in changes.items()}
+        return float(plan(make_recipe("w4a4kv4", {"model": str(llama), **fields}))["time"]["seconds"])
+
+    base = seconds()
+    assert base > 0
+    assert seconds(calibration__samples=8) > base
+    assert seconds(weights__refine=8) > base
+    assert seconds(weights__method="gptq") < base
+    assert seconds(evaluation__baseline=False) < base
+    assert seconds(weights__method="rtn") < seconds(weights__method="gptq")
+
+
+def test_memory_grows_with_what_is_held(llama: Path, make_recipe: MakeRecipe) -> None:
+    def memory(**fields: Any) -> dict[str, int]:
+        return dict(plan(make_recipe("w4a16", {"model": str(llama), **fields}))["memory"])
+
+    few, many = memory(**{"calibration.samples": 1}), memory(**{"calibration.samples": 100_000})
+    assert many["peak"] > few["peak"] == max(value for name, value in few.items() if name != "peak")
+    assert memory(**{"calibration.samples": 100_000, "memory": "0"})["solver"] < few["solver"]
+
+
+# -- rotations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (64, "Sylvester of order 64"),
+        (1, "Sylvester of order 1"),
+        (12, "Paley I of order 12 over GF(11)"),
+        (96, "Paley I of order 12 over GF(11) x Sylvester of order 8"),
+        (14336, "Paley I of order 28 over GF(27) x Sylvester of order 512"),
+        (36, "Paley II of order 36 over GF(17)"),
+        (688, "Goethals-Seidel of order 172 x Sylvester of order 4"),
+        (4 * 167, "167 blocks, each Sylvester of order 4"),
+    ],
+)
+def test_constructions(size: int, words: str) -> None:
+    assert construction(Hadamard.of(size)) == words
+
+
+@pytest.mark.parametrize("size", [2, 20, 24, 40, 48, 60, 76, 104, 108, 116, 140, 148, 156, 172, 184, 768, 11008, 18944])
+def test_orders_multiply_to_the_size(size: int) -> None:
+    orders = [int(order) for order in re.findall(r"of order (\d+)", construction(Hadamard.of(size)))]
+    assert math.prod(orders) == size
+
+
+def test_rotations_that_are_on(llama: Path, make_recipe: MakeRecipe) -> None:
+    rotations = plan(make_recipe("w4a4kv4", {"model": str(llama), "rotation.r3": False}))["rotations"]
+    assert list(rotations) == ["r1", "r2", "r4"]
+    assert [rotation["size"] for rotation in rotations.values()] == [64, 16, 96]
+    assert rotations["r4"]["base"] == 12 and "online" in rotations["r4"]["where"]
+
+
+def test_matrix_rate() -> None:
+    assert 1e7 < matrix_rate(torch.device("cpu")) < 1e14
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def headers(folder: Path) -> SimpleNamespace:
+    """As `get_safetensors_metadata` gives them."""
+    tensors: dict[str, SimpleNamespace] = {}
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        data = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        tensors |= {name: SimpleNamespace(**entry) for name, entry in data.items() if name != "__metadata__"}
+    return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
+
+
+def test_of_a_hub_model_only_headers_are_fetched(
+    llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*arguments: Any, **options: Any) -> str:
+        assert options["local_files_only"]
+        raise LocalEntryNotFoundError("not there")
+
+    module = "rotoboa.models.checkpoint"
+    monkeypatch.setattr(f"{module}.snapshot_download", missing)
+    monkeypatch.setattr(f"{module}.hf_hub_download", lambda source, name: str(llama / name))
+    monkeypatch.setattr(f"{module}.get_safetensors_metadata", lambda source: headers(llama))
+    monkeypatch.setattr("rotoboa.pipeline.plan.matrix_rate", lambda device: 1e9)
+    local = plan(make_recipe("w4a16", {"model": str(llama)}))
+    remote = plan(make_recipe("w4a16", {"model": "owner/name"}))
+    assert remote["model"] == local["model"] | {"name": "owner/name"}
+    assert remote["sizes"]["original"] == tensor_bytes(llama)  # without headers
+    for part in ("rotations", "memory", "time"):
+        assert remote[part] == local[part] or part == "memory"
+    assert remote["sizes"]["quantized"] == local["sizes"]["quantized"]
+
+    def pickles(source: str) -> None:
+        raise NotASafetensorsRepoError("only .bin")
+
+    monkeypatch.setattr(f"{module}.get_safetensors_metadata", pickles)
+    with pytest.raises(InputError, match="owner/name has no safetensors files: choose another"):
+        plan(make_recipe("w4a16", {"model": "owner/name"}))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def call(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+
+
+def test_tables_and_json(llama: Path) -> None:
+    result = call(llama, "--recipe", "w2a16", "--weights.group_size", "16", "--evaluation.windows", "3")
+    assert result.exit_code == 0, result.output
+    for words in ("quantized parameters", "Sylvester of order 64", "bits per weight", "3.500", "128 x 256 = 32,768"):
+        assert words in result.stdout
+    found = json.loads(call(llama, "--recipe", "w2a16", "--json").stdout)
+    assert found["model"]["blocks"] == 2 and found["rotations"].keys() == {"r1", "r2"}
+
+
+def test_a_run_is_shown_as_json(tiny_run: Path) -> None:
+    found = json.loads(call(tiny_run, "--json").stdout)
+    assert found["manifest"]["finished"] and found["report"]["perplexity"]
+
+
+def test_what_cannot_be_planned_is_one_sentence(llama: Path, tiny_run: Path, tmp_path: Path) -> None:
+    for arguments, words in [
+        ((tmp_path,), "has no config.json"),
+        ((tmp_path / "absent",), "does not exist; check the path"),
+        (("nothing",), "is no known name, no local folder and no hub id"),
+        ((llama, "--weights.bits", "1"), "weights.bits is 1 but must be 2 to 8"),
+        ((llama, "--weights.group_size", "48"), "does not divide the hidden size 64"),
+        ((llama, "--model", "tiny"), "the model is given twice: leave out --model"),
+        ((tiny_run, "--weights.bits", "3"), "is a run, which has its recipe: leave out the other options"),
+        ((llama, "--device", "abacus"), "device 'abacus' cannot be used"),
+    ]:
+        result = call(*map(str, arguments))
+        assert result.exit_code == 2 and result.stdout == "", result.output
+        assert words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
