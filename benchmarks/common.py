@@ -31,7 +31,8 @@ PLAIN: dict[str, Any] = {
 def measure(recipe: str, changes: Mapping[str, Any] | None = None, *, device: str | None = None) -> dict[str, Any]:
     """The report of one run of `recipe` on the embedded model with some fields changed."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {"model": "tiny", "output": folder + "/run", "evaluation.baseline": False, **(changes or {})}
+        off = dict.fromkeys(("evaluation.baseline", "evaluation.references", "evaluation.report"), False)
+        overrides = {"model": "tiny", "output": folder + "/run", **off, **(changes or {})}
         return rotoboa.quantize(build_recipe(load_recipe(recipe), overrides), device=device)
 
 

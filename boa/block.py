@@ -18,6 +18,7 @@ from ..models.decoder import Decoder
 from .attention import AttentionTransform, Recorder, Seen, set_attention
 from .clipping import search_clip
 from .objective import Objective, is_finite
+from .references import reference_losses
 from .rounding import Quantized, Settings, quantize
 from .statistics import AttentionStatistics, InputStatistics, rope_pull_back
 from .transforms import InputTransform, OnlineTransforms
@@ -47,9 +48,11 @@ class BlockQuantizer:
         search_cache: likewise for keys and values.
         empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
+        references: also measure RTN and plain GPTQ on each projection's objective.
 
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
-    loss of each, `damping` that of the projections whose Hessian needed more than the settings say, `quantized` the
+    loss of each, `objectives` what `reference_losses` finds of each where `references` are asked for, `damping` that of
+    the projections whose Hessian needed more than the settings say, `quantized` the
     block with dequantized weights, `transforms` the clip ratios that were chosen.
     """
 
@@ -67,6 +70,7 @@ class BlockQuantizer:
         search_cache: bool = False,
         empty: Callable[..., Tensor] = torch.empty,
         release: Callable[[], None] = lambda: None,
+        references: bool = False,
     ) -> None:
         self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
         self.full = block
@@ -78,6 +82,7 @@ class BlockQuantizer:
         self.results: dict[str, Quantized] = {}
         self.losses: dict[str, float] = {}
         self.damping: dict[str, float] = {}
+        self.references, self.objectives = references, dict[str, dict[str, float]]()
 
     @torch.no_grad()
     def run(self, full: Tensor, quantized: Tensor) -> None:
@@ -316,6 +321,9 @@ class BlockQuantizer:
                 if result.damping > self.settings.damping:
                     self.damping[name] = result.damping
                 self.report(name, self.losses[name])
+            if self.references:
+                found = reference_losses(stacked, goal, self.settings, result, heads)
+                self.objectives.update(zip(names, found, strict=True))
         else:
             self.results.update({name: self.done[name] for name in names})
         for name in names:

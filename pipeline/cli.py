@@ -362,6 +362,21 @@ def compare(
 
 
 @app.command(cls=_Command)
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)],
+) -> None:
+    """Make report.html of each run again, beside the other runs given, or beside those in the same folder.
+
+    What has changed since: other runs, or their figures. What a run measured of itself stays as it is.
+    """
+    from .pages import siblings, write_page
+
+    for run in runs:
+        others = [other for other in runs if other.resolve() != run.resolve()] or siblings(run)
+        typer.echo(write_page(run, others))
+
+
+@app.command(cls=_Command)
 def models() -> None:
     """List the short names of models. Any folder with a checkpoint or Hugging Face id works as well."""
     from ..models.aliases import ALIASES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import resource
@@ -14,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..boa.rounding import Quantized, Settings, quantize
@@ -24,13 +22,18 @@ from ..export.memory import memory
 from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
 from ..models.decoder import Decoder
+from .activations import ActivationProfile
+from .files import tensor_sizes
 from .job import Job
 from .progress import Progress
 from .run import RunFolder
 
 
-def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
-    """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to."""
+def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: ActivationProfile | None = None) -> float:
+    """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to.
+
+    `profile` sees each block on the way; its seconds do not count.
+    """
     progress.stage("plain forward pass", job.decoder.shape.blocks)
     compute = job.decoder
     hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
@@ -38,7 +41,10 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress) -> float:
     seconds = 0.0
     with torch.no_grad():
         for index in range(compute.shape.blocks):
-            block = compute.block(index, job.checkpoint.block(index))
+            tensors = job.checkpoint.block(index)
+            block = compute.block(index, tensors)
+            if profile is not None:
+                profile.add(index, tensors, block, hidden)
             start = time.perf_counter()
             for part in hidden.split(job.recipe.calibration.batch):
                 part.copy_(compute.run(block, part.to(compute.device)))
@@ -143,16 +149,12 @@ def loaded(job: Job, tokens: int) -> dict[str, Any]:
 
 def bits_per_weight(job: Job, folder: RunFolder) -> float:
     """Bits that a quantized weight takes as it is stored, scales, zero points and padding included."""
-    sizes = {"I32": 4, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
     stored = weights = 0
     for index in range(job.decoder.shape.blocks):
-        with safe_open(folder.block_path(index), "pt") as file:
-            names = set(file.keys())
-            for name in (name.removesuffix(".qweight") for name in names if name.endswith(".qweight")):
-                for part in names & {f"{name}.qweight", f"{name}.scale", f"{name}.zero"}:
-                    tensor = file.get_slice(part)
-                    stored += math.prod(tensor.get_shape()) * sizes[tensor.get_dtype()]
-                weights += job.decoder.shapes[f"{job.decoder.family.layers}.{index}.{name}.weight"].numel()
+        sizes = tensor_sizes(folder.block_path(index))
+        for name in (name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")):
+            stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("qweight", "scale", "zero"))
+            weights += job.decoder.shapes[f"{job.decoder.family.layers}.{index}.{name}.weight"].numel()
     return 8 * stored / weights
 
 

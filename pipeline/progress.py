@@ -233,6 +233,12 @@ def cost_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def short_layer(name: str) -> str:
+    """A projection's name without its module; experts of a kind, of which there can be hundreds, share one."""
+    short = re.sub(r".*\bexperts\.(\d+\.)?", "experts ", name)
+    return short if short != name else name.rpartition(".")[2]
+
+
 def loss_table(blocks: list[dict[str, Any]]) -> Table:
     """The loss of each layer of each block, as a manifest lists them; of experts the mean, as there can be hundreds."""
     columns: dict[str, None] = {}
@@ -240,8 +246,7 @@ def loss_table(blocks: list[dict[str, Any]]) -> Table:
     for block in blocks:
         losses: dict[str, list[float]] = {}
         for name, layer in (block.get("layers") or {}).items():
-            short = re.sub(r".*\bexperts\.(\d+\.)?", "experts ", name)
-            losses.setdefault(short if short != name else name.rpartition(".")[2], []).append(layer["loss"])
+            losses.setdefault(short_layer(name), []).append(layer["loss"])
         columns |= dict.fromkeys(losses)
         rows.append((block, losses))
     table = Table(title="Loss of each layer", title_justify="left")

@@ -221,6 +221,10 @@ class Evaluation(_Section):
     tasks_path: Path | None = Field(
         default=None, description="Folder of lm-eval task files (YAML) that tasks may name too; without tasks, all."
     )
+    references: bool = Field(
+        default=True, description="Also measure the loss that RTN and plain GPTQ have in each layer, for the report."
+    )
+    report: bool = Field(default=True, description="Write report.html, with the activations before and after rotation.")
 
 
 class Recipe(_Section):

@@ -22,6 +22,7 @@ from ..boa.statistics import InputStatistics
 from ..errors import InputError, RunError
 from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
+from .activations import ACTIVATIONS, ActivationProfile
 from .calibration import calibration_tokens, load_texts
 from .exporting import base_of, describe, open_finished
 from .job import (
@@ -38,9 +39,10 @@ from .job import (
     tokens_checksum,
 )
 from .measure import bits_per_weight, device_name, loaded, peak_memory, perplexities, plain_forward, sizes
+from .pages import siblings, write_page
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml, split_names
-from .run import REPORT, RunFolder, recipe_of, write_json
+from .run import REPORT, RunFolder, recipe_of, write_json, write_tensors
 from .seeds import choose_seed
 from .tasks import Tasks, task_scores, tasks_of
 
@@ -112,7 +114,11 @@ def _run(
     seed = known["rotation_seed"]
     job.rotations = job.rotations.reseeded(seed)
     if "plain_forward_seconds" not in known:
-        folder.keep(plain_forward_seconds=plain_forward(job, tokens, progress))
+        profile = ActivationProfile(job) if recipe.evaluation.report else None
+        seconds = plain_forward(job, tokens, progress, profile)
+        if profile is not None:
+            write_tensors(folder.path / ACTIVATIONS, profile.tensors())
+        folder.keep(plain_forward_seconds=seconds)
     if folder.is_exported():
         job.spec = replace(job.spec, clips=folder.clips())
     else:
@@ -152,6 +158,8 @@ def _run(
     write_json(folder.path / REPORT, report)
     describe(folder, open_finished(folder), "native", folder.path / "model", folder.path / "model")
     folder.keep(finished=True)
+    if recipe.evaluation.report:
+        write_page(folder.path, siblings(folder.path))
     return report
 
 
@@ -330,13 +338,16 @@ def _quantize_blocks(
             search_cache=job.recipe.cache.search and done is None,
             empty=job.buffers.empty,
             release=job.buffers.release,
+            references=job.recipe.evaluation.references and done is None,
         )
         try:
             solver.run(full, quantized)
         except ValueError as error:
             raise RunError(f"block {index}, {error}: look for NaN, Inf or huge values in the checkpoint.") from error
         if done is None:
-            layers: dict[str, dict[str, float]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
+            layers: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
+            for name, found in solver.objectives.items():
+                layers[name]["objective"] = found
             for name, damping in solver.damping.items():
                 layers[name]["damping"] = damping
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")

@@ -22,6 +22,8 @@ QUICK = {
     "calibration.samples": 4,
     "calibration.sequence_length": 64,
     "evaluation.windows": 4,
+    "evaluation.references": False,
+    "evaluation.report": False,
 }
 
 

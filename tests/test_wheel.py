@@ -35,7 +35,13 @@ def test_contents(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"rotoboa/recipes/{recipe.name}" in names
-    for name in ("models/tiny/model.safetensors", "models/tiny/tokenizer.json", "py.typed", "pipeline/cli.py"):
+    for name in (
+        "models/tiny/model.safetensors",
+        "models/tiny/tokenizer.json",
+        "py.typed",
+        "pipeline/cli.py",
+        "eval/report.html.jinja",
+    ):
         assert f"rotoboa/{name}" in names
     assert not [name for name in names if "tests/" in name or "benchmarks/" in name]
 
