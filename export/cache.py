@@ -27,8 +27,7 @@ class PackedLayer(DynamicLayer):
 
     `keys` and `values` are (batch, heads, tokens, words) int32; `key_spans` and `value_spans` (batch, heads, tokens, 2)
     hold the smallest and the largest entry of each vector in the model's dtype, from which its scale and zero point
-    follow (`DynamicQuantizer.grid`). Without a quantizer, vectors are kept as they are and have no span. A layer with a
-    sliding window keeps every token: its mask hides the old ones.
+    follow (`DynamicQuantizer.grid`). Without a quantizer, vectors are kept as they are and have no span.
 
     Args:
         transform: of the attention module, whose quantizers and rotation these are.
@@ -112,6 +111,73 @@ class PackedLayer(DynamicLayer):
                 setattr(self, name, change(getattr(self, name)))
 
 
+class PackedSlidingLayer(PackedLayer):
+    """The cache of a layer whose tokens see the `window` last ones: the `window` - 1 last are kept between calls.
+
+    Lengths and masks are those of transformers' `DynamicSlidingWindowLayer`. Assisted decoding, which takes tokens
+    back, calls `activate_past_recording` first; all are kept then until the next `crop`.
+    """
+
+    is_sliding = True
+
+    def __init__(self, transform: AttentionTransform, window: int) -> None:
+        super().__init__(transform)
+        self.sliding_window, self.cumulative_length, self.record_past = window, 0, False
+
+    def activate_past_recording(self) -> None:
+        """Keep every token until `crop`."""
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append, and return those that the new ones may see."""
+        key, value = super().update(key_states, value_states)
+        new = key_states.shape[2]
+        self.cumulative_length += new
+        if not self.record_past:
+            self._keep()
+        seen = self.sliding_window - 1 + new
+        return mark_stored(key[:, :, -seen:]), value[:, :, -seen:]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, with those that are forgotten."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys `query_length` new queries meet, and the position of the first."""
+        kept = min(self.cumulative_length, self.sliding_window - 1)
+        return kept + query_length, self.cumulative_length - kept
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, then those that the window has passed.
+
+        Raises:
+            RuntimeError: the tokens before them are forgotten already.
+        """
+        if not self.is_initialized:
+            return
+        past = self.cumulative_length >= self.sliding_window
+        if tokens_to_remove < 0 and past and not self.record_past:
+            raise RuntimeError("tokens that the window has passed are forgotten: call activate_past_recording before")
+        super().crop(tokens_to_remove)
+        self.cumulative_length += tokens_to_remove
+        self._keep()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.cumulative_length = 0
+
+    def _keep(self) -> None:
+        most = self.sliding_window - 1
+        if self.is_initialized and self.keys.shape[2] > most:
+            # A copy: of a view, what is forgotten would stay in memory.
+            self._change(lambda tensor: tensor[:, :, tensor.shape[2] - most :].clone())
+
+
 def _store(x: Tensor, quantizer: DynamicQuantizer | None) -> tuple[Tensor, Tensor | None]:
     """Words and spans of x (batch, heads, tokens, head_dim); x itself without a quantizer."""
     if quantizer is None:
@@ -176,7 +242,7 @@ def _give_cache(
     if wanted is None:
         wanted = getattr(decoder.config, "use_cache", False)
     if cache is None and wanted:
-        cache = DynamicCache()
+        cache = DynamicCache(config=decoder.config)
         kwargs = {**kwargs, "past_key_values": cache}
     if isinstance(cache, DynamicCache) and type(cache) is DynamicCache and cache.get_seq_length() == 0:
         blocks = decoder.get_submodule(layers).children()
@@ -187,7 +253,12 @@ def _give_cache(
 def _pack_layers(cache: DynamicCache, transforms: Sequence[AttentionTransform]) -> None:
     """Put packed layers in place of stock ones that hold keys and values alone; others stay."""
     layers = cache.layers or [DynamicLayer() for _ in transforms]
-    cache.layers = [
-        PackedLayer(transform) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
-        for layer, transform in zip(layers, transforms, strict=True)
-    ]
+    cache.layers = [_packed(layer, transform) for layer, transform in zip(layers, transforms, strict=True)]
+
+
+def _packed(layer: Any, transform: AttentionTransform) -> Any:
+    if type(layer) is DynamicSlidingWindowLayer:
+        packed = PackedSlidingLayer(transform, layer.sliding_window)
+        packed.record_past = layer.record_past
+        return packed
+    return PackedLayer(transform) if type(layer) is DynamicLayer else layer

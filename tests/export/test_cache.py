@@ -14,7 +14,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTra
 import rotoboa
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
-from rotoboa.export.cache import PackedLayer, cache_bytes, packed_cache, use_packed_cache
+from rotoboa.export.cache import PackedLayer, PackedSlidingLayer, cache_bytes, packed_cache, use_packed_cache
 from rotoboa.rotation.hadamard import Hadamard
 
 BATCH, HEADS = 3, 2
@@ -266,8 +266,9 @@ def test_drafts_of_prompt_lookup_are_cropped(load: Load) -> None:
     assert torch.equal(assisted.sequences, model.generate(prompt, **options).sequences)
 
 
-def test_sliding_window() -> None:
-    """Every token is kept, and the mask hides those that the window has passed."""
+@pytest.fixture
+def sliding() -> MistralForCausalLM:
+    """Two blocks with a window of 5 and quantizers of 4 bits, in float64, without a packed cache yet."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=64,
@@ -284,20 +285,64 @@ def test_sliding_window() -> None:
     model = MistralForCausalLM(config).double().eval()
     for block in model.model.layers:
         set_attention(block.self_attn, transform(4, 8))
+    return model
+
+
+@pytest.mark.parametrize("steps", [[7, 1, 1, 4, 1, 6], [1] * 20, [4, 1, 15], [20]])
+@pytest.mark.parametrize("kept", [True, False], ids=["every token", "window"])
+def test_sliding_window(sliding: MistralForCausalLM, kept: bool, steps: list[int]) -> None:
+    """Where the cache is not made from a config every token is kept, and the mask hides those the window has passed."""
     tokens = ids(2, 20) % 64
-    expected = logits(model, tokens, use_cache=False)
-    use_packed_cache(model.model, "layers", "self_attn")
-    mine, parts = DynamicCache(config=config), []
-    for part in tokens.split([7, 1, 1, 4, 1, 6], 1):
-        parts.append(logits(model, part, past_key_values=mine))
-    assert packed(mine)
-    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5 * expected.std()
-    config.sliding_window = None
-    wide = MistralForCausalLM(config).double().eval()
-    wide.load_state_dict(model.state_dict())
-    for block in wide.model.layers:
-        set_attention(block.self_attn, transform(4, 8))
-    assert (logits(wide, tokens, use_cache=False) - expected).abs().max() > 0.01 * expected.std()
+    expected = logits(sliding, tokens, use_cache=False)
+    use_packed_cache(sliding.model, "layers", "self_attn")
+    mine = DynamicCache() if kept else DynamicCache(config=sliding.config)
+    found = torch.cat([logits(sliding, part, past_key_values=mine) for part in tokens.split(steps, 1)], 1)
+    assert {type(layer) for layer in mine.layers} == {PackedLayer if kept else PackedSlidingLayer}
+    assert mine.get_seq_length() == 20 and {layer.keys.shape[2] for layer in mine.layers} == {20 if kept else 4}
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
+
+
+def test_the_window_counts(sliding: MistralForCausalLM) -> None:
+    tokens = ids(2, 20) % 64
+    expected = logits(sliding, tokens, use_cache=False)
+    sliding.config.sliding_window = None
+    assert (logits(sliding, tokens, use_cache=False) - expected).abs().max() > 0.01 * expected.std()
+
+
+def test_tokens_are_taken_back_within_a_window(sliding: MistralForCausalLM) -> None:
+    """As assisted decoding does: everything is kept up to the next crop."""
+    tokens = ids(1, 20) % 64
+    expected = logits(sliding, tokens, use_cache=False)
+    use_packed_cache(sliding.model, "layers", "self_attn")
+    mine = DynamicCache(config=sliding.config)
+    mine.activate_past_recording()
+    wrong = torch.cat([tokens[:, :12], tokens[:, :3]], 1)
+    logits(sliding, wrong, past_key_values=mine)
+    mine.crop(-3)
+    assert mine.get_seq_length() == 12 and mine.layers[0].keys.shape[2] == 4
+    found = torch.cat([logits(sliding, part, past_key_values=mine) for part in tokens[:, 12:].split([1, 5, 2], 1)], 1)
+    assert (found - expected[:, 12:]).abs().max() < 1e-5 * expected.std()
+    forgetful = DynamicCache(config=sliding.config)
+    logits(sliding, tokens, past_key_values=forgetful)
+    with pytest.raises(RuntimeError, match="call activate_past_recording before"):
+        forgetful.crop(-1)
+    forgetful.reset()
+    forgetful.crop(-1)  # of nothing
+    assert forgetful.get_seq_length() == 0
+    assert torch.equal(logits(sliding, tokens, past_key_values=forgetful), expected)
+
+
+def test_generate_with_a_sliding_window(sliding: MistralForCausalLM) -> None:
+    prompt = ids(2, 9) % 64
+    expected = slowly(sliding, prompt, 12)
+    use_packed_cache(sliding.model, "layers", "self_attn")
+    options = {**GREEDY, "max_new_tokens": 12, "attention_mask": torch.ones_like(prompt)}
+    result = sliding.generate(prompt, **options)
+    assert torch.equal(result.sequences, expected)
+    assert all(type(layer) is PackedSlidingLayer for layer in result.past_key_values.layers)
+    options["attention_mask"] = options["attention_mask"][:1]
+    assisted = sliding.generate(prompt[:1], prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(assisted.sequences, expected[:1])
 
 
 def test_clip_ratios_are_those_of_the_block(load: Load) -> None:
