@@ -2,7 +2,8 @@
 
 It sees queries and keys after RoPE. Where a module carries an `AttentionTransform`, it rotates queries and keys (R3)
 and quantizes keys and values as the cache will hold them, unless they come from a cache that has done so; where it
-carries a recorder, the recorder sees what attention computes with. The product itself is transformers' SDPA.
+carries a recorder, the recorder sees what attention computes with. The product itself is transformers' SDPA, and
+`capped_attention` where logits have a soft cap.
 """
 
 from __future__ import annotations
@@ -52,12 +53,17 @@ def mark_stored(key: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What attention computes with: queries (batch, heads, length, head_dim), keys and values with key heads."""
+    """What attention computes with: queries (batch, heads, length, head_dim), keys and values with key heads.
+
+    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     scaling: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 Recorder = Callable[[Seen], None]
@@ -89,8 +95,39 @@ def attention_forward(
         query, key, value = transform(query, key, value)
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:
-        recorder(Seen(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5))
+        own = scaling if scaling is not None else query.shape[-1] ** -0.5
+        recorder(Seen(query, key, value, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+    if kwargs.get("softcap") is not None:
+        return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, softcap: float
+) -> Tensor:
+    """Attention whose logits s are `softcap * tanh(s / softcap)` (Gemma 2), which SDPA has not.
+
+    Args:
+        query, key, value: as in `attention_forward`.
+        mask: (batch or 1, 1 or heads, length, key length), true or 0 where a key is seen; None is causal, the last
+            query at the last key.
+
+    Returns:
+        (batch, length, heads, head_dim). One sequence at a time: the logits of a batch would not fit.
+    """
+    heads, length, size = query.shape[1:]
+    groups, seen = key.shape[1:3]
+    if mask is None:
+        mask = torch.ones(1, 1, length, seen, dtype=torch.bool, device=query.device).tril_(seen - length)
+    output = torch.empty_like(query).transpose(1, 2)
+    for i in range(len(query)):
+        logits = query[i].reshape(groups, -1, size) @ key[i].transpose(1, 2)
+        logits = logits.mul_(scaling if scaling is not None else size**-0.5).div_(softcap).tanh_().mul_(softcap)
+        logits, own = logits.view(heads, length, seen), mask[min(i, len(mask) - 1), ..., :seen]
+        logits = logits.masked_fill_(~own, float("-inf")) if own.dtype == torch.bool else logits + own
+        part = logits.softmax(-1).view(groups, -1, seen) @ value[i]
+        output[i] = part.view(heads, length, -1).transpose(0, 1)
+    return output.contiguous()
 
 
 def causal_probabilities(seen: Seen, index: int, start: int, stop: int) -> Tensor:
@@ -107,8 +144,14 @@ def causal_probabilities(seen: Seen, index: int, start: int, stop: int) -> Tenso
     query, key = seen.query[index, :, start:stop], seen.key[index, :, :stop]
     logits = query.reshape(len(key), -1, query.shape[-1]) @ key.transpose(1, 2)
     logits *= seen.scaling
+    if seen.softcap is not None:
+        logits = logits.div_(seen.softcap).tanh_().mul_(seen.softcap)
     future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
     logits.unflatten(1, (-1, stop - start))[..., start:].masked_fill_(future, float("-inf"))
+    if seen.window is not None and stop > seen.window:
+        rows, columns = (torch.arange(i, stop, device=query.device) for i in (start, 0))
+        gone = columns[None] <= rows[:, None] - seen.window
+        logits.unflatten(1, (-1, stop - start)).masked_fill_(gone, float("-inf"))
     return logits.softmax(-1)
 
 

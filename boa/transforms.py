@@ -44,15 +44,7 @@ class OnlineTransforms:
 
     def by_projection(self, family: Family) -> dict[str, InputTransform]:
         """The transform of each projection's input."""
-        return {
-            family.query: self.qkv,
-            family.key: self.qkv,
-            family.value: self.qkv,
-            family.output: self.output,
-            family.gate: self.gate_up,
-            family.up: self.gate_up,
-            family.down: self.down,
-        }
+        return {name: getattr(self, site) for name, site in family.sites.items()}
 
     @property
     def clips(self) -> dict[str, float]:

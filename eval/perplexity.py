@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BlockFunction = Callable[[Tensor], Tensor]
 
@@ -19,18 +19,17 @@ class States:
 
     Attributes:
         hidden: (windows, length, hidden), in the dtype of the computation, on the CPU.
-        norm: the final norm.
-        head: (vocabulary, hidden), on the device to compute on.
+        logits: (length, hidden) -> (length, vocabulary), by the final norm and the head.
+        device: where `logits` computes.
     """
 
     hidden: Tensor
-    norm: nn.Module
-    head: Tensor
+    logits: BlockFunction
+    device: torch.device | str = "cpu"
 
     def log_probabilities(self, window: int) -> Tensor:
         """(length - 1, vocabulary) float32: of the token after each of a window's tokens but its last."""
-        hidden = self.norm(self.hidden[window, :-1].to(self.head.device))
-        return (hidden @ self.head.T).float().log_softmax(-1)
+        return self.logits(self.hidden[window, :-1].to(self.device)).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Divergence:
 @torch.no_grad()
 def last_states(
     tokens: Tensor,
-    embedding: Tensor,
+    embed: BlockFunction,
     blocks: Iterable[BlockFunction],
-    norm: nn.Module,
-    head: Tensor,
+    logits: BlockFunction,
     *,
     batch: int = 8,
+    device: torch.device | str = "cpu",
     advance: Callable[[], None] = lambda: None,
     empty: Callable[..., Tensor] = torch.empty,
     release: Callable[[], None] = lambda: None,
@@ -63,26 +62,26 @@ def last_states(
 
     Args:
         tokens: (windows, length).
-        embedding: (vocabulary, hidden), anywhere and of any dtype: only the rows of `tokens` are read.
+        embed: token ids (batch, length) -> (batch, length, hidden), in the dtype to compute in.
         blocks: functions (batch, length, hidden) -> the same, made one after another.
-        norm: the final norm.
-        head: (vocabulary, hidden), on the device and in the dtype to compute in.
+        logits: as in `States`.
         batch: windows computed at a time.
+        device: where `blocks` and `logits` compute.
         advance: called after each block.
         empty: makes the tensor of hidden states of all windows, by its size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
     """
-    device = head.device
-    hidden = empty(*tokens.shape, embedding.shape[1], dtype=head.dtype)
+    first = embed(tokens[:1])
+    hidden = empty(*tokens.shape, first.shape[-1], dtype=first.dtype)
     for part, ids in zip(hidden.split(batch), tokens.split(batch), strict=True):
-        part.copy_(embedding[ids.to(embedding.device)])
+        part.copy_(embed(ids))
         release()
     for block in blocks:
         for part in hidden.split(batch):
             part.copy_(block(part.to(device)))
             release()
         advance()
-    return States(hidden, norm, head)
+    return States(hidden, logits, device)
 
 
 @torch.no_grad()

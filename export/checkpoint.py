@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
+from ..models.ends import Ends
 from ..models.families import Family
 from .native import METHOD
 from .shards import SHARD_BYTES, write_shards
@@ -116,24 +117,23 @@ def copied_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()})
 
 
-def read_ends(folder: Path, family: Family) -> tuple[Tensor, Tensor, Tensor]:
-    """Embedding, final norm and head of a model folder, as stored.
+def read_ends(folder: Path, family: Family) -> Ends:
+    """What is outside the blocks of a model folder, as stored.
 
     Raises:
-        InputError: one of them is missing, or a file is damaged.
+        InputError: some of it is missing, or a file is damaged.
     """
-    names = [f"{part}.weight" for part in (family.embedding, family.final_norm, family.head)]
+    names = set(Ends.names(family))
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as reader:
-                found.update({name: reader.get_tensor(name) for name in names if name in reader.keys()})  # noqa: SIM118
+                found.update({name: reader.get_tensor(name) for name in names & set(reader.keys())})
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
-    if len(found) < len(names):
-        missing = ", ".join(name for name in names if name not in found)
-        raise InputError(f"{folder} lacks {missing}: run the recipe again.")
-    return found[names[0]], found[names[1]], found[names[2]]
+    if missing := Ends.missing(family, found):
+        raise InputError(f"{folder} lacks {', '.join(missing)}: run the recipe again.")
+    return Ends.of(family, found)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

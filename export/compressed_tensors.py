@@ -35,7 +35,7 @@ from ..boa.rounding import Quantized
 from ..errors import InputError
 from ..models.families import Shape, family_of
 from .checkpoint import SHARD_BYTES, write_checkpoint
-from .finished import Finished, projection_columns, projection_rows, refuse_online
+from .finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
 from .reading import check_shape, read_config, read_shapes
 from .spec import Spec
 
@@ -57,6 +57,7 @@ def check(run: Finished) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     spec = run.spec
+    refuse_layout(run.family, NAME)
     refuse_online(spec, NAME, activations=True)
     if spec.activation_bits == 16:
         return
@@ -140,7 +141,8 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
     f = run.family
-    embedding, norm, head = run.ends()
+    ends = run.ends()
+    embedding, norm, head = ends.embedding, ends.norm, ends.head
     yield {f"{f.embedding}.weight": embedding}
     for index in range(run.shape.blocks):
         quantized, others = run.split(index)

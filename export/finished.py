@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +17,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..boa.rounding import Quantized
 from ..errors import InputError
-from ..models.families import Family, Shape, family_of
+from ..models.ends import Ends
+from ..models.families import Family, Shape, family_for, family_of
 from .checkpoint import read_ends
 from .native import METHOD, unpack_block
 from .spec import Spec
@@ -53,8 +54,10 @@ class Finished:
             quantization = dict(config.pop("quantization_config"))
             if quantization.get("quant_method") != METHOD:
                 raise ValueError(f"it is in the format {quantization.get('quant_method')}")
-            family, shape = family_of(config["model_type"], str(folder)), Shape.of(SimpleNamespace(**config))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            family_of(config["model_type"], str(folder))
+            whole = AutoConfig.for_model(**config)
+            family, shape = family_for(whole, str(folder)), Shape.of(whole)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
             what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(f"{folder} holds no model of a finished run ({what}): run the recipe again.") from error
         if len(blocks) != shape.blocks:
@@ -70,8 +73,8 @@ class Finished:
         """The config as transformers reads it, without quantization."""
         return AutoConfig.for_model(**self.config)
 
-    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedding, final norm and head, as the run computed with them."""
+    def ends(self) -> Ends:
+        """What is outside the blocks, as the run computed with it."""
         return read_ends(self.folder, self.family)
 
     def block(self, index: int) -> dict[str, Tensor]:
@@ -105,35 +108,48 @@ class Finished:
     def groups(self) -> Iterator[dict[str, Tensor]]:
         """All tensors by their full names: embedding, each block, then norm and head."""
         f = self.family
-        embedding, norm, head = self.ends()
-        yield {f"{f.embedding}.weight": embedding}
+        first, last = self.ends().split(f)
+        yield first
         for index in range(self.shape.blocks):
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in self.block(index).items()}
-        yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
+        yield last
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
     """How many inputs each projection of a block has."""
-    widths = dict.fromkeys(family.projections, shape.hidden)
-    return widths | {family.output: shape.query_heads * shape.head_dim, family.down: shape.ffn}
+    widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
+    return {name: widths[site] for name, site in family.sites.items()}
 
 
 def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
     """How many outputs each projection of a block has."""
-    heads = {family.query: shape.query_heads, family.key: shape.key_heads, family.value: shape.key_heads}
-    sizes = dict.fromkeys((family.gate, family.up), shape.ffn) | dict.fromkeys(
-        (family.output, family.down), shape.hidden
-    )
-    return sizes | {name: count * shape.head_dim for name, count in heads.items()}
+    heads = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
+    sizes = {"qkv": 0, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
+    return {name: sizes[site] for name, site in family.sites.items()} | heads
+
+
+def refuse_layout(family: Family, name: str) -> None:
+    """Refuse a family whose readers do not find its parts where they are quantized.
+
+    Raises:
+        InputError: transformers merges projections or experts in one tensor, or a LayerNorm has lost its bias to them.
+    """
+    if family.merged or family.experts or family.layer_norm:
+        raise InputError(
+            f"{name} is written for models with a tensor a projection and RMSNorm, and '{family.model_type}' has "
+            "other parts: use --format native."
+        )
 
 
 def refuse_online(spec: Spec, name: str, *, activations: bool = False) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
 
     Raises:
-        InputError: R3, R4, or a quantizer of activations or cache is on.
+        InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
     """
     online = []
+    if spec.online_r1:
+        online.append("R1 (an online rotation before q, k, v, gate and up, whose outputs are normed)")
     if spec.r3:
         online.append("R3 (an online rotation of queries and keys)")
     if spec.r4:

@@ -53,6 +53,11 @@ def check(run: Finished) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     spec, shape = run.spec, run.shape
+    if run.family.model_type != "llama":
+        raise InputError(
+            f"GGUF is written for models of the Llama architecture, and this is a '{run.family.model_type}': "
+            "use --format native."
+        )
     refuse_online(spec, "GGUF")
     if spec.bits not in TYPES or not spec.symmetric:
         grid = "symmetric" if spec.symmetric else "asymmetric"
@@ -124,7 +129,8 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     f, s, bits, names = run.family, run.shape, run.spec.bits, _names(run)
     ffn = padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads}
-    embedding, norm, head = run.ends()
+    ends = run.ends()
+    embedding, norm, head = ends.embedding, ends.norm, ends.head
     yield _dense("token_embd.weight", embedding)
     factors = rope_factors(run)
     if factors is not None:

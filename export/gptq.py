@@ -27,7 +27,7 @@ from ..boa.rounding import Quantized
 from ..errors import InputError
 from ..models.families import Family, family_of
 from .checkpoint import SHARD_BYTES, write_checkpoint, write_json
-from .finished import Finished, refuse_online
+from .finished import Finished, refuse_layout, refuse_online
 from .packing import pack, unpack
 from .reading import read_config, read_tensors, stock_model
 from .spec import Spec
@@ -44,6 +44,7 @@ def check(run: Finished, version: str = V2) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     spec = run.spec
+    refuse_layout(run.family, "GPTQ")
     refuse_online(spec, "GPTQ")
     if spec.bits not in BITS:
         raise InputError(f"GPTQ has 2, 3, 4 and 8 bits, and the run has {spec.bits}: use --format compressed-tensors.")
@@ -108,7 +109,8 @@ def from_gptq(tensors: Mapping[str, Tensor], bits: int, version: str = V2) -> Qu
 
 def _groups(run: Finished, version: str) -> Iterator[dict[str, Tensor]]:
     f = run.family
-    embedding, norm, head = run.ends()
+    ends = run.ends()
+    embedding, norm, head = ends.embedding, ends.norm, ends.head
     yield {f"{f.embedding}.weight": embedding}
     for index in range(run.shape.blocks):
         quantized, others = run.split(index)

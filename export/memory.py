@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ..boa.attention import NAME
 from ..models.decoder import Decoder
 from .cache import cache_bytes, packed_cache
-from .native import prepare_block
+from .native import prepare_model
 from .spec import Spec
 
 REFERENCE = torch.bfloat16
@@ -43,9 +43,7 @@ def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int) -> dic
         "quantized": _cache_bytes(decoder, spec, dtype, tokens),
     }
     original, packed = _skeleton(decoder, REFERENCE, tied=True), _skeleton(decoder, dtype, tied=False)
-    layers = packed.get_submodule(decoder.family.layers)
-    for index, block in enumerate(layers.children()):
-        prepare_block(block, decoder.family, spec, spec.transforms(decoder.shape, index))
+    prepare_model(packed, decoder.family, decoder.shape, spec)
     return {
         "model": {"bfloat16": model_bytes(original), "quantized": model_bytes(packed)},
         "cache": {"tokens": tokens, **cache},

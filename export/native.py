@@ -22,7 +22,8 @@ from ..boa.rounding import Quantized
 from ..boa.transforms import OnlineTransforms
 from ..errors import InputError
 from ..models.decoder import Decoder
-from ..models.families import Family, Shape, family_of
+from ..models.families import Family, Shape, family_for
+from ..models.layout import fold_layer_norms, split_modules
 from .cache import use_packed_cache
 from .linear import QuantizedLinear
 from .packing import pack, unpack
@@ -85,6 +86,14 @@ def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: Onli
     return block
 
 
+def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) -> None:
+    """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
+    for index, block in enumerate(model.get_submodule(family.layers).children()):
+        prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape, index))
+    if family.layer_norm and spec.r1:
+        fold_layer_norms(model, family)
+
+
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
     module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape, index))
@@ -124,14 +133,13 @@ class RotoboaQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: Any = model.config
-        family, shape = family_of(config.model_type, "the checkpoint"), Shape.of(config)
+        family, shape = family_for(config, "the checkpoint"), Shape.of(config)
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
         spec = self.quantization_config.spec
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
-        for index, block in enumerate(layers):
-            prepare_block(block, family, spec, spec.transforms(shape, index))
+        prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
         if kwargs.get("checkpoint_files"):
@@ -143,7 +151,7 @@ class RotoboaQuantizer(HfQuantizer):
         spec = self.quantization_config.spec
         if min(spec.key_bits, spec.value_bits) < 16:
             config: Any = model.config
-            family = family_of(config.model_type, "the checkpoint")
+            family = family_for(config, "the checkpoint")
             decoder, _, layers = family.layers.rpartition(".")
             use_packed_cache(model.get_submodule(decoder), layers, family.attention)
         return model

@@ -23,6 +23,7 @@ class Spec:
     Attributes:
         bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
         r1, r2: folded into the weights, for information; r3, r4: online Hadamards of head_dim and ffn.
+        online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
@@ -41,16 +42,18 @@ class Spec:
     value_bits: int = 16
     cache_clip: float = 1.0
     clips: Sequence[Mapping[str, float]] | None = None
+    online_r1: bool = False
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this shape; None: before any search."""
         quantizer = DynamicQuantizer.of(self.activation_bits, self.activation_symmetric, self.activation_clip)
         plain = InputTransform(quantizer=quantizer)
+        read = InputTransform(Hadamard.of(shape.hidden), quantizer) if self.online_r1 else plain
         transforms = OnlineTransforms(
-            qkv=plain,
+            qkv=read,
             output=plain,
-            gate_up=plain,
+            gate_up=read,
             down=InputTransform(Hadamard.of(shape.ffn) if self.r4 else None, quantizer),
             attention=AttentionTransform(
                 Hadamard.of(shape.head_dim) if self.r3 else None,
@@ -102,7 +105,7 @@ class Spec:
             },
             **{
                 name: isinstance(getattr(self, name), bool)
-                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric")
+                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric", "online_r1")
             },
         }
         legal["clips"] = self.clips is None or (

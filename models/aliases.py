@@ -1,6 +1,6 @@
 """Short names of models, and how any name a user gives becomes a local folder or a Hugging Face hub id.
 
-The table holds models of the Llama architecture alone, the only one supported at present.
+The table holds models whose architecture has a row in `families`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,48 @@ ALIASES = (
     Alias("llama3.2-3b", "meta-llama/Llama-3.2-3B"),
     Alias("llama3.2-3b-instruct", "meta-llama/Llama-3.2-3B-Instruct"),
     Alias("llama3.3-70b-instruct", "meta-llama/Llama-3.3-70B-Instruct"),
+    Alias("mistral-7b", "mistralai/Mistral-7B-v0.1"),
+    Alias("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3"),
+    Alias("mistral-7b-instruct", "mistralai/Mistral-7B-Instruct-v0.3"),
+    Alias("mistral-nemo-12b", "mistralai/Mistral-Nemo-Base-2407"),
+    Alias("qwen2-7b", "Qwen/Qwen2-7B"),
+    Alias("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B"),
+    Alias("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B"),
+    Alias("qwen2.5-3b", "Qwen/Qwen2.5-3B"),
+    Alias("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
+    Alias("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct"),
+    Alias("qwen2.5-14b", "Qwen/Qwen2.5-14B"),
+    Alias("qwen2.5-32b", "Qwen/Qwen2.5-32B"),
+    Alias("qwen2.5-72b", "Qwen/Qwen2.5-72B"),
+    Alias("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+    Alias("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
+    Alias("qwen3-4b", "Qwen/Qwen3-4B"),
+    Alias("qwen3-8b", "Qwen/Qwen3-8B"),
+    Alias("qwen3-14b", "Qwen/Qwen3-14B"),
+    Alias("qwen3-32b", "Qwen/Qwen3-32B"),
+    Alias("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B"),
+    Alias("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B"),
+    Alias("phi3-mini-4k-instruct", "microsoft/Phi-3-mini-4k-instruct"),
+    Alias("phi3-mini-128k-instruct", "microsoft/Phi-3-mini-128k-instruct"),
+    Alias("phi3-medium-4k-instruct", "microsoft/Phi-3-medium-4k-instruct"),
+    Alias("phi3.5-mini-instruct", "microsoft/Phi-3.5-mini-instruct"),
+    Alias("phi4", "microsoft/phi-4"),
+    Alias("phi4-mini-instruct", "microsoft/Phi-4-mini-instruct"),
+    Alias("opt-125m", "facebook/opt-125m"),
+    Alias("opt-1.3b", "facebook/opt-1.3b"),
+    Alias("opt-2.7b", "facebook/opt-2.7b"),
+    Alias("opt-6.7b", "facebook/opt-6.7b"),
+    Alias("opt-13b", "facebook/opt-13b"),
+    Alias("opt-30b", "facebook/opt-30b"),
+    Alias("gemma2-2b", "google/gemma-2-2b"),
+    Alias("gemma2-9b", "google/gemma-2-9b"),
+    Alias("gemma2-27b", "google/gemma-2-27b"),
+    Alias("gemma3-270m", "google/gemma-3-270m"),
+    Alias("gemma3-1b", "google/gemma-3-1b-pt"),
+    Alias("gemma3-1b-instruct", "google/gemma-3-1b-it"),
+    Alias("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1"),
+    Alias("mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    Alias("mixtral-8x22b", "mistralai/Mixtral-8x22B-v0.1"),
 )
 BY_NAME = {alias.name: alias for alias in ALIASES}
 

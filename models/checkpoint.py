@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,9 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError, RunError
-from .families import Family, family_of
+from .ends import Ends
+from .families import Family, Shape, family_for, family_of
+from .layout import split_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,6 +79,13 @@ def hub_errors(source: str) -> Iterator[None]:
         ) from error
 
 
+def renamed(stored: str, family: Family) -> str:
+    """The name that a tensor has here, of the one in a file."""
+    for pattern, replacement in family.renamed:
+        stored = re.sub(pattern, replacement, stored)
+    return stored
+
+
 class Remote:
     """What `Checkpoint` says of a checkpoint, from its config and the headers of its files on the hub.
 
@@ -92,9 +102,11 @@ class Remote:
             folder = Path(hf_hub_download(source, "config.json")).parent
             headers = get_safetensors_metadata(source)
         self.config = read_config(folder)
-        self.family: Family = family_of(self.config.model_type, source)
+        self.family: Family = family_for(self.config, source)
         self._found = {
-            name: tensor for file in headers.files_metadata.values() for name, tensor in file.tensors.items()
+            renamed(name, self.family): tensor
+            for file in headers.files_metadata.values()
+            for name, tensor in file.tensors.items()
         }
 
     @classmethod
@@ -163,11 +175,16 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint.")
         self.config = read_config(folder)
-        self.family: Family = family_of(self.config.model_type, str(folder))
-        self._where = self._locate()
+        self.family: Family = family_for(self.config, str(folder))
+        self._stored = {self._renamed(stored): (file, stored) for stored, file in self._locate().items()}
+        self._where = {name: file for name, (file, _) in self._stored.items()}
+
+    def _renamed(self, stored: str) -> str:
+        """The name that a tensor has here, of the one in the file."""
+        return renamed(stored, self.family)
 
     def _locate(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it."""
+        """Stored tensor name -> the file that holds it."""
         index = self.folder / INDEX
         if index.is_file() and not (self.folder / SINGLE).is_file():  # in the order that transformers looks
             try:
@@ -229,10 +246,10 @@ class Checkpoint:
         """
         if name not in self._where:
             raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
-        file = self._where[name]
+        file, stored = self._stored[name]
         try:
             with self._open(file) as reader:
-                tensor: Tensor = reader.get_tensor(name)
+                tensor: Tensor = reader.get_tensor(stored)
         except SafetensorError as error:
             raise InputError(f"{file}: tensor {name} cannot be read ({error}): download it again.") from error
         _check_finite(file, name, tensor)
@@ -244,11 +261,11 @@ class Checkpoint:
         Raises:
             InputError, RunError: as `tensor`.
         """
-        (total, *_), file = self.shape(name), self._where[name]
+        (total, *_), (file, stored) = self.shape(name), self._stored[name]
         for start in range(0, total, count):
             rows = slice(start, min(start + count, total))
             with self._open(file) as reader:
-                part: Tensor = reader.get_slice(name)[rows]
+                part: Tensor = reader.get_slice(stored)[rows]
             _check_finite(file, name, part)
             yield rows, part
 
@@ -260,8 +277,9 @@ class Checkpoint:
         """
         if name not in self._where:
             raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
-        with self._open(self._where[name]) as reader:
-            return tuple(reader.get_slice(name).get_shape())
+        file, stored = self._stored[name]
+        with self._open(file) as reader:
+            return tuple(reader.get_slice(stored).get_shape())
 
     def check(self, expected: Mapping[str, torch.Size]) -> None:
         """Check the headers of all files: every tensor of `expected` is there, floating-point, of its shape.
@@ -279,13 +297,13 @@ class Checkpoint:
         for file in self.files:
             with self._open(file) as reader:
                 stored = set(reader.keys())
-                for name in (name for name, where in self._where.items() if where == file):
-                    if name not in stored:
+                for name, original in ((name, own) for name, (where, own) in self._stored.items() if where == file):
+                    if original not in stored:
                         raise InputError(
                             f"{file} has no tensor {name}, which the index says it has: download it again."
                         )
                     if name in expected:
-                        _check_slice(f"{file}: tensor {name}", reader.get_slice(name), expected[name])
+                        _check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
                     elif name.startswith(blocks) and not name.endswith(self.family.ignored):
                         raise InputError(
                             f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture: "
@@ -293,10 +311,11 @@ class Checkpoint:
                         )
 
     def block(self, index: int) -> dict[str, Tensor]:
-        """The tensors of decoder block `index`, by their names inside the block."""
+        """The tensors of decoder block `index`, by their names inside the block, each projection by itself."""
         prefix = f"{self.family.layers}.{index}."
         inside = [name.removeprefix(prefix) for name in self._where if name.startswith(prefix)]
-        return {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
+        tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
+        return split_tensors(tensors, self.family, Shape.of(self.config))
 
     def embedding(self) -> Tensor:
         """(vocabulary, hidden)."""
@@ -316,6 +335,17 @@ class Checkpoint:
         name = f"{self.family.head}.weight"
         tied = self.config.tie_word_embeddings or name not in self
         return f"{self.family.embedding}.weight" if tied else name
+
+    def ends(self) -> Ends:
+        """All that is outside the blocks."""
+        family = self.family
+        return Ends(
+            self.embedding(),
+            self.final_norm(),
+            self.head(),
+            positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
+            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else None,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

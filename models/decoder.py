@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import InputError
-from .families import Family, Shape, family_of
+from .ends import Ends
+from .families import Family, Shape, family_for
+from .layout import drop_norm_bias, expected_shapes, split_modules
 
 
 class Decoder:
@@ -23,7 +26,7 @@ class Decoder:
         device: where the blocks compute.
 
     Raises:
-        InputError: transformers cannot make a model of the config.
+        InputError: the architecture is not supported, or transformers cannot make a model of the config.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class Decoder:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
-        self.family: Family = family_of(config.model_type, "the model")
+        self.family: Family = family_for(config, "the model")
         self.dtype = dtype
         self.device = torch.device(device)
         try:
@@ -43,31 +46,41 @@ class Decoder:
             with torch.device("meta"):
                 self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
             # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.
-            self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=self.skeleton.config)
+            self._rotary = None
+            if self.family.rotary is not None:
+                self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=self.skeleton.config)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}".rstrip(".")
             raise InputError(f"no model can be made of this config.json ({what}): download it again.") from error
         self.skeleton.eval()
-        self._rotary.to(self.device)
+        if self._rotary is not None:
+            self._rotary.to(self.device)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """The tensors that a checkpoint of this config holds, by their full names."""
-        return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
+        return expected_shapes(shapes, self.family, self.shape)
 
     def empty_block(self, index: int) -> nn.Module:
-        """Block `index` on the meta device, a module of its own."""
-        return copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
+        """Block `index` on the meta device, a module of its own, with one linear layer a projection."""
+        block = copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
+        return split_modules(block, self.family, self.shape)
 
     def block(self, index: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> nn.Module:
         """Block `index` with the weights `tensors` (names inside the block), ready to compute.
 
         Floating-point weights are cast to `dtype`; `module` replaces the plain block where linear layers are packed.
+        A LayerNorm whose bias is not there has had it folded into its readers, and becomes an RMSNorm.
 
         Raises:
             InputError: tensors are missing, unknown or of another shape than the config says.
         """
         module = module if module is not None else self.empty_block(index)
+        if self.family.layer_norm:
+            for norm in (self.family.attention_norm, self.family.mlp_norm):
+                if f"{norm}.bias" not in tensors:
+                    drop_norm_bias(module, norm)
         state = {
             name: tensor.to(self.device, self.dtype if _is_weight(name, tensor) else None)
             for name, tensor in tensors.items()
@@ -79,26 +92,86 @@ class Decoder:
             raise InputError(f"block {index}: the checkpoint contradicts its config.json: {detail}") from error
         return module.requires_grad_(False).eval()
 
-    def norm(self, weight: Tensor) -> nn.Module:
-        """The final norm with `weight` (hidden,)."""
-        module = copy.deepcopy(self.skeleton.get_submodule(self.family.final_norm))
-        module.load_state_dict({"weight": weight.to(self.device, self.dtype)}, assign=True)
+    def norm(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        """The final norm with `weight` and, for a LayerNorm that has not lost it, `bias`, each (hidden,)."""
+        outer = nn.Module()
+        outer.add_module("norm", copy.deepcopy(self.skeleton.get_submodule(self.family.final_norm)))
+        if self.family.layer_norm and bias is None:
+            drop_norm_bias(outer, "norm")
+        state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        module = outer.get_submodule("norm")
+        module.load_state_dict({name: t.to(self.device, self.dtype) for name, t in state.items()}, assign=True)
         return module.requires_grad_(False)
 
-    def position_embeddings(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of RoPE for positions 0 .. length - 1, each (1, length, head_dim)."""
+    def embed(self, ends: Ends, tokens: Tensor) -> Tensor:
+        """(batch, length) token ids -> (batch, length, hidden), what the first block reads, on the CPU."""
+        hidden = ends.embedding[tokens.to(ends.embedding.device)].to(self.dtype)
+        if self.family.scaled_embedding:
+            hidden = hidden * torch.tensor(self.shape.hidden**0.5).to(self.dtype)  # by way of float32, as Gemma has it
+        if ends.positions is not None:
+            start = self.family.position_offset
+            hidden = hidden + ends.positions[start : start + tokens.shape[1]].to(self.dtype)
+        return hidden.cpu()
+
+    def logits(self, ends: Ends) -> Callable[[Tensor], Tensor]:
+        """The function from the last block's output (..., hidden) to logits (..., vocabulary)."""
+        norm = self.norm(ends.norm, ends.norm_bias)
+        head = ends.head.to(self.device, self.dtype)
+        bias = None if ends.head_bias is None else ends.head_bias.to(self.device, self.dtype)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+
+        def function(hidden: Tensor) -> Tensor:
+            logits = nn.functional.linear(norm(hidden), head, bias)
+            return logits if cap is None else torch.tanh(logits / cap) * cap
+
+        return function
+
+    def position_embeddings(self, length: int, index: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of RoPE in block `index`, positions 0 .. length - 1, each (1, length, rotated channels).
+
+        Learned positions rotate nothing: 1 and 0.
+        """
+        if self._rotary is None:
+            like = torch.ones(1, length, self.shape.head_dim, device=self.device, dtype=self.dtype)
+            return like, torch.zeros_like(like)
         like = torch.zeros(1, device=self.device, dtype=self.dtype)
-        return self._rotary(like, position_ids=torch.arange(length, device=self.device)[None])
+        kind = {"layer_type": self.config.layer_types[index]} if self.family.rope_by_layer else {}
+        embeddings: tuple[Tensor, Tensor] = self._rotary(
+            like, position_ids=torch.arange(length, device=self.device)[None], **kind
+        )
+        return embeddings
+
+    def window(self, index: int) -> int | None:
+        """How many tokens, itself included, a token of block `index` sees; None: all before it."""
+        window = getattr(self.config, "sliding_window", None) if self.family.window else None
+        if self.family.window == "layers" and self.config.layer_types[index] != "sliding_attention":
+            return None
+        return window
+
+    def index_of(self, block: nn.Module) -> int:
+        """Which block it is."""
+        return int(block.get_submodule(self.family.attention).layer_idx)  # type: ignore[arg-type]
+
+    def arguments(self, block: nn.Module, length: int) -> dict[str, Any]:
+        """What a block, or its attention, takes beside hidden states of `length` positions from 0: causal, no cache."""
+        index = self.index_of(block)
+        window, mask = self.window(index), None
+        if window is not None and length > window:
+            distance = torch.arange(length, device=self.device)
+            distance = distance[:, None] - distance[None]
+            mask = ((distance >= 0) & (distance < window))[None, None]
+        arguments: dict[str, Any] = {
+            "attention_mask": mask,
+            "position_ids": torch.arange(length, device=self.device)[None],
+        }
+        if self._rotary is not None:
+            arguments["position_embeddings"] = self.position_embeddings(length, index)
+        return arguments
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block over `hidden` (batch, length, hidden), causal, from position 0."""
-        positions = torch.arange(hidden.shape[1], device=self.device)[None]
-        return block(
-            hidden,
-            attention_mask=None,
-            position_ids=positions,
-            position_embeddings=self.position_embeddings(hidden.shape[1]),
-        )
+        output: Tensor = block(hidden, **self.arguments(block, hidden.shape[1]))
+        return output
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:

@@ -61,6 +61,16 @@ class Job:
             grid = "diagonal" if self.recipe.rotation.r1 else "hessian"
         return Settings(**weights.model_dump(exclude={"head", "grid"}), grid=grid)
 
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know of how the recipe was carried out, a sentence each."""
+        if not self.rotations.online_r1:
+            return []
+        return [
+            f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into the "
+            "weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
+        ]
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds of a stage to `seconds`."""
@@ -103,7 +113,13 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         raise InputError(f"{checkpoint.folder} has no tokenizer that can be read: copy its files there.") from error
     rotation = recipe.rotation
     rotations = Rotations.of(
-        decoder.shape, r1=rotation.r1, r2=rotation.r2, r3=rotation.r3, r4=rotation.r4, seed=rotation.seed
+        decoder.shape,
+        r1=rotation.r1,
+        r2=rotation.r2,
+        r3=rotation.r3,
+        r4=rotation.r4,
+        seed=rotation.seed,
+        online_r1=decoder.family.post_norms,
     )
     spec = Spec(
         bits=recipe.weights.bits,
@@ -119,6 +135,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip,
+        online_r1=rotations.online_r1,
     )
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory)
     return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers)
@@ -228,7 +245,7 @@ def tokens_checksum(tokens: Tensor) -> str:
 def exported_bytes(job: Job) -> int:
     """An upper estimate of the model folder."""
     s = job.decoder.shape
-    weights = s.hidden * (2 * s.query_heads * s.head_dim + 2 * s.key_heads * s.head_dim + 3 * s.ffn)
+    weights = s.hidden * (2 * s.query_width + 2 * s.key_width + 3 * s.ffn * max(s.experts, 1))
     scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_heads * s.head_dim))
     return (
         s.blocks * (weights * job.spec.bits // 8 + scales) + 2 * s.vocabulary * s.hidden * job.checkpoint.dtype.itemsize

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from ..export.memory import memory
 from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
 from ..models.decoder import Decoder
+from ..models.ends import Ends
 from .activations import ActivationProfile
 from .files import tensor_sizes
 from .job import Job
@@ -36,8 +37,12 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
     """
     progress.stage("plain forward pass", job.decoder.shape.blocks)
     compute = job.decoder
+    ends = job.checkpoint.ends()
     hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
-    hidden.copy_(job.checkpoint.embedding()[tokens])
+    for part, ids in zip(
+        hidden.split(job.recipe.calibration.batch), tokens.split(job.recipe.calibration.batch), strict=True
+    ):
+        part.copy_(compute.embed(ends, ids))
     seconds = 0.0
     with torch.no_grad():
         for index in range(compute.shape.blocks):
@@ -57,14 +62,14 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
 
 
 def perplexities(
-    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: tuple[Tensor, Tensor, Tensor], progress: Progress
+    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: Ends, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Full precision, RTN without rotation and the quantized model on the same texts, each run through them once.
 
     Args:
         job, folder: the run; its blocks are finished.
         texts: (windows, length) tokens by the name of the data set.
-        ends: embedding, final norm and head of the quantized model.
+        ends: what is outside the blocks of the quantized model.
         progress: told of each block.
 
     Returns:
@@ -79,27 +84,24 @@ def perplexities(
 
 
 def _perplexities(
-    job: Job, folder: RunFolder, windows: Tensor, ends: tuple[Tensor, Tensor, Tensor], progress: Progress
+    job: Job, folder: RunFolder, windows: Tensor, ends: Ends, progress: Progress
 ) -> tuple[dict[str, float], dict[str, Any]]:
     compute, checkpoint = job.decoder, job.checkpoint
-    plain_ends = (checkpoint.embedding(), checkpoint.final_norm(), checkpoint.head())
-    transforms = replace(job.spec, r3=False, r4=False, clips=None).transforms(compute.shape)
+    plain_ends = checkpoint.ends()
+    transforms = replace(job.spec, online_r1=False, r3=False, r4=False, clips=None).transforms(compute.shape)
     perplexity: dict[str, float] = {}
     divergence: dict[str, Any] = {}
 
-    def run(
-        name: str, blocks: Iterator[nn.Module], ends: tuple[Tensor, Tensor, Tensor], original: States | None = None
-    ) -> States:
+    def run(name: str, blocks: Iterator[nn.Module], ends: Ends, original: States | None = None) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
-        embedding, norm, head = ends
         with job.timed(f"evaluate {name}"):
             states = last_states(
                 windows,
-                embedding,
+                partial(compute.embed, ends),
                 (partial(compute.run, block) for block in blocks),
-                compute.norm(norm),
-                head.to(compute.device, compute.dtype),
+                compute.logits(ends),
                 batch=job.recipe.calibration.batch,
+                device=compute.device,
                 advance=progress.advance,
                 empty=job.buffers.empty,
                 release=job.buffers.release,
@@ -151,11 +153,25 @@ def bits_per_weight(job: Job, folder: RunFolder) -> float:
     """Bits that a quantized weight takes as it is stored, scales, zero points and padding included."""
     stored = weights = 0
     for index in range(job.decoder.shape.blocks):
-        sizes = tensor_sizes(folder.block_path(index))
+        sizes, block = tensor_sizes(folder.block_path(index)), job.decoder.empty_block(index)
         for name in (name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")):
             stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("qweight", "scale", "zero"))
-            weights += job.decoder.shapes[f"{job.decoder.family.layers}.{index}.{name}.weight"].numel()
+            weights += block.get_parameter(f"{name}.weight").numel()
     return 8 * stored / weights
+
+
+def fallback_notices(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each block of the manifest with experts that saw too few tokens."""
+    notices = []
+    for block in blocks:
+        few = {n: layer["fallback_tokens"] for n, layer in block["layers"].items() if "fallback_tokens" in layer}
+        if few:
+            seen = ", ".join(f"{name} ({count})" for name, count in few.items())
+            notices.append(
+                f"Block {block['index']}: experts that saw fewer tokens than they have input channels were calibrated "
+                f"on tokens of the whole layer: {seen}."
+            )
+    return notices
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -45,7 +45,8 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
     decoder, family = job.decoder, job.decoder.family
     settings = replace(job.settings, method="rtn")
     sites = job.spec.transforms(decoder.shape).by_projection(family)
-    hidden = rotations.rotate_embedding(job.checkpoint.embedding()[tokens]).to(decoder.device, decoder.dtype)
+    ends = rotations.rotate_ends(job.checkpoint.ends(), family)
+    hidden = decoder.embed(ends, tokens).to(decoder.device)
     costs: list[float] = []
 
     def measured(transform: InputTransform) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

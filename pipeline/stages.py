@@ -22,6 +22,7 @@ from ..boa.statistics import InputStatistics
 from ..errors import InputError, RunError
 from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
+from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
 from .calibration import calibration_tokens, load_texts
 from .exporting import base_of, describe, open_finished
@@ -38,7 +39,16 @@ from .job import (
     prepare,
     tokens_checksum,
 )
-from .measure import bits_per_weight, device_name, loaded, peak_memory, perplexities, plain_forward, sizes
+from .measure import (
+    bits_per_weight,
+    device_name,
+    fallback_notices,
+    loaded,
+    peak_memory,
+    perplexities,
+    plain_forward,
+    sizes,
+)
 from .pages import siblings, write_page
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml, split_names
@@ -122,13 +132,13 @@ def _run(
     if folder.is_exported():
         job.spec = replace(job.spec, clips=folder.clips())
     else:
-        embedding, norm, head = _ends(job)
+        ends = _ends(job)
         with job.timed("quantize"):
-            streams = _quantize_blocks(job, folder, tokens, embedding, progress)
-            head = _correct_head(job, norm, head, *streams)
+            streams = _quantize_blocks(job, folder, tokens, ends, progress)
+            ends = _correct_head(job, ends, *streams)
         with job.timed("export"):
             temporary = folder.path / ".model.tmp"
-            write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, embedding, norm, head))
+            write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends))
             shutil.rmtree(folder.path / "model", ignore_errors=True)
             temporary.replace(folder.path / "model")
             folder.keep(model=folder.model_files())
@@ -150,6 +160,7 @@ def _run(
         "bits_per_weight": bits_per_weight(job, folder),
         "raised_damping": _raised_damping(folder),
         "versions": known["identity"]["versions"],
+        "notices": [*job.notices, *fallback_notices(folder.manifest["blocks"])],
         "python": platform.python_version(),
         "device": device_name(job.decoder.device),
         "recipe": recipe.model_dump(mode="json"),
@@ -278,14 +289,16 @@ def _shapes(windows: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {dataset: list(tokens.shape) for dataset, tokens in windows.items()}
 
 
-def _ends(job: Job) -> tuple[Tensor, Tensor, Tensor]:
-    """Embedding, final norm and head, rotated, in the checkpoint's dtype: what is stored is what is measured."""
+def _ends(job: Job) -> Ends:
+    """What is outside the blocks, rotated, in the checkpoint's dtype: what is stored is what is measured."""
     c, family, rotations = job.checkpoint, job.decoder.family, job.rotations
-    final = c.final_norm()
-    _, norm = rotations.rotate_head(final[None], final, family)
-    embedding = _rotated(job, f"{family.embedding}.weight", rotations.rotate_embedding)
-    head = _rotated(job, c.head_name, lambda part: rotations.rotate_head(part, final, family)[0])
-    return embedding, norm.to(c.dtype), head
+    if not (family.positions or family.layer_norm or rotations.online_r1):
+        final = c.final_norm()
+        _, norm = rotations.rotate_head(final[None], final, family)
+        embedding = _rotated(job, f"{family.embedding}.weight", rotations.rotate_embedding)
+        head = _rotated(job, c.head_name, lambda part: rotations.rotate_head(part, final, family)[0])
+        return Ends(embedding, norm.to(c.dtype), head)
+    return rotations.rotate_ends(c.ends(), family).map(lambda tensor: tensor.to(c.dtype))
 
 
 def _rotated(job: Job, name: str, rotate: Callable[[Tensor], Tensor]) -> Tensor:
@@ -304,14 +317,13 @@ def _rotated(job: Job, name: str, rotate: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _quantize_blocks(
-    job: Job, folder: RunFolder, tokens: Tensor, embedding: Tensor, progress: Progress
+    job: Job, folder: RunFolder, tokens: Tensor, ends: Ends, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family = job.decoder, job.decoder.family
-    full, quantized = (
-        job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype).copy_(embedding[tokens])
-        for _ in range(2)
-    )
+    full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
+    for i in range(len(tokens)):
+        full[i] = quantized[i] = compute.embed(ends, tokens[i : i + 1])[0]
     finished = len(folder.manifest["blocks"])
     transforms, clips = job.spec.transforms(compute.shape), folder.clips()
     progress.stage("quantize", compute.shape.blocks)
@@ -348,6 +360,8 @@ def _quantize_blocks(
             layers: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
             for name, found in solver.objectives.items():
                 layers[name]["objective"] = found
+            for name, count in solver.fallbacks.items():
+                layers[name]["fallback_tokens"] = count
             for name, damping in solver.damping.items():
                 layers[name]["damping"] = damping
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
@@ -361,31 +375,32 @@ def _quantize_blocks(
 
 
 @torch.no_grad()
-def _correct_head(job: Job, norm: Tensor, head: Tensor, full: Tensor, quantized: Tensor) -> Tensor:
+def _correct_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> Ends:
     """The output layer, which is not quantized, moved to make up for what the last hidden states lost.
 
     It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with no rounding after it.
     """
     weights = job.recipe.weights
     if weights.head == 0 or weights.method == "rtn":
-        return head
-    final, statistics = job.decoder.norm(norm), InputStatistics()
+        return ends
+    final, statistics = job.decoder.norm(ends.norm, ends.norm_bias), InputStatistics()
     for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
         statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
     objective = statistics.objective().damped(weights.damping)
-    for part in head.split(8192):
+    for part in ends.head.split(8192):
         moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
         part.copy_(moved)
-    return head
+    return ends
 
 
 def _show(progress: Progress, index: int, name: str, loss: float) -> None:
     progress.advance(0, block=index, layer=name, loss=loss)
 
 
-def _groups(job: Job, folder: RunFolder, embedding: Tensor, norm: Tensor, head: Tensor) -> Iterator[dict[str, Tensor]]:
+def _groups(job: Job, folder: RunFolder, ends: Ends) -> Iterator[dict[str, Tensor]]:
     f = job.decoder.family
-    yield {f"{f.embedding}.weight": embedding}
+    first, last = ends.split(f)
+    yield first
     for index in range(job.decoder.shape.blocks):
         yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in folder.read_block(index).items()}
-    yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
+    yield last

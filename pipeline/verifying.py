@@ -131,11 +131,11 @@ def sample(run: Finished) -> Tensor:
 def run_logits(run: Finished, ids: Tensor) -> Tensor:
     """(1, n, vocabulary): as the run was measured, block by block in float32."""
     decoder = Decoder(run.transformers_config(), attention=NAME)
-    embedding, norm, head = run.ends()
-    hidden = embedding[ids].float()
+    ends = run.ends()
+    hidden = decoder.embed(ends, ids)
     for index in range(run.shape.blocks):
         hidden = decoder.run(packed_block(decoder, index, run.block(index), run.spec), hidden)
-    return decoder.norm(norm)(hidden) @ head.float().T
+    return decoder.logits(ends)(hidden)
 
 
 def _native(export: Path, ids: Tensor) -> Tensor:

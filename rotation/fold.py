@@ -1,4 +1,4 @@
-"""Norm weights folded into the layers that read them: afterwards every RMSNorm multiplies by exactly 1."""
+"""Norms folded into the layers that read them: afterwards every norm before a projection multiplies by exactly 1."""
 
 from __future__ import annotations
 
@@ -8,19 +8,41 @@ from torch import Tensor
 from ..models.families import Family
 
 
+def readers(family: Family) -> dict[str, tuple[str, ...]]:
+    """The linear layers that read each norm of a block; a mixture's router reads what its experts read."""
+    router = (family.router,) if family.router else ()
+    return {
+        family.attention_norm: (family.query, family.key, family.value),
+        family.mlp_norm: (*router, *family.mlp_inputs),
+    }
+
+
 def fold_norms(block: dict[str, Tensor], family: Family) -> None:
     """Fold both norms of a block, in place; tensors of `block` are float64 and named as inside the block.
 
-    `W x^ = (W diag(w)) (x / rms)`: exact, since RMSNorm multiplies by its weight last (QuaRot, section 4).
+    `W x^ = (W diag(w)) (x / rms)`: exact, since a norm multiplies by its weight last (QuaRot, section 4). The bias of a
+    LayerNorm goes into the bias of its readers, `W (x^ + b) = W x^ + W b`, and out of the block.
     """
-    for norm, readers in (
-        (family.attention_norm, (family.query, family.key, family.value)),
-        (family.mlp_norm, (family.gate, family.up)),
-    ):
+    for norm, names in readers(family).items():
         weight = block[f"{norm}.weight"] + family.norm_offset
-        for reader in readers:
+        shift = block.pop(f"{norm}.bias", None)
+        for reader in names:
+            if shift is not None:
+                block[f"{reader}.bias"] = block[f"{reader}.bias"] + block[f"{reader}.weight"] @ shift
             block[f"{reader}.weight"] = block[f"{reader}.weight"] * weight
         block[f"{norm}.weight"] = neutral(weight, family)
+
+
+def remove_mean(block: dict[str, Tensor], family: Family) -> None:
+    """Take the mean over channels out of what is written to the residual stream, in place.
+
+    LayerNorm subtracts that mean anyway, so nothing changes; a stream of mean zero needs an RMSNorm alone, which
+    commutes with rotations. The embedding's mean goes likewise, in `rotate.Rotations.rotate_ends`.
+    """
+    for name in (family.output, *family.downs):
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in block:
+                block[f"{name}.{kind}"] = block[f"{name}.{kind}"] - block[f"{name}.{kind}"].mean(0)
 
 
 def neutral(weight: Tensor, family: Family) -> Tensor:

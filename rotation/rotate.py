@@ -8,6 +8,12 @@
 | R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
 
 With orthogonal Q, a row vector x becomes x Q: a layer that reads it gets W Q, a layer that writes it Q^T W.
+
+Post norms (Gemma 2 and 3): a branch adds `D y / rms(y)` to the stream, D the norm's weight. A rotated stream would
+need `Q^T D y / rms(y)`. Writing `P y` for y leaves rms(y) as it is, but then `Q^T D P^T` must be diagonal to be a
+norm's weight, which for a Hadamard Q and a D that is no multiple of I it is for no P; folding D into the layer before
+changes rms(y). So the stream stays, and Q turns what the readers get: x^ Q, online, against W Q. That is exact, costs
+two Hadamard transforms of hidden a block, and the projections see the same inputs as with a rotated stream.
 """
 
 from __future__ import annotations
@@ -17,14 +23,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..models.ends import Ends
 from ..models.families import Family, Shape
-from .fold import fold_norms
+from .fold import fold_norms, readers, remove_mean
 from .hadamard import Hadamard
 
 
 @dataclass(frozen=True)
 class Rotations:
-    """Which rotations a model has; None where one is off. R2 has its own signs in every block."""
+    """Which rotations a model has; None where one is off. R2 has its own signs in every block.
+
+    `online_r1`: R1 turns the inputs of q, k, v, gate and up as the model runs, as families with post norms need it.
+    """
 
     shape: Shape
     r1: Hadamard | None = None
@@ -32,22 +42,27 @@ class Rotations:
     r3: Hadamard | None = None
     r4: Hadamard | None = None
     seed: int = 0
+    online_r1: bool = False
 
     @classmethod
-    def of(cls, shape: Shape, *, r1: bool, r2: bool, r3: bool, r4: bool, seed: int = 0) -> Rotations:
-        """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for R3 and R4, which run online."""
+    def of(
+        cls, shape: Shape, *, r1: bool, r2: bool, r3: bool, r4: bool, seed: int = 0, online_r1: bool = False
+    ) -> Rotations:
+        """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for those that run online."""
         return cls(
             shape,
-            r1=Hadamard.of(shape.hidden, seed) if r1 else None,
+            r1=Hadamard.of(shape.hidden, None if online_r1 else seed) if r1 else None,
             r2=r2,
             r3=Hadamard.of(shape.head_dim) if r3 else None,
             r4=Hadamard.of(shape.ffn) if r4 else None,
             seed=seed,
+            online_r1=online_r1 and r1,
         )
 
     def reseeded(self, seed: int) -> Rotations:
-        """The same rotations, their signs drawn from another seed."""
-        return replace(self, r1=self.r1 and Hadamard.of(self.shape.hidden, seed), seed=seed)
+        """The same rotations, their signs drawn from another seed; those that run online have none."""
+        r1 = self.r1 if self.r1 is None or self.online_r1 else Hadamard.of(self.shape.hidden, seed)
+        return replace(self, r1=r1, seed=seed)
 
     def values(self, index: int) -> Hadamard | None:
         """R2 of block `index`."""
@@ -61,17 +76,39 @@ class Rotations:
         block = {name: tensor.to(torch.float64) for name, tensor in block.items()}
         if self.r1 is not None:
             fold_norms(block, family)
-            for name in (family.query, family.key, family.value, family.gate, family.up):
+            for name in (name for names in readers(family).values() for name in names):
                 _rotate_inputs(block, name, self.r1)
-            for name in (family.output, family.down):
-                _rotate_outputs(block, name, self.r1)
+            if family.layer_norm:
+                remove_mean(block, family)
+            if not self.online_r1:
+                for name in (family.output, *family.downs):
+                    _rotate_outputs(block, name, self.r1)
         r2 = self.values(index)
         if r2 is not None:
             _rotate_outputs(block, family.value, r2)
             _rotate_inputs(block, family.output, r2)
         if self.r4 is not None:
-            _rotate_inputs(block, family.down, self.r4)
+            for name in family.downs:
+                _rotate_inputs(block, name, self.r4)
         return block
+
+    def rotate_ends(self, ends: Ends, family: Family) -> Ends:
+        """What is outside the blocks, the final norm folded into the head and both ends rotated, in float64.
+
+        For LayerNorm the mean over channels is taken out of embedding and positions, and the final norm's bias b
+        becomes the head's, W b.
+        """
+        ends = ends.map(lambda tensor: tensor.to(torch.float64))
+        if self.r1 is None or self.online_r1:
+            return ends
+        head, norm = self.rotate_head(ends.head, ends.norm, family)
+        sources = (ends.embedding, ends.positions)
+        if family.layer_norm:
+            sources = tuple(None if s is None else s - s.mean(-1, keepdim=True) for s in sources)  # type: ignore[assignment]
+        embedding, positions = (None if source is None else self.r1.apply(source) for source in sources)
+        assert embedding is not None
+        bias = None if ends.norm_bias is None else ends.head @ ends.norm_bias
+        return Ends(embedding, norm, head, positions=positions, head_bias=bias)
 
     def rotate_embedding(self, embedding: Tensor) -> Tensor:
         """(vocabulary, hidden) -> the same, in float64."""

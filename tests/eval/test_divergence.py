@@ -16,13 +16,14 @@ from rotoboa.export.native import packed_block
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
+from rotoboa.models.ends import Ends
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.run import RunFolder, recipe_of
 
 
 def states(hidden: Tensor, head: Tensor) -> States:
-    return States(hidden, nn.Identity(), head)
+    return States(hidden, lambda x: x @ head.T)
 
 
 def tokens(windows: int, length: int, vocabulary: int) -> Tensor:
@@ -101,13 +102,12 @@ def test_the_embedded_model_and_a_packed_run_of_it_are_as_transformers_runs_them
     decoder, (packed, _) = job.decoder, rotoboa.load(tiny_run, dtype=torch.float32)
     spec = packed.config.quantization_config.spec
 
-    def streamed(decoder: Decoder, blocks: list[nn.Module], ends: tuple[Tensor, ...]) -> States:
-        embedding, norm, head = (end.float() for end in ends)
-        return last_states(windows, embedding, [partial(decoder.run, b) for b in blocks], decoder.norm(norm), head)
+    def streamed(decoder: Decoder, blocks: list[nn.Module], ends: Ends) -> States:
+        run = [partial(decoder.run, b) for b in blocks]
+        return last_states(windows, partial(decoder.embed, ends), run, decoder.logits(ends))
 
     indices = range(decoder.shape.blocks)
-    ends = (checkpoint.embedding(), checkpoint.final_norm(), checkpoint.head())
-    original = streamed(decoder, [decoder.block(i, checkpoint.block(i)) for i in indices], ends)
+    original = streamed(decoder, [decoder.block(i, checkpoint.block(i)) for i in indices], checkpoint.ends())
     blocks = [packed_block(decoder, i, folder.read_block(i), spec) for i in indices]
     quantized = streamed(decoder, blocks, read_ends(tiny_run / "model", decoder.family))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rotoboa.eval.perplexity import BlockFunction, last_states, scores
@@ -21,17 +21,17 @@ def tokens(windows: int, length: int, vocabulary: int = 2048) -> Tensor:
 
 
 def perplexity(
-    windows: Tensor, embedding: Tensor, blocks: Iterable[BlockFunction], norm: nn.Module, head: Tensor, **options: Any
+    windows: Tensor, embed: BlockFunction, blocks: Iterable[BlockFunction], logits: BlockFunction, **options: Any
 ) -> float:
-    return scores(windows, last_states(windows, embedding, blocks, norm, head, **options))[0]
+    return scores(windows, last_states(windows, embed, blocks, logits, **options))[0]
 
 
 def streamed(folder: Path, windows: Tensor, batch: int) -> float:
     checkpoint = Checkpoint(folder)
     decoder = Decoder(checkpoint.config)
     blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
-    norm = decoder.norm(checkpoint.final_norm())
-    return perplexity(windows, checkpoint.embedding().float(), blocks, norm, checkpoint.head().float(), batch=batch)
+    ends = checkpoint.ends()
+    return perplexity(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=batch)
 
 
 @torch.no_grad()
@@ -40,6 +40,13 @@ def plain(folder: Path, windows: Tensor) -> float:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
     return math.exp(sum(losses) / len(losses))
+
+
+def _plain(
+    windows: Tensor, embedding: Tensor, blocks: Iterable[Callable[[Tensor], Tensor]], head: Tensor, **options: Any
+) -> float:
+    """Without a final norm."""
+    return perplexity(windows, lambda ids: embedding[ids], blocks, lambda hidden: hidden @ head.T, **options)
 
 
 def test_is_that_of_the_whole_model(llama: Path) -> None:
@@ -63,20 +70,20 @@ def test_windows_do_not_see_each_other(llama: Path) -> None:
 @pytest.mark.parametrize("vocabulary", [7, 100])
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(vocabulary: int) -> None:
     windows = tokens(3, 20, vocabulary)
-    found = perplexity(windows, torch.randn(vocabulary, 8), [], nn.Identity(), torch.zeros(vocabulary, 8))
+    found = _plain(windows, torch.randn(vocabulary, 8), [], torch.zeros(vocabulary, 8))
     assert found == pytest.approx(vocabulary, rel=1e-6)
 
 
 def test_a_model_that_knows_the_next_token_has_perplexity_one() -> None:
     windows = torch.arange(12).repeat(2, 1)
     head = 100.0 * torch.eye(12).roll(1, 0)  # token i is followed by i + 1
-    assert perplexity(windows, torch.eye(12), [], nn.Identity(), head) == pytest.approx(1.0, abs=1e-6)
+    assert _plain(windows, torch.eye(12), [], head) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_hopeless_model_has_a_number_too() -> None:
     windows = torch.arange(12).repeat(2, 1)
-    assert perplexity(windows, torch.eye(12), [], nn.Identity(), 1e6 * torch.eye(12)) == math.inf
-    assert math.isnan(perplexity(windows, torch.eye(12), [], nn.Identity(), math.nan * torch.eye(12)))
+    assert _plain(windows, torch.eye(12), [], 1e6 * torch.eye(12)) == math.inf
+    assert math.isnan(_plain(windows, torch.eye(12), [], math.nan * torch.eye(12)))
 
 
 def test_blocks_are_made_one_after_another_and_counted() -> None:
@@ -92,11 +99,10 @@ def test_blocks_are_made_one_after_another_and_counted() -> None:
             yield partial(block, name)
 
     windows = tokens(3, 5, 10)
-    perplexity(
+    _plain(
         windows,
         torch.randn(10, 4),
         blocks(),
-        nn.Identity(),
         torch.randn(10, 4),
         batch=2,
         advance=lambda: events.append("done"),
@@ -112,5 +118,5 @@ def test_bfloat16_hidden_states_stay_bfloat16() -> None:
         return x
 
     embedding = torch.randn(10, 4).bfloat16()
-    assert perplexity(tokens(2, 5, 10), embedding, [block], nn.Identity(), embedding) > 1
+    assert _plain(tokens(2, 5, 10), embedding, [block], embedding) > 1
     assert seen == [torch.bfloat16]

@@ -262,7 +262,7 @@ def test_config_of_no_model(copied: Path, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("change", "kind"), [({"model_type": "gpt2"}, "gpt2"), ({"model_type": None}, "None")])
 def test_unsupported_architecture(copied: Path, change: dict[str, Any], kind: str) -> None:
     change_config(copied, **change)
-    assert f"is a '{kind}' model, which is not supported; supported architectures: llama" in refusal(copied)
+    assert f"is a '{kind}' model, which is not supported; supported architectures: gemma2, " in refusal(copied)
 
 
 def test_quantized_already(copied: Path) -> None:

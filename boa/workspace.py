@@ -1,0 +1,174 @@
+"""What both halves of a block work with: two streams, the transforms between layers, and the solver."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.decoder import Decoder
+from .clipping import search_clip
+from .objective import Objective
+from .references import reference_losses
+from .rounding import Quantized, Settings, quantize
+from .statistics import InputStatistics
+from .transforms import InputTransform, OnlineTransforms
+
+Report = Callable[[str, float], None]
+
+
+class Captured(Exception):  # noqa: N818 (a signal, not an error)
+    """Carries a layer's input out of a forward pass that need not go on."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Workspace:
+    """One block in two versions and the results so far; see `BlockQuantizer`, which is what this is a part of."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block: nn.Module,
+        settings: Settings,
+        transforms: OnlineTransforms,
+        *,
+        batch: int = 8,
+        report: Report | None = None,
+        done: Mapping[str, Quantized] | None = None,
+        search_inputs: bool = False,
+        search_cache: bool = False,
+        empty: Callable[..., Tensor] = torch.empty,
+        release: Callable[[], None] = lambda: None,
+        references: bool = False,
+    ) -> None:
+        self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
+        self.full = block
+        self.quantized = copy.deepcopy(block)
+        self.settings, self.transforms, self.batch = settings, transforms, batch
+        self.report = report or (lambda name, loss: None)
+        self.done, self.search_inputs, self.search_cache = done, search_inputs, search_cache
+        self.empty, self.release = empty, release
+        self.results: dict[str, Quantized] = {}
+        self.losses: dict[str, float] = {}
+        self.damping: dict[str, float] = {}
+        self.references, self.objectives = references, dict[str, dict[str, float]]()
+        self.fallbacks: dict[str, int] = {}
+
+    def _search_input(self, site: str, sample: Callable[[], Tensor], readers: list[str]) -> None:
+        """Choose the clip ratio of one site by the output error of the layers that read it."""
+        transform: InputTransform = getattr(self.transforms, site)
+        if not self.search_inputs or transform.quantizer is None:
+            return
+        weights = torch.cat([self._weight(name) for name in readers])
+        chosen = search_clip(transform.quantizer, transform.rotate(sample()).flatten(0, -2), weights.T @ weights)
+        self.transforms = self.transforms.with_input(site, replace(transform, quantizer=chosen))
+
+    def _batches(self, full: Tensor, quantized: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Both streams, `batch` sequences at a time, where blocks compute."""
+        for start in range(0, len(full), self.batch):
+            span = slice(start, start + self.batch)
+            yield span, full[span].to(self.decoder.device), quantized[span].to(self.decoder.device)
+            self.release()
+
+    def _write(
+        self,
+        name: str,
+        statistics: InputStatistics,
+        stream: Tensor,
+        hf: Tensor,
+        hq: Tensor,
+        exact: Tensor,
+        given: Tensor,
+        post_norm: str | None = None,
+    ) -> None:
+        """Move a batch of the full stream through a projection that writes to it, and collect the other's statistics.
+
+        Args:
+            stream: the batch of the full stream, changed in place.
+            hf, hq: both streams before the projection, where blocks compute.
+            exact, given: the projection's input in both.
+            post_norm: the norm between the projection's output y and the stream. An error of y then counts by one over
+                rms(y); the norm's weight multiplies rows, which are rounded each for itself, and changes nothing. What
+                the stream has lost is not made up for: it could only be by an output that the norm divides again.
+        """
+        projection = self.full.get_submodule(name)
+        written = projection(exact)
+        if self.done is None:
+            lost = written - projection(given)
+            if post_norm is not None:
+                weight = written.square().mean(-1, keepdim=True).clamp_min(torch.finfo(written.dtype).tiny).rsqrt()
+                lost, given = lost * weight, given * weight
+            elif self.settings.drift:
+                lost += hf - hq
+            statistics.add(None, given, lost, stream=hf if self.settings.token_weights else None)
+        stream += self._normed(self.full, post_norm, written).to(stream.device)
+
+    def _add(self, name: str, stream: Tensor, inputs: Tensor, post_norm: str | None = None) -> None:
+        """Move the quantized stream through a projection that is quantized now."""
+        projection = self.quantized.get_submodule(name)
+        for part, x in zip(stream.split(self.batch), inputs.split(self.batch), strict=True):
+            y = projection(x.to(self.decoder.device))
+            part += self._normed(self.quantized, post_norm, y).to(part.device)
+            self.release()
+
+    def _normed(self, block: nn.Module, post_norm: str | None, x: Tensor) -> Tensor:
+        normed: Tensor = x if post_norm is None else block.get_submodule(post_norm)(x)
+        return normed
+
+    def _weight(self, name: str) -> Tensor:
+        return self.full.get_parameter(f"{name}.weight").data
+
+    def _solve(self, names: list[str], objective: Callable[[], Objective], heads: list[int]) -> None:
+        """Projections that share an H_in, their heads stacked into one problem."""
+        if self.done is None:
+            stacked = torch.cat(
+                [self._weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)]
+            )
+            try:
+                goal = objective()
+                goal.check()
+                result = quantize(stacked, goal, self.settings)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(names)}: {error}") from error
+            # An error of the size of the weight itself is 1.
+            loss = goal.loss(result.dequantize() - stacked).clamp_min(0) / goal.loss(stacked).clamp_min(1e-30)
+            parts = [
+                [piece.flatten(0, 1) for piece in tensor.split(heads)]
+                for tensor in (result.integers, result.scale, result.zero)
+            ]
+            for i, (name, part) in enumerate(zip(names, loss.split(heads), strict=True)):
+                self.results[name] = Quantized(*(pieces[i] for pieces in parts))
+                self.losses[name] = float(part.mean())
+                if result.damping > self.settings.damping:
+                    self.damping[name] = result.damping
+                self.report(name, self.losses[name])
+            if self.references:
+                found = reference_losses(stacked, goal, self.settings, result, heads)
+                self.objectives.update(zip(names, found, strict=True))
+        else:
+            self.results.update({name: self.done[name] for name in names})
+        for name in names:
+            weight = self.quantized.get_parameter(f"{name}.weight")
+            weight.data = self.results[name].dequantize().to(weight.device, weight.dtype)
+
+
+def capture(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """The input of `module` in `run`, which goes no further."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise Captured(args[0])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        run()
+    except Captured as captured:
+        return captured.value
+    finally:
+        handle.remove()
+    raise RuntimeError("the captured layer did not run")

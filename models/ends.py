@@ -1,0 +1,76 @@
+"""What a decoder has before its first block and after its last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .families import Family
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tensors outside the blocks.
+
+    Attributes:
+        embedding: (vocabulary, hidden).
+        norm: (hidden,), the final norm's stored weight.
+        head: (vocabulary, hidden).
+        positions: (positions + offset, hidden), learned ones, as stored; None with RoPE.
+        norm_bias: (hidden,), of a LayerNorm.
+        head_bias: (vocabulary,), what the final norm's bias becomes when it is folded into the head.
+    """
+
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+    positions: Tensor | None = None
+    norm_bias: Tensor | None = None
+    head_bias: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Ends:
+        """The same with `function` of every tensor that is there."""
+        return Ends(**{name: function(tensor) for name, tensor in vars(self).items() if tensor is not None})
+
+    def named(self, family: Family) -> dict[str, Tensor]:
+        """Those that are there, by their full names in a checkpoint."""
+        names = _names(family)
+        return {names[field]: tensor for field, tensor in vars(self).items() if tensor is not None}
+
+    def split(self, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`named`, in two: what comes before the blocks and what comes after them."""
+        names, named = _names(family), self.named(family)
+        first = {names[field] for field in ("embedding", "positions") if field in names}
+        return {n: t for n, t in named.items() if n in first}, {n: t for n, t in named.items() if n not in first}
+
+    @classmethod
+    def missing(cls, family: Family, found: Mapping[str, Tensor]) -> list[str]:
+        """Full names of the tensors that every model of the family has, and `found` has not."""
+        fields = ["embedding", "norm", "head", *(["positions"] if family.positions else [])]
+        return [name for field, name in _names(family).items() if field in fields and name not in found]
+
+    @classmethod
+    def of(cls, family: Family, found: Mapping[str, Tensor]) -> Ends:
+        """From tensors by their full names; see `missing`."""
+        return cls(**{field: found[name] for field, name in _names(family).items() if name in found})
+
+    @staticmethod
+    def names(family: Family) -> list[str]:
+        """Full names of all that a model of the family can have."""
+        return list(_names(family).values())
+
+
+def _names(family: Family) -> dict[str, str]:
+    names = {
+        "embedding": f"{family.embedding}.weight",
+        "positions": f"{family.positions}.weight",
+        "norm": f"{family.final_norm}.weight",
+        "norm_bias": f"{family.final_norm}.bias",
+        "head": f"{family.head}.weight",
+        "head_bias": f"{family.head}.bias",
+    }
+    if family.positions is None:
+        del names["positions"]
+    return names

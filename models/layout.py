@@ -1,0 +1,139 @@
+"""Blocks with one linear layer a projection, where transformers keeps several in one tensor, and norms without bias.
+
+The classes here take the place of modules inside the real block; what calls them stays transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Family, Shape
+
+
+class Stacked(nn.Module):
+    """Linear layers that read the same input, their outputs laid end to end: the merged layer, in parts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., sum of outs)."""
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+
+class Expert(nn.Module):
+    """One expert: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden: int, ffn: int, activation: nn.Module, like: Tensor) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.gate_proj = nn.Linear(hidden, ffn, **options)
+        self.up_proj = nn.Linear(hidden, ffn, **options)
+        self.down_proj = nn.Linear(ffn, hidden, **options)
+        self.act_fn = activation
+
+    def inside(self, x: Tensor) -> Tensor:
+        """The input of the down projection, (tokens, ffn)."""
+        hidden: Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) -> the same."""
+        output: Tensor = self.down_proj(self.inside(x))
+        return output
+
+
+class Experts(nn.ModuleList):
+    """The experts of a block; transformers keeps all of them in two tensors of three dimensions."""
+
+    def forward(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, run: Callable[[Expert, Tensor], Tensor] = Expert.__call__
+    ) -> Tensor:
+        """Sum over a token's experts, each by its weight.
+
+        Args:
+            hidden: (tokens, hidden).
+            index, weights: (tokens, experts per token), as the router gives them.
+            run: what an expert computes of its tokens.
+        """
+        output = torch.zeros_like(hidden)
+        for i, expert in enumerate(self):
+            token, place = torch.where(index == i)
+            if len(token):
+                part = run(expert, hidden[token]) * weights[token, place, None]  # type: ignore[arg-type]
+                output.index_add_(0, token, part.to(output.dtype))
+        return output
+
+
+def split_modules(block: nn.Module, family: Family, shape: Shape) -> nn.Module:
+    """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied."""
+    for merged in family.merged:
+        linear = block.get_submodule(merged.name)
+        assert isinstance(linear, nn.Linear)
+        stacked = Stacked()
+        for part, size in merged.parts.items():
+            stacked.add_module(part, _linear(linear, getattr(shape, size)))
+        block.set_submodule(merged.name, stacked)
+    if family.experts:
+        fused = block.get_submodule(family.experts)
+        like = next(fused.parameters())
+        experts = (Expert(shape.hidden, shape.ffn, fused.act_fn, like) for _ in range(shape.experts))  # type: ignore[arg-type]
+        block.set_submodule(family.experts, Experts(experts))
+    return block
+
+
+def _linear(like: nn.Linear, outputs: int) -> nn.Linear:
+    weight = like.weight
+    return nn.Linear(like.in_features, outputs, like.bias is not None, device=weight.device, dtype=weight.dtype)
+
+
+def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -> dict[str, Tensor]:
+    """The same for the tensors of a block, by their names inside it."""
+    result = dict(tensors)
+    for merged in family.merged:
+        for kind in ("weight", "bias"):
+            if (tensor := result.pop(f"{merged.name}.{kind}", None)) is not None:
+                pieces = tensor.split([getattr(shape, size) for size in merged.parts.values()])
+                names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
+                result.update(zip(names, pieces, strict=True))
+    return result
+
+
+def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Shape) -> dict[str, torch.Size]:
+    """The tensors a checkpoint holds, of those that the model has: every expert is on disk by itself."""
+    result = {}
+    for name, size in shapes.items():
+        if family.experts and f"{family.experts}." in name:
+            continue
+        result[name] = size
+    wide, tall = torch.Size((shape.ffn, shape.hidden)), torch.Size((shape.hidden, shape.ffn))
+    for block in range(shape.blocks):
+        for i in range(family.expert_count):
+            for projection, size in zip(family.expert(i), (wide, wide, tall), strict=True):
+                result[f"{family.layers}.{block}.{projection}.weight"] = size
+    return result
+
+
+def drop_norm_bias(module: nn.Module, name: str) -> None:
+    """Put an RMSNorm in the place of the LayerNorm `name`: the same function of inputs of mean zero, but for the bias.
+
+    LayerNorm divides by the deviation and RMSNorm by the root mean square, with the same epsilon below the root.
+    """
+    norm = module.get_submodule(name)
+    assert isinstance(norm, nn.LayerNorm)
+    like = norm.weight
+    module.set_submodule(name, nn.RMSNorm(norm.normalized_shape, eps=norm.eps, device=like.device, dtype=like.dtype))
+
+
+def fold_layer_norms(model: nn.Module, family: Family) -> None:
+    """Give a whole model the modules that it has once LayerNorms are folded: no bias in norms, one in the head."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for block in layers:
+        for norm in (family.attention_norm, family.mlp_norm):
+            drop_norm_bias(block, norm)
+    drop_norm_bias(model, family.final_norm)
+    head = model.get_submodule(family.head)
+    assert isinstance(head, nn.Linear)
+    head.bias = nn.Parameter(head.weight.new_zeros(head.out_features), requires_grad=False)

@@ -1,0 +1,80 @@
+"""Attention with a window and with capped logits, and the probabilities that values are weighed by."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+from rotoboa.boa.attention import Seen, attention_forward, capped_attention, causal_probabilities
+
+BATCH, HEADS, GROUPS, LENGTH, SIZE = 2, 4, 2, 17, 8
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _inputs(length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    query = 2 * _random(BATCH, HEADS, length, SIZE, seed=0)
+    return query, 2 * _random(BATCH, GROUPS, LENGTH, SIZE, seed=1), _random(BATCH, GROUPS, LENGTH, SIZE, seed=2)
+
+
+def _mask(window: int | None) -> Tensor:
+    """(1, 1, length, length), by its definition: true where row i sees column j."""
+    rows = [[j <= i and (window is None or i - j < window) for j in range(LENGTH)] for i in range(LENGTH)]
+    return torch.tensor(rows)[None, None]
+
+
+def _module() -> Any:
+    return SimpleNamespace(num_key_value_groups=HEADS // GROUPS, head_dim=SIZE, training=False, is_causal=True)
+
+
+def _eager(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+    """Gemma 2's own, in float64: output (batch, length, heads, size) and probabilities."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    hidden = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~_mask(window), float("-inf"))
+    return eager_attention_forward(_module(), *_inputs(), hidden, scaling=0.3, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_is_that_of_transformers(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = _eager(window, softcap, monkeypatch)
+    options: dict[str, Any] = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
+    found, _ = attention_forward(_module(), *_inputs(), _mask(window), **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if window is None:
+        unmasked, _ = attention_forward(_module(), *_inputs(), None, **options)
+        torch.testing.assert_close(unmasked, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_probabilities(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics of values weigh by what attention does, in every chunk of queries."""
+    _, probabilities = _eager(window, softcap, monkeypatch)
+    seen = Seen(*_inputs(), 0.3, window, softcap)
+    for start, stop in ((0, 4), (4, 11), (11, LENGTH)):
+        for index in range(BATCH):
+            found = causal_probabilities(seen, index, start, stop).view(HEADS, stop - start, stop)
+            torch.testing.assert_close(found, probabilities[index, :, start:stop, :stop], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_capped_attention_of_the_last_queries(length: int) -> None:
+    """With a cache, queries are the last positions: without a mask the last query sees every key."""
+    query, key, value = _inputs()
+    whole = capped_attention(query, key, value, None, scaling=0.3, softcap=1.5)
+    last = capped_attention(query[:, :, -length:], key, value, None, scaling=0.3, softcap=1.5)
+    torch.testing.assert_close(last, whole[:, -length:], rtol=0, atol=1e-12)
+
+
+def test_capped_attention_takes_a_mask_of_numbers() -> None:
+    query, key, value = _inputs()
+    numbers = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~_mask(5), float("-inf"))
+    expected = capped_attention(query, key, value, _mask(5), scaling=None, softcap=1.5)
+    found = capped_attention(query, key, value, numbers, scaling=None, softcap=1.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -1,0 +1,60 @@
+"""Other formats than native: written for families whose readers find every part, refused for the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rotoboa
+from rotoboa.errors import InputError
+from rotoboa.pipeline.exporting import export
+
+SMALL = {"calibration.sequence_length": 40, "evaluation.windows": 2, "evaluation.baseline": False}
+
+
+@pytest.fixture
+def make_run(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        model = save_family(tmp_path / "model", name)
+        rotoboa.quantize(make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **SMALL}))
+        return tmp_path / "run"
+
+    return make
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_stock_transformers_computes_what_native_does(make_run: Callable[[str], Path], name: str) -> None:
+    """Windows, biases and QK-norm among them."""
+    run = make_run(name)
+    folder = export(run, "compressed-tensors")
+    ids = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
+    native, _ = rotoboa.load(run, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = native(ids).logits
+    # The stock reader rounds a weight to float16 as it multiplies by the scale.
+    torch.testing.assert_close(stock(ids).logits, expected, rtol=0, atol=0.01 * float(expected.std()))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("phi3", "and 'phi3' has other parts: use --format native"),
+        ("opt", "and 'opt' has other parts: use --format native"),
+        ("mixtral", "and 'mixtral' has other parts: use --format native"),
+        ("gemma2", "R1 (an online rotation before q, k, v, gate and up"),
+        ("qwen2", "GGUF is written for models of the Llama architecture, and this is a 'qwen2'"),
+    ],
+)
+def test_others_are_refused(make_run: Callable[[str], Path], name: str, words: str) -> None:
+    run = make_run(name)
+    for format_name in ("gguf",) if name == "qwen2" else ("compressed-tensors", "gptq"):
+        with pytest.raises(InputError) as caught:
+            export(run, format_name)
+        assert words in str(caught.value)
+        assert not (run / "exports").exists()

@@ -1,0 +1,167 @@
+"""Rotations of every family: whole models of the real classes in float64, before and after."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
+from rotoboa.models.decoder import Decoder
+from rotoboa.models.ends import Ends
+from rotoboa.models.families import FAMILIES, family_for
+from rotoboa.models.layout import split_modules
+from rotoboa.rotation.rotate import Rotations
+
+EXACT = 1e-9  # logits are of order 1 to 10
+NAMES = [
+    *("llama", "llama-biases", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"),
+    *("mixtral", "qwen3_moe"),
+]
+NONE = {"r1": False, "r2": False, "r3": False, "r4": False}
+ALL = {"r1": True, "r2": True, "r3": True, "r4": True}
+CHOICES = [*({**NONE, name: True} for name in NONE), ALL]
+LENGTH = 24
+
+
+def _named(choice: dict[str, bool]) -> str:
+    return "+".join(name for name, on in choice.items() if on) or "none"
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers casts to float32 inside norms and routers, and hides an error up to 1e-7: here it does not."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+@functools.cache
+def _tokens() -> Tensor:
+    return torch.randint(3, 100, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _logits(model: Any, choice: dict[str, bool], *, online: bool = True) -> Tensor:
+    """After rotation, block by block; `online` False leaves out what runs online."""
+    config = model.config
+    decoder = Decoder(config, attention=NAME, dtype=torch.float64)
+    family, shape = decoder.family, decoder.shape
+    rotations = Rotations.of(shape, **choice, seed=3, online_r1=family.post_norms)
+    state = split_modules_state(model, decoder)
+    ends = rotations.rotate_ends(Ends.of(family, state), family)
+    hidden = decoder.embed(ends, _tokens())
+    for index in range(shape.blocks):
+        prefix = f"{family.layers}.{index}."
+        tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        block = decoder.block(index, rotations.rotate_block(tensors, family, index))
+        if online:
+            set_attention(block.get_submodule(family.attention), AttentionTransform(rotations.r3))
+            sites = {"down": rotations.r4}
+            if rotations.online_r1:
+                sites |= {"qkv": rotations.r1, "gate_up": rotations.r1}
+            for name, site in family.sites.items():
+                if (r := sites.get(site)) is not None:
+                    block.get_submodule(name).register_forward_pre_hook(lambda _, args, r=r: r.apply(args[0]))
+        hidden = decoder.run(block, hidden)
+    return decoder.logits(ends)(hidden)
+
+
+def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]:
+    """The state of a whole model, one tensor a projection, from transformers' own tensors by plain slicing."""
+    shape = decoder.shape
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for name in list(state):
+        if name.endswith("experts.gate_up_proj"):
+            fused, stem = state.pop(name), name.removesuffix("gate_up_proj")
+            for i in range(shape.experts):
+                state[f"{stem}{i}.gate_proj.weight"] = fused[i, : shape.ffn]
+                state[f"{stem}{i}.up_proj.weight"] = fused[i, shape.ffn :]
+        elif name.endswith("experts.down_proj"):
+            fused, stem = state.pop(name), name.removesuffix("down_proj")
+            state |= {f"{stem}{i}.down_proj.weight": fused[i] for i in range(shape.experts)}
+        elif name.endswith("qkv_proj.weight"):
+            fused, stem = state.pop(name), name.removesuffix("weight")
+            q, k = shape.query_heads * shape.head_dim, shape.key_heads * shape.head_dim
+            parts = {"query": fused[:q], "key": fused[q : q + k], "value": fused[q + k :]}
+            state |= {f"{stem}{part}.weight": tensor for part, tensor in parts.items()}
+        elif name.endswith("gate_up_proj.weight"):
+            fused, stem = state.pop(name), name.removesuffix("weight")
+            state |= {f"{stem}gate.weight": fused[: shape.ffn], f"{stem}up.weight": fused[shape.ffn :]}
+    return state
+
+
+def _model(family_model: Callable[..., nn.Module], name: str) -> nn.Module:
+    return family_model(name, attention=NAME).double()
+
+
+@torch.no_grad()
+def _expected(model: nn.Module) -> Tensor:
+    return model(_tokens()).logits
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=_named)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_stay(family_model: Callable[..., nn.Module], name: str, choice: dict[str, bool]) -> None:
+    model = _model(family_model, name)
+    expected = _expected(model)
+    assert expected.std() > 0.3
+    assert (_logits(model, choice) - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rotation_does_something(family_model: Callable[..., nn.Module], name: str) -> None:
+    """The folded half without the online half must show: R4 everywhere, R1 where there are post norms."""
+    model = _model(family_model, name)
+    expected, family = _expected(model), family_for(model.config, "it")
+    assert (_logits(model, {**NONE, "r4": True}, online=False) - expected).abs().max() > 1e-3
+    alone = (_logits(model, {**NONE, "r1": True}, online=False) - expected).abs().max()
+    assert alone > 1e-3 if family.post_norms else alone < EXACT
+
+
+def test_a_rotated_opt_has_no_mean(family_model: Callable[..., nn.Module]) -> None:
+    """The mean over channels is gone before the rotation: every tensor that writes to the stream has none."""
+    model = _model(family_model, "opt")
+    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+    family, state = decoder.family, split_modules_state(model, decoder)
+    rotations = Rotations.of(decoder.shape, **{**NONE, "r1": True})
+    assert rotations.r1 is not None
+    ends = Ends.of(family, state)
+    assert ends.embedding.mean(-1).abs().min() > 1e-3
+    rotated = rotations.rotate_ends(ends, family)
+    assert rotated.positions is not None and rotated.head_bias is not None and rotated.norm_bias is None
+    for tensor in (rotated.embedding, rotated.positions):
+        assert rotations.r1.apply_transposed(tensor).mean(-1).abs().max() < 1e-12
+    assert (rotated.head_bias - state["lm_head.weight"] @ state[f"{family.final_norm}.bias"]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_the_mean_of_other_embeddings_stays(family_model: Callable[..., nn.Module], name: str) -> None:
+    model = _model(family_model, name)
+    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+    rotations = Rotations.of(decoder.shape, **ALL)
+    assert rotations.r1 is not None
+    ends = Ends.of(decoder.family, split_modules_state(model, decoder))
+    rotated = rotations.rotate_ends(ends, decoder.family)
+    assert (rotations.r1.apply_transposed(rotated.embedding) - ends.embedding).abs().max() < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe"])
+def test_split_blocks_compute_the_same(family_model: Callable[..., nn.Module], name: str) -> None:
+    model = _model(family_model, name)
+    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+    state = split_modules_state(model, decoder)
+    x = torch.randn(2, LENGTH, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    prefix = f"{decoder.family.layers}.1."
+    block = decoder.block(1, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    whole = model.get_submodule(f"{decoder.family.layers}.1")
+    arguments = decoder.arguments(whole, LENGTH)
+    assert (block(x, **arguments) - whole(x, **arguments)).abs().max() < 1e-12
+    assert split_modules(decoder.skeleton.get_submodule(f"{decoder.family.layers}.0"), decoder.family, decoder.shape)
+
+
+def test_all_families_are_tested() -> None:
+    assert {name.partition("-")[0] for name in NAMES} == set(FAMILIES)
