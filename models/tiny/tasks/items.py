@@ -134,7 +134,11 @@ def recall() -> list[Item]:
             others = {
                 other
                 for other in module.names
-                if other not in near and abs(len(other) - len(word)) <= 2 and other[0].isupper() == word[0].isupper()
+                if other not in near
+                and abs(len(other) - len(word)) <= 2
+                and other[0].isupper() == word[0].isupper()
+                and not other.startswith(word)
+                and not word.startswith(other)
             }
             if others:
                 yield _item(rng, context, word, [rng.choice(sorted(others))])
