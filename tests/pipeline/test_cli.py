@@ -217,7 +217,17 @@ def test_evaluate(stages: Stages, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "10.500" in result.stdout
     run, options = stages.calls[0]
     assert run == tmp_path and options.pop("progress").quiet
-    assert options == {"dataset": "c4", "windows": 7, "sequence_length": 64, "device": None}
+    assert {name: value for name, value in options.items() if value is not None} == {
+        "dataset": "c4",
+        "windows": 7,
+        "sequence_length": 64,
+        "batch": 8,
+    }
+    more = ("--tasks", "piqa,mine", "--tasks-path", str(tmp_path), "--limit", "5", "--batch-size", "2", "--quiet")
+    assert call("evaluate", str(tmp_path), *more).exit_code == 0
+    options = stages.calls[1][1]
+    assert options["tasks"] == "piqa,mine" and options["tasks_path"] == tmp_path
+    assert options["limit"] == 5 and options["batch"] == 2 and options["dataset"] is None
     assert call("evaluate", str(tmp_path), "--windows", "0").exit_code == 2
 
 

@@ -14,6 +14,7 @@ from rotoboa.pipeline.progress import (
     loss_table,
     peak_memory,
     result_table,
+    task_table,
 )
 
 
@@ -138,6 +139,23 @@ def test_divergence_has_columns_beside_its_data_set() -> None:
         ["RTN, no rotation", "7.000", "1.5000", "50.0%", ""],
         ["quantized", "5.500", "0.0625", "87.5%", "6.000"],
     ]
+
+
+def test_task_table() -> None:
+    tasks = {
+        "piqa": {"metric": "acc_norm", "full_precision": 0.75, "full_precision_stderr": 0.01, "quantized": 0.7},
+        "average": {"metric": "average", "full_precision": 0.75, "quantized": 0.5, "stderr": 0.02},
+    }
+    lines = text(task_table({"tasks": tasks})).splitlines()
+    assert [cell.strip() for cell in lines[2].strip("┃").split("┃")] == [
+        "task",
+        "metric",
+        "full precision",
+        "quantized",
+    ]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert rows == [["piqa", "acc_norm", "0.750 ± 0.010", "0.700"], ["average", "", "0.750", "0.500 ± 0.020"]]
+    assert not task_table({}).rows
 
 
 def test_what_was_not_measured_has_no_row() -> None:
