@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN (ARGS: any option of `rotoboa quantize`)
 	$(BIN)/rotoboa quantize --model $(MODEL) --recipe $(RECIPE) --output $(RUN) $(ARGS)
 
-evaluate: $(STAMP)  ## measure the perplexity of the finished run in RUN again
+evaluate: $(STAMP)  ## measure the finished run in RUN again (ARGS: --dataset, --tasks, ...)
 	$(BIN)/rotoboa evaluate $(RUN) $(ARGS)
 
 test: $(STAMP)  ## run the tests
