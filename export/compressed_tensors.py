@@ -29,17 +29,21 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from torch import Tensor
 
 from ..boa.rounding import Quantized
 from ..errors import InputError
-from ..models.families import Shape, family_of
+from ..models.families import Family, Shape, family_of
+from ..rotation.hadamard import Hadamard
 from .checkpoint import SHARD_BYTES, write_checkpoint
 from .finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
 from .reading import check_shape, read_config, read_shapes
 from .spec import Spec
 
 NAME = "compressed-tensors"
+VLLM_ALONE = "R4 is online: for vLLM alone, not transformers"  # short enough to be quoted whole
 
 
 def stock_clip(bits: int) -> float:
@@ -58,7 +62,8 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, NAME)
-    refuse_online(spec, NAME, activations=True)
+    refuse_online(spec, NAME, activations=True, r4=True)
+    transforms(spec, run.family, run.shape)
     if spec.activation_bits == 16:
         return
     if not spec.symmetric:
@@ -82,11 +87,31 @@ def _input_clips(spec: Spec) -> set[float]:
     return {clip for block in spec.clips or () for site, clip in block.items() if site not in ("key", "value")}
 
 
-def quantization_config(spec: Spec, head: str) -> dict[str, Any]:
-    """`quantization_config` of config.json; `head` is the linear layer that is left as it is.
+def transforms(spec: Spec, family: Family, shape: Shape) -> TransformConfig | None:
+    """R4 as vLLM runs it, by Sylvester's Hadamard matrix of down's width or of equal blocks of it; None without R4.
+
+    Raises:
+        InputError: the run's R4 is another matrix.
+    """
+    if not spec.r4:
+        return None
+    hadamard = Hadamard.of(shape.ffn)
+    if hadamard.base != 1:
+        raise InputError(
+            f"the run needs R4 of width {shape.ffn}, no power of two, and {NAME} can express Sylvester's Hadamard "
+            "matrices alone: use --format native, or quantize with --no-rotation.r4."
+        )
+    blocks = hadamard.order if hadamard.blocks > 1 else None
+    online = TransformArgs(targets=[f"re:.*{family.down}$"], location="input")
+    return TransformConfig(config_groups={"R4": TransformScheme(type="hadamard", head_dim=blocks, apply=[online])})
+
+
+def quantization_config(spec: Spec, family: Family, shape: Shape) -> dict[str, Any]:
+    """`quantization_config` of config.json; the head is left as it is.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
-    checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key.
+    checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key, nor
+    `quantization_status`, which keeps transformers from loading a run with R4: it would leave the rotation out.
     """
     weights = QuantizationArgs(
         num_bits=spec.bits,
@@ -111,9 +136,12 @@ def quantization_config(spec: Spec, head: str) -> dict[str, Any]:
         config_groups={"group_0": scheme},
         format=packed.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[head],
+        ignore=[family.head],
     )
     data: dict[str, Any] = config.model_dump(mode="json")
+    online = transforms(spec, family, shape)
+    if online is not None:
+        data |= {"transform_config": online.model_dump(mode="json"), "quantization_status": VLLM_ALONE}
     return data if spec.symmetric else {**data, "dequantize": True}
 
 
@@ -151,6 +179,10 @@ def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
         for name, result in quantized.items():
             parts = compress(result, run.spec.bits, run.spec.symmetric)
             group |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
+        if run.spec.r4 and index == 0:
+            # One matrix for all blocks, which share it in vLLM; its kernel does without, its plain product does not.
+            matrix = deterministic_hadamard_matrix(Hadamard.of(run.shape.ffn).order, torch.bfloat16)
+            group[f"{prefix}{f.down}.R4_input.weight"] = matrix
         yield group
     yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
 
@@ -162,7 +194,7 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
         InputError: the format cannot hold the run.
     """
     check(run)
-    config = {**run.config, "quantization_config": quantization_config(run.spec, run.family.head)}
+    config = {**run.config, "quantization_config": quantization_config(run.spec, run.family, run.shape)}
     write_checkpoint(folder, run.folder, config, groups(run), shard_bytes=shard_bytes)
 
 
@@ -175,6 +207,8 @@ def inspect(folder: Path) -> None:
     config, quantization = read_config(folder, NAME)
     try:
         stored = CompressionFormat(quantization.get("format"))
+        if quantization.get("quantization_status") == VLLM_ALONE:
+            quantization["quantization_status"] = QuantizationStatus.COMPRESSED.value
         (scheme,) = QuantizationConfig.model_validate(quantization).config_groups.values()
         weights = scheme.weights
         if stored != CompressionFormat.pack_quantized or weights is None:

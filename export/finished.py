@@ -141,8 +141,10 @@ def refuse_layout(family: Family, name: str) -> None:
         )
 
 
-def refuse_online(spec: Spec, name: str, *, activations: bool = False) -> None:
+def refuse_online(spec: Spec, name: str, *, activations: bool = False, r4: bool = False) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
+
+    `activations` and `r4` say that the format holds these.
 
     Raises:
         InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
@@ -152,7 +154,7 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False) -> None:
         online.append("R1 (an online rotation before q, k, v, gate and up, whose outputs are normed)")
     if spec.r3:
         online.append("R3 (an online rotation of queries and keys)")
-    if spec.r4:
+    if spec.r4 and not r4:
         online.append("R4 (an online rotation before down)")
     if spec.activation_bits < 16 and not activations:
         online.append(f"{spec.activation_bits}-bit activations")

@@ -21,6 +21,7 @@ from ..errors import InputError, RunError
 from ..export import compressed_tensors, gguf_reader, gptq
 from ..export.finished import Finished
 from ..export.native import load_native, packed_block
+from ..export.reading import read_config
 from ..export.record import check_files, read_record
 from ..models.decoder import Decoder
 from .exporting import blocks_digest, open_finished
@@ -113,6 +114,8 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
         if found.shape != expected.shape:
             shapes = f"{tuple(found.shape)}, and the run {tuple(expected.shape)}"
             raise RunError(f"{export}: {reader} gives logits of shape {shapes}: export it again.")
+        if finished.spec.r4 and record.format == compressed_tensors.NAME:
+            reader += ", R4 by compressed-tensors"
         difference = float((found - expected).abs().max())
         agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
         results.append(Verified(record.format, reader, difference, deviation, agreement, limit if judged else None))
@@ -153,7 +156,8 @@ def _gptq(export: Path, ids: Tensor) -> Tensor:
 
 def _compressed_tensors(export: Path, ids: Tensor) -> Tensor:
     compressed_tensors.inspect(export)
-    return _fresh(_TRANSFORMERS, export, ids, "")
+    _, quantization = read_config(export, compressed_tensors.NAME)
+    return _fresh(_TRANSFORMED if "transform_config" in quantization else _TRANSFORMERS, export, ids, "")
 
 
 def _gguf(export: Path, ids: Tensor) -> Tensor:
@@ -170,6 +174,23 @@ from safetensors.torch import load_file, save_file
 folder, ids, logits, file = sys.argv[1:]
 options = {"gguf_file": file, "config": transformers.AutoConfig.from_pretrained(folder)} if file else {}
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+with torch.no_grad():
+    save_file({"logits": model(load_file(ids)["ids"]).logits.float().contiguous()}, logits)
+assert "rotoboa" not in sys.modules
+"""
+
+# vLLM alone runs R4: in its place the library of the format does, on the stock model.
+_TRANSFORMED = """
+import json, pathlib, sys, torch, transformers
+from compressed_tensors.transform import TransformConfig, apply_transform_config
+from safetensors.torch import load_file, save_file
+folder, ids, logits, _ = sys.argv[1:]
+config = json.loads(pathlib.Path(folder, "config.json").read_text())
+quantization = config["quantization_config"] | {"quantization_status": "compressed"}
+transforms = TransformConfig.model_validate(quantization.pop("transform_config"))
+config = transformers.AutoConfig.for_model(**config | {"quantization_config": quantization})
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+apply_transform_config(model, transforms)
 with torch.no_grad():
     save_file({"logits": model(load_file(ids)["ids"]).logits.float().contiguous()}, logits)
 assert "rotoboa" not in sys.modules
