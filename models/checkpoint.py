@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -32,8 +32,7 @@ from .layout import split_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md")
+WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md")
 
 
 def fetch(source: str, is_local: bool) -> Path:
@@ -45,7 +44,7 @@ def fetch(source: str, is_local: bool) -> Path:
     if is_local:
         return Path(source)
     with hub_errors(source):
-        return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(source, allow_patterns=list(WANTED)))
 
 
 @contextmanager
@@ -84,61 +83,6 @@ def renamed(stored: str, family: Family) -> str:
     for pattern, replacement in family.renamed:
         stored = re.sub(pattern, replacement, stored)
     return stored
-
-
-class Remote:
-    """What `Checkpoint` says of a checkpoint, from its config and the headers of its files on the hub.
-
-    Args:
-        source: hub id.
-
-    Raises:
-        InputError: as `fetch`, or the architecture is not supported.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        with hub_errors(source):
-            folder = Path(hf_hub_download(source, "config.json")).parent
-            headers = get_safetensors_metadata(source)
-        self.config = read_config(folder)
-        self.family: Family = family_for(self.config, source)
-        self._found = {
-            renamed(name, self.family): tensor
-            for file in headers.files_metadata.values()
-            for name, tensor in file.tensors.items()
-        }
-
-    @classmethod
-    def of(cls, source: str) -> Remote | None:
-        """None where the whole checkpoint is in the local cache already."""
-        try:
-            snapshot_download(source, allow_patterns=list(_WANTED), local_files_only=True)
-        except (LocalEntryNotFoundError, HFValidationError, OSError):
-            return cls(source)
-        return None
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensors."""
-        return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in self._found.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding."""
-        return DTYPES.get(self._found[f"{self.family.embedding}.weight"].dtype, torch.float32)
-
-    def check(self, expected: Mapping[str, torch.Size]) -> None:
-        """As `Checkpoint.check`, but for tensors that are not expected."""
-        tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
-        for name, shape in expected.items():
-            if name not in self._found and name != tied:
-                raise InputError(f"{self.source} has no tensor {name}, which its config.json asks for: choose another.")
-            if name in self._found and tuple(self._found[name].shape) != tuple(shape):
-                raise InputError(
-                    f"{self.source}: tensor {name} has shape {tuple(self._found[name].shape)}, and config.json asks "
-                    f"for {tuple(shape)}: they do not belong together."
-                )
 
 
 def read_config(folder: Path) -> PretrainedConfig:

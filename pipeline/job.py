@@ -25,6 +25,7 @@ from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
+from ..models.families import Shape
 from ..rotation.rotate import Rotations
 from .buffers import Buffers
 from .calibration import PAPER_WINDOWS, Split, evaluation_tokens, load_texts
@@ -250,3 +251,16 @@ def exported_bytes(job: Job) -> int:
     return (
         s.blocks * (weights * job.spec.bits // 8 + scales) + 2 * s.vocabulary * s.hidden * job.checkpoint.dtype.itemsize
     )
+
+
+def activation_bytes(shape: Shape, tokens: int) -> dict[str, int]:
+    """Bytes of both streams, and of what a block holds for all tokens at once, in float32."""
+    query = shape.query_heads * shape.head_dim
+    return {"streams": 2 * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, shape.ffn)}
+
+
+def spilled_bytes(job: Job, tokens: int) -> int:
+    """What lies in files while a run works: activations beyond the budget, embedding and head."""
+    shape = job.decoder.shape
+    beyond = sum(activation_bytes(shape, tokens).values()) - job.buffers.budget
+    return max(0, beyond) + 2 * shape.vocabulary * shape.hidden * job.checkpoint.dtype.itemsize

@@ -17,12 +17,13 @@ import torch
 from ..boa.attention import NAME
 from ..export.packing import packed_width
 from ..models.aliases import resolve_model
-from ..models.checkpoint import Checkpoint, Remote, fetch
+from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
 from ..models.families import Shape
+from ..models.remote import Remote
 from ..rotation.hadamard import Hadamard, _prime_power, base_matrix
 from .buffers import free_memory
-from .job import check_sizes, length_of
+from .job import activation_bytes, check_sizes, length_of
 from .recipe import Recipe
 from .run import device_of
 
@@ -66,7 +67,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     }
     sizes = _sizes(recipe, decoder, projections, itemsize)
     layers = list(_layers(shape, recipe))
-    activations = _activations(shape, tokens)
+    activations = activation_bytes(shape, tokens)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     operations = _operations(recipe, shape, layers, tokens, length)
     evaluated = (3 if recipe.evaluation.baseline else 2) * _forward(shape, length) * (windows or 0) * length
@@ -191,12 +192,6 @@ def _layers(shape: Shape, recipe: Recipe) -> Iterator[Layer]:
     yield Layer("output", shape.hidden, query)
     yield Layer("gate and up", 2 * shape.ffn, shape.hidden)
     yield Layer("down", shape.hidden, shape.ffn)
-
-
-def _activations(shape: Shape, tokens: int) -> dict[str, int]:
-    """Bytes of both streams, and of what a block holds for all tokens at once, in float32."""
-    query = shape.query_heads * shape.head_dim
-    return {"streams": 2 * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, shape.ffn)}
 
 
 def _forward(shape: Shape, length: int) -> int:

@@ -37,6 +37,7 @@ from .job import (
     identity,
     length_of,
     prepare,
+    spilled_bytes,
     tokens_checksum,
 )
 from .measure import (
@@ -71,8 +72,8 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
     job = prepare(recipe, device)
     job.started = started
     folder = RunFolder(recipe.output, identity(job))
-    folder.need_space(2 * exported_bytes(job) + 2**24)
     length = length_of(recipe, job.model, job.decoder)
+    folder.need_space(2 * exported_bytes(job) + spilled_bytes(job, recipe.calibration.samples * length) + 2**24)
     calibration_set = dataset_of(recipe.calibration.dataset, job.model, "--calibration.dataset")
     evaluated = evaluation_sets(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
     with job.timed("text"):

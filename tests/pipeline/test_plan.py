@@ -157,7 +157,7 @@ def test_of_a_hub_model_only_headers_are_fetched(
         assert options["local_files_only"]
         raise LocalEntryNotFoundError("not there")
 
-    module = "rotoboa.models.checkpoint"
+    module = "rotoboa.models.remote"
     monkeypatch.setattr(f"{module}.snapshot_download", missing)
     monkeypatch.setattr(f"{module}.hf_hub_download", lambda source, name: str(llama / name))
     monkeypatch.setattr(f"{module}.get_safetensors_metadata", lambda source: headers(llama))
