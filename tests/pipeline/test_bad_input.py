@@ -21,7 +21,15 @@ from rotoboa.models.checkpoint import SINGLE
 from rotoboa.pipeline.cli import app
 
 QUICK = ["--weights.grid", "minmax", "--weights.refine", "0", "--weights.starts", "1", "--weights.rows", "8"]
-SMALL = ["--calibration.samples", "2", "--calibration.sequence_length", "32", "--evaluation.windows", "2"]
+SMALL = [
+    "--calibration.samples",
+    "2",
+    "--calibration.sequence_length",
+    "32",
+    "--evaluation.windows",
+    "2",
+    "--no-evaluation.report",
+]
 
 Arguments = list[str | Path]
 
