@@ -29,8 +29,8 @@ quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN (ARGS: any option of `r
 evaluate: $(STAMP)  ## measure the finished run in RUN again (ARGS: --dataset, --tasks, ...)
 	$(BIN)/rotoboa evaluate $(RUN) $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: $(STAMP)  ## run the tests, a process with one thread on each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -26,7 +26,9 @@ from common import HERE, measure
 from rotoboa.pipeline.recipe import build_recipe, load_recipe
 
 RECIPES = ("w2a16", "w3a16", "w4a4kv4", "w2a4kv4")
-SETTING: dict[str, Any] = {"calibration.samples": 64, "evaluation.split": "validation", "evaluation.windows": 64}
+SETTING: dict[str, Any] = {"evaluation.split": "validation", "evaluation.windows": 64}
+SAMPLES = {"w2a16": 64, "w3a16": 64, "w4a4kv4": 32, "w2a4kv4": 32}
+"""Calibration sequences: fewer than a recipe's, and least where a run is slowest, so that all of it takes an hour."""
 OTHER_MODEL = {
     "calibration.dataset": "stdlib",
     "evaluation.dataset": "stdlib",
@@ -78,7 +80,7 @@ def is_on(recipe: str, lever: str) -> bool:
 def _one(model: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(1)
     where = {} if model == "tiny" else {**OTHER_MODEL, "model": model}
-    report = measure(recipe, {**SETTING, **where, **changes})
+    report = measure(recipe, {**SETTING, "calibration.samples": SAMPLES[recipe], **where, **changes})
     (perplexity,), (divergence,) = report["perplexity"].values(), report["divergence"].values()
     return {
         "kl": divergence["kl"],
@@ -156,6 +158,7 @@ def main(
         "",
         "Made by `make ablation`. One lever at a time is turned against the recipe's default; differences are paired",
         f"by seed, ± is their standard deviation. Setting: {settings}.",
+        "Calibration sequences: " + ", ".join(f"{name} {count}" for name, count in SAMPLES.items() if name in chosen) + ".",
         "KL is the mean divergence of the next token's distribution from full precision, in nats: lower is better. A",
         "positive `off - on` says that the lever helps.",
         f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "
