@@ -158,7 +158,9 @@ def main(
         "",
         "Made by `make ablation`. One lever at a time is turned against the recipe's default; differences are paired",
         f"by seed, ± is their standard deviation. Setting: {settings}.",
-        "Calibration sequences: " + ", ".join(f"{name} {count}" for name, count in SAMPLES.items() if name in chosen) + ".",
+        "Calibration sequences: "
+        + ", ".join(f"{name} {count}" for name, count in SAMPLES.items() if name in chosen)
+        + ".",
         "KL is the mean divergence of the next token's distribution from full precision, in nats: lower is better. A",
         "positive `off - on` says that the lever helps.",
         f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "

@@ -36,7 +36,6 @@ from torch import Tensor
 from ..boa.rounding import Quantized
 from ..errors import InputError
 from ..models.families import Family, Shape, family_of
-from ..rotation.hadamard import Hadamard
 from .checkpoint import SHARD_BYTES, write_checkpoint
 from .finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
 from .reading import check_shape, read_config, read_shapes
@@ -93,13 +92,13 @@ def transforms(spec: Spec, family: Family, shape: Shape) -> TransformConfig | No
     Raises:
         InputError: the run's R4 is another matrix.
     """
-    if not spec.r4:
+    hadamard = spec.r4_of(shape)
+    if hadamard is None:
         return None
-    hadamard = Hadamard.of(shape.ffn)
     if hadamard.base != 1:
         raise InputError(
             f"the run needs R4 of width {shape.ffn}, no power of two, and {NAME} can express Sylvester's Hadamard "
-            "matrices alone: use --format native, or quantize with --no-rotation.r4."
+            "matrices alone: quantize with --rotation.r4_blocks, or use --format native."
         )
     blocks = hadamard.order if hadamard.blocks > 1 else None
     online = TransformArgs(targets=[f"re:.*{family.down}$"], location="input")
@@ -179,9 +178,9 @@ def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
         for name, result in quantized.items():
             parts = compress(result, run.spec.bits, run.spec.symmetric)
             group |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
-        if run.spec.r4 and index == 0:
+        if (r4 := run.spec.r4_of(run.shape)) is not None and index == 0:
             # One matrix for all blocks, which share it in vLLM; its kernel does without, its plain product does not.
-            matrix = deterministic_hadamard_matrix(Hadamard.of(run.shape.ffn).order, torch.bfloat16)
+            matrix = deterministic_hadamard_matrix(r4.order, torch.bfloat16)
             group[f"{prefix}{f.down}.R4_input.weight"] = matrix
         yield group
     yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}

@@ -23,6 +23,7 @@ class Spec:
     Attributes:
         bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
         r1, r2: folded into the weights, for information; r3, r4: online Hadamards of head_dim and ffn.
+        r4_blocks: R4 is of blocks of the largest power of two that divides ffn, where it need not be.
         online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
@@ -43,6 +44,7 @@ class Spec:
     cache_clip: float = 1.0
     clips: Sequence[Mapping[str, float]] | None = None
     online_r1: bool = False
+    r4_blocks: bool = False
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
@@ -54,7 +56,7 @@ class Spec:
             qkv=read,
             output=plain,
             gate_up=read,
-            down=InputTransform(Hadamard.of(shape.ffn) if self.r4 else None, quantizer),
+            down=InputTransform(self.r4_of(shape), quantizer),
             attention=AttentionTransform(
                 Hadamard.of(shape.head_dim) if self.r3 else None,
                 key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip),
@@ -62,6 +64,10 @@ class Spec:
             ),
         )
         return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
+
+    def r4_of(self, shape: Shape) -> Hadamard | None:
+        """The online Hadamard of down's input."""
+        return Hadamard.of(shape.ffn, powers=self.r4_blocks) if self.r4 else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
@@ -105,7 +111,7 @@ class Spec:
             },
             **{
                 name: isinstance(getattr(self, name), bool)
-                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric", "online_r1")
+                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric", "online_r1", "r4_blocks")
             },
         }
         legal["clips"] = self.clips is None or (

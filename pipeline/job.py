@@ -119,6 +119,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,
+        r4_blocks=rotation.r4_blocks,
         seed=rotation.seed,
         online_r1=decoder.family.post_norms,
     )
@@ -130,6 +131,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,
+        r4_blocks=rotation.r4_blocks,
         activation_bits=recipe.activations.bits,
         activation_symmetric=recipe.activations.symmetric,
         activation_clip=recipe.activations.clip,

@@ -157,7 +157,7 @@ def _rotations(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
     found = {}
     for name, (wanted, size, place) in places.items():
         if wanted:
-            rotation = Hadamard.of(size)
+            rotation = Hadamard.of(size, powers=name == "r4" and recipe.rotation.r4_blocks)
             found[name] = {
                 "where": place,
                 "size": size,

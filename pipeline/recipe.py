@@ -91,6 +91,10 @@ class Rotation(_Section):
     r2: bool = Field(default=True, description="Rotate the values of each head, between V and O. Free at run time.")
     r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
     r4: bool = Field(default=False, description="Rotate the input of down, online: for low-bit activations.")
+    r4_blocks: bool = Field(
+        default=False,
+        description="Make R4 of blocks of the largest power of two that divides its width, as vLLM can run it.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the random signs of the Hadamard matrices.")
     seeds: int = Field(
         default=1,

@@ -233,11 +233,11 @@ def _sylvester(x: Tensor, scale: float) -> Tensor:
 
 
 @cache
-def _plan(size: int) -> tuple[int, int]:
+def _plan(size: int, powers: bool) -> tuple[int, int]:
     """(order, base): the smallest constructible base with base * 2^k = size, else a power of two and 1."""
     power = size & -size
     base = size // power
-    while base <= size:
+    while base <= size and not powers:
         if _construct(base) is not None:
             return size, base
         base *= 2
@@ -262,18 +262,19 @@ class Hadamard:
     """Seed of the random signs of the rows; None for no signs."""
 
     @classmethod
-    def of(cls, size: int, seed: int | None = None) -> Hadamard:
+    def of(cls, size: int, seed: int | None = None, *, powers: bool = False) -> Hadamard:
         """The rotation of `size`: one block where a construction reaches it, else equal blocks, with a warning.
 
-        The blocks are then of the largest power of two that divides size; seed randomises the signs of the rows.
+        The blocks are then of the largest power of two that divides size, as they are wherever `powers` asks for it;
+        seed randomises the signs of the rows.
 
         Raises:
             ValueError: size < 1.
         """
         if size < 1:
             raise ValueError(f"a rotation needs a size of at least 1, got {size}")
-        order, base = _plan(size)
-        if order < size:
+        order, base = _plan(size, powers)
+        if order < size and not powers:
             text = "no Hadamard matrix of order %d can be constructed: rotating in %d blocks of %d, each for itself"
             _log.warning(text, size, size // order, order)
         return cls(size, order, base, seed)

@@ -46,15 +46,27 @@ class Rotations:
 
     @classmethod
     def of(
-        cls, shape: Shape, *, r1: bool, r2: bool, r3: bool, r4: bool, seed: int = 0, online_r1: bool = False
+        cls,
+        shape: Shape,
+        *,
+        r1: bool,
+        r2: bool,
+        r3: bool,
+        r4: bool,
+        seed: int = 0,
+        online_r1: bool = False,
+        r4_blocks: bool = False,
     ) -> Rotations:
-        """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for those that run online."""
+        """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for those that run online.
+
+        `r4_blocks` makes R4 of blocks of the largest power of two that divides its width.
+        """
         return cls(
             shape,
             r1=Hadamard.of(shape.hidden, None if online_r1 else seed) if r1 else None,
             r2=r2,
             r3=Hadamard.of(shape.head_dim) if r3 else None,
-            r4=Hadamard.of(shape.ffn) if r4 else None,
+            r4=Hadamard.of(shape.ffn, powers=r4_blocks) if r4 else None,
             seed=seed,
             online_r1=online_r1 and r1,
         )

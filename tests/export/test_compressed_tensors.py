@@ -136,7 +136,7 @@ def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int
     ("recipe", "changes", "words"),
     [
         ("w4a4kv4", {}, "needs R3 .*cache of 4-bit keys and 4-bit values, which compressed-tensors cannot hold"),
-        ("w4a16", {"rotation.r4": True}, "needs R4 of width 96, no power of two, .*use --format native"),
+        ("w4a16", {"rotation.r4": True}, "needs R4 of width 96, no power of two, .*--rotation.r4_blocks, or use --format native"),
         ("w4a16", {"activations.bits": 8, "activations.search": False}, "needs symmetric weights"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True}, r"cannot hold clip .*--activations\.clip 0\.99"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.symmetric": False},
@@ -158,19 +158,26 @@ def broken(cheap_run: Runs, tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
-def test_r4_is_written_for_vllm_and_kept_from_transformers(cheap_run: Runs, tmp_path: Path) -> None:
-    changes = {"rotation.r4": True, "weights.symmetric": True}
-    run = cheap_run("w4a16", changes, {"intermediate_size": 128})
+@pytest.mark.parametrize(("width", "order"), [(128, 128), (96, 32)])
+def test_r4_is_written_for_vllm_and_kept_from_transformers(
+    cheap_run: Runs, tmp_path: Path, width: int, order: int
+) -> None:
+    changes = {"rotation.r4": True, "rotation.r4_blocks": True, "weights.symmetric": True}
+    run = cheap_run("w4a16", changes, {"intermediate_size": width})
     export = exporting.export(run, "compressed-tensors", output=tmp_path / "export")
     with pytest.raises(Exception, match="R4 is online: for vLLM alone, not transformers"):
         AutoModelForCausalLM.from_pretrained(export)
     (group,) = json.loads((export / "config.json").read_text())["quantization_config"]["transform_config"][
         "config_groups"
     ].values()
-    assert group["type"] == "hadamard" and group["head_dim"] is None and group["randomize"] is False
+    assert (
+        group["type"] == "hadamard"
+        and group["head_dim"] == (None if order == width else order)
+        and group["randomize"] is False
+    )
     assert [(where["targets"], where["location"]) for where in group["apply"]] == [(["re:.*mlp.down_proj$"], "input")]
     matrix = load_file(export / "model.safetensors")["model.layers.0.mlp.down_proj.R4_input.weight"].double()
-    assert torch.equal(matrix / 128**0.5, Hadamard.of(128).matrix())
+    assert torch.equal(matrix / order**0.5, Hadamard.of(order).matrix())
     assert "With vLLM alone" in (export / "README.md").read_text()
     (result,) = verify(export)  # the stock model, and the rotation as the format's own library runs it
     assert result.difference < 1e-4 and result.reader == "transformers, R4 by compressed-tensors"
