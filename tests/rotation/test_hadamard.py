@@ -267,3 +267,16 @@ def test_wrong_input(x: Tensor) -> None:
     for fast in (rotation.apply, rotation.apply_transposed):
         with pytest.raises(ValueError, match="64"):
             fast(x)
+
+
+@pytest.mark.parametrize(("size", "order"), [(688, 16), (96, 32), (128, 128), (3, 1)])
+def test_blocks_of_powers_of_two(size: int, order: int) -> None:
+    """Also where a construction reaches all of it: Sylvester's matrix along the diagonal, orthogonal."""
+    rotation = Hadamard.of(size, powers=True)
+    assert (rotation.order, rotation.base, rotation.blocks) == (order, 1, size // order)
+    matrix = rotation.matrix()
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    block = Hadamard.of(order).matrix()
+    torch.testing.assert_close(matrix, torch.block_diag(*[block] * (size // order)), rtol=0, atol=0)
+    x = torch.randn(2, size, dtype=torch.float64)
+    torch.testing.assert_close(rotation.apply(x), x @ matrix, rtol=0, atol=1e-12)
