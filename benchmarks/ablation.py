@@ -90,33 +90,41 @@ def _one(model: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def table(recipe: str, results: dict[str, dict[str, float]], seeds: int) -> list[str]:
-    """Markdown of one recipe: the default, then what each lever changes, paired by seed."""
+def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
+    """Markdown of one recipe: the default, then what each lever changes, over the seeds that are measured of both."""
 
-    def all_of(case: str) -> list[dict[str, float]]:
-        return [results[f"{recipe} | {case} | {seed}"] for seed in range(seeds)]
+    def of(case: str) -> dict[int, dict[str, float]]:
+        """By seed."""
+        prefix = f"{recipe} | {case} | "
+        return {int(key.removeprefix(prefix)): found for key, found in results.items() if key.startswith(prefix)}
 
     def spread(values: list[float], digits: int, sign: str = "") -> str:
         return f"{mean(values):{sign}.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
-    default = all_of(DEFAULT)
+    default = of(DEFAULT)
+    if not default:
+        return []
+    found = list(default.values())
     lines = [
         f"## {recipe}",
-        f"Default: KL {spread([d['kl'] for d in default], 4)}, perplexity "
-        f"{spread([d['perplexity'] for d in default], 3)} (full precision {default[0]['full_precision']:.3f}).",
+        f"Default, {len(found)} seeds: KL {spread([d['kl'] for d in found], 4)}, perplexity "
+        f"{spread([d['perplexity'] for d in found], 3)} (full precision {found[0]['full_precision']:.3f}).",
         "",
-        "| lever | default | KL on | KL off | off - on | perplexity off - on | time on / off |",
-        "|---|---|---|---|---|---|---|",
+        "| lever | default | seeds | KL on | KL off | off - on | perplexity off - on | time on / off |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases(recipe):
-        if case == DEFAULT:
+        other = of(case)
+        both = sorted(default.keys() & other.keys())
+        if case == DEFAULT or not both:
             continue
-        lever_on, other = is_on(recipe, case), all_of(case)
-        on, off = (default, other) if lever_on else (other, default)
+        lever_on = is_on(recipe, case)
+        ours, theirs = [default[seed] for seed in both], [other[seed] for seed in both]
+        on, off = (ours, theirs) if lever_on else (theirs, ours)
         kl, ppl = ([b[key] - a[key] for a, b in zip(on, off, strict=True)] for key in ("kl", "perplexity"))
         slower = mean(a["seconds"] for a in on) / mean(b["seconds"] for b in off)
         lines.append(
-            f"| {case} | {'on' if lever_on else 'off'} | {mean(a['kl'] for a in on):.4f} "
+            f"| {case} | {'on' if lever_on else 'off'} | {len(both)} | {mean(a['kl'] for a in on):.4f} "
             f"| {mean(b['kl'] for b in off):.4f} | {spread(kl, 4, '+')} | {spread(ppl, 3, '+')} | {slower:.2f} |"
         )
     return [*lines, ""]
@@ -158,9 +166,7 @@ def main(
         "",
         "Made by `make ablation`. One lever at a time is turned against the recipe's default; differences are paired",
         f"by seed, ± is their standard deviation. Setting: {settings}.",
-        "Calibration sequences: "
-        + ", ".join(f"{name} {count}" for name, count in SAMPLES.items() if name in chosen)
-        + ".",
+        f"Calibration sequences: {', '.join(f'{name} {SAMPLES[name]}' for name in chosen)}.",
         "KL is the mean divergence of the next token's distribution from full precision, in nats: lower is better. A",
         "positive `off - on` says that the lever helps.",
         f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "
@@ -168,7 +174,7 @@ def main(
         "",
     ]
     for recipe in chosen:
-        text += table(recipe, results, seeds)
+        text += table(recipe, results)
     Path(HERE / f"{name}.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
     print(f"wrote {name}.md")
 
