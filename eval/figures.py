@@ -40,16 +40,21 @@ class Layer:
 
 
 def pictured_block(activations: Mapping[str, np.ndarray]) -> int:
-    """Of the blocks with pictures the one whose inputs are spikiest before the rotation."""
+    """Of the blocks with pictures the one that the rotation changes most."""
     blocks = sorted({int(name.rpartition(".")[2]) for name in activations if name.startswith("before.picture.")})
-    peaks = np.nanmax(activations["before.kurtosis"], axis=1)
-    return max(blocks, key=lambda block: peaks[block])
+    gains = np.nanmax(_gains(activations), axis=1)
+    return max(blocks, key=lambda block: gains[block])
 
 
-def spikiest_site(activations: Mapping[str, np.ndarray], block: int) -> str:
-    """The site whose inputs have the largest kurtosis before the rotation, in one block."""
-    kurtosis = activations["before.kurtosis"][block]
-    return list(SITES)[int(np.nanargmax(kurtosis))]
+def pictured_site(activations: Mapping[str, np.ndarray], block: int) -> str:
+    """The site of a block whose kurtosis the rotation lowers most."""
+    return list(SITES)[int(np.nanargmax(_gains(activations)[block]))]
+
+
+def _gains(activations: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Kurtosis before the rotation over that after it, (blocks, sites)."""
+    found: np.ndarray = activations["before.kurtosis"] / activations["after.kurtosis"]
+    return found
 
 
 def surfaces(activations: Mapping[str, np.ndarray], site: str, block: int) -> Picture:

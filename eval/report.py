@@ -129,7 +129,7 @@ def _activations(contents: Contents) -> Section:
         return Section("Activations", [], [])
     block = figures.pictured_block(found)
     # At the input of down stand the largest values, and at the others those of the residual stream's channels.
-    surface = figures.surfaces(found, figures.spikiest_site(found, block), block)
+    surface = figures.surfaces(found, figures.pictured_site(found, block), block)
     words = [
         "What the rotation does to the inputs of the linear layers, on a few calibration sequences in full precision. "
         "The rotated model computes the same function.",
