@@ -39,8 +39,9 @@ CASES: dict[str, tuple[str, str]] = {
     "w2a16 rtn": ("w2a16", "rtn"),
 }
 """A recipe, and how weights are rounded: as it says, by plain GPTQ, or to the nearest."""
-WORSE = {"perplexity": 1.003, "kl": 1.03, "full_precision": 1.0005, "ratio": 2.0, "peak_memory_bytes": 1.3}
-"""How many times its baseline a figure may become: another processor sums in another order."""
+WORSE = {"perplexity": 1.006, "kl": 1.06, "full_precision": 1.0005, "ratio": 2.0, "peak_memory_bytes": 1.3}
+"""How many times its baseline a figure may become. Another processor sums in another order, and integers that flip
+move the perplexity of 2-bit weights by some 0.2 %; a causal mask left out moves it by 2 %, and KL by 26 %."""
 
 
 def measure_case(name: str, changes: Mapping[str, Any]) -> dict[str, float]:
