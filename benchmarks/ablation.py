@@ -4,7 +4,7 @@
 
 Judged on text that is neither calibrated on nor reported: the validation split of the training modules. The mean KL
 divergence of the next token from full precision tells settings apart that perplexity cannot. Finished cases are kept
-in ablation.json, so that an interrupted run goes on; `--fresh` drops them.
+in ablation.json, so that an interrupted run goes on and a later one adds seeds; `--fresh` drops them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ def _one(model: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
         "kl": divergence["kl"],
         "perplexity": perplexity["quantized"],
         "full_precision": perplexity["full_precision"],
-        "seconds": report["seconds"]["quantize"] / report["plain_forward_seconds"],
     }
 
 
@@ -107,11 +106,11 @@ def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
     found = list(default.values())
     lines = [
         f"## {recipe}",
-        f"Default, {len(found)} seeds: KL {spread([d['kl'] for d in found], 4)}, perplexity "
+        f"Default (seeds: {len(found)}): KL {spread([d['kl'] for d in found], 4)}, perplexity "
         f"{spread([d['perplexity'] for d in found], 3)} (full precision {found[0]['full_precision']:.3f}).",
         "",
-        "| lever | default | seeds | KL on | KL off | off - on | perplexity off - on | time on / off |",
-        "|---|---|---|---|---|---|---|---|",
+        "| lever | default | seeds | KL on | KL off | off - on | perplexity off - on |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case in cases(recipe):
         other = of(case)
@@ -122,10 +121,9 @@ def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
         ours, theirs = [default[seed] for seed in both], [other[seed] for seed in both]
         on, off = (ours, theirs) if lever_on else (theirs, ours)
         kl, ppl = ([b[key] - a[key] for a, b in zip(on, off, strict=True)] for key in ("kl", "perplexity"))
-        slower = mean(a["seconds"] for a in on) / mean(b["seconds"] for b in off)
         lines.append(
             f"| {case} | {'on' if lever_on else 'off'} | {len(both)} | {mean(a['kl'] for a in on):.4f} "
-            f"| {mean(b['kl'] for b in off):.4f} | {spread(kl, 4, '+')} | {spread(ppl, 3, '+')} | {slower:.2f} |"
+            f"| {mean(b['kl'] for b in off):.4f} | {spread(kl, 4, '+')} | {spread(ppl, 3, '+')} |"
         )
     return [*lines, ""]
 
@@ -162,7 +160,7 @@ def main(
                   f"KL {results[waiting[future]]['kl']:.4f}", flush=True)  # fmt: skip
     settings = ", ".join(f"{key} {value}" for key, value in SETTING.items())
     text = [
-        f"# Ablation: {'the embedded model' if model == 'tiny' else 'another model'}, {seeds} calibration seeds",
+        f"# Ablation: {'the embedded model' if model == 'tiny' else 'another model'}",
         "",
         "Made by `make ablation`. One lever at a time is turned against the recipe's default; differences are paired",
         f"by seed, ± is their standard deviation. Setting: {settings}.",
