@@ -28,7 +28,7 @@ from .recipe import Recipe
 from .run import device_of
 
 BASELINE = 500 * 2**20  # bytes of the process before it has done anything: Python, torch, transformers
-EFFICIENCY = 0.4  # of the rate of a large matrix product that a run reaches over all, as measured on the embedded model
+EFFICIENCY = 0.4  # of the rate of a large matrix product that a run reaches over all: a rough estimate
 
 
 @dataclass(frozen=True)
