@@ -6,6 +6,7 @@ quantizer that calibration and evaluation use; what attention gets is what they 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -232,18 +233,24 @@ def use_packed_cache(decoder: nn.Module, layers: str, attention: str) -> None:
         layers: attribute of the decoder that lists its blocks.
         attention: name of the attention module in a block, which carries its transform.
     """
-    decoder.register_forward_pre_hook(partial(_give_cache, layers=layers, attention=attention), with_kwargs=True)
+    # transformers 5.24 calls it `cache`, and still takes the older name.
+    own = inspect.signature(type(decoder).forward).parameters
+    name = "cache" if "cache" in own else "past_key_values"
+    hook = partial(_give_cache, name=name, layers=layers, attention=attention)
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _give_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layers: str, attention: str
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, layers: str, attention: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    cache, wanted = kwargs.get(name), kwargs.get("use_cache")
+    if cache is None and kwargs.get("past_key_values") is not None:
+        cache = kwargs["past_key_values"]
     if wanted is None:
         wanted = getattr(decoder.config, "use_cache", False)
     if cache is None and wanted:
         cache = DynamicCache(config=decoder.config)
-        kwargs = {**kwargs, "past_key_values": cache}
+        kwargs = {**kwargs, name: cache}
     if isinstance(cache, DynamicCache) and type(cache) is DynamicCache and cache.get_seq_length() == 0:
         blocks = decoder.get_submodule(layers).children()
         _pack_layers(cache, [block.get_submodule(attention).rotoboa_transform for block in blocks])  # type: ignore[misc]

@@ -80,10 +80,10 @@ def test_a_mask_left_out_is_a_regression(copied: Path) -> None:
     ("figure", "factor", "code"),
     [
         ("perplexity", 1.002, 0),
-        ("perplexity", 1.004, 1),
+        ("perplexity", 1.007, 1),
         ("perplexity", 0.9, 0),
         ("kl", 1.02, 0),
-        ("kl", 1.04, 1),
+        ("kl", 1.07, 1),
         ("full_precision", 1.001, 1),
         ("full_precision", 0.999, 1),
         ("ratio", 1.9, 0),
