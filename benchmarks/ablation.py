@@ -142,21 +142,21 @@ def main(
     if kept.is_file() and not fresh:
         results = json.loads(kept.read_text(encoding="utf-8"))
     chosen = recipes.split(",")
-    todo = {
+    missing = {
         f"{recipe} | {case} | {seed}": (recipe, {**changes, "calibration.seed": seed})
         for seed in range(seeds)
         for recipe in chosen
         for case, changes in cases(recipe).items()
     }
-    todo = {key: value for key, value in todo.items() if key not in results}
+    missing = {key: value for key, value in missing.items() if key not in results}
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_one, model, *value): key for key, value in todo.items()}
+        waiting = {pool.submit(_one, model, *value): key for key, value in missing.items()}
         for number, future in enumerate(as_completed(waiting), 1):
             results[waiting[future]] = future.result()
             kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            left = (time.monotonic() - started) / number * (len(todo) - number)
-            print(f"{number} of {len(todo)}, {left / 60:.0f} min left: {waiting[future]} "
+            left = (time.monotonic() - started) / number * (len(missing) - number)
+            print(f"{number} of {len(missing)}, {left / 60:.0f} min left: {waiting[future]} "
                   f"KL {results[waiting[future]]['kl']:.4f}", flush=True)  # fmt: skip
     settings = ", ".join(f"{key} {value}" for key, value in SETTING.items())
     text = [

@@ -167,23 +167,11 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
 
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    f = run.family
-    ends = run.ends()
-    embedding, norm, head = ends.embedding, ends.norm, ends.head
-    yield {f"{f.embedding}.weight": embedding}
-    for index in range(run.shape.blocks):
-        quantized, others = run.split(index)
-        prefix = f"{f.layers}.{index}."
-        group = {prefix + name: tensor for name, tensor in others.items()}
-        for name, result in quantized.items():
-            parts = compress(result, run.spec.bits, run.spec.symmetric)
-            group |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
-        if (r4 := run.spec.r4_of(run.shape)) is not None and index == 0:
-            # One matrix for all blocks, which share it in vLLM; its kernel does without, its plain product does not.
-            matrix = deterministic_hadamard_matrix(r4.order, torch.bfloat16)
-            group[f"{prefix}{f.down}.R4_input.weight"] = matrix
-        yield group
-    yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
+    yield from run.groups(lambda result: compress(result, run.spec.bits, run.spec.symmetric))
+    if (r4 := run.spec.r4_of(run.shape)) is not None:
+        # One matrix for all blocks, which share it in vLLM; its kernel does without, its plain product does not.
+        matrix = deterministic_hadamard_matrix(r4.order, torch.bfloat16)
+        yield {f"{run.family.layers}.0.{run.family.down}.R4_input.weight": matrix}
 
 
 def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:

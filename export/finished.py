@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,23 @@ class Finished:
         """How many outputs each projection has."""
         return projection_rows(self.family, self.shape)
 
-    def groups(self) -> Iterator[dict[str, Tensor]]:
-        """All tensors by their full names: embedding, each block, then norm and head."""
+    def groups(self, stored: Callable[[Quantized], dict[str, Tensor]] | None = None) -> Iterator[dict[str, Tensor]]:
+        """All tensors by their full names: embedding, each block, then norm and head.
+
+        Args:
+            stored: the tensors that a format has for one projection, by the last part of their names; None: ours.
+        """
         f = self.family
         first, last = self.ends().split(f)
         yield first
         for index in range(self.shape.blocks):
-            yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in self.block(index).items()}
+            if stored is None:
+                tensors = self.block(index)
+            else:
+                quantized, tensors = self.split(index)
+                for name, result in quantized.items():
+                    tensors |= {f"{name}.{part}": tensor for part, tensor in stored(result).items()}
+            yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
         yield last
 
 

@@ -16,7 +16,7 @@ and 8 bits lie: one rule for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +107,6 @@ def from_gptq(tensors: Mapping[str, Tensor], bits: int, version: str = V2) -> Qu
     return Quantized(integers, scales.T.float(), zero)
 
 
-def _groups(run: Finished, version: str) -> Iterator[dict[str, Tensor]]:
-    f = run.family
-    ends = run.ends()
-    embedding, norm, head = ends.embedding, ends.norm, ends.head
-    yield {f"{f.embedding}.weight": embedding}
-    for index in range(run.shape.blocks):
-        quantized, others = run.split(index)
-        prefix = f"{f.layers}.{index}."
-        group = {prefix + name: tensor for name, tensor in others.items()}
-        for name, result in quantized.items():
-            parts = to_gptq(result, run.spec.bits, version)
-            group |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
-        yield group
-    yield {f"{f.final_norm}.weight": norm, f"{f.head}.weight": head}
-
-
 def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, version: str = V2) -> None:
     """Write a finished run in version 2 of this format, or in version 1.
 
@@ -132,7 +116,13 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, versio
     check(run, version)
     quantization = quantize_config(run.spec, version)
     config = {**run.config, "quantization_config": quantization}
-    write_checkpoint(folder, run.folder, config, _groups(run, version), shard_bytes=shard_bytes)
+    write_checkpoint(
+        folder,
+        run.folder,
+        config,
+        run.groups(lambda result: to_gptq(result, run.spec.bits, version)),
+        shard_bytes=shard_bytes,
+    )
     write_json(folder / CONFIG, quantization)
 
 

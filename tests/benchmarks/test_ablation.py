@@ -1,0 +1,47 @@
+"""The ablation's cases and its table; the runs themselves are the benchmark's."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rotoboa.pipeline.recipe import build_recipe, load_recipe
+
+
+@pytest.fixture
+def ablation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    yield importlib.import_module("ablation")
+    for name in ("ablation", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_every_case_differs_from_the_default_by_its_lever(ablation: Any) -> None:
+    for recipe in ablation.RECIPES:
+        default = build_recipe(load_recipe(recipe))
+        for name, changes in ablation.cases(recipe).items():
+            changed = build_recipe(load_recipe(recipe), changes)
+            assert (changed == default) == (name == ablation.DEFAULT)
+            if name != ablation.DEFAULT:
+                side = 1 if ablation.is_on(recipe, name) else 0
+                assert changes == {field: values[side] for field, values in ablation.LEVERS[name].items()}
+
+
+def test_differences_are_paired_by_seed_and_signed_by_the_lever(ablation: Any) -> None:
+    def figures(kl: float) -> dict[str, float]:
+        return {"kl": kl, "perplexity": 10 * kl, "full_precision": 1.0}
+
+    results = {
+        "w2a16 | default | 0": figures(0.1),
+        "w2a16 | default | 1": figures(0.3),
+        "w2a16 | act order | 0": figures(0.2),  # on by default: off is worse by 0.1, 0.2
+        "w2a16 | act order | 1": figures(0.5),
+        "w2a16 | best of 8 rotations | 1": figures(0.1),  # off by default: on is better by 0.2
+    }
+    lines = ablation.table("w2a16", results)
+    assert "| act order | on | 2 | 0.2000 | 0.3500 | +0.1500 ± 0.0707 | +1.500 ± 0.707 |" in lines
+    assert "| best of 8 rotations | off | 1 | 0.1000 | 0.3000 | +0.2000 | +2.000 |" in lines
+    assert len([line for line in lines if line.startswith("| ")]) == 3  # the head, and these two
+    assert ablation.table("w3a16", results) == []
