@@ -43,6 +43,7 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
         hidden.split(job.recipe.calibration.batch), tokens.split(job.recipe.calibration.batch), strict=True
     ):
         part.copy_(compute.embed(ends, ids))
+    del ends  # as large as a block or two, and not needed any more
     seconds = 0.0
     with torch.no_grad():
         for index in range(compute.shape.blocks):
