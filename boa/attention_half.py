@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class AttentionHalf(Workspace):
                 inputs.add(*self._weighted(norms, xf, xq))
                 grams.add_grams(seen.query, seen.key)
                 if not self.settings.sequential:
-                    grams.add_values(xq, self.full.get_submodule(f.value)(xq), attended[span].to(xq.device), seen)
+                    grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen)
         self._solve(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, norms, full.shape[1]),
@@ -50,8 +51,12 @@ class AttentionHalf(Workspace):
             for span, _, hq in self._batches(full, quantized):
                 xq = t.qkv(norm(hq))
                 seen = self._meet(self.quantized, xq, t.attention)
-                grams.add_values(xq, self.full.get_submodule(f.value)(xq), attended[span].to(xq.device), seen)
-        self._solve([f.value], lambda: grams.value_objective(self._weight(f.output)), [shape.key_heads])
+                grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen)
+        self._solve(
+            [f.value],
+            partial(grams.value_objective, self._weight(f.value), self._weight(f.output)),
+            [shape.key_heads],
+        )
 
         self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention), [f.output])
         t = self.transforms
@@ -60,12 +65,20 @@ class AttentionHalf(Workspace):
             given[span] = x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention))
             exact_x = attended[span].to(x.device)
             self._write(f.output, outputs, full[span], hf, hq, exact_x, x, f.attention_post_norm)
-        self._solve([f.output], outputs.objective, [1])
+        self._solve([f.output], partial(outputs.objective, self._weight(f.output)), [1])
         self._add(f.output, quantized, given, f.attention_post_norm)
 
     def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Tensor:
         """The input of the output projection (batch, length, heads * head_dim)."""
         return capture(block.get_submodule(self.family.output), self._attention(block, x, transform, None))
+
+    def _without_bias(self, attended: Tensor) -> Tensor:
+        """Attention's output (batch, length, heads * head_dim) without what the bias of the values adds to it."""
+        bias = self.full.get_submodule(self.family.value).bias
+        if not isinstance(bias, Tensor):
+            return attended
+        heads = bias.unflatten(0, (self.shape.key_heads, -1))
+        return attended - heads.repeat_interleave(self.shape.query_heads // self.shape.key_heads, 0).flatten()
 
     def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Seen:
         """Queries, keys and values alone: the forward pass ends where attention would begin."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class ExpertsHalf(Workspace):
             if self.done is None:
                 for hf, hq, scale in self._rows(flat_full, flat_quantized, rows, p_rows):
                     self._add_down(i, downs, hf, hq, scale)
-            self._solve([down], downs.objective, [1])
+            self._solve([down], partial(downs.objective, self._weight(down)), [1])
             expert, start = self._expert(self.quantized, i), 0
             for _, hq, scale in self._rows(flat_full, flat_quantized, token, p):
                 y = expert.down_proj(t.down(expert.inside(t.gate_up(self._norm(hq))))) * scale
@@ -67,10 +68,10 @@ class ExpertsHalf(Workspace):
         t, full, quantized = self.transforms, self._expert(self.full, i), self._expert(self.quantized, i)
         exact = t.down.rotate(full.inside(t.gate_up.rotate(self._norm(hf))))
         given = t.down(quantized.inside(t.gate_up(self._norm(hq))))
-        lost = full.down_proj(exact) - full.down_proj(given)
+        wanted = full.down_proj(exact)
         if self.settings.drift:
-            lost += hf - hq
-        downs.add(None, given * scale, lost * scale, stream=hf if self.settings.token_weights else None)
+            wanted += hf - hq
+        downs.add(None, given * scale, wanted * scale, stream=hf if self.settings.token_weights else None)
 
     def _route(self, full: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the full-precision experts add to their stream, (tokens, hidden); the quantized stream's routing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from .statistics import InputStatistics
@@ -32,7 +34,7 @@ class MlpHalf(Workspace):
             exact = t.down.rotate(self._mlp_hidden(self.full, t.gate_up.rotate(norm(hf))))
             given[span] = x = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
             self._write(f.down, downs, full[span], hf, hq, exact, x, f.mlp_post_norm)
-        self._solve([f.down], downs.objective, [1])
+        self._solve([f.down], partial(downs.objective, self._weight(f.down)), [1])
         self._add(f.down, quantized, given, f.mlp_post_norm)
 
     def _mlp_hidden(self, block: nn.Module, x: Tensor) -> Tensor:

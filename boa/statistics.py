@@ -16,7 +16,7 @@ PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a proc
 
 
 class InputStatistics:
-    """H_in = X_q X_q^T, R = (X_f - X_q) X_q^T and drift = D X_q^T of one linear input.
+    """H_in = X_q X_q^T of one linear input, and what its target is made from: R = (X_f - X_q) X_q^T, or Y X_q^T.
 
     The Hessian is scaled by 2 / tokens nowhere: only ratios matter to the solver, and damping is relative.
     """
@@ -24,41 +24,42 @@ class InputStatistics:
     def __init__(self) -> None:
         self.h_in: Tensor | None = None
         self.residual: Tensor | None = None
-        self.drift: Tensor | None = None
+        self.wanted: Tensor | None = None
 
     def add(
-        self, full: Tensor | None, quantized: Tensor, lost: Tensor | None = None, *, stream: Tensor | None = None
+        self, full: Tensor | None, quantized: Tensor, wanted: Tensor | None = None, *, stream: Tensor | None = None
     ) -> None:
         """One batch of tokens.
 
         Args:
-            full: (..., c), the layer's input in the full-precision stream; None where `lost` holds what it lost too.
+            full: (..., c), the layer's input in the full-precision stream; None where `wanted` is given.
             quantized: (..., c), its input in the quantized one.
-            lost: (..., d), D: what the layer's output has to make up for. A layer with fewer outputs than inputs is
-                cheaper to describe by W (x_f - x_q) in here than by `full`.
+            wanted: (..., r), Y: what the layer should put out, without its bias. A layer with fewer outputs than inputs
+                is cheaper to describe by these.
             stream: (..., hidden), the residual stream that the outputs end in. A token then counts by one over its mean
                 square, since every norm that reads the stream divides by that; None counts tokens alike.
         """
         x = quantized.reshape(-1, quantized.shape[-1])
         difference = None if full is None else full.reshape(x.shape) - x
-        lost = None if lost is None else lost.reshape(len(x), -1)
+        wanted = None if wanted is None else wanted.reshape(len(x), -1)
         if stream is not None:
             weight = stream.square().mean(-1).clamp_min(torch.finfo(stream.dtype).tiny).rsqrt().reshape(-1, 1)
             x = x * weight
-            difference, lost = (None if part is None else part * weight for part in (difference, lost))
+            difference, wanted = (None if part is None else part * weight for part in (difference, wanted))
         self.h_in = torch.zeros(2 * x.shape[1:], dtype=x.dtype, device=x.device) if self.h_in is None else self.h_in
         add_gram(self.h_in[None], x[None])
         if difference is not None:
             self.residual = _plus(self.residual, difference.T @ x)
-        if lost is not None:
-            self.drift = _plus(self.drift, lost.T @ x)
+        if wanted is not None:
+            self.wanted = _plus(self.wanted, wanted.T @ x)
 
-    def objective(self) -> Objective:
-        """One head, H_out the identity."""
+    def objective(self, weight: Tensor | None = None) -> Objective:
+        """One head, H_out the identity; `weight` (r, c) is the full-precision one, needed where outputs were wanted."""
         if self.h_in is None:
             raise ValueError("no calibration tokens were seen")
-        residual, drift = (None if part is None else part[None] for part in (self.residual, self.drift))
-        return Objective(mirrored(self.h_in[None]), residual=residual, drift=drift)
+        h_in = mirrored(self.h_in[None])
+        residual = None if self.residual is None else self.residual[None]
+        return Objective(h_in, residual=residual, drift=_drift(self.wanted, weight, h_in))
 
 
 class AttentionStatistics:
@@ -68,7 +69,7 @@ class AttentionStatistics:
         keys, queries: (key heads, head_dim, head_dim): K^T K, and Q^T Q summed over each key head's query heads, after
             RoPE and with R3 taken out again.
         value_h_in: (key heads, c, c): X_q A_q^T A_q X_q^T, summed so; blocks above the diagonal are not filled in.
-        value_drift: (key heads, head_dim, c): (W X_f A_f^T - W X_q A_q^T) A_q X_q^T, summed so.
+        value_wanted: (key heads, head_dim, c): W X_f A_f^T A_q X_q^T, summed so.
     """
 
     def __init__(self, rotation: Hadamard | None = None) -> None:
@@ -76,7 +77,7 @@ class AttentionStatistics:
         self.keys: Tensor | None = None
         self.queries: Tensor | None = None
         self.value_h_in: Tensor | None = None
-        self.value_drift: Tensor | None = None
+        self.value_wanted: Tensor | None = None
 
     def add_grams(self, query: Tensor, key: Tensor) -> None:
         """`query` (batch, heads, length, head_dim), `key` (batch, key heads, ...), as attention uses them."""
@@ -86,16 +87,15 @@ class AttentionStatistics:
         self.keys = _plus(self.keys, self._unrotate(k.transpose(1, 2) @ k))
         self.queries = _plus(self.queries, self._unrotate(q.transpose(1, 2) @ q))
 
-    def add_values(self, inputs: Tensor, values: Tensor, attended: Tensor, seen: Seen) -> None:
+    def add_values(self, inputs: Tensor, attended: Tensor, seen: Seen) -> None:
         """One batch of value inputs, weighted by causal attention.
 
         Args:
             inputs: (batch, length, c), X_q: the layer's input in the quantized stream.
-            values: (batch, length, key heads * head_dim), W X_q: the full-precision layer on that input.
-            attended: (batch, length, heads * head_dim), W X_f A_f^T: attention's output in the full-precision stream.
+            attended: (batch, length, heads * head_dim), W X_f A_f^T: attention's output in the full-precision stream,
+                without the bias of the values (probabilities sum to 1, so it comes out of attention as it went in).
             seen: what attention computes with in the quantized stream.
 
-        A bias may be in both `values` and `attended`: probabilities sum to 1, so it falls out of the difference.
         Query positions are taken in chunks, and a chunk only meets the tokens up to its end. Whichever is cheaper is
         formed first: A X per head, or the group's sum of A^T A.
         """
@@ -103,25 +103,27 @@ class AttentionStatistics:
         heads, groups = seen.query.shape[1], seen.key.shape[1]
         step = max(64, min(length, PROBABILITIES // (heads * length)))
         wide = length * c + c * c > length * length + groups * (length * c + c * c) / heads
-        values, attended = (part.unflatten(-1, (groups, -1)).transpose(1, 2) for part in (values, attended))
-        attended = attended.unflatten(-1, (heads // groups, -1)).transpose(2, 3)  # (batch, groups, n, length, head_dim)
-        if self.value_h_in is None or self.value_drift is None:
+        attended = attended.unflatten(-1, (groups, heads // groups, -1)).permute(0, 2, 3, 1, 4)
+        if self.value_h_in is None or self.value_wanted is None:
             self.value_h_in = inputs.new_zeros(groups, c, c)
-            self.value_drift = inputs.new_zeros(groups, values.shape[-1], c)
+            self.value_wanted = inputs.new_zeros(groups, attended.shape[-1], c)
         for i in range(batch):
-            x, pulled = inputs[i], torch.zeros_like(values[i].transpose(1, 2))
+            x = inputs[i]
             gram = inputs.new_zeros(groups, length, length) if wide else None
+            pulled = inputs.new_zeros(groups, attended.shape[-1], length) if wide else None
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 a = causal_probabilities(seen, i, start, stop)
-                lost = attended[i, :, :, start:stop].flatten(1, 2) - a @ values[i, :, :stop]
-                pulled[..., :stop].baddbmm_(lost.transpose(1, 2), a)
-                if gram is not None:
+                outputs = attended[i, :, :, start:stop].flatten(1, 2).transpose(1, 2)
+                if gram is not None and pulled is not None:
+                    pulled[..., :stop].baddbmm_(outputs, a)
                     add_gram(gram[:, :stop, :stop], a)
                 else:
-                    add_gram(self.value_h_in, (a.flatten(0, 1) @ x[:stop]).unflatten(0, (groups, -1)))
-            self.value_drift += pulled @ x
-            if gram is not None:
+                    weighted = (a.flatten(0, 1) @ x[:stop]).unflatten(0, (groups, -1))
+                    self.value_wanted.baddbmm_(outputs, weighted)
+                    add_gram(self.value_h_in, weighted)
+            if gram is not None and pulled is not None:
+                self.value_wanted += pulled @ x
                 self.value_h_in += x.T @ (mirrored(gram) @ x)
 
     def _unrotate(self, gram: Tensor) -> Tensor:
@@ -137,14 +139,20 @@ class AttentionStatistics:
             raise ValueError("no calibration tokens were seen")
         return self.keys, self.queries
 
-    def value_objective(self, output: Tensor) -> Objective:
-        """H_out is W_O,h^T W_O,h summed over a value head's query heads; `output` is W_O (hidden, heads * head_dim)."""
+    def value_objective(self, weight: Tensor, output: Tensor) -> Objective:
+        """H_out is W_O,h^T W_O,h summed over a value head's query heads.
+
+        Args:
+            weight: W_V (key heads * head_dim, c), in full precision.
+            output: W_O (hidden, heads * head_dim).
+        """
         if self.value_h_in is None:
             raise ValueError("no calibration tokens were seen")
         groups, size = len(self.value_h_in), self.grams()[0].shape[-1]
         parts = output.T.reshape(groups, -1, size, output.shape[0]).float()
         h_out = (parts @ parts.transpose(-1, -2)).sum(1)
-        return Objective(mirrored(self.value_h_in), h_out, drift=self.value_drift)
+        h_in = mirrored(self.value_h_in)
+        return Objective(h_in, h_out, drift=_drift(self.value_wanted, weight.unflatten(0, (groups, -1)), h_in))
 
 
 def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -181,6 +189,18 @@ def mirrored(total: Tensor) -> Tensor:
     """The whole symmetric matrices (B, c, c) of which `add_gram` made the lower half."""
     lower = total.tril()
     return lower + lower.tril(-1).transpose(1, 2)
+
+
+def _drift(wanted: Tensor | None, weight: Tensor | None, h_in: Tensor) -> Tensor | None:
+    """D X^T for D = Y - W X, what the outputs W X lack of those that are wanted: Y X^T - W H_in, (B, r, c).
+
+    So the outputs W X need never be formed.
+    """
+    if wanted is None:
+        return None
+    if weight is None:
+        raise ValueError("outputs are wanted of a layer whose weight is not given")
+    return wanted.view(len(h_in), -1, h_in.shape[-1]) - weight.to(h_in.dtype) @ h_in
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

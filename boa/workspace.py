@@ -100,13 +100,13 @@ class Workspace:
         projection = self.full.get_submodule(name)
         written = projection(exact)
         if self.done is None:
-            lost = written - projection(given)
+            wanted = written if projection.bias is None else written - projection.bias
             if post_norm is not None:
                 weight = written.square().mean(-1, keepdim=True).clamp_min(torch.finfo(written.dtype).tiny).rsqrt()
-                lost, given = lost * weight, given * weight
+                wanted, given = wanted * weight, given * weight
             elif self.settings.drift:
-                lost += hf - hq
-            statistics.add(None, given, lost, stream=hf if self.settings.token_weights else None)
+                wanted = wanted + (hf - hq)
+            statistics.add(None, given, wanted, stream=hf if self.settings.token_weights else None)
         stream += self._normed(self.full, post_norm, written).to(stream.device)
 
     def _add(self, name: str, stream: Tensor, inputs: Tensor, post_norm: str | None = None) -> None:

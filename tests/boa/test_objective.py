@@ -161,27 +161,38 @@ def test_loss_of_float32_errors_stays_in_float32() -> None:
 # target
 
 
-def _streams(*, drift: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(tokens, c) of both streams, and what a residual stream of ROWS lost."""
+WEIGHT = _random(1, ROWS, COLUMNS, seed=7)
+
+
+def _streams() -> tuple[Tensor, Tensor, Tensor]:
+    """(2, 10, c) of both streams, and what a residual stream of ROWS lost."""
     quantized = _random(2, 10, COLUMNS, seed=4)
     full = quantized + 0.3 * _random(2, 10, COLUMNS, seed=5)
-    return full, quantized, _random(2, 10, ROWS, seed=6) if drift else None
+    return full, quantized, _random(2, 10, ROWS, seed=6)
+
+
+def _collected(*, drift: bool) -> Objective:
+    """In two batches, from what both streams give the layer, or from what it should put out."""
+    full, quantized, lost = _streams()
+    statistics = InputStatistics()
+    for xf, xq, d in zip(full, quantized, lost, strict=True):
+        if drift:
+            statistics.add(None, xq, xf @ WEIGHT[0].T + d)
+        else:
+            statistics.add(xf, xq)
+    return statistics.objective(WEIGHT[0])
 
 
 @pytest.mark.parametrize("drift", [False, True])
 @pytest.mark.parametrize("fraction", [1e-6, 0.01, 0.5])
 def test_target_is_the_least_squares_solution(fraction: float, drift: bool) -> None:
     """Damping by m: argmin ||W X_f + D - Q X_q||^2 + m ||Q - W||^2, solved as one least-squares problem."""
-    full, quantized, lost = _streams(drift=drift)
-    statistics = InputStatistics()
-    for i in range(2):  # in two batches
-        statistics.add(full[i : i + 1], quantized[i : i + 1], None if lost is None else lost[i : i + 1])
-    objective = statistics.objective()
-    weight = _random(1, ROWS, COLUMNS, seed=7)
+    objective, weight = _collected(drift=drift), WEIGHT
     target = objective.damped(fraction).target(weight)
 
+    full, quantized, lost = _streams()
     xf, xq = full.flatten(0, 1), quantized.flatten(0, 1)
-    wanted = xf @ weight[0].T + (0 if lost is None else lost.flatten(0, 1))
+    wanted = xf @ weight[0].T + (lost.flatten(0, 1) if drift else 0)
     root = (fraction * float(objective.h_in.diagonal(dim1=-2, dim2=-1).mean())) ** 0.5
     stacked = torch.cat([xq, root * torch.eye(COLUMNS, dtype=torch.float64)])
     expected = torch.linalg.lstsq(stacked, torch.cat([wanted, root * weight[0].T])).solution.T
@@ -209,10 +220,7 @@ def test_target_completes_the_square(shared: bool, h_out: bool) -> None:
 
 
 def test_alpha() -> None:
-    full, quantized, lost = _streams(drift=True)
-    statistics = InputStatistics()
-    statistics.add(full, quantized, lost)
-    objective, weight = statistics.objective().damped(0.01), _random(1, ROWS, COLUMNS, seed=7)
+    objective, weight = _collected(drift=True).damped(0.01), WEIGHT
     whole = objective.target(weight)
     assert torch.equal(objective.target(weight, 0), weight)
     torch.testing.assert_close(objective.target(weight, 0.25), weight + 0.25 * (whole - weight), rtol=1e-13, atol=1e-13)
@@ -225,10 +233,7 @@ def test_target_without_residual_is_the_weight() -> None:
 
 
 def test_target_keeps_the_dtype_of_the_weight() -> None:
-    full, quantized, lost = _streams(drift=True)
-    statistics = InputStatistics()
-    statistics.add(full, quantized, lost)
-    objective, weight = statistics.objective().damped(0.01), _random(1, ROWS, COLUMNS, seed=7)
+    objective, weight = _collected(drift=True).damped(0.01), WEIGHT
     target = objective.target(weight.float())
     assert target.dtype == torch.float32
     torch.testing.assert_close(target.double(), objective.target(weight), rtol=1e-5, atol=1e-5)

@@ -99,11 +99,6 @@ class Toy:
         return Seen(seen.query[sequences], seen.key[sequences], seen.value[sequences], SCALING)
 
     @property
-    def values(self) -> Tensor:
-        """(sequences, length, key heads * size)."""
-        return self.project(self.w_v).transpose(1, 2).flatten(2)
-
-    @property
     def attended(self) -> Tensor:
         """What attention gives, (sequences, length, heads * size)."""
         values = self.project(self.w_v).repeat_interleave(self.group, 1)
@@ -253,10 +248,9 @@ def test_r3_is_taken_out_of_the_grams(size: int) -> None:
 def _values(full: Toy, quantized: Toy) -> AttentionStatistics:
     """Collected one sequence, then all the others."""
     statistics = quantized.grams()
-    values = torch.einsum("btc,hrc->bthr", quantized.x, full.w_v).flatten(2)
     for part in (slice(0, 1), slice(1, None)):
         if len(full.x[part]):
-            statistics.add_values(quantized.x[part], values[part], full.attended[part], quantized.part(part))
+            statistics.add_values(quantized.x[part], full.attended[part], quantized.part(part))
     return statistics
 
 
@@ -264,7 +258,7 @@ def _values(full: Toy, quantized: Toy) -> AttentionStatistics:
 def test_values_of_one_query_head_each_are_exact(rope: bool) -> None:
     """The squared error of the attention layer's output, of all sequences."""
     toy = Toy(1, rope=rope)
-    objective = _values(toy, toy).value_objective(toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_v.flatten(0, 1), toy.w_o)
     assert objective.h_out is not None
     for head in range(KEY_HEADS):
 
@@ -282,7 +276,7 @@ def test_values_of_one_query_head_each_are_exact(rope: bool) -> None:
 def test_values_of_groups(group: int, rope: bool) -> None:
     """H_in and H_out each sum over the query heads: every head's output weight meets every head's attention."""
     toy = Toy(group, rope=rope)
-    objective = _values(toy, toy).value_objective(toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_v.flatten(0, 1), toy.w_o)
     assert objective.h_out is not None
     for head in range(KEY_HEADS):
 
@@ -303,7 +297,7 @@ def test_value_target_is_the_least_squares_solution() -> None:
     full, quantized = Toy(1, rope=True), Toy(1, rope=True)
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
     quantized.w_q = full.w_q + 0.2 * _random(*full.w_q.shape, seed=31)
-    objective = _values(full, quantized).value_objective(full.w_o)
+    objective = _values(full, quantized).value_objective(full.w_v.flatten(0, 1), full.w_o)
     target = Objective(objective.h_in, drift=objective.drift).target(full.w_v)
     for head in range(KEY_HEADS):
         y_full, y_quantized = (
@@ -345,22 +339,17 @@ def test_both_orders_of_multiplication(group: int, key_heads: int, length: int, 
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
     statistics = _values(full, quantized)
     h_in, drift = _literally(full, quantized)
-    objective = statistics.value_objective(full.w_o)
+    objective = statistics.value_objective(full.w_v.flatten(0, 1), full.w_o)
     torch.testing.assert_close(objective.h_in, h_in, rtol=0, atol=1e-12 * float(h_in.abs().max()))
     assert objective.drift is not None
     torch.testing.assert_close(objective.drift, drift, rtol=0, atol=1e-12 * float(h_in.abs().max()))
 
 
-def test_a_bias_of_values_makes_no_difference() -> None:
-    """Probabilities sum to 1: it falls out."""
+def test_the_same_stream_twice_has_lost_nothing() -> None:
     toy = Toy(2, rope=True)
-    plain, biased = _values(toy, toy), AttentionStatistics()
-    bias = _random(KEY_HEADS, SIZE, seed=8)
-    spread = bias.repeat_interleave(2, 0).flatten()
-    biased.add_values(toy.x, toy.values + bias.flatten(), toy.attended + spread, toy.seen)
-    assert plain.value_drift is not None
-    torch.testing.assert_close(biased.value_drift, plain.value_drift, rtol=0, atol=1e-11)
-    assert plain.value_drift.abs().max() < 1e-11  # the same stream twice has lost nothing
+    objective = _values(toy, toy).value_objective(toy.w_v.flatten(0, 1), toy.w_o)
+    assert objective.drift is not None
+    assert objective.drift.abs().max() < 1e-11
 
 
 def test_narrow_and_wide_agree() -> None:
@@ -368,11 +357,11 @@ def test_narrow_and_wide_agree() -> None:
     toy, other = Toy(4, rope=True, length=40, key_heads=2), Toy(4, rope=True, length=40, key_heads=2)
     other.x = 0.9 * toy.x
     narrow = _values(toy, other)
-    values, attended, seen = other.values, toy.attended, other.seen
-    wide = AttentionStatistics()
-    wide.add_values(torch.nn.functional.pad(other.x, (0, 194)), values, attended, seen)
-    wide.add_grams(seen.query, seen.key)
-    one, two = narrow.value_objective(toy.w_o), wide.value_objective(toy.w_o)
+    wide, weight = AttentionStatistics(), toy.w_v.flatten(0, 1)
+    wide.add_values(torch.nn.functional.pad(other.x, (0, 194)), toy.attended, other.seen)
+    wide.add_grams(other.query, other.key)
+    one = narrow.value_objective(weight, toy.w_o)
+    two = wide.value_objective(torch.nn.functional.pad(weight, (0, 194)), toy.w_o)
     assert one.drift is not None and two.drift is not None
     for narrower, wider in ((one.h_in, two.h_in[:, :WIDTH]), (one.drift, two.drift)):
         scale = float(narrower.abs().max())
@@ -453,19 +442,20 @@ def test_causal_probabilities_are_those_that_attention_uses(group: int) -> None:
 
 
 def test_input_statistics() -> None:
-    """X_q X_q^T, (X_f - X_q) X_q^T and D X_q^T, token by token, in batches of any shape."""
-    full, quantized, lost = _random(3, 4, 5, seed=1), _random(3, 4, 5, seed=2), _random(3, 4, 2, seed=3)
+    """X_q X_q^T, (X_f - X_q) X_q^T and (Y - W X_q) X_q^T, token by token, in batches of any shape."""
+    full, quantized, wanted = _random(3, 4, 5, seed=1), _random(3, 4, 5, seed=2), _random(3, 4, 2, seed=3)
+    weight = _random(2, 5, seed=4)
     h_in, residual = torch.zeros(2, 5, 5, dtype=torch.float64)
     drift = torch.zeros(2, 5, dtype=torch.float64)
     for s in range(3):
         for t in range(4):
             h_in += torch.outer(quantized[s, t], quantized[s, t])
             residual += torch.outer(full[s, t] - quantized[s, t], quantized[s, t])
-            drift += torch.outer(lost[s, t], quantized[s, t])
+            drift += torch.outer(wanted[s, t] - weight @ quantized[s, t], quantized[s, t])
     statistics = InputStatistics()
-    statistics.add(full[:2], quantized[:2], lost[:2])
-    statistics.add(full[2], quantized[2], lost[2])
-    objective = statistics.objective()
+    statistics.add(full[:2], quantized[:2], wanted[:2])
+    statistics.add(full[2], quantized[2], wanted[2])
+    objective = statistics.objective(weight)
     assert objective.residual is not None and objective.drift is not None and objective.h_out is None
     for found, expected in ((objective.h_in, h_in), (objective.residual, residual), (objective.drift, drift)):
         torch.testing.assert_close(found, expected[None], rtol=0, atol=1e-13)
@@ -473,24 +463,26 @@ def test_input_statistics() -> None:
 
 def test_tokens_count_by_the_norm_that_reads_them() -> None:
     """By one over the mean square of the residual stream, in all three sums; a token of zeros does no harm."""
-    full, quantized, lost = _random(3, 4, 5, seed=1), _random(3, 4, 5, seed=2), _random(3, 4, 2, seed=3)
+    full, quantized, wanted = _random(3, 4, 5, seed=1), _random(3, 4, 5, seed=2), _random(3, 4, 2, seed=3)
+    weight = _random(2, 5, seed=5)
     stream = _random(3, 4, 7, seed=4) * torch.logspace(-2, 2, 4, dtype=torch.float64)[:, None]
     sums = [torch.zeros(5, 5).double(), torch.zeros(5, 5).double(), torch.zeros(2, 5).double()]
     for s in range(3):
         for t in range(4):
             counts = 7 / float(stream[s, t] @ stream[s, t])
+            lost = wanted - quantized @ weight.T
             for total, left in zip(sums, (quantized, full - quantized, lost), strict=True):
                 total += counts * torch.outer(left[s, t], quantized[s, t])
     statistics = InputStatistics()
-    statistics.add(full[:2], quantized[:2], lost[:2], stream=stream[:2])
-    statistics.add(full[2], quantized[2], lost[2], stream=stream[2])
-    objective = statistics.objective()
+    statistics.add(full[:2], quantized[:2], wanted[:2], stream=stream[:2])
+    statistics.add(full[2], quantized[2], wanted[2], stream=stream[2])
+    objective = statistics.objective(weight)
     for found, expected in zip((objective.h_in, objective.residual, objective.drift), sums, strict=True):
         assert found is not None
         torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
     zeros = torch.zeros(2, 5, dtype=torch.float64)
     statistics.add(zeros, zeros, zeros[:, :2], stream=torch.zeros(2, 7, dtype=torch.float64))
-    assert torch.equal(statistics.objective().h_in, objective.h_in)
+    assert torch.equal(statistics.objective(weight).h_in, objective.h_in)
 
 
 def test_input_statistics_without_drift() -> None:
@@ -503,14 +495,14 @@ def test_adding_does_not_write_to_what_was_given() -> None:
     toy = Toy(2, rope=True)
     seen = toy.seen
     copies = [tensor.clone() for tensor in (toy.x, seen.query, seen.key)]
-    values, attended = toy.values, toy.attended
-    copies += [values.clone(), attended.clone()]
+    attended = toy.attended
+    copies.append(attended.clone())
     statistics, inputs = AttentionStatistics(), InputStatistics()
     for _ in range(2):
         statistics.add_grams(seen.query, seen.key)
-        statistics.add_values(toy.x, values, attended, seen)
+        statistics.add_values(toy.x, attended, seen)
         inputs.add(toy.x, toy.x)
-    given = (toy.x, seen.query, seen.key, values, attended)
+    given = (toy.x, seen.query, seen.key, attended)
     assert all(torch.equal(a, b) for a, b in zip(copies, given, strict=True))
 
 
@@ -520,4 +512,11 @@ def test_nothing_seen() -> None:
     with pytest.raises(ValueError, match="no calibration tokens"):
         AttentionStatistics().grams()
     with pytest.raises(ValueError, match="no calibration tokens"):
-        AttentionStatistics().value_objective(_random(5, 8))
+        AttentionStatistics().value_objective(_random(8, 6), _random(5, 8))
+
+
+def test_wanted_outputs_need_the_weight() -> None:
+    statistics = InputStatistics()
+    statistics.add(None, _random(3, 5), _random(3, 2))
+    with pytest.raises(ValueError, match="weight is not given"):
+        statistics.objective()
