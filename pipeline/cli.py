@@ -248,10 +248,10 @@ def evaluate(
     """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
     _read_json(run, "manifest.json")
 
-    from . import stages
+    from . import evaluating
 
     with Progress(quiet=quiet) as progress:
-        report = stages.evaluate(
+        report = evaluating.evaluate(
             run,
             dataset=dataset,
             windows=windows,

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..boa.block import BlockQuantizer
-from ..boa.objective import is_finite
-from ..boa.statistics import InputStatistics
 from ..errors import InputError, RunError
 from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
 from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
 from .calibration import calibration_tokens, load_texts
+from .ends import corrected_head, rotated_ends
+from .evaluating import shapes
 from .exporting import base_of, describe, open_finished
 from .job import (
     Job,
-    check_length,
     checkpoint_checksums,
     dataset_of,
     evaluation_sets,
@@ -52,8 +48,8 @@ from .measure import (
 )
 from .pages import siblings, write_page
 from .progress import Progress
-from .recipe import Recipe, recipe_to_yaml, split_names
-from .run import REPORT, RunFolder, recipe_of, write_json, write_tensors
+from .recipe import Recipe, recipe_to_yaml
+from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .tasks import Tasks, task_scores, tasks_of
 
@@ -133,10 +129,10 @@ def _run(
     if folder.is_exported():
         job.spec = replace(job.spec, clips=folder.clips())
     else:
-        ends = _ends(job)
+        ends = rotated_ends(job)
         with job.timed("quantize"):
             streams = _quantize_blocks(job, folder, tokens, ends, progress)
-            ends = _correct_head(job, ends, *streams)
+            ends = corrected_head(job, ends, *streams)
         with job.timed("export"):
             temporary = folder.path / ".model.tmp"
             write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends))
@@ -151,7 +147,7 @@ def _run(
         "model": job.model.name,
         "base": base_of(job.model.name, job.checkpoint.folder),
         **measured,
-        "tokens": {"calibration": list(tokens.shape), "evaluation": _shapes(windows)},
+        "tokens": {"calibration": list(tokens.shape), "evaluation": shapes(windows)},
         "seconds": job.spent(),
         "parts": known["parts"],
         "plain_forward_seconds": known["plain_forward_seconds"],
@@ -190,131 +186,6 @@ def _peak(job: Job, folder: RunFolder) -> dict[str, int]:
     earlier = folder.manifest.get("peak_memory_bytes", {})
     now = {**peak_memory(job.decoder.device), "spilled": job.buffers.peak}
     return {name: max(size, earlier.get(name, 0)) for name, size in now.items()}
-
-
-def evaluate(
-    run: Path,
-    *,
-    dataset: str | Sequence[str] | None = None,
-    windows: int | None = None,
-    sequence_length: int | None = None,
-    tasks: str | Sequence[str] | None = None,
-    tasks_path: Path | None = None,
-    limit: int | None = None,
-    batch: int = 8,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure a finished run on texts, or on zero-shot tasks; returns a report of what was measured.
-
-    What the run's report.json does not have yet is added to it: other texts, and tasks. What was cut short by
-    `windows`, `sequence_length` or `limit` is not.
-
-    Args:
-        run: the folder of the run.
-        dataset: texts, a list or with commas; None: those of the run.
-        windows: of each text; None: as in the run.
-        sequence_length: tokens of a window; None: as in the run.
-        tasks: zero-shot tasks, a list or with commas; without `dataset`, no text is measured beside them.
-        tasks_path: folder of task files that `tasks` may name; without `tasks`, all of them.
-        limit: items of a task; None: all.
-        batch: sequences of a task computed at a time.
-        device: where to compute; None: CUDA where it is, else the CPU.
-        progress: told of each step.
-
-    Raises:
-        InputError: there is no finished run, or a text or a task cannot be used.
-    """
-    progress = progress or Progress(quiet=True)
-    folder, report = RunFolder.open(run), _read_report(run / REPORT)
-    recipe = recipe_of(run).model_copy(update={"output": run})
-    job = prepare(recipe, device)
-    length = sequence_length or length_of(recipe, job.model, job.decoder)
-    check_length(length, job.decoder, job.model, "--sequence-length")
-    asked = tasks_of(job, split_names(tasks), tasks_path)
-    split, most = recipe.evaluation.split, windows or recipe.evaluation.windows
-    tokens: dict[str, Tensor] = {}
-    if dataset or not asked:
-        chosen = evaluation_sets(split_names(dataset) or recipe.evaluation.dataset, job.model, "--dataset")
-        tokens = {name: evaluation_windows(job, name, split, length, most) for name in chosen}
-    job.spec = replace(job.spec, clips=folder.clips())
-    measured: dict[str, dict[str, Any]] = perplexities(
-        job, folder, tokens, read_ends(run / "model", job.decoder.family), progress
-    )
-    if asked:
-        measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
-    if not (windows or sequence_length or limit):
-        _add(report, measured, _shapes(tokens))
-        write_json(run / REPORT, report)
-    return {
-        **measured,
-        "tokens": {"evaluation": _shapes(tokens)},
-        "seconds": job.seconds,
-        "sizes": sizes(job, folder),
-        "memory": loaded(job, length),
-    }
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    """The report of a finished run.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report["perplexity"], dict):
-            raise ValueError("it has no perplexities")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it is not the report of a finished run.") from error
-    return dict(report)
-
-
-def _add(report: dict[str, Any], measured: Mapping[str, dict[str, Any]], windows: Mapping[str, Any]) -> None:
-    """Add the texts that a report has not, and tasks."""
-    new = [dataset for dataset in windows if dataset not in report["perplexity"]]
-    for name in ("perplexity", "divergence"):
-        report[name] = report.get(name, {}) | {dataset: measured[name][dataset] for dataset in new}
-    if new:
-        known = report.get("tokens", {}).get("evaluation")
-        of_new = {dataset: windows[dataset] for dataset in new}
-        report["tokens"]["evaluation"] = (known if isinstance(known, dict) else {}) | of_new
-    if "tasks" in measured:
-        others = {name: found for name, found in report.get("tasks", {}).items() if name != "average"}
-        report["tasks"] = {**others, **measured["tasks"]}
-        if set(others) - set(measured["tasks"]):  # the average is of the new ones alone
-            report["tasks"].pop("average", None)
-
-
-def _shapes(windows: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {dataset: list(tokens.shape) for dataset, tokens in windows.items()}
-
-
-def _ends(job: Job) -> Ends:
-    """What is outside the blocks, rotated, in the checkpoint's dtype: what is stored is what is measured."""
-    c, family, rotations = job.checkpoint, job.decoder.family, job.rotations
-    if not (family.positions or family.layer_norm or rotations.online_r1):
-        final = c.final_norm()
-        _, norm = rotations.rotate_head(final[None], final, family)
-        embedding = _rotated(job, f"{family.embedding}.weight", rotations.rotate_embedding)
-        head = _rotated(job, c.head_name, lambda part: rotations.rotate_head(part, final, family)[0])
-        return Ends(embedding, norm.to(c.dtype), head)
-    return rotations.rotate_ends(c.ends(), family).map(lambda tensor: tensor.to(c.dtype))
-
-
-def _rotated(job: Job, name: str, rotate: Callable[[Tensor], Tensor]) -> Tensor:
-    """A matrix of the checkpoint, rotated some rows at a time (in float64), in a file."""
-    dtype = job.checkpoint.dtype
-    result = job.buffers.file(*job.checkpoint.shape(name), dtype=dtype)
-    for rows, part in job.checkpoint.rows(name):
-        result[rows] = rotate(part).to(dtype)
-        if not is_finite(result[rows]):
-            raise RunError(
-                f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
-                "as bfloat16 or float32."
-            )
-        job.buffers.release()
-    return result
 
 
 def _quantize_blocks(
@@ -373,25 +244,6 @@ def _quantize_blocks(
         progress.advance(block=index)
     job.spec = replace(job.spec, clips=folder.clips())
     return full, quantized
-
-
-@torch.no_grad()
-def _correct_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> Ends:
-    """The output layer, which is not quantized, moved to make up for what the last hidden states lost.
-
-    It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with no rounding after it.
-    """
-    weights = job.recipe.weights
-    if weights.head == 0 or weights.method == "rtn":
-        return ends
-    final, statistics = job.decoder.norm(ends.norm, ends.norm_bias), InputStatistics()
-    for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
-        statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
-    objective = statistics.objective().damped(weights.damping)
-    for part in ends.head.split(8192):
-        moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
-        part.copy_(moved)
-    return ends
 
 
 def _show(progress: Progress, index: int, name: str, loss: float) -> None:

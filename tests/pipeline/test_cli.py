@@ -23,7 +23,7 @@ REPORT = {
 
 
 class Stages(ModuleType):
-    """Stands in for the stages: remembers how it was called, and fails where it is told to."""
+    """Stands in for the stages and for evaluating: remembers how it was called, and fails where it is told to."""
 
     def __init__(self) -> None:
         super().__init__("rotoboa.pipeline.stages")
@@ -42,8 +42,9 @@ class Stages(ModuleType):
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    monkeypatch.setitem(sys.modules, "rotoboa.pipeline.stages", fake)
-    monkeypatch.setattr(rotoboa.pipeline, "stages", fake, raising=False)
+    for name in ("stages", "evaluating"):
+        monkeypatch.setitem(sys.modules, f"rotoboa.pipeline.{name}", fake)
+        monkeypatch.setattr(rotoboa.pipeline, name, fake, raising=False)
     return fake
 
 

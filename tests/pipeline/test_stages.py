@@ -21,7 +21,7 @@ from rotoboa.boa.block import BlockQuantizer
 from rotoboa.errors import InputError
 from rotoboa.export.memory import model_bytes
 from rotoboa.export.packing import packed_width
-from rotoboa.pipeline import stages
+from rotoboa.pipeline import evaluating, stages
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
 from rotoboa.pipeline.run import RunFolder
@@ -138,20 +138,20 @@ def test_evaluating_again_gives_the_figures_of_the_report(
 ) -> None:
     recipe, report = finished
     before = model_files(output_of(recipe))
-    again = stages.evaluate(output_of(recipe))
+    again = evaluating.evaluate(output_of(recipe))
     assert all(again[name] == report[name] for name in ("perplexity", "divergence", "sizes"))
-    fewer = stages.evaluate(output_of(recipe), windows=2)
+    fewer = evaluating.evaluate(output_of(recipe), windows=2)
     assert perplexities(fewer)["quantized"] != perplexities(report)["quantized"]
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
-    assert list(stages.evaluate(output_of(recipe), dataset=str(other))["perplexity"]) == [str(other)]
+    assert list(evaluating.evaluate(output_of(recipe), dataset=str(other))["perplexity"]) == [str(other)]
     for both in (f"{text}, {other}", [str(text), str(other)]):
-        found = stages.evaluate(output_of(recipe), dataset=both)
+        found = evaluating.evaluate(output_of(recipe), dataset=both)
         assert list(found["perplexity"]) == list(found["divergence"]) == [str(text), str(other)]
         assert found["perplexity"][str(text)] == report["perplexity"][str(text)]
         assert found["tokens"] == {"evaluation": {str(text): [4, 64], str(other): [4, 64]}}
         assert "evaluate quantized" in found["seconds"]
-    longer = stages.evaluate(output_of(recipe), sequence_length=128)
+    longer = evaluating.evaluate(output_of(recipe), sequence_length=128)
     assert perplexities(longer)["full_precision"] != perplexities(report)["full_precision"]
     assert model_files(output_of(recipe)) == before
 
@@ -159,13 +159,13 @@ def test_evaluating_again_gives_the_figures_of_the_report(
 def test_what_evaluate_refuses(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
     recipe, _ = finished
     with pytest.raises(InputError, match="--sequence-length 257 is more than the 256 positions"):
-        stages.evaluate(output_of(recipe), sequence_length=257)
+        evaluating.evaluate(output_of(recipe), sequence_length=257)
     with pytest.raises(InputError, match="is no run folder"):
-        stages.evaluate(tmp_path)
+        evaluating.evaluate(tmp_path)
     copy = Path(shutil.copytree(output_of(recipe), tmp_path / "copy"))
     (copy / "blocks" / "00001.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"00001\.safetensors is missing or damaged"):
-        stages.evaluate(copy)
+        evaluating.evaluate(copy)
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from rotoboa.errors import InputError
 from rotoboa.eval.zeroshot import Score, Tasks
 from rotoboa.models.tiny.tasks import items
-from rotoboa.pipeline import stages, tasks
+from rotoboa.pipeline import evaluating, stages, tasks
 from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.recipe import build_recipe
 
@@ -40,7 +40,7 @@ def test_default_is_by_the_model(monkeypatch: pytest.MonkeyPatch, llama: Path) -
 
 def test_real_items_through_every_model(run: Path) -> None:
     before = json.loads((run / "report.json").read_text())
-    found = stages.evaluate(run, tasks="tiny_agreement,tiny_recall", limit=4)
+    found = evaluating.evaluate(run, tasks="tiny_agreement,tiny_recall", limit=4)
     assert found["perplexity"] == {} and list(found["tasks"]) == ["tiny_agreement", "tiny_recall", "average"]
     for entry in found["tasks"].values():
         for model, stderr in (
@@ -58,13 +58,13 @@ def test_real_items_through_every_model(run: Path) -> None:
 
 def test_what_is_measured_later_is_added_to_the_report(run: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"a": Score("acc", 0.5, 0.125), "b": Score("acc", 0.25, None)}
-    monkeypatch.setattr(stages, "tasks_of", lambda job, names, folder: Tasks(tuple(names), None) if names else None)
+    monkeypatch.setattr(evaluating, "tasks_of", lambda job, names, folder: Tasks(tuple(names), None) if names else None)
     monkeypatch.setattr(
         tasks, "_models", lambda job, folder: iter([("full precision", _Model()), ("quantized", _Model())])
     )
     monkeypatch.setattr(tasks, "zero_shot", lambda model, tokenizer, asked, **_: {n: scores[n] for n in asked.names})
     before = json.loads((run / "report.json").read_text())
-    stages.evaluate(run, tasks=["a", "b"])
+    evaluating.evaluate(run, tasks=["a", "b"])
     report = json.loads((run / "report.json").read_text())
     assert report["tasks"]["a"] == {
         **{"metric": "acc", "full_precision": 0.5, "full_precision_stderr": 0.125},
@@ -72,12 +72,12 @@ def test_what_is_measured_later_is_added_to_the_report(run: Path, text: Path, mo
     }
     assert report["tasks"]["average"]["quantized"] == 0.375
     assert {name: part for name, part in report.items() if name != "tasks"} == before
-    stages.evaluate(run, tasks="a")  # the average of both stands no more
+    evaluating.evaluate(run, tasks="a")  # the average of both stands no more
     assert set(json.loads((run / "report.json").read_text())["tasks"]) == {"a", "b"}
 
     other = run / "other.txt"
     other.write_text(text.read_text()[:9000])
-    found = stages.evaluate(run, dataset=f"{text},{other}")
+    found = evaluating.evaluate(run, dataset=f"{text},{other}")
     report = json.loads((run / "report.json").read_text())
     assert report["perplexity"] == before["perplexity"] | {str(other): found["perplexity"][str(other)]}
     assert set(report["divergence"]) == set(report["tokens"]["evaluation"]) == {str(text), str(other)}

@@ -1,0 +1,119 @@
+"""A finished run measured again, on other texts or on zero-shot tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..export.checkpoint import read_ends
+from .job import check_length, evaluation_sets, evaluation_windows, length_of, prepare
+from .measure import loaded, perplexities, sizes
+from .progress import Progress
+from .recipe import split_names
+from .run import REPORT, RunFolder, recipe_of, write_json
+from .tasks import task_scores, tasks_of
+
+
+def evaluate(
+    run: Path,
+    *,
+    dataset: str | Sequence[str] | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    tasks_path: Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a finished run on texts, or on zero-shot tasks; returns a report of what was measured.
+
+    What the run's report.json does not have yet is added to it: other texts, and tasks. What was cut short by
+    `windows`, `sequence_length` or `limit` is not.
+
+    Args:
+        run: the folder of the run.
+        dataset: texts, a list or with commas; None: those of the run.
+        windows: of each text; None: as in the run.
+        sequence_length: tokens of a window; None: as in the run.
+        tasks: zero-shot tasks, a list or with commas; without `dataset`, no text is measured beside them.
+        tasks_path: folder of task files that `tasks` may name; without `tasks`, all of them.
+        limit: items of a task; None: all.
+        batch: sequences of a task computed at a time.
+        device: where to compute; None: CUDA where it is, else the CPU.
+        progress: told of each step.
+
+    Raises:
+        InputError: there is no finished run, or a text or a task cannot be used.
+    """
+    progress = progress or Progress(quiet=True)
+    folder, report = RunFolder.open(run), _read_report(run / REPORT)
+    recipe = recipe_of(run).model_copy(update={"output": run})
+    job = prepare(recipe, device)
+    length = sequence_length or length_of(recipe, job.model, job.decoder)
+    check_length(length, job.decoder, job.model, "--sequence-length")
+    asked = tasks_of(job, split_names(tasks), tasks_path)
+    split, most = recipe.evaluation.split, windows or recipe.evaluation.windows
+    tokens: dict[str, Tensor] = {}
+    if dataset or not asked:
+        chosen = evaluation_sets(split_names(dataset) or recipe.evaluation.dataset, job.model, "--dataset")
+        tokens = {name: evaluation_windows(job, name, split, length, most) for name in chosen}
+    job.spec = replace(job.spec, clips=folder.clips())
+    measured: dict[str, dict[str, Any]] = perplexities(
+        job, folder, tokens, read_ends(run / "model", job.decoder.family), progress
+    )
+    if asked:
+        measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
+    if not (windows or sequence_length or limit):
+        _add(report, measured, shapes(tokens))
+        write_json(run / REPORT, report)
+    return {
+        **measured,
+        "tokens": {"evaluation": shapes(tokens)},
+        "seconds": job.seconds,
+        "sizes": sizes(job, folder),
+        "memory": loaded(job, length),
+    }
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report["perplexity"], dict):
+            raise ValueError("it has no perplexities")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): it is not the report of a finished run.") from error
+    return dict(report)
+
+
+def _add(report: dict[str, Any], measured: Mapping[str, dict[str, Any]], windows: Mapping[str, Any]) -> None:
+    """Add the texts that a report has not, and tasks."""
+    new = [dataset for dataset in windows if dataset not in report["perplexity"]]
+    for name in ("perplexity", "divergence"):
+        report[name] = report.get(name, {}) | {dataset: measured[name][dataset] for dataset in new}
+    if new:
+        known = report.get("tokens", {}).get("evaluation")
+        of_new = {dataset: windows[dataset] for dataset in new}
+        report["tokens"]["evaluation"] = (known if isinstance(known, dict) else {}) | of_new
+    if "tasks" in measured:
+        others = {name: found for name, found in report.get("tasks", {}).items() if name != "average"}
+        report["tasks"] = {**others, **measured["tasks"]}
+        if set(others) - set(measured["tasks"]):  # the average is of the new ones alone
+            report["tasks"].pop("average", None)
+
+
+def shapes(windows: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """(windows, length) of each text."""
+    return {dataset: list(tokens.shape) for dataset, tokens in windows.items()}
