@@ -39,7 +39,7 @@ class AttentionHalf(Workspace):
                 inputs.add(*self._weighted(norms, xf, xq))
                 grams.add_grams(seen.query, seen.key)
                 if not self.settings.sequential:
-                    grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen)
+                    grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen, self._weight(f.value))
         self._solve(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, norms, full.shape[1]),
@@ -51,12 +51,8 @@ class AttentionHalf(Workspace):
             for span, _, hq in self._batches(full, quantized):
                 xq = t.qkv(norm(hq))
                 seen = self._meet(self.quantized, xq, t.attention)
-                grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen)
-        self._solve(
-            [f.value],
-            partial(grams.value_objective, self._weight(f.value), self._weight(f.output)),
-            [shape.key_heads],
-        )
+                grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen, self._weight(f.value))
+        self._solve([f.value], partial(grams.value_objective, self._weight(f.output)), [shape.key_heads])
 
         self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention), [f.output])
         t = self.transforms

@@ -456,7 +456,7 @@ def test_bad_stream_is_named(stream: str) -> None:
     ("huge", "message"),
     [
         (LLAMA.query, f"{LLAMA.query}, {LLAMA.key}: what weighs its outputs holds NaN or Inf"),
-        (LLAMA.value, f"{LLAMA.value}: what it should put out holds NaN or Inf"),
+        (LLAMA.value, f"{LLAMA.output}: what it should put out holds NaN or Inf"),
         (LLAMA.gate, f"{LLAMA.down}: what it should put out holds NaN or Inf"),
     ],
 )

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from rotoboa.boa import statistics as module
 from rotoboa.boa.attention import Seen, attention_forward, causal_probabilities, set_attention
 from rotoboa.boa.objective import Objective
 from rotoboa.boa.statistics import AttentionStatistics, InputStatistics, add_gram, mirrored, rope_pull_back
@@ -250,7 +251,7 @@ def _values(full: Toy, quantized: Toy) -> AttentionStatistics:
     statistics = quantized.grams()
     for part in (slice(0, 1), slice(1, None)):
         if len(full.x[part]):
-            statistics.add_values(quantized.x[part], full.attended[part], quantized.part(part))
+            statistics.add_values(quantized.x[part], full.attended[part], quantized.part(part), full.w_v.flatten(0, 1))
     return statistics
 
 
@@ -258,7 +259,7 @@ def _values(full: Toy, quantized: Toy) -> AttentionStatistics:
 def test_values_of_one_query_head_each_are_exact(rope: bool) -> None:
     """The squared error of the attention layer's output, of all sequences."""
     toy = Toy(1, rope=rope)
-    objective = _values(toy, toy).value_objective(toy.w_v.flatten(0, 1), toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_o)
     assert objective.h_out is not None
     for head in range(KEY_HEADS):
 
@@ -276,7 +277,7 @@ def test_values_of_one_query_head_each_are_exact(rope: bool) -> None:
 def test_values_of_groups(group: int, rope: bool) -> None:
     """H_in and H_out each sum over the query heads: every head's output weight meets every head's attention."""
     toy = Toy(group, rope=rope)
-    objective = _values(toy, toy).value_objective(toy.w_v.flatten(0, 1), toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_o)
     assert objective.h_out is not None
     for head in range(KEY_HEADS):
 
@@ -297,7 +298,7 @@ def test_value_target_is_the_least_squares_solution() -> None:
     full, quantized = Toy(1, rope=True), Toy(1, rope=True)
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
     quantized.w_q = full.w_q + 0.2 * _random(*full.w_q.shape, seed=31)
-    objective = _values(full, quantized).value_objective(full.w_v.flatten(0, 1), full.w_o)
+    objective = _values(full, quantized).value_objective(full.w_o)
     target = Objective(objective.h_in, drift=objective.drift).target(full.w_v)
     for head in range(KEY_HEADS):
         y_full, y_quantized = (
@@ -339,7 +340,7 @@ def test_both_orders_of_multiplication(group: int, key_heads: int, length: int, 
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
     statistics = _values(full, quantized)
     h_in, drift = _literally(full, quantized)
-    objective = statistics.value_objective(full.w_v.flatten(0, 1), full.w_o)
+    objective = statistics.value_objective(full.w_o)
     torch.testing.assert_close(objective.h_in, h_in, rtol=0, atol=1e-12 * float(h_in.abs().max()))
     assert objective.drift is not None
     torch.testing.assert_close(objective.drift, drift, rtol=0, atol=1e-12 * float(h_in.abs().max()))
@@ -347,7 +348,7 @@ def test_both_orders_of_multiplication(group: int, key_heads: int, length: int, 
 
 def test_the_same_stream_twice_has_lost_nothing() -> None:
     toy = Toy(2, rope=True)
-    objective = _values(toy, toy).value_objective(toy.w_v.flatten(0, 1), toy.w_o)
+    objective = _values(toy, toy).value_objective(toy.w_o)
     assert objective.drift is not None
     assert objective.drift.abs().max() < 1e-11
 
@@ -357,16 +358,37 @@ def test_narrow_and_wide_agree() -> None:
     toy, other = Toy(4, rope=True, length=40, key_heads=2), Toy(4, rope=True, length=40, key_heads=2)
     other.x = 0.9 * toy.x
     narrow = _values(toy, other)
-    wide, weight = AttentionStatistics(), toy.w_v.flatten(0, 1)
-    wide.add_values(torch.nn.functional.pad(other.x, (0, 194)), toy.attended, other.seen)
+    wide = AttentionStatistics()
+    padded, weight = (torch.nn.functional.pad(part, (0, 194)) for part in (other.x, toy.w_v.flatten(0, 1)))
+    wide.add_values(padded, toy.attended, other.seen, weight)
     wide.add_grams(other.query, other.key)
-    one = narrow.value_objective(weight, toy.w_o)
-    two = wide.value_objective(torch.nn.functional.pad(weight, (0, 194)), toy.w_o)
+    one, two = narrow.value_objective(toy.w_o), wide.value_objective(toy.w_o)
     assert one.drift is not None and two.drift is not None
     for narrower, wider in ((one.h_in, two.h_in[:, :WIDTH]), (one.drift, two.drift)):
         scale = float(narrower.abs().max())
         torch.testing.assert_close(wider[..., :WIDTH], narrower, rtol=0, atol=1e-12 * scale)
     assert two.h_in[:, WIDTH:].abs().max() == 0 and two.drift[:, :, WIDTH:].abs().max() == 0
+
+
+@pytest.mark.parametrize(("bfloat16", "tolerance"), [(False, 1e-5), (True, 5e-3)])
+def test_products_in_single_and_half_precision(
+    bfloat16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, on the same inputs: bfloat16 is off by its rounding, and nothing more."""
+    monkeypatch.setattr(module, "_has_bfloat16", lambda: bfloat16)
+    full, quantized = (Toy(2, rope=True, sequences=4, length=80, width=24) for _ in range(2))
+    quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
+    seen = Seen(*(part.float() for part in quantized.seen[:3]), SCALING)
+    statistics = AttentionStatistics()
+    statistics.add_grams(seen.query, seen.key)
+    statistics.add_values(quantized.x.float(), full.attended.float(), seen, full.w_v.flatten(0, 1).float())
+    found = statistics.value_objective(full.w_o.float())
+    assert found.h_in.dtype == torch.float32
+    h_in, drift = _literally(full, quantized)
+    assert found.drift is not None
+    assert float((found.h_in - h_in).norm() / h_in.norm()) < tolerance
+    # A difference of two outputs that are alike: what counts is its error beside the outputs themselves.
+    assert float((found.drift - drift).norm() / (full.w_v @ h_in).norm()) < tolerance
 
 
 @pytest.mark.parametrize("columns", [3, 64, 65, 300])
@@ -495,14 +517,14 @@ def test_adding_does_not_write_to_what_was_given() -> None:
     toy = Toy(2, rope=True)
     seen = toy.seen
     copies = [tensor.clone() for tensor in (toy.x, seen.query, seen.key)]
-    attended = toy.attended
-    copies.append(attended.clone())
+    attended, weight = toy.attended, toy.w_v.flatten(0, 1)
+    copies += [attended.clone(), weight.clone()]
     statistics, inputs = AttentionStatistics(), InputStatistics()
     for _ in range(2):
         statistics.add_grams(seen.query, seen.key)
-        statistics.add_values(toy.x, attended, seen)
+        statistics.add_values(toy.x, attended, seen, weight)
         inputs.add(toy.x, toy.x)
-    given = (toy.x, seen.query, seen.key, attended)
+    given = (toy.x, seen.query, seen.key, attended, weight)
     assert all(torch.equal(a, b) for a, b in zip(copies, given, strict=True))
 
 
@@ -512,7 +534,7 @@ def test_nothing_seen() -> None:
     with pytest.raises(ValueError, match="no calibration tokens"):
         AttentionStatistics().grams()
     with pytest.raises(ValueError, match="no calibration tokens"):
-        AttentionStatistics().value_objective(_random(8, 6), _random(5, 8))
+        AttentionStatistics().value_objective(_random(5, 8))
 
 
 def test_wanted_outputs_need_the_weight() -> None:
