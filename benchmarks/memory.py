@@ -50,6 +50,7 @@ CHEAP = {
     "activations.search": False,
     "cache.search": False,
     "evaluation.windows": 2,
+    "evaluation.references": False,
     "calibration.batch": 2,
 }
 GROWTH, LIMIT = 1.10, 12 * 2**30

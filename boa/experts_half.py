@@ -34,7 +34,11 @@ class ExpertsHalf(Workspace):
         t = self.transforms
         moved, index, weights = self._route(full, quantized)
         flat_full, flat_quantized = full.flatten(0, 1), quantized.flatten(0, 1)
-        added = torch.zeros_like(flat_quantized)
+        added = self.empty(*full.shape, dtype=full.dtype)
+        for part in added.split(self.batch):
+            part.zero_()
+            self.release()
+        flat_added = added.flatten(0, 1)
         for i in range(len(experts)):
             token, place = torch.where(index == i)
             p = weights[token, place, None]
@@ -58,10 +62,12 @@ class ExpertsHalf(Workspace):
             expert, start = self._expert(self.quantized, i), 0
             for _, hq, scale in self._rows(flat_full, flat_quantized, token, p):
                 y = expert.down_proj(t.down(expert.inside(t.gate_up(self._norm(hq))))) * scale
-                added.index_add_(0, token[start : start + len(y)], y.to(added))
+                flat_added.index_add_(0, token[start : start + len(y)], y.to(flat_added))
                 start += len(y)
-        full += moved.view_as(full)
-        quantized += added.view_as(quantized)
+        for stream, what in ((full, moved), (quantized, added)):
+            for part, more in zip(stream.split(self.batch), what.split(self.batch), strict=True):
+                part += more
+                self.release()
 
     def _add_down(self, i: int, downs: InputStatistics, hf: Tensor, hq: Tensor, scale: Tensor) -> None:
         """Statistics of the down projection of expert `i`, whose gate and up are quantized; all (tokens, ...)."""
@@ -74,21 +80,24 @@ class ExpertsHalf(Workspace):
         downs.add(None, given * scale, wanted * scale, stream=hf if self.settings.token_weights else None)
 
     def _route(self, full: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the full-precision experts add to their stream, (tokens, hidden); the quantized stream's routing."""
+        """What the full-precision experts add to their stream, as large as that; the quantized stream's routing.
+
+        The routing is experts and weights of each token, (tokens, experts per token).
+        """
         t, experts = self.transforms, self._experts(self.full)
-        moved, indices, weights = [], [], []
+        moved = self.empty(*full.shape, dtype=full.dtype)
+        chosen: list[tuple[Tensor, Tensor]] = []
 
         def run(expert: Expert, x: Tensor) -> Tensor:
             return expert.down_proj(t.down.rotate(expert.inside(x)))
 
-        for _, hf, hq in self._batches(full, quantized):
+        for span, hf, hq in self._batches(full, quantized):
             x = self._norm(hf).flatten(0, 1)
-            index, weight = self._choose(x)
-            moved.append(experts(t.gate_up.rotate(x), index, weight, run).to(full.device))
+            moved[span] = experts(t.gate_up.rotate(x), *self._choose(x), run).view_as(hf)
             index, weight = self._choose(self._norm(hq).flatten(0, 1))
-            indices.append(index.to(full.device))
-            weights.append(weight.to(full.device))
-        return torch.cat(moved), torch.cat(indices), torch.cat(weights)
+            chosen.append((index.to(full.device), weight.to(full.device)))
+        indices, weights = zip(*chosen, strict=True)
+        return moved, torch.cat(indices), torch.cat(weights)
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and weights of each token, (tokens, experts per token)."""
@@ -106,6 +115,7 @@ class ExpertsHalf(Workspace):
         device, size = self.decoder.device, self.batch * 512
         for part, weight in zip(rows.split(size), p.split(size), strict=True):
             yield full[part].to(device), quantized[part].to(device), weight.to(device)
+            self.release()
 
     def _pool(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Tokens of the whole layer, and weights that are alike."""

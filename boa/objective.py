@@ -82,8 +82,11 @@ class Objective:
         if self.drift is not None:
             shift += self.drift.to(weight.dtype)
         factor = torch.linalg.cholesky(self.h_in.double())
-        solved = torch.cholesky_solve(shift.double().transpose(-1, -2), factor).transpose(-1, -2)
-        return weight + alpha * solved.to(weight.dtype)
+        # The factor may be the largest tensor there is. cholesky_solve would copy it, for every head that shares it.
+        columns = shift.double().reshape(len(factor), -1, shift.shape[-1]).transpose(-1, -2)
+        half = torch.linalg.solve_triangular(factor, columns, upper=False)
+        torch.linalg.solve_triangular(factor.transpose(-1, -2), half, upper=True, out=half)
+        return weight + alpha * half.transpose(-1, -2).reshape(shift.shape).to(weight.dtype)
 
     def gradient(self, error: Tensor) -> Tensor:
         """H_out E H_in, half the loss's gradient: (heads, r, c)."""
@@ -113,8 +116,8 @@ def damp(h: Tensor, fraction: float) -> Tensor:
 
 def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
     """`damp`, and the fraction that was enough."""
-    h = h.double()
-    h = (h + h.transpose(-1, -2)).div_(2)
+    h = h.to(torch.float64, copy=True)
+    symmetrize(h)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     if not is_finite(h):
         raise ValueError("its Hessian holds NaN or Inf")
@@ -133,16 +136,30 @@ def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
         used *= 10
 
 
+def symmetrize(h: Tensor) -> None:
+    """Replace h (B, n, n) by (h + h^T) / 2, block row by block row."""
+    n = h.shape[-1]
+    for start in range(0, n, TRIANGLE):
+        block = slice(start, min(start + TRIANGLE, n))
+        mean = (h[:, block, start:] + h[:, start:, block].transpose(-1, -2)).div_(2)
+        h[:, block, start:] = mean
+        h[:, start:, block] = mean.transpose(-1, -2)
+
+
 def inverse_factor(h: Tensor) -> Tensor:
     """The upper U with U^T U = h^-1, (B, n, n) in float64, for a positive definite `h`.
 
     From the Cholesky factor of the reversed matrix: with J the reversal, J h J = L L^T gives h = (J L J)(J L J)^T with
     J L J upper; U is the inverse of that, without forming h^-1. Of a large h, two copies are held at a time.
     """
-    factor = h.flip(-1, -2)
+    factor = h.flip(-1, -2).transpose(-1, -2)  # columns in their order, as LAPACK has it: it works in place
     del h  # the caller may have passed it on
     torch.linalg.cholesky(factor, out=factor)
-    upper = factor.flip(-1, -2)
+    upper = torch.empty_like(factor, memory_format=torch.contiguous_format)
+    n = len(factor[0])
+    for start in range(0, n, TRIANGLE):
+        stop = min(start + TRIANGLE, n)
+        upper[:, start:stop] = factor[:, n - stop : n - start].flip(-1, -2)
     del factor
     invert_upper(upper)
     return upper

@@ -33,14 +33,14 @@ def reference_losses(
     Returns:
         For each projection `quantized`, `gptq` and `rtn`.
     """
-    damped = objective.damped(settings.damping)
-    target = damped.target(weight, settings.alpha)
     plain = replace(settings, **PLAIN)  # type: ignore[arg-type]
     found = {
         "quantized": result,
         "gptq": quantize(weight, objective, replace(plain, method="gptq")),
         "rtn": quantize(weight, None, replace(plain, method="rtn")),
     }
+    damped = objective.damped(settings.damping)  # after what takes memory of its own
+    target = damped.target(weight, settings.alpha)
     whole = damped.loss(target)
     losses = {name: damped.loss(part.dequantize() - target).clamp_min(0) for name, part in found.items()}
     return [

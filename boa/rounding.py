@@ -177,10 +177,10 @@ def _compensate(
     """
     heads, rows, columns = target.shape
     group = settings.group_size or columns
-    h_in = objective.h_in.to(target.dtype)
-    order = _descending(h_in) if settings.act_order else None
+    order = _descending(objective.h_in, target.dtype) if settings.act_order else None
     upper = inverse_factor((objective.h_in if order is None else _permute(objective.h_in, order)).double())
     upper = upper.to(target.dtype)
+    h_in = objective.h_in.to(target.dtype)
 
     work = target.clone()
     integers = torch.empty_like(target, dtype=torch.uint8)
@@ -267,8 +267,8 @@ def round_columns(
     return found.to(torch.uint8), scale, zero
 
 
-def _descending(h_in: Tensor) -> Tensor:
-    return h_in.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+def _descending(h_in: Tensor, dtype: torch.dtype) -> Tensor:
+    return h_in.diagonal(dim1=-2, dim2=-1).to(dtype).argsort(dim=-1, descending=True, stable=True)
 
 
 def _permute(h: Tensor, order: Tensor) -> Tensor:

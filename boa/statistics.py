@@ -14,6 +14,7 @@ from ..rotation.hadamard import Hadamard
 from .attention import Seen, causal_probabilities
 from .objective import Objective
 
+MIRROR = 1024  # columns of a symmetric matrix that are copied at a time
 PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a processor's cache
 
 
@@ -216,9 +217,14 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """The whole symmetric matrices (B, c, c) of which `add_gram` made the lower half."""
-    lower = total.tril()
-    return lower + lower.tril(-1).transpose(1, 2)
+    """Fill in, in place, the other half of the symmetric matrices (B, c, c) of which `add_gram` made the lower one."""
+    columns = total.shape[-1]
+    for start in range(0, columns, MIRROR):
+        stop = min(start + MIRROR, columns)
+        part = total[:, start:stop, start:stop]
+        part.copy_(part.tril() + part.tril(-1).transpose(1, 2))
+        total[:, start:stop, stop:] = total[:, stop:, start:stop].transpose(1, 2)
+    return total
 
 
 def _drift(wanted: Tensor | None, weight: Tensor | None, h_in: Tensor) -> Tensor | None:

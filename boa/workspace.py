@@ -49,7 +49,9 @@ class Workspace:
     ) -> None:
         self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
         self.full = block
-        self.quantized = copy.deepcopy(block)
+        # A copy whose weights are those of `block` until others take their place.
+        memo = {id(weight): nn.Parameter(weight.data, weight.requires_grad) for weight in block.parameters()}
+        self.quantized = copy.deepcopy(block, memo)
         self.settings, self.transforms, self.batch = settings, transforms, batch
         self.report = report or (lambda name, loss: None)
         self.done, self.search_inputs, self.search_cache = done, search_inputs, search_cache

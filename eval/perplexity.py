@@ -1,16 +1,17 @@
-"""Perplexity and divergence, block by block: only one decoder block is in memory at a time, and no more logits than
-those of one window."""
+"""Perplexity and divergence, block by block: only one decoder block is in memory at a time, and the logits of no
+more than a few hundred positions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BlockFunction = Callable[[Tensor], Tensor]
+POSITIONS = 512  # whose logits are held at a time: of 128,256 tokens they take 250 MiB, in each of a few tensors
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class States:
     logits: BlockFunction
     device: torch.device | str = "cpu"
 
-    def log_probabilities(self, window: int) -> Tensor:
-        """(length - 1, vocabulary) float32: of the token after each of a window's tokens but its last."""
-        return self.logits(self.hidden[window, :-1].to(self.device)).float().log_softmax(-1)
+    def log_probabilities(self, window: int, tokens: slice = slice(None)) -> Tensor:
+        """(tokens, vocabulary) float32: of the token after each of a window's tokens but its last, or some of them."""
+        return self.logits(self.hidden[window, :-1][tokens].to(self.device)).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def scores(tokens: Tensor, states: States, original: States | None = None) -> tu
         original: those of the model that it was made from, over the same tokens.
     """
     likelihood = kl = same = 0.0
-    for window, ids in enumerate(tokens):  # logits are large: one window of them
-        predicted = states.log_probabilities(window)
-        likelihood += float(predicted.gather(1, ids[1:, None].to(predicted.device)).sum(dtype=torch.float64))
+    for window, part, ids in _parts(tokens):
+        predicted = states.log_probabilities(window, part)
+        likelihood += float(predicted.gather(1, ids[:, None].to(predicted.device)).sum(dtype=torch.float64))
         if original is not None:
-            expected = original.log_probabilities(window)
+            expected = original.log_probabilities(window, part)
             # A token's terms nearly cancel, so their sum goes over the vocabulary in float32 and from there in float64.
             kl += float((expected.exp() * (expected - predicted)).sum(-1).sum(dtype=torch.float64))
             same += int((expected.argmax(-1) == predicted.argmax(-1)).sum())
@@ -110,3 +111,11 @@ def scores(tokens: Tensor, states: States, original: States | None = None) -> tu
     mean = -likelihood / count
     perplexity = math.exp(mean) if mean < 700 else math.inf if mean < math.inf else mean
     return perplexity, None if original is None else Divergence(kl / count, same / count)
+
+
+def _parts(tokens: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """A window, some of its positions, and the tokens after them: logits are large."""
+    for window, ids in enumerate(tokens):
+        for start in range(0, len(ids) - 1, POSITIONS):
+            part = slice(start, min(start + POSITIONS, len(ids) - 1))
+            yield window, part, ids[1:][part]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..errors import InputError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
 from ..models.ends import Ends
 from ..models.families import Family
+from ..models.matrices import StoredMatrix
 from .native import METHOD
 from .shards import SHARD_BYTES, write_shards
 from .spec import Spec
@@ -118,17 +120,23 @@ def copied_files(folder: Path) -> list[Path]:
 
 
 def read_ends(folder: Path, family: Family) -> Ends:
-    """What is outside the blocks of a model folder, as stored.
+    """What is outside the blocks of a model folder, as stored, embedding and head not read yet.
 
     Raises:
         InputError: some of it is missing, or a file is damaged.
     """
-    names = set(Ends.names(family))
-    found: dict[str, Tensor] = {}
+    names, large = set(Ends.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
+    found: dict[str, Tensor | StoredMatrix] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as reader:
-                found.update({name: reader.get_tensor(name) for name in names & set(reader.keys())})
+                for name in names & set(reader.keys()):
+                    shape = torch.Size(reader.get_slice(name).get_shape())
+                    found[name] = (
+                        StoredMatrix(file, name, shape, name, "run the recipe again")
+                        if name in large
+                        else reader.get_tensor(name)
+                    )
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
     if missing := Ends.missing(family, found):

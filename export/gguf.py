@@ -130,7 +130,7 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     ffn = padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads}
     ends = run.ends()
-    embedding, norm, head = ends.embedding, ends.norm, ends.head
+    embedding, norm, head = ends.embedding[:], ends.norm, ends.head[:]
     yield _dense("token_embd.weight", embedding)
     factors = rope_factors(run)
     if factors is not None:

@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from ..errors import InputError, RunError
+from ..errors import InputError
 from .ends import Ends
 from .families import Family, Shape, family_for, family_of
 from .layout import split_tensors
+from .matrices import StoredMatrix, check_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -196,22 +197,17 @@ class Checkpoint:
                 tensor: Tensor = reader.get_tensor(stored)
         except SafetensorError as error:
             raise InputError(f"{file}: tensor {name} cannot be read ({error}): download it again.") from error
-        _check_finite(file, name, tensor)
+        check_finite(file, name, tensor)
         return tensor
 
-    def rows(self, name: str, count: int = 8192) -> Iterator[tuple[slice, Tensor]]:
-        """One matrix, `count` rows at a time: embedding and head are the largest tensors of a model.
+    def matrix(self, name: str) -> StoredMatrix:
+        """One matrix, whose rows are read when they are asked for: embedding and head are a model's largest tensors.
 
         Raises:
-            InputError, RunError: as `tensor`.
+            InputError: there is no such tensor.
         """
-        (total, *_), (file, stored) = self.shape(name), self._stored[name]
-        for start in range(0, total, count):
-            rows = slice(start, min(start + count, total))
-            with self._open(file) as reader:
-                part: Tensor = reader.get_slice(stored)[rows]
-            _check_finite(file, name, part)
-            yield rows, part
+        file, stored = self._stored.get(name, (self.folder, ""))
+        return StoredMatrix(file, stored, torch.Size(self.shape(name)), name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header of its file.
@@ -261,27 +257,21 @@ class Checkpoint:
         tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
         return split_tensors(tensors, self.family, Shape.of(self.config))
 
-    def embedding(self) -> Tensor:
+    def embedding(self) -> StoredMatrix:
         """(vocabulary, hidden)."""
-        return self.tensor(f"{self.family.embedding}.weight")
+        return self.matrix(f"{self.family.embedding}.weight")
 
     def final_norm(self) -> Tensor:
         """(hidden,)."""
         return self.tensor(f"{self.family.final_norm}.weight")
 
-    def head(self) -> Tensor:
+    def head(self) -> StoredMatrix:
         """(vocabulary, hidden): the output layer; the embedding where the two are tied."""
-        return self.tensor(self.head_name)
-
-    @property
-    def head_name(self) -> str:
-        """The name of the tensor that is the output layer."""
         name = f"{self.family.head}.weight"
-        tied = self.config.tie_word_embeddings or name not in self
-        return f"{self.family.embedding}.weight" if tied else name
+        return self.embedding() if self.config.tie_word_embeddings or name not in self else self.matrix(name)
 
     def ends(self) -> Ends:
-        """All that is outside the blocks."""
+        """All that is outside the blocks, embedding and head not read yet."""
         family = self.family
         return Ends(
             self.embedding(),
@@ -296,11 +286,6 @@ class Checkpoint:
         """The dtype the weights are stored in, as the embedding has it."""
         with self._open(self._where[f"{self.family.embedding}.weight"]) as reader:
             return reader.get_slice(f"{self.family.embedding}.weight")[:1].dtype
-
-
-def _check_finite(file: Path, name: str, tensor: Tensor) -> None:
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # isfinite of all of it takes 40 times as long
-        raise RunError(f"{file}: tensor {name} holds NaN or Inf: download it again, or look for a sound checkpoint.")
 
 
 def _check_slice(what: str, found: Any, expected: torch.Size) -> None:

@@ -14,6 +14,7 @@ from ..errors import InputError
 from .ends import Ends
 from .families import Family, Shape, family_for
 from .layout import drop_norm_bias, expected_shapes, split_modules
+from .matrices import spans
 
 
 class Decoder:
@@ -105,7 +106,7 @@ class Decoder:
 
     def embed(self, ends: Ends, tokens: Tensor) -> Tensor:
         """(batch, length) token ids -> (batch, length, hidden), what the first block reads, on the CPU."""
-        hidden = ends.embedding[tokens.to(ends.embedding.device)].to(self.dtype)
+        hidden = ends.embedding[tokens.cpu()].to(self.dtype)
         if self.family.scaled_embedding:
             hidden = hidden * torch.tensor(self.shape.hidden**0.5).to(self.dtype)  # by way of float32, as Gemma has it
         if ends.positions is not None:
@@ -114,14 +115,23 @@ class Decoder:
         return hidden.cpu()
 
     def logits(self, ends: Ends) -> Callable[[Tensor], Tensor]:
-        """The function from the last block's output (..., hidden) to logits (..., vocabulary)."""
+        """The function from the last block's output (..., hidden) to logits (..., vocabulary).
+
+        It takes some rows of the head at a time and casts them to `dtype`. Another device than the CPU is given a copy
+        of the head, as stored, so that it is not sent there for every call.
+        """
         norm = self.norm(ends.norm, ends.norm_bias)
-        head = ends.head.to(self.device, self.dtype)
         bias = None if ends.head_bias is None else ends.head_bias.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
+        parts = spans(ends.head)
+        sent = None if self.device.type == "cpu" else [ends.head[rows].to(self.device) for rows in parts]
 
         def function(hidden: Tensor) -> Tensor:
-            logits = nn.functional.linear(norm(hidden), head, bias)
+            x, found = norm(hidden), []
+            for i, rows in enumerate(parts):
+                weight = (ends.head[rows] if sent is None else sent[i]).to(self.dtype)
+                found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))
+            logits = found[0] if len(found) == 1 else torch.cat(found, -1)
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return function

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from .families import Family
+from .matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Ends:
     """The tensors outside the blocks.
 
     Attributes:
-        embedding: (vocabulary, hidden).
+        embedding: (vocabulary, hidden); like `head` a tensor, or rows that are read when they are asked for.
         norm: (hidden,), the final norm's stored weight.
         head: (vocabulary, hidden).
         positions: (positions + offset, hidden), learned ones, as stored; None with RoPE.
@@ -23,21 +25,26 @@ class Ends:
         head_bias: (vocabulary,), what the final norm's bias becomes when it is folded into the head.
     """
 
-    embedding: Tensor
+    embedding: Matrix
     norm: Tensor
-    head: Tensor
+    head: Matrix
     positions: Tensor | None = None
     norm_bias: Tensor | None = None
     head_bias: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Ends:
-        """The same with `function` of every tensor that is there."""
-        return Ends(**{name: function(tensor) for name, tensor in vars(self).items() if tensor is not None})
+        """The same with `function` of every tensor that is there, whole."""
+        return Ends(**{name: function(tensor[:]) for name, tensor in vars(self).items() if tensor is not None})
+
+    def rows(self, index: slice | Tensor) -> Ends:
+        """Those of some tokens: the rows `index` of embedding, head and its bias, and the rest as it is."""
+        bias = None if self.head_bias is None else self.head_bias[index]
+        return replace(self, embedding=self.embedding[index], head=self.head[index], head_bias=bias)
 
     def named(self, family: Family) -> dict[str, Tensor]:
-        """Those that are there, by their full names in a checkpoint."""
+        """Those that are there, whole, by their full names in a checkpoint."""
         names = _names(family)
-        return {names[field]: tensor for field, tensor in vars(self).items() if tensor is not None}
+        return {names[field]: tensor[:] for field, tensor in vars(self).items() if tensor is not None}
 
     def split(self, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`named`, in two: what comes before the blocks and what comes after them."""
@@ -46,13 +53,13 @@ class Ends:
         return {n: t for n, t in named.items() if n in first}, {n: t for n, t in named.items() if n not in first}
 
     @classmethod
-    def missing(cls, family: Family, found: Mapping[str, Tensor]) -> list[str]:
+    def missing(cls, family: Family, found: Mapping[str, object]) -> list[str]:
         """Full names of the tensors that every model of the family has, and `found` has not."""
         fields = ["embedding", "norm", "head", *(["positions"] if family.positions else [])]
         return [name for field, name in _names(family).items() if field in fields and name not in found]
 
     @classmethod
-    def of(cls, family: Family, found: Mapping[str, Tensor]) -> Ends:
+    def of(cls, family: Family, found: Mapping[str, Any]) -> Ends:
         """From tensors by their full names; see `missing`."""
         return cls(**{field: found[name] for field, name in _names(family).items() if name in found})
 

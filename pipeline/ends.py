@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,34 +11,33 @@ from ..boa.objective import is_finite
 from ..boa.statistics import InputStatistics
 from ..errors import RunError
 from ..models.ends import Ends
+from ..models.matrices import SPAN, spans
 from .job import Job
 
 
 def rotated_ends(job: Job) -> Ends:
-    """What is outside the blocks, rotated, in the checkpoint's dtype: what is stored is what is measured."""
-    c, family, rotations = job.checkpoint, job.decoder.family, job.rotations
-    if not (family.positions or family.layer_norm or rotations.online_r1):
-        final = c.final_norm()
-        _, norm = rotations.rotate_head(final[None], final, family)
-        embedding = _rotated(job, f"{family.embedding}.weight", rotations.rotate_embedding)
-        head = _rotated(job, c.head_name, lambda part: rotations.rotate_head(part, final, family)[0])
-        return Ends(embedding, norm.to(c.dtype), head)
-    return rotations.rotate_ends(c.ends(), family).map(lambda tensor: tensor.to(c.dtype))
+    """What is outside the blocks, rotated, in the checkpoint's dtype: what is stored is what is measured.
 
+    Rows of embedding and head are rotated some at a time (in float64), into files.
 
-def _rotated(job: Job, name: str, rotate: Callable[[Tensor], Tensor]) -> Tensor:
-    """A matrix of the checkpoint, rotated some rows at a time (in float64), in a file."""
-    dtype = job.checkpoint.dtype
-    result = job.buffers.file(*job.checkpoint.shape(name), dtype=dtype)
-    for rows, part in job.checkpoint.rows(name):
-        result[rows] = rotate(part).to(dtype)
-        if not is_finite(result[rows]):
-            raise RunError(
-                f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
-                "as bfloat16 or float32."
-            )
+    Raises:
+        RunError: values do not fit into the dtype.
+    """
+    source, family, dtype = job.checkpoint.ends(), job.decoder.family, job.checkpoint.dtype
+    embedding, head = (job.buffers.file(*source.embedding.shape, dtype=dtype) for _ in range(2))
+    biases: list[Tensor] = []
+    for rows in spans(source.head):
+        part = job.rotations.rotate_ends(source.rows(rows), family).map(lambda tensor: tensor.to(dtype))
+        for name, tensor in part.named(family).items():
+            if not is_finite(tensor):
+                raise RunError(
+                    f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
+                    "as bfloat16 or float32."
+                )
+        embedding[rows], head[rows] = part.embedding[:], part.head[:]
+        biases += [] if part.head_bias is None else [part.head_bias]
         job.buffers.release()
-    return result
+    return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
 
 
 @torch.no_grad()
@@ -54,7 +53,8 @@ def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> End
     for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
         statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
     objective = statistics.objective().damped(weights.damping)
-    for part in ends.head.split(8192):
+    for rows in spans(ends.head, 4 * SPAN):  # the Hessian is factored anew for each
+        part = ends.head[rows]
         moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
         part.copy_(moved)
     return ends

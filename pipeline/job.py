@@ -258,7 +258,8 @@ def exported_bytes(job: Job) -> int:
 def activation_bytes(shape: Shape, tokens: int) -> dict[str, int]:
     """Bytes of both streams, and of what a block holds for all tokens at once, in float32."""
     query = shape.query_heads * shape.head_dim
-    return {"streams": 2 * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, shape.ffn)}
+    mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
+    return {"streams": 2 * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, mlp)}
 
 
 def spilled_bytes(job: Job, tokens: int) -> int:

@@ -24,6 +24,7 @@ from ..export.spec import Spec
 from ..models.decoder import Decoder
 from ..models.ends import Ends
 from .activations import ActivationProfile
+from .buffers import trim
 from .files import tensor_sizes
 from .job import Job
 from .progress import Progress
@@ -43,7 +44,6 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
         hidden.split(job.recipe.calibration.batch), tokens.split(job.recipe.calibration.batch), strict=True
     ):
         part.copy_(compute.embed(ends, ids))
-    del ends  # as large as a block or two, and not needed any more
     seconds = 0.0
     with torch.no_grad():
         for index in range(compute.shape.blocks):
@@ -58,6 +58,7 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
             if compute.device.type == "cuda":
                 torch.cuda.synchronize(compute.device)
             seconds += time.perf_counter() - start
+            trim()
             progress.advance()
     return seconds
 
@@ -78,20 +79,24 @@ def perplexities(
         quantized model, and `rtn` with both of RTN.
     """
     measured: dict[str, dict[str, Any]] = {"perplexity": {}, "divergence": {}}
+    original = job.checkpoint.ends()
     for dataset, windows in texts.items():
-        found = _perplexities(job, folder, windows, ends, progress)
+        found = _perplexities(job, folder, windows, original, ends, progress)
         measured["perplexity"][dataset], measured["divergence"][dataset] = found
     return measured
 
 
 def _perplexities(
-    job: Job, folder: RunFolder, windows: Tensor, ends: Ends, progress: Progress
+    job: Job, folder: RunFolder, windows: Tensor, plain_ends: Ends, ends: Ends, progress: Progress
 ) -> tuple[dict[str, float], dict[str, Any]]:
     compute, checkpoint = job.decoder, job.checkpoint
-    plain_ends = checkpoint.ends()
     transforms = replace(job.spec, online_r1=False, r3=False, r4=False, clips=None).transforms(compute.shape)
     perplexity: dict[str, float] = {}
     divergence: dict[str, Any] = {}
+
+    def advance() -> None:
+        trim()
+        progress.advance()
 
     def run(name: str, blocks: Iterator[nn.Module], ends: Ends, original: States | None = None) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
@@ -103,7 +108,7 @@ def _perplexities(
                 compute.logits(ends),
                 batch=job.recipe.calibration.batch,
                 device=compute.device,
-                advance=progress.advance,
+                advance=advance,
                 empty=job.buffers.empty,
                 release=job.buffers.release,
             )

@@ -45,8 +45,7 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
     decoder, family = job.decoder, job.decoder.family
     settings = replace(job.settings, method="rtn")
     sites = job.spec.transforms(decoder.shape).by_projection(family)
-    ends = rotations.rotate_ends(job.checkpoint.ends(), family)
-    hidden = decoder.embed(ends, tokens).to(decoder.device)
+    hidden = torch.cat([_embedded(job, rotations, ids[None]) for ids in tokens]).to(decoder.device)
     costs: list[float] = []
 
     def measured(transform: InputTransform) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -69,3 +68,10 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
         for part in hidden.split(job.recipe.calibration.batch):
             part.copy_(decoder.run(block, part))
     return sum(costs) / len(costs)
+
+
+def _embedded(job: Job, rotations: Rotations, ids: Tensor) -> Tensor:
+    """(1, length) token ids -> (1, length, hidden) by the rotated embedding; only their rows of it are rotated."""
+    known, places = ids.unique(return_inverse=True)
+    ends = rotations.rotate_ends(job.checkpoint.ends().rows(known), job.decoder.family)
+    return job.decoder.embed(ends, places)

@@ -19,6 +19,7 @@ from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
 from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
+from .buffers import trim
 from .calibration import calibration_tokens, load_texts
 from .ends import corrected_head, rotated_ends
 from .evaluating import shapes
@@ -241,6 +242,7 @@ def _quantize_blocks(
             entry = {"seconds": time.perf_counter() - start, "layers": layers, "clips": solver.transforms.clips}
             folder.manifest["peak_memory_bytes"] = _peak(job, folder)
             folder.write_block(index, tensors, entry)
+        trim()
         progress.advance(block=index)
     job.spec = replace(job.spec, clips=folder.clips())
     return full, quantized
@@ -254,6 +256,7 @@ def _groups(job: Job, folder: RunFolder, ends: Ends) -> Iterator[dict[str, Tenso
     f = job.decoder.family
     first, last = ends.split(f)
     yield first
+    job.buffers.release()
     for index in range(job.decoder.shape.blocks):
         yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in folder.read_block(index).items()}
     yield last

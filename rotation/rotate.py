@@ -110,17 +110,24 @@ class Rotations:
         For LayerNorm the mean over channels is taken out of embedding and positions, and the final norm's bias b
         becomes the head's, W b.
         """
-        ends = ends.map(lambda tensor: tensor.to(torch.float64))
+        embedding, head, norm, positions, bias = (
+            None if part is None else part[:].to(torch.float64)
+            for part in (ends.embedding, ends.head, ends.norm, ends.positions, ends.norm_bias)
+        )
+        assert embedding is not None and head is not None and norm is not None
         if self.r1 is None or self.online_r1:
-            return ends
-        head, norm = self.rotate_head(ends.head, ends.norm, family)
-        sources = (ends.embedding, ends.positions)
+            return Ends(embedding, norm, head, positions=positions, norm_bias=bias)
         if family.layer_norm:
-            sources = tuple(None if s is None else s - s.mean(-1, keepdim=True) for s in sources)  # type: ignore[assignment]
-        embedding, positions = (None if source is None else self.r1.apply(source) for source in sources)
+            embedding, positions = (None if s is None else s - s.mean(-1, keepdim=True) for s in (embedding, positions))
         assert embedding is not None
-        bias = None if ends.norm_bias is None else ends.head @ ends.norm_bias
-        return Ends(embedding, norm, head, positions=positions, head_bias=bias)
+        turned, neutral = self.rotate_head(head, norm, family)
+        return Ends(
+            self.rotate_embedding(embedding),
+            neutral,
+            turned,
+            positions=None if positions is None else self.rotate_embedding(positions),
+            head_bias=None if bias is None else head @ bias,
+        )
 
     def rotate_embedding(self, embedding: Tensor) -> Tensor:
         """(vocabulary, hidden) -> the same, in float64."""

@@ -42,7 +42,7 @@ def chained(folder: Path, ids: Tensor, attention: str = NAME) -> Tensor:
     hidden = checkpoint.embedding()[ids].float()
     for index in range(decoder.shape.blocks):
         hidden = decoder.run(decoder.block(index, checkpoint.block(index)), hidden)
-    logits: Tensor = decoder.norm(checkpoint.final_norm())(hidden) @ checkpoint.head().float().T
+    logits: Tensor = decoder.norm(checkpoint.final_norm())(hidden) @ checkpoint.head()[:].float().T
     return logits
 
 

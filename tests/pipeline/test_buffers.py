@@ -16,6 +16,7 @@ import rotoboa
 from rotoboa.errors import RunError
 from rotoboa.pipeline import buffers as module
 from rotoboa.pipeline.buffers import Buffers, free_memory
+from rotoboa.pipeline.job import activation_bytes, prepare
 from rotoboa.pipeline.recipe import Recipe, build_recipe
 
 
@@ -130,6 +131,24 @@ def test_a_run_in_files_ends_with_the_same_bytes(
     assert {file.name for file in (tmp_path / "spilled").iterdir()} == {
         *("blocks", "model", "manifest.json", "recipe.yaml", "report.json")
     }
+
+
+def test_experts_in_files_end_with_the_same_bytes(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    model = save_family(tmp_path / "model", "mixtral", torch.bfloat16)
+    reports = {}
+    for name, memory in (("held", None), ("spilled", "1KiB")):
+        changes = {"model": str(model), "output": tmp_path / name, "memory": memory}
+        reports[name] = rotoboa.quantize(make_recipe("w4a4kv4", changes))
+    job = prepare(build_recipe({}, {"model": str(model)}))
+    shape, tokens = job.decoder.shape, 4 * 64
+    expected = sum(activation_bytes(shape, tokens).values())
+    assert expected == 4 * tokens * (2 * shape.hidden + max(2 * shape.query_width, 2 * shape.hidden))
+    spilled = {name: report["peak_memory_bytes"]["spilled"] for name, report in reports.items()}
+    assert spilled["spilled"] - spilled["held"] == expected
+    for file in (tmp_path / "held").rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "spilled" / file.relative_to(tmp_path / "held")).read_bytes()
 
 
 def test_unfinished_runs_go_on_with_other_memory(
