@@ -13,6 +13,7 @@ from .attention_half import AttentionHalf
 from .experts_half import ExpertsHalf
 from .mlp_half import MlpHalf
 from .objective import is_finite
+from .stopwatch import stage
 
 
 class BlockQuantizer(AttentionHalf, MlpHalf, ExpertsHalf):
@@ -40,6 +41,7 @@ class BlockQuantizer(AttentionHalf, MlpHalf, ExpertsHalf):
     """
 
     @torch.no_grad()
+    @stage("forward")
     def run(self, full: Tensor, quantized: Tensor) -> None:
         """Quantize, and move both streams (sequences, length, hidden) through the block, in place.
 

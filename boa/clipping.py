@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .activations import DynamicQuantizer
+from .stopwatch import stage
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
+@stage("clip search")
 def search_clip(quantizer: DynamicQuantizer, x: Tensor, metric: Tensor) -> DynamicQuantizer:
     """The quantizer with the ratio of `RATIOS` that minimises sum over tokens of e M e^T, e = q(x) - x.
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .stopwatch import stage
+
 SHRINKS = 48
 _CHUNK = 1 << 22  # elements of one batch of candidate errors
 
@@ -49,6 +51,7 @@ def round_to(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor
     return (weight / scale + zero).round_().clamp_(0, levels)
 
 
+@stage("grid search")
 def search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row.
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .stopwatch import stage
+
 logger = logging.getLogger(__name__)
 
 MAX_DAMPING = 1000.0
@@ -60,6 +62,7 @@ class Objective:
             if part is not None and not is_finite(part):
                 raise ValueError(f"{name} holds NaN or Inf, or its squares overflow")
 
+    @stage("factors")
     def damped(self, fraction: float) -> Objective:
         """With `fraction` of the mean diagonal added to both diagonals, and more where Cholesky still fails.
 
@@ -69,6 +72,7 @@ class Objective:
         h_out, used_out = (None, 0.0) if self.h_out is None else _damp(self.h_out, fraction)
         return replace(self, h_in=h_in, h_out=h_out, damping=max(used, used_out))
 
+    @stage("factors")
     def target(self, weight: Tensor, alpha: float = 1.0) -> Tensor:
         """W* = W + alpha (W R + drift) H_in^-1: (heads, r, c), the minimum of ||W X_f + D - Q X_q||^2 for alpha = 1.
 
@@ -146,6 +150,7 @@ def symmetrize(h: Tensor) -> None:
         h[:, start:, block] = mean.transpose(-1, -2)
 
 
+@stage("factors")
 def inverse_factor(h: Tensor) -> Tensor:
     """The upper U with U^T U = h^-1, (B, n, n) in float64, for a positive definite `h`.
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from .objective import Objective
 from .rounding import Quantized, Settings, quantize
+from .stopwatch import stage
 
 PLAIN = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 1, "act_order": False}
 """As published: full-range grids, columns in their order, no residual compensation, no refinement."""
 
 
+@stage("references", whole=True)
 def reference_losses(
     weight: Tensor, objective: Objective, settings: Settings, result: Quantized, heads: Sequence[int]
 ) -> list[dict[str, float]]:

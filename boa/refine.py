@@ -13,6 +13,7 @@ from torch import Tensor
 from .grid import snap
 from .kernels import descend_block
 from .objective import Objective
+from .stopwatch import stage
 
 COLUMN_BLOCK = 128
 _ALIVE = 0.8  # rows are sorted out when no more than this part of them still changes
@@ -43,6 +44,7 @@ class _State:
             self.levels[:, index] = rows.levels
 
 
+@stage("refinement")
 def refine(
     target: Tensor,
     integers: Tensor,

@@ -15,6 +15,7 @@ from .grid import GridSettings, round_to, search, snap
 from .kernels import round_block
 from .objective import Objective, inverse_factor
 from .refine import refine
+from .stopwatch import stage
 
 COLUMN_BLOCK = 128
 
@@ -74,6 +75,7 @@ class Quantized:
         return ((parts - self.zero[..., None]) * self.scale[..., None]).flatten(-2)
 
 
+@stage("losses")
 def quantize(weight: Tensor, objective: Objective | None, settings: Settings) -> Quantized:
     """Quantize one projection.
 
@@ -123,6 +125,7 @@ def _round_and_refine(
     return Quantized(*refined)
 
 
+@stage("starts", whole=True)
 def _restart(first: Quantized, target: Tensor, objective: Objective, settings: Settings) -> Quantized:
     """Round again from grids a little wider and narrower than the refined one; every row keeps its best.
 
@@ -168,6 +171,7 @@ def objective_rows(objective: Objective, result: Quantized, target: Tensor) -> T
     return losses if objective.h_out is None else losses.sum(-1, keepdim=True)
 
 
+@stage("rows")
 def _compensate(
     target: Tensor, objective: Objective, settings: Settings, grid: tuple[Tensor, Tensor] | None = None
 ) -> Quantized:
@@ -207,6 +211,7 @@ def _compensate(
     return Quantized(integers, scale, zero)
 
 
+@stage("columns")
 def round_columns(
     weight: Tensor,
     h_in: Tensor,

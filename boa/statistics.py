@@ -13,6 +13,7 @@ from torch import Tensor
 from ..rotation.hadamard import Hadamard
 from .attention import Seen, causal_probabilities
 from .objective import Objective
+from .stopwatch import stage
 
 MIRROR = 1024  # columns of a symmetric matrix that are copied at a time
 PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a processor's cache
@@ -47,6 +48,7 @@ class InputStatistics:
         self.residual: Tensor | None = None
         self.wanted: Tensor | None = None
 
+    @stage("input statistics")
     def add(
         self, full: Tensor | None, quantized: Tensor, wanted: Tensor | None = None, *, stream: Tensor | None = None
     ) -> None:
@@ -100,6 +102,7 @@ class AttentionStatistics:
         self.value_h_in: Tensor | None = None
         self.value_drift: Tensor | None = None
 
+    @stage("head statistics")
     def add_grams(self, query: Tensor, key: Tensor) -> None:
         """`query` (batch, heads, length, head_dim), `key` (batch, key heads, ...), as attention uses them."""
         groups = key.shape[1]
@@ -108,6 +111,7 @@ class AttentionStatistics:
         self.keys = _plus(self.keys, self._unrotate(k.transpose(1, 2) @ k))
         self.queries = _plus(self.queries, self._unrotate(q.transpose(1, 2) @ q))
 
+    @stage("value statistics")
     def add_values(self, inputs: Tensor, attended: Tensor, seen: Seen, weight: Tensor) -> None:
         """One batch of value inputs, weighted by causal attention.
 
@@ -227,6 +231,7 @@ def mirrored(total: Tensor) -> Tensor:
     return total
 
 
+@stage("factors")
 def _drift(wanted: Tensor | None, weight: Tensor | None, h_in: Tensor) -> Tensor | None:
     """D X^T for D = Y - W X, what the outputs W X lack of those that are wanted: Y X^T - W H_in, (B, r, c).
 

@@ -16,6 +16,7 @@ from .objective import Objective
 from .references import reference_losses
 from .rounding import Quantized, Settings, quantize
 from .statistics import InputStatistics
+from .stopwatch import stage
 from .transforms import InputTransform, OnlineTransforms
 
 Report = Callable[[str, float], None]
@@ -126,6 +127,7 @@ class Workspace:
     def _weight(self, name: str) -> Tensor:
         return self.full.get_parameter(f"{name}.weight").data
 
+    @stage("losses")
     def _solve(self, names: list[str], objective: Callable[[], Objective], heads: list[int]) -> None:
         """Projections that share an H_in, their heads stacked into one problem."""
         if self.done is None:

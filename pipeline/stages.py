@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..boa.block import BlockQuantizer
+from ..boa.stopwatch import STAGES, Stopwatch, stage
 from ..errors import InputError, RunError
 from ..export.checkpoint import read_ends, write_native
 from ..export.native import pack_block, unpack_block
@@ -150,6 +151,7 @@ def _run(
         **measured,
         "tokens": {"calibration": list(tokens.shape), "evaluation": shapes(windows)},
         "seconds": job.spent(),
+        "stages": _stages(folder),
         "parts": known["parts"],
         "plain_forward_seconds": known["plain_forward_seconds"],
         "peak_memory_bytes": _peak(job, folder),
@@ -182,6 +184,12 @@ def _raised_damping(folder: RunFolder) -> dict[str, float]:
     }
 
 
+def _stages(folder: RunFolder) -> dict[str, float]:
+    """Seconds by stage of the quantizer, of all blocks."""
+    blocks = [block.get("stages", {}) for block in folder.manifest["blocks"]]
+    return {name: sum(block.get(name, 0.0) for block in blocks) for name in STAGES}
+
+
 def _peak(job: Job, folder: RunFolder) -> dict[str, int]:
     """The most memory that any part of the run has held so far."""
     earlier = folder.manifest.get("peak_memory_bytes", {})
@@ -202,7 +210,9 @@ def _quantize_blocks(
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
         start = time.perf_counter()
-        rotated = job.rotations.rotate_block(job.checkpoint.block(index), family, index)
+        watch = Stopwatch(compute.device)
+        with watch, stage("rotation"):
+            rotated = job.rotations.rotate_block(job.checkpoint.block(index), family, index)
         done = None
         if index < finished:
             columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
@@ -226,7 +236,8 @@ def _quantize_blocks(
             references=job.recipe.evaluation.references and done is None,
         )
         try:
-            solver.run(full, quantized)
+            with watch:
+                solver.run(full, quantized)
         except ValueError as error:
             raise RunError(f"block {index}, {error}: look for NaN, Inf or huge values in the checkpoint.") from error
         if done is None:
@@ -239,7 +250,8 @@ def _quantize_blocks(
                 layers[name]["damping"] = damping
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
             tensors = pack_block(solver.results, others, job.spec.bits, job.checkpoint.dtype)
-            entry = {"seconds": time.perf_counter() - start, "layers": layers, "clips": solver.transforms.clips}
+            spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
+            entry = {**spent, "layers": layers, "clips": solver.transforms.clips}
             folder.manifest["peak_memory_bytes"] = _peak(job, folder)
             folder.write_block(index, tensors, entry)
         trim()

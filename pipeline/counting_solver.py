@@ -1,0 +1,275 @@
+"""Operations and bytes of solving a block, and of a whole run; notation and kinds as in `counting`.
+
+B Hessians of c x c, R rows of all heads together, r rows of a head; K rounds of refinement and S grids of a row are
+the most that the settings allow: rows and rounds in which nothing moves are left out when a run meets them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..boa.grid import SHRINKS
+from ..boa.references import PLAIN as REFERENCE
+from ..boa.rounding import COLUMN_BLOCK, Settings
+from .counting import (
+    DOUBLE,
+    FLOAT,
+    Online,
+    Sizes,
+    Work,
+    clip_search,
+    head_statistics,
+    input_statistics,
+    linear,
+    moved,
+    plain,
+    rotation,
+    streams,
+    total,
+    value_statistics,
+)
+
+GRID, GRID_MOVES = 10, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
+STEP = 8  # operations of a weight that is rounded, or moved by coordinate descent, beside its products
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Projections that share an input and are solved together, as `Workspace._solve` stacks them.
+
+    Attributes:
+        heads, rows, columns: r rows of c columns for each head.
+        hessians: B, 1 or one for each head.
+        tied: whether H_out ties the rows of a head.
+        shifted: the target is moved by a residual ("residual"), by a drift alone ("drift") or not ("").
+        count: how many there are in a block; more than one of experts.
+    """
+
+    name: str
+    heads: int
+    rows: int
+    columns: int
+    hessians: int = 1
+    tied: bool = False
+    shifted: str = "drift"
+    count: int = 1
+
+    @property
+    def all_rows(self) -> int:
+        """R."""
+        return self.heads * self.rows
+
+
+def problems(sizes: Sizes) -> Iterator[Problem]:
+    """What is solved in one block, in its order."""
+    s = sizes.shape
+    experts = max(s.experts, 1)
+    yield Problem("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, "residual")
+    yield Problem("value", s.key_heads, s.head_dim, s.hidden, s.key_heads, True)
+    yield Problem("output", 1, s.hidden, s.query_width)
+    yield Problem("gate and up", sizes.inputs, s.ffn, s.hidden, shifted="residual", count=experts)
+    yield Problem("down", 1, s.hidden, s.ffn, count=experts)
+
+
+def lazy(columns: int, width: int = COLUMN_BLOCK) -> int:
+    """Sum over blocks of `width` columns of (columns in it) x (columns after it)."""
+    return sum(min(width, columns - i) * max(columns - i - width, 0) for i in range(0, columns, width))
+
+
+def factors(p: Problem, settings: Settings) -> Work:
+    """In float64: the check while damping and the inverse factor, c^3 / 3 + 2 c^3 / 3 for each Hessian.
+
+    Of the target another c^3 / 3, and 2 R c^2 for its two triangular solves; W R takes 2 R c^2 in float32.
+    """
+    cubes = p.hessians * p.columns**3 + (p.heads * p.rows**3 if p.tied else 0)
+    squares = p.hessians * p.columns**2 + (p.heads * p.rows**2 if p.tied else 0)
+    work = Work(wide=cubes, bytes=DOUBLE * 12 * squares)
+    if settings.alpha and p.shifted:
+        work += Work(wide=p.hessians * p.columns**3 / 3 + 2 * p.all_rows * p.columns**2)
+        work += Work(bytes=DOUBLE * (2 * p.hessians * p.columns**2 + 4 * p.all_rows * p.columns))
+    if settings.alpha and p.shifted == "residual":
+        work += linear(p.all_rows, p.columns, p.columns)
+    return work
+
+
+def grid_search(p: Problem, settings: Settings) -> Work:
+    """R c weights on S candidate grids, 48 shrinks and both roundings of an asymmetric zero point.
+
+    The error counts by the diagonal of H_in, 2 R c S, or by all of it, 2 R c S g with g columns in a group.
+    """
+    weights = p.all_rows * p.columns
+    if settings.grid == "minmax":
+        return moved(weights, 4)
+    tries = weights * SHRINKS * (1 if settings.symmetric else 2)
+    group = 1 if settings.grid == "diagonal" else settings.group_size or p.columns
+    return Work(2 * tries * group, elements=GRID * tries) + moved(tries, GRID_MOVES)
+
+
+def columns(p: Problem, settings: Settings) -> Work:
+    """In blocks of w = 128: R c (w - 1) in cache, then 2 R w for each column that comes after a block."""
+    width, weights = min(COLUMN_BLOCK, p.columns), p.all_rows * p.columns
+    blocks = math.ceil(p.rows / settings.rows) if p.tied else 1
+    after, calls = lazy(p.columns), p.hessians * blocks
+    return (
+        Work(2 * p.all_rows * after, elements=weights * (width - 1 + STEP))
+        + moved(p.all_rows * after / width, 3)
+        + moved(calls * p.columns**2 / 2, 1)
+        + moved(weights, 8)
+    )
+
+
+def rows(p: Problem, settings: Settings) -> Work:
+    """H_out: for n rows at a time, n^2 c to solve and 2 n c for each row of the head below; copies of the weights."""
+    work = moved(p.all_rows * p.columns, 8)
+    if not p.tied:
+        return work
+    n = min(settings.rows, p.rows)
+    below = lazy(p.rows, n)
+    products = p.heads * p.columns * (2 * below + n * (math.ceil(p.rows / n) - 1) * n)
+    return work + Work(products, bytes=FLOAT * p.heads * p.columns * (2 * below / n + 2 * p.rows))
+
+
+def refinement(p: Problem, settings: Settings) -> Work:
+    """E H_in, 2 R c^2, before and in each of K sweeps; in cache R c (w - 1) a sweep.
+
+    (I - z) H_in follows with one group, another product before the first. H_out: 4 r R c for the scales and 2 r R c
+    for the gradients of a sweep.
+    """
+    if not settings.refine:
+        return Work()
+    weights, width, k = p.all_rows * p.columns, min(COLUMN_BLOCK, p.columns), settings.refine
+    square = Work(2 * weights * p.columns)
+    before = square * (1 if settings.group_size else 2)
+    sweep = square + Work(elements=weights * (width - 1 + STEP)) + moved(weights * (p.columns / width + 3), 4)
+    scales = moved(weights, 6)
+    if p.tied:
+        sweep += Work(elements=2 * p.rows * weights)
+        scales += Work(4 * p.rows * weights)
+    return before + k * sweep + (k + 1) * scales
+
+
+def losses(p: Problem, times: int = 3) -> Work:
+    """tr(H_out E H_in E^T): 2 R c^2, and 2 r R c with H_out."""
+    one = linear(p.all_rows, p.columns, p.columns)
+    return times * (one + Work(2 * p.rows * p.all_rows * p.columns) if p.tied else one)
+
+
+def starts(p: Problem, settings: Settings) -> Work:
+    """Everything but the grid search again for each start after the first; factors again where heads have their own."""
+    more = settings.starts - 1
+    if more < 1:
+        return Work()
+    again = columns(p, settings) + rows(p, settings) + refinement(p, settings) + losses(p, 1)
+    cubes = (more * p.hessians if p.hessians > 1 else 1) * p.columns**3 + (more * p.heads * p.rows**3 if p.tied else 0)
+    return more * again + losses(p, 1) + Work(wide=2 * cubes / 3)
+
+
+def references(p: Problem, settings: Settings) -> Work:
+    """Plain GPTQ, and the objective at its result, at RTN's and at the run's."""
+    gptq = replace(settings, method="gptq", **REFERENCE)  # type: ignore[arg-type]
+    alone = replace(p, tied=False)
+    again = factors(p, settings) + factors(alone, gptq) + grid_search(p, gptq) + columns(alone, gptq) + losses(alone, 1)
+    return again + rows(alone, gptq) + losses(p, 4)
+
+
+def solve(p: Problem, settings: Settings) -> dict[str, Work]:
+    """One problem by stage; RTN has no Hessians to factor."""
+    if settings.method == "rtn":
+        return {"grid search": grid_search(p, settings), "losses": losses(p, 2)}
+    q = p if settings.method == "boa" else replace(p, tied=False)
+    return {
+        "factors": factors(p, settings),
+        "grid search": grid_search(q, settings),
+        "columns": columns(q, settings),
+        "rows": rows(q, settings),
+        "refinement": refinement(q, settings),
+        "starts": starts(q, settings),
+        "losses": losses(p),
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks for, as the counts see it.
+
+    Attributes:
+        settings: of the rounding.
+        samples, length, batch: of the calibration set, and how many sequences at a time.
+        online: what runs beside the layers.
+        r1, r2: rotations that are folded.
+        references: whether RTN and plain GPTQ are measured beside the method.
+        head: whether the output layer is moved.
+        windows: of `length` tokens that are evaluated; 0 for none.
+        baseline: whether RTN is evaluated too.
+    """
+
+    settings: Settings
+    samples: int
+    length: int
+    batch: int
+    online: Online
+    r1: bool = True
+    r2: bool = True
+    references: bool = False
+    head: bool = False
+    windows: int = 0
+    baseline: bool = True
+
+
+def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]:
+    """One block by stage."""
+    s, settings, samples, length = sizes.shape, run.settings, run.samples, run.length
+    found = {
+        "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4),
+        "forward": streams(sizes, samples, length, run.online, window, settings.sequential),
+        "clip search": clip_search(sizes, run.online, length, min(run.batch, samples)),
+        "input statistics": input_statistics(sizes, samples, length, run.batch),
+        "head statistics": head_statistics(s, samples * length),
+        "value statistics": value_statistics(s, samples, length, window),
+    }
+    for p in problems(sizes):
+        for name, work in solve(p, settings).items():
+            found[name] = found.get(name, Work()) + p.count * work
+        if run.references:
+            found["references"] = found.get("references", Work()) + p.count * references(p, settings)
+    return found
+
+
+def quantization(sizes: Sizes, run: Plan) -> dict[str, Work]:
+    """All blocks by stage, and `head`: the output layer moved."""
+    found: dict[str, Work] = {}
+    windows = [sizes.window(i) for i in range(sizes.shape.blocks)]
+    for window in sorted(set(windows), key=str):
+        for name, work in block(sizes, run, window).items():
+            found[name] = found.get(name, Work()) + windows.count(window) * work
+    if run.head:
+        found["head"] = head(sizes, run.samples * run.length)
+    return found
+
+
+def head(sizes: Sizes, tokens: float) -> Work:
+    """H_in and residual of the output layer, 3 T c^2, and its target, 4 V c^2 for a vocabulary of V."""
+    c, vocabulary = sizes.shape.hidden, sizes.shape.vocabulary
+    shift = Work(2 * vocabulary * c * c, wide=2 * vocabulary * c * c + c**3 / 3)
+    return Work(tokens * c * (3 * c + 1), bytes=FLOAT * 2 * tokens * c) + shift
+
+
+def evaluation(sizes: Sizes, run: Plan) -> Work:
+    """Full precision, RTN where it is asked for, and the result: a pass and the logits, those of the first again."""
+    s, tokens = sizes.shape, run.windows * run.length
+    if not tokens:
+        return Work()
+    models = 3 if run.baseline else 2
+    logits = linear(tokens, s.vocabulary, s.hidden) + moved(tokens * s.vocabulary, 8)
+    work = models * plain(sizes, run.windows, run.length) + (2 * models - 1) * logits
+    if run.baseline:
+        work += s.blocks * total(p.count * grid_search(p, run.settings) for p in problems(sizes))
+    return work
+
+
+def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
+    """The whole run by stage: `plain forward pass`, the stages of `quantization`, `evaluation`."""
+    passes = {"plain forward pass": plain(sizes, run.samples, run.length)}
+    return passes | quantization(sizes, run) | {"evaluation": evaluation(sizes, run)}
