@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_half import AttentionHalf
 from .experts_half import ExpertsHalf
-from .mlp_half import MlpHalf
+from .fold_half import ChannelFold
 from .objective import is_finite
 from .stopwatch import stage
 
 
-class BlockQuantizer(AttentionHalf, MlpHalf, ExpertsHalf):
+class BlockQuantizer(ChannelFold, ExpertsHalf):
     """Quantizes the projections of one block.
 
     Args:
@@ -36,8 +35,8 @@ class BlockQuantizer(AttentionHalf, MlpHalf, ExpertsHalf):
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
     loss of each, `objectives` what `reference_losses` finds of each where `references` are asked for, `damping` that of
     the projections whose Hessian needed more than the settings say, `quantized` the block with dequantized weights,
-    `transforms` the clip ratios that were chosen, and `fallbacks` the projections of experts that saw too few tokens,
-    with their number.
+    `transforms` the clip ratios that were chosen, `fallbacks` the projections of experts that saw too few tokens,
+    with their number, `channel_scales` what Z-Fold found by site, and `folded` the norms and biases that it changed.
     """
 
     @torch.no_grad()
@@ -53,6 +52,7 @@ class BlockQuantizer(AttentionHalf, MlpHalf, ExpertsHalf):
             if not torch.stack(self._weight(name).aminmax()).isfinite().all():
                 raise ValueError(f"{name}: its weight holds NaN or Inf")
         self._check("", full, quantized)
+        self._fold(full)
         self._attention_half(full, quantized)
         self._check(self.family.output, full, quantized)
         (self._experts_half if self.family.experts else self._mlp_half)(full, quantized)

@@ -30,7 +30,8 @@ class Settings:
     | gptq | the objective's | identity | all |
     | boa | the objective's | the objective's | `rows` of each head at a time |
 
-    `drift`, `token_weights` and `sequential` say what the objective is collected from: see `BlockQuantizer`.
+    `drift`, `token_weights` and `sequential` say what the objective is collected from: see `BlockQuantizer`. `zfold`
+    names the sites whose input channels get a scale of their own first: see `rotation.channels`.
     """
 
     bits: int
@@ -47,6 +48,7 @@ class Settings:
     drift: bool = True
     token_weights: bool = True
     sequential: bool = False
+    zfold: tuple[str, ...] = ()
 
     @property
     def grid_settings(self) -> GridSettings:

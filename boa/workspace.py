@@ -18,6 +18,7 @@ from .rounding import Quantized, Settings, quantize
 from .statistics import InputStatistics
 from .stopwatch import stage
 from .transforms import InputTransform, OnlineTransforms
+from .zfold import ChannelScales
 
 Report = Callable[[str, float], None]
 
@@ -62,6 +63,8 @@ class Workspace:
         self.damping: dict[str, float] = {}
         self.references, self.objectives = references, dict[str, dict[str, float]]()
         self.fallbacks: dict[str, int] = {}
+        self.channel_scales: dict[str, ChannelScales] = {}
+        self.folded: dict[str, Tensor] = {}
 
     def _search_input(self, site: str, sample: Callable[[], Tensor], readers: list[str]) -> None:
         """Choose the clip ratio of one site by the output error of the layers that read it."""

@@ -26,6 +26,7 @@ from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
 from ..models.families import Shape
+from ..rotation.channels import SITES, obstacle
 from ..rotation.rotate import Rotations
 from .buffers import Buffers
 from .calibration import PAPER_WINDOWS, Split, evaluation_tokens, load_texts
@@ -60,7 +61,7 @@ class Job:
         grid = weights.grid
         if grid == "auto":
             grid = "diagonal" if self.recipe.rotation.r1 else "hessian"
-        return Settings(**weights.model_dump(exclude={"head", "grid"}), grid=grid)
+        return Settings(**weights.model_dump(exclude={"head", "grid", "zfold"}), grid=grid, zfold=weights.zfold or ())
 
     @property
     def notices(self) -> list[str]:
@@ -160,6 +161,28 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
                 f"weights.group_size {group} does not divide the {name} {width} of {model.name}: give {hint}."
             )
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
+    check_zfold(recipe, decoder, model)
+
+
+def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that there is a layer to take the channel scales of every site that weights.zfold names.
+
+    Raises:
+        InputError: there is none, or the method has no objective to find them by.
+    """
+    sites, rotation = recipe.weights.zfold or (), recipe.rotation
+    if sites and recipe.weights.method == "rtn":
+        raise InputError("weights.zfold finds its scales by an objective, and method rtn has none: choose another.")
+    reasons = {site: obstacle(decoder.family, decoder.config, site, r1=rotation.r1, r4=rotation.r4) for site in SITES}
+    stopped = {site: reasons[site] for site in sites if reasons[site]}
+    if stopped:
+        can = ",".join(site for site in sites if site not in stopped)
+        change = [f"turn rotation.{r} off" for r in ("r1", "r4") if any(r.upper() in why for why in stopped.values())]
+        change.append(f"give --weights.zfold {can}" if can else "leave weights.zfold out")
+        raise InputError(
+            f"weights.zfold: nothing before {' and '.join(stopped)} of {model.name} can take a scale a channel, since "
+            f"{' and '.join(stopped.values())}: {' or '.join(change)}."
+        )
 
 
 def check_length(length: int, decoder: Decoder, model: ResolvedModel, option: str) -> None:

@@ -65,6 +65,28 @@ Names = Annotated[
     AfterValidator(_check_names),
     Legal("a name, or several with commas between them or as a list, each once"),
 ]
+SITES = ("qkv", "output", "gate_up", "down")
+
+
+def _sites(value: Any) -> Any:
+    """True is all sites, False none."""
+    value = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return (SITES if value else None) if isinstance(value, bool) else split_names(value)
+
+
+def _check_sites(sites: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    _check_names(sites)
+    if not set(sites or ()) <= set(SITES):
+        raise ValueError("not a site")
+    return None if sites is None else tuple(site for site in SITES if site in sites)
+
+
+Sites = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_sites),
+    AfterValidator(_check_sites),
+    Legal(f"true, false, or some of {', '.join(SITES)} with commas between them or as a list, each once"),
+]
 WeightBits = Annotated[int, AfterValidator(_check_weight_bits), Legal("2 to 8")]
 Bits = Annotated[int, AfterValidator(_check_bits), Legal("2 to 8, or 16 for no quantization")]
 
@@ -79,7 +101,8 @@ class _Section(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, str) and value.strip().lower() in ("none", "null") and NoneType in get_args(annotation):
             return None
-        if value == "" or (isinstance(value, bool) and annotation is not bool):
+        switch = annotation is bool or info.field_name == "zfold"
+        if value == "" or (isinstance(value, bool) and not switch):
             raise ValueError("not a value for this field")
         return value
 
@@ -161,6 +184,11 @@ class Weights(_Section):
     )
     sequential: bool = Field(
         default=False, description="Weigh values by the attention of quantized queries and keys, not of the originals."
+    )
+    zfold: Sites = Field(
+        default=None,
+        description="A scale per input channel too, folded into the layer before (Z-Fold): true, or the inputs that "
+        "get one, of qkv (norm), output (V), gate_up (norm) and down (up).",
     )
 
 

@@ -249,9 +249,11 @@ def _quantize_blocks(
             for name, damping in solver.damping.items():
                 layers[name]["damping"] = damping
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
-            tensors = pack_block(solver.results, others, job.spec.bits, job.checkpoint.dtype)
+            tensors = pack_block(solver.results, others | solver.folded, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = {**spent, "layers": layers, "clips": solver.transforms.clips}
+            if solver.channel_scales:
+                entry["zfold"] = {site: found.summary() for site, found in solver.channel_scales.items()}
             folder.manifest["peak_memory_bytes"] = _peak(job, folder)
             folder.write_block(index, tensors, entry)
         trim()

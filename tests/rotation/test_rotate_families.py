@@ -13,6 +13,7 @@ from rotoboa.models.decoder import Decoder
 from rotoboa.models.ends import Ends
 from rotoboa.models.families import FAMILIES, family_for
 from rotoboa.models.layout import split_modules
+from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations
 
 EXACT = 1e-9  # logits are of order 1 to 10
@@ -44,8 +45,14 @@ def _tokens() -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: Any, choice: dict[str, bool], *, online: bool = True) -> Tensor:
-    """After rotation, block by block; `online` False leaves out what runs online."""
+def _logits(
+    model: Any,
+    choice: dict[str, bool],
+    *,
+    online: bool = True,
+    fold: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = lambda tensors, index: tensors,
+) -> Tensor:
+    """After rotation, block by block; `online` False leaves out what runs online, `fold` changes a block."""
     config = model.config
     decoder = Decoder(config, attention=NAME, dtype=torch.float64)
     family, shape = decoder.family, decoder.shape
@@ -56,7 +63,7 @@ def _logits(model: Any, choice: dict[str, bool], *, online: bool = True) -> Tens
     for index in range(shape.blocks):
         prefix = f"{family.layers}.{index}."
         tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        block = decoder.block(index, rotations.rotate_block(tensors, family, index))
+        block = decoder.block(index, fold(rotations.rotate_block(tensors, family, index), index))
         if online:
             set_attention(block.get_submodule(family.attention), AttentionTransform(rotations.r3))
             sites = {"down": rotations.r4}
@@ -146,6 +153,39 @@ def test_the_mean_of_other_embeddings_stays(family_model: Callable[..., nn.Modul
     ends = Ends.of(decoder.family, split_modules_state(model, decoder))
     rotated = rotations.rotate_ends(ends, decoder.family)
     assert (rotations.r1.apply_transposed(rotated.embedding[:]) - ends.embedding[:]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("choice", [NONE, {**ALL, "r4": False}, ALL], ids=_named)
+@pytest.mark.parametrize("name", NAMES)
+def test_channel_scales_change_nothing(
+    family_model: Callable[..., nn.Module], name: str, choice: dict[str, bool]
+) -> None:
+    """Every site that can take them, all at once; without what the layer before has taken, the logits are others."""
+    model = _model(family_model, name)
+    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+    family, shape = decoder.family, decoder.shape
+    reasons = {site: obstacle(family, model.config, site, r1=choice["r1"], r4=choice["r4"]) for site in SITES}
+    stopped = {site for site, reason in reasons.items() if reason}
+    online_r1 = {"qkv", "gate_up"} if family.post_norms and choice["r1"] else set()
+    assert stopped == online_r1 | ({"gate_up", "down"} if family.experts else {"down"} if choice["r4"] else set())
+    widths = {"qkv": shape.hidden, "output": shape.key_width, "gate_up": shape.hidden, "down": shape.ffn}
+
+    def fold(tensors: dict[str, Tensor], index: int, halves: bool = False) -> dict[str, Tensor]:
+        for i, site in enumerate(sorted(set(SITES) - stopped)):
+            generator = torch.Generator().manual_seed(10 * index + i)
+            zeta = torch.randn(widths[site], generator=generator, dtype=torch.float64).mul(0.5).exp()
+            zeta = absorbable(tensors, family, site, zeta)
+            assert zeta.log().std() > 0.3
+            changed = scale_channels(tensors, family, shape, site, zeta)
+            keep = {f"{reader}.weight" for reader in readers(family, site)}
+            assert keep < set(changed)
+            tensors = tensors | {name: t for name, t in changed.items() if not halves or name in keep}
+        return tensors
+
+    expected = _expected(model)
+    assert (_logits(model, choice, fold=fold) - expected).abs().max() < EXACT
+    halved = _logits(model, choice, fold=functools.partial(fold, halves=True))
+    assert (halved - expected).abs().max() > 1e-2
 
 
 @torch.no_grad()

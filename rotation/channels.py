@@ -1,0 +1,111 @@
+"""A scale per input channel, taken out of some projections and put into the layer before them, exactly.
+
+With D = diag(zeta) > 0, `W x = (W D^-1) (D x)`: what reads becomes W D^-1, what makes x takes D (Z-Fold, Jeon et al.,
+EMNLP 2023). As integers I with a scale s per row, the readers then mean s (I - z) D: a second scale, free at run time.
+
+| site | readers | takes D |
+|---|---|---|
+| qkv | q, k, v | the attention norm: its weight, and the bias of a LayerNorm |
+| output | O | rows of V and its bias; a value channel has one zeta for the query heads of its group |
+| gate_up | gate and up | the MLP's norm |
+| down | down | rows of up and its bias: act(gate) * up is linear in up, and a ReLU alone is so for zeta > 0 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.families import Family, Shape
+
+SITES = ("qkv", "output", "gate_up", "down")
+
+
+def obstacle(family: Family, config: Any, site: str, *, r1: bool, r4: bool) -> str:
+    """Why no layer can take the scales of `site` under these rotations, as a clause; empty where one can."""
+    if site in ("qkv", "gate_up") and r1 and family.post_norms:
+        return f"R1 runs online between the norm and {_short(family, site)} in families with post norms"
+    if site in ("gate_up", "down") and family.experts:
+        return f"experts, which share a norm with their router, are not scaled ({_short(family, site)})"
+    if site == "down" and r4:
+        return f"R4 runs online between {family.up} and {family.down}"
+    function = getattr(config, "activation_function", None)
+    if site == "down" and not family.gate and function != "relu":
+        return f"{function} stands between {family.up} and {family.down}, and relu alone lets a scale through"
+    return ""
+
+
+def _short(family: Family, site: str) -> str:
+    names = {"qkv": (family.query, family.key, family.value), "gate_up": (family.gate, family.up)}
+    return ", ".join(name for name in names.get(site, (family.down,)) if name)
+
+
+def readers(family: Family, site: str) -> tuple[str, ...]:
+    """The projections whose input channels `site` scales."""
+    return {
+        "qkv": (family.query, family.key, family.value),
+        "output": (family.output,),
+        "gate_up": family.mlp_inputs,
+        "down": family.downs,
+    }[site]
+
+
+def ties(shape: Shape, site: str) -> Tensor | None:
+    """Which scale each input channel of `site` takes, (c,) indices; None: each its own.
+
+    A value channel is read by every query head of its group.
+    """
+    if site != "output":
+        return None
+    channels = torch.arange(shape.key_width).view(shape.key_heads, 1, shape.head_dim)
+    return channels.expand(-1, shape.query_heads // shape.key_heads, -1).flatten()
+
+
+def absorbable(tensors: Mapping[str, Tensor], family: Family, site: str, zeta: Tensor) -> Tensor:
+    """The nearest scales to `zeta` with which what takes them is stored without an error, of the same shape.
+
+    A norm's weight is stored in the checkpoint's dtype: it is made one that bfloat16 holds, and so float16 and float32.
+    A channel that the norm multiplies by 0 has no scale.
+    """
+    norm = {"qkv": family.attention_norm, "gate_up": family.mlp_norm}.get(site)
+    if norm is None:
+        return zeta
+    stored = tensors[f"{norm}.weight"]
+    weight = stored + family.norm_offset
+    scaled = _bfloat16(weight * zeta.to(weight) - family.norm_offset) + family.norm_offset
+    return torch.where((weight != 0) & (scaled * weight > 0), scaled / weight, torch.ones_like(weight))
+
+
+def scale_channels(
+    tensors: Mapping[str, Tensor], family: Family, shape: Shape, site: str, zeta: Tensor
+) -> dict[str, Tensor]:
+    """The tensors of a block that change when `site` takes the scales `zeta`, new ones in their own dtype.
+
+    Args:
+        tensors: of the block, by their names inside it; not changed.
+        zeta: positive, one an input channel of the site; for `output` one a value channel, (key heads * head_dim,).
+    """
+    tie = ties(shape, site)
+    columns = zeta if tie is None else zeta[tie.to(zeta.device)]
+    changed = {}
+    for name in readers(family, site):
+        weight = tensors[f"{name}.weight"]
+        changed[f"{name}.weight"] = weight / columns.to(weight)
+    if site in ("qkv", "gate_up"):
+        name = family.attention_norm if site == "qkv" else family.mlp_norm
+        weight = tensors[f"{name}.weight"]
+        changed[f"{name}.weight"] = (weight + family.norm_offset) * zeta.to(weight) - family.norm_offset
+    else:
+        name = family.value if site == "output" else family.up
+        weight = tensors[f"{name}.weight"]
+        changed[f"{name}.weight"] = weight * zeta.to(weight)[:, None]
+    if (bias := tensors.get(f"{name}.bias")) is not None:
+        changed[f"{name}.bias"] = bias * zeta.to(bias)
+    return changed
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
