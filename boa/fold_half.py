@@ -13,6 +13,7 @@ from .objective import Objective
 from .statistics import AttentionStatistics, InputStatistics
 from .zfold import Term, channel_scales
 
+LAYERWISE = ("gptq", "adaround")  # methods without an H_out
 POOL = 8  # tokens that scales are chosen on, in multiples of the widest input
 
 
@@ -89,7 +90,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
 
     def _term(self, name: str, objective: Objective, heads: int) -> Term:
         objective.check()
-        if self.settings.method == "gptq":
+        if self.settings.method in LAYERWISE:
             objective = Objective(objective.h_in)
         return Term(self._weight(name).unflatten(0, (heads, -1)), objective.damped(self.settings.damping))
 

@@ -78,13 +78,16 @@ class Quantized:
 
 
 @stage("losses")
-def quantize(weight: Tensor, objective: Objective | None, settings: Settings) -> Quantized:
+def quantize(
+    weight: Tensor, objective: Objective | None, settings: Settings, grid: tuple[Tensor, Tensor] | None = None
+) -> Quantized:
     """Quantize one projection.
 
     Args:
         weight: (heads, r, c) float32; a projection without heads is one head.
         objective: what to minimise; not read by rtn, which may pass None. Where its diagonal of H_in is zero the
             channel is dead, and its weights become 0 (but for rtn).
+        grid: scale and zero (heads, r, groups) to start from; None searches them, and so does rtn.
 
     Raises:
         ValueError: the group size does not divide the columns, or the objective is not finite or stays indefinite.
@@ -107,7 +110,7 @@ def quantize(weight: Tensor, objective: Objective | None, settings: Settings) ->
     weight = weight.masked_fill(dead[:, None], 0)
     objective = objective.damped(settings.damping)
     target = objective.target(weight, settings.alpha)
-    best = _round_and_refine(target, objective, settings)
+    best = _round_and_refine(target, objective, settings, grid)
     if settings.starts > 1:
         best = _restart(best, target, objective, settings)
     best.loss = float(objective.loss(best.dequantize() - target).sum())

@@ -8,8 +8,8 @@ from the solver of every other weight, and zeta from least squares. With A = s (
     zeta:  M m = b,  M = sum_h (A^T H_out A) * H_in,  b = sum_h diag(A^T H_out W H_in)        (* elementwise)
     s:     per row, or per head where H_out ties its rows, as in `refine`
 
-Neither can raise the loss while integers are kept. Rounding again with the new zeta can: the best of all rounds, the
-start zeta = 1 among them, is what is returned.
+Neither can raise the loss while integers are kept. Rounding again with the new zeta can, so the best of all rounds is
+taken, and zeta = 1 where that is no better than plain rounding without a second scale.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .grid import snap
 from .objective import Objective
 from .rounding import Settings, quantize
 
@@ -67,11 +68,17 @@ class ChannelScales:
         return {"loss": self.loss, "without": self.without, "least": least, "most": most}
 
 
+Grid = tuple[Tensor, Tensor]  # scale and zero, (heads, r, groups)
+
+
 @dataclass
 class _Rounded:
+    """What plain rounding makes of the terms when `zeta` is taken out of them."""
+
     zeta: Tensor
     terms: list[Term]
     levels: list[Tensor]
+    grids: list[Grid]
     loss: float
 
 
@@ -84,28 +91,47 @@ def channel_scales(
         terms: projections that read the same input; their relative losses add up.
         settings: of the rounding; refinement and further starts are left out here.
         tie: (c,), which parameter each channel takes; None: each its own.
-        rounds: how often integers are made anew, from the better of two starts: 1, and the size of the columns.
+        rounds: how often integers are made anew on the grids that least squares leave. The first grids are searched,
+            at the better of two starts: 1, and the size of the columns.
     """
-    quick = replace(settings, alpha=0.0, refine=1, starts=1)
+    quick = replace(settings, method="boa", alpha=0.0, refine=1, starts=1)
     columns = terms[0].weight.shape[-1]
     tie = torch.arange(columns) if tie is None else tie
     tie = tie.to(terms[0].weight.device)
 
-    def rounded(zeta: Tensor) -> _Rounded:
+    def rounded(zeta: Tensor, grids: Sequence[Grid | None]) -> _Rounded:
         scaled = [term.scaled(zeta[tie]) for term in terms]
-        levels = [quantize(term.weight, term.objective, quick).dequantize().to(term.weight) for term in scaled]
-        return _Rounded(zeta, scaled, levels, float(sum(map(Term.loss, scaled, levels))))
+        found = [quantize(t.weight, t.objective, quick, grid) for t, grid in zip(scaled, grids, strict=True)]
+        levels = [result.dequantize().to(term.weight) for result, term in zip(found, scaled, strict=True)]
+        grids = [(result.scale, result.zero) for result in found]
+        return _Rounded(zeta, scaled, levels, grids, float(sum(map(Term.loss, scaled, levels))))
 
     ones = terms[0].weight.new_ones(int(tie.max()) + 1)
-    plain, other = rounded(ones), rounded(column_scales(terms, tie))
+    searched = [None] * len(terms)
+    plain, other = rounded(ones, searched), rounded(column_scales(terms, tie), searched)
     best = now = min(plain, other, key=lambda found: found.loss)
     without = plain.loss
     del plain, other
     for _ in range(rounds):
-        zeta = now.zeta * alternate(now.terms, now.levels, tie, settings.group_size or columns)
-        now = rounded(zeta / zeta.log().mean().exp())
+        before = list(now.levels)
+        factor = alternate(now.terms, now.levels, tie, settings.group_size or columns)
+        zeta = now.zeta * factor
+        mean = zeta.log().mean().exp()
+        grids = [
+            (snap(scale * mean * _row_factors(new, old * factor[tie], scale.shape[-1])), zero)
+            for (scale, zero), new, old in zip(now.grids, now.levels, before, strict=True)
+        ]
+        now = rounded(zeta / mean, grids)
         best = min(best, now, key=lambda found: found.loss)
-    return ChannelScales(best.zeta, best.loss, without)
+    zeta, loss = best.zeta, rounded(best.zeta, searched).loss  # on searched grids, as it was without
+    return ChannelScales(zeta, loss, without) if loss < without else ChannelScales(ones, without, without)
+
+
+def _row_factors(new: Tensor, old: Tensor, groups: int) -> Tensor:
+    """By what the scales of rows have changed, (heads, r, groups), where `new` is `old` but for that."""
+    new, old = (part.unflatten(-1, (groups, -1)) for part in (new, old))
+    factors = (new * old).sum(-1) / old.square().sum(-1).clamp_min(torch.finfo(old.dtype).tiny)
+    return factors.clamp_min(0.05)
 
 
 def column_scales(terms: Sequence[Term], tie: Tensor) -> Tensor:
