@@ -45,7 +45,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
         """The problem of each site, by what its inputs are in the full-precision stream."""
         f, s, t = self.family, self.shape, self.transforms
         sites = self.settings.zfold
-        norms, values = self._norm_statistics(), self.full.get_submodule(f.value)
+        norms = self._norm_statistics()
         grams, inputs = AttentionStatistics(), {site: InputStatistics() for site in sites}
         widest = max(s.hidden, s.query_width, s.ffn if "down" in sites else 0)
         some = full[: -(-POOL * widest // full.shape[1])]
@@ -57,7 +57,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
                 seen = self._meet(self.full, x, AttentionTransform())
                 inputs["qkv"].add(None, self._weighted(norms, x, x)[0])
                 grams.add_grams(seen.query, seen.key)
-                grams.add_values(x, values(x), attended, seen)
+                grams.add_values(x, self._without_bias(attended), seen, self._weight(f.value))
             written = self.full.get_submodule(f.output)(attended)
             if "output" in sites:
                 inputs["output"].add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
