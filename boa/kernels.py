@@ -1,20 +1,27 @@
-"""The columns of one block, one after another: compiled on the CPU, whole-column torch operations elsewhere.
+"""The columns of one block, one after another: compiled on the CPU, by Triton on CUDA, in torch operations elsewhere.
 
-Both forms do the same operations in the same order, but for sums over the rows that H_out ties together.
+All forms do the same operations in the same order, but for sums over the rows that H_out ties together. In the torch
+form a column is a handful of small operations, which on a GPU take longer to start than to run.
+`ROTOBOA_TRITON=0` in the environment leaves Triton out.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _SERIAL = 1 << 15  # weights below which more threads cost more than they save
 
@@ -37,6 +44,13 @@ def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, level
         rows = work.shape[0] * work.shape[1]
         _spread(_round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
         return found, errors
+    if (triton := _triton_for(block)) is not None:
+        result: tuple[Tensor, Tensor] = triton.round_block(block, upper, scale, zero, levels)
+        return result
+    return _round_in_torch(block, upper, scale, zero, levels)
+
+
+def _round_in_torch(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     work = block.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # whole columns are read and written
     s, z = scale.transpose(1, 2).contiguous(), zero.transpose(1, 2).contiguous()
     found, errors = torch.empty_like(work), torch.empty_like(work)
@@ -80,6 +94,17 @@ def descend_block(
         else:
             _spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
         return found, steps
+    triton = _triton_for(inner)
+    if triton is not None and (h_out is None or inner.shape[1] <= triton.MOST_TIED_ROWS):
+        result: tuple[Tensor, Tensor] = triton.descend_block(inner, integers, scale, newton, h_in, h_out, levels)
+        return result
+    return _descend_in_torch(inner, integers, scale, newton, h_in, h_out, levels)
+
+
+def _descend_in_torch(
+    inner: Tensor, integers: Tensor, scale: Tensor, newton: Tensor, h_in: Tensor, h_out: Tensor | None, levels: int
+) -> tuple[Tensor, Tensor]:
+    diagonal = h_in.diagonal(dim1=-2, dim2=-1)
     work, found, s, newton = (
         t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in (inner, integers, scale, newton)
     )
@@ -111,6 +136,55 @@ def _joint_steps(d: Tensor, g: Tensor, h_out: Tensor, curvature: Tensor) -> Tens
     best, row = gain.min(-1, keepdim=True)
     single = torch.zeros_like(d, dtype=torch.bool).scatter_(-1, row, best < 0)
     return torch.where((together < best) & (together < 0), d != 0, single)
+
+
+# -- Triton ---------------------------------------------------------------------------------------------------------
+
+
+def _triton_for(tensor: Tensor) -> ModuleType | None:
+    """The module of Triton kernels where it serves a tensor like this."""
+    return _triton(tensor.device) if tensor.is_cuda and tensor.dtype == torch.float32 else None
+
+
+@cache
+def _triton(device: torch.device) -> ModuleType | None:
+    """The Triton kernels, if they compile for a device and do there what the torch form does; else a warning says so.
+
+    Triton needs a compiler or a driver that some machines lack, and finds out only when it is used.
+    """
+    if os.environ.get("ROTOBOA_TRITON") == "0":
+        return None
+    try:
+        from . import triton_kernels
+
+        if not _agrees(triton_kernels, device):
+            raise RuntimeError("its integers differ from those of torch")
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        logger.warning("Triton cannot be used on %s (%s): rounding takes several times as long", device, reason)
+        return None
+    return triton_kernels
+
+
+def _agrees(triton: ModuleType, device: torch.device) -> bool:
+    """Compare both forms on a small problem; the kernels are compiled on the way."""
+    generator = torch.Generator().manual_seed(0)
+    size = triton.MOST_TIED_ROWS
+    x, block = (torch.randn(2, size, size, generator=generator).to(device) for _ in range(2))
+    h = x @ x.transpose(1, 2) / size + torch.eye(size, device=device)
+    scale, zero = torch.full_like(block, 0.4), torch.full_like(block, 4.0)
+    given = (block, h.triu(), scale, zero, 7)
+    (q, errors), (expected, expected_errors) = triton.round_block(*given), _round_in_torch(*given)
+    same = torch.equal(q, expected) and torch.equal(errors, expected_errors)
+    inner = block @ h
+    newton = -1 / (scale * h.diagonal(dim1=1, dim2=2)[:, None])
+    for h_out in (None, h):
+        newton = newton if h_out is None else newton / h_out.diagonal(dim1=1, dim2=2)[..., None]
+        arguments = (inner, q, scale, newton, h, h_out, 7)
+        found, expected = triton.descend_block(*arguments)[0], _descend_in_torch(*arguments)[0]
+        # Sums over tied rows are in another order, and a tie may then go another way.
+        same &= torch.equal(found, expected) if h_out is None else bool((found != expected).float().mean() < 0.01)
+    return same
 
 
 # -- compiled -------------------------------------------------------------------------------------------------------

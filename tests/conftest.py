@@ -1,12 +1,17 @@
 """What many tests stand on: a short text, small Llama checkpoints, and finished runs, made once a session."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
