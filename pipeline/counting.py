@@ -162,9 +162,9 @@ def attention(s: Shape, sequences: float, length: int, window: int | None = None
 
 
 def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | None = None) -> dict[str, Work]:
-    """One pass through a block by part: `norms`, `qkv`, `value`, `attention`, `output`, `gate_up`, `down`, `router`.
+    """One pass through a block by part: `norms`, `qkv`, `attention`, `output`, `gate_up`, `down`, `router`.
 
-    `value` is a second product with W_V alone. Gate, up and down count each token once for each expert it goes to.
+    Gate, up and down count each token once for each expert it goes to.
     """
     s, tokens = sizes.shape, sequences * length
     active = tokens * sizes.routed
@@ -172,7 +172,6 @@ def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | No
     return {
         "norms": moved(tokens * s.hidden, NORM),
         "qkv": linear(tokens, s.query_width + 2 * s.key_width, s.hidden),
-        "value": linear(tokens, s.key_width, s.hidden),
         "attention": attention(s, sequences, length, window),
         "output": linear(tokens, s.hidden, s.query_width) + moved(tokens * s.hidden, ADD),
         "gate_up": hidden,
@@ -182,11 +181,11 @@ def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | No
 
 
 PLAIN = {"norms": 2, "qkv": 1, "attention": 1, "output": 1, "gate_up": 1, "down": 1, "router": 1}
-BOTH = {"norms": 7, "qkv": 3, "value": 1, "attention": 2, "output": 3, "gate_up": 2, "down": 3}
-EXPERTS = BOTH | {"gate_up": 4, "down": 4, "router": 2}
-"""How often each part runs: in a plain pass; in both streams of the quantizer (`BlockQuantizer.run`), whose output and
-down projections are applied to both inputs for what is lost, and once more when they are quantized; and with experts,
-which move the full-precision stream by themselves."""
+BOTH = {"norms": 7, "qkv": 3, "attention": 2, "output": 2, "gate_up": 2, "down": 2}
+EXPERTS = BOTH | {"gate_up": 4, "down": 3, "router": 2}
+"""How often each part runs: in a plain pass; in both streams of the quantizer (`BlockQuantizer.run`), where queries and
+keys of the quantized one are needed before and after they are quantized; and with experts, whose full-precision outputs
+are needed for the stream before each of them is solved."""
 
 
 def forward(sizes: Sizes, sequences: float, length: int, window: int | None = None) -> Work:
@@ -208,7 +207,7 @@ def streams(
     parts = parts_of_block(sizes, sequences, length, window)
     work = total(parts[name] * times for name, times in (EXPERTS if s.experts else BOTH).items())
     if sequential:
-        work += parts["qkv"] + parts["value"] + parts["norms"]
+        work += parts["qkv"] + parts["norms"]
     heads, active = s.query_heads + s.key_heads, tokens * sizes.routed
     if online.r3:
         work += 2 * hadamard(tokens * heads, s.head_dim)
@@ -247,18 +246,19 @@ def head_statistics(s: Shape, tokens: float) -> Work:
 
 
 def value_statistics(s: Shape, sequences: float, length: int, window: int | None = None) -> Work:
-    """H_in and drift of the values, the cheaper of two ways for H_in; P pairs, n_l keys that position l sees.
+    """H_in and wanted outputs of the values, the cheaper of two ways; P pairs, n_l keys that position l sees.
 
-    Logits, A V and its pull-back: 6 H d P. The sum of A^T A of a group, one half: H sum n_l (n_l + 1), then X^T (. X):
-    2 G (L^2 c + L c^2). Or A X by head and its Gram: 2 H P c + H L c (c + 1). The drift's product: 2 G d L c.
+    Logits: 2 H d P. By group the sum of A^T A, one half: H sum n_l (n_l + 1), then X^T (. X): 2 G (L^2 c + L c^2); of
+    the outputs 2 H d P and 2 G d L c. Or by head A X and its Gram: 2 H P c + H L c (c + 1); of the outputs 2 H d L c.
     """
     seen, c, heads, groups = pairs(length, window), s.hidden, s.query_heads, s.key_heads
     w = min(length, window or length)
     squares = w * (w + 1) * (w + 2) // 3 + (length - w) * w * (w + 1)
     grouped = heads * squares + 2 * groups * (length**2 * c + length * c**2)
-    by_head = 2 * heads * seen * c + heads * length * c * (c + 1)
-    products = 6 * s.query_width * seen + min(grouped, by_head) + 2 * s.key_width * length * c
-    moves = heads / groups * length * c + 2 * c * c * groups + length * (2 * s.query_width + s.key_width)
+    grouped += 2 * s.query_width * seen + 2 * s.key_width * length * c
+    by_head = 2 * heads * seen * c + heads * length * c * (c + 1) + 2 * s.query_width * length * c
+    products = 2 * s.query_width * seen + min(grouped, by_head)
+    moves = heads / groups * length * c + 2 * c * c * groups + length * 2 * s.query_width
     return sequences * (Work(products, elements=SOFTMAX * heads * seen) + moved(moves, 1))
 
 

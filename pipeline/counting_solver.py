@@ -43,7 +43,7 @@ class Problem:
         heads, rows, columns: r rows of c columns for each head.
         hessians: B, 1 or one for each head.
         tied: whether H_out ties the rows of a head.
-        shifted: the target is moved by a residual ("residual"), by a drift alone ("drift") or not ("").
+        residual: the target is moved by a residual of the inputs, else by the outputs that are wanted.
         count: how many there are in a block; more than one of experts.
     """
 
@@ -53,7 +53,7 @@ class Problem:
     columns: int
     hessians: int = 1
     tied: bool = False
-    shifted: str = "drift"
+    residual: bool = False
     count: int = 1
 
     @property
@@ -66,10 +66,10 @@ def problems(sizes: Sizes) -> Iterator[Problem]:
     """What is solved in one block, in its order."""
     s = sizes.shape
     experts = max(s.experts, 1)
-    yield Problem("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, "residual")
+    yield Problem("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, True)
     yield Problem("value", s.key_heads, s.head_dim, s.hidden, s.key_heads, True)
     yield Problem("output", 1, s.hidden, s.query_width)
-    yield Problem("gate and up", sizes.inputs, s.ffn, s.hidden, shifted="residual", count=experts)
+    yield Problem("gate and up", sizes.inputs, s.ffn, s.hidden, residual=True, count=experts)
     yield Problem("down", 1, s.hidden, s.ffn, count=experts)
 
 
@@ -78,19 +78,20 @@ def lazy(columns: int, width: int = COLUMN_BLOCK) -> int:
     return sum(min(width, columns - i) * max(columns - i - width, 0) for i in range(0, columns, width))
 
 
-def factors(p: Problem, settings: Settings) -> Work:
+def factors(p: Problem, settings: Settings, *, again: bool = False) -> Work:
     """In float64: the check while damping and the inverse factor, c^3 / 3 + 2 c^3 / 3 for each Hessian.
 
-    Of the target another c^3 / 3, and 2 R c^2 for its two triangular solves; W R takes 2 R c^2 in float32.
+    Of the target another c^3 / 3, and 2 R c^2 for its two triangular solves; W R, or once W H_in to be taken from the
+    outputs that are wanted, 2 R c^2 in float32. `again`: the objective is there already.
     """
     cubes = p.hessians * p.columns**3 + (p.heads * p.rows**3 if p.tied else 0)
     squares = p.hessians * p.columns**2 + (p.heads * p.rows**2 if p.tied else 0)
-    work = Work(wide=cubes, bytes=DOUBLE * 12 * squares)
-    if settings.alpha and p.shifted:
+    shifts = bool(settings.alpha) if p.residual else not again
+    work = shifts * linear(p.all_rows, p.columns, p.columns)
+    work += Work(wide=cubes, bytes=DOUBLE * 12 * squares)
+    if settings.alpha:
         work += Work(wide=p.hessians * p.columns**3 / 3 + 2 * p.all_rows * p.columns**2)
         work += Work(bytes=DOUBLE * (2 * p.hessians * p.columns**2 + 4 * p.all_rows * p.columns))
-    if settings.alpha and p.shifted == "residual":
-        work += linear(p.all_rows, p.columns, p.columns)
     return work
 
 
@@ -170,8 +171,9 @@ def references(p: Problem, settings: Settings) -> Work:
     """Plain GPTQ, and the objective at its result, at RTN's and at the run's."""
     gptq = replace(settings, method="gptq", **REFERENCE)  # type: ignore[arg-type]
     alone = replace(p, tied=False)
-    again = factors(p, settings) + factors(alone, gptq) + grid_search(p, gptq) + columns(alone, gptq) + losses(alone, 1)
-    return again + rows(alone, gptq) + losses(p, 4)
+    both = factors(p, settings, again=True) + factors(alone, gptq, again=True)
+    both += grid_search(p, gptq) + columns(alone, gptq) + losses(alone, 1)
+    return both + rows(alone, gptq) + losses(p, 4)
 
 
 def solve(p: Problem, settings: Settings) -> dict[str, Work]:
