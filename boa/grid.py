@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
+from .kernels import is_compiled, spread
 from .stopwatch import stage
 
 SHRINKS = 48
@@ -80,14 +83,12 @@ def _search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tupl
         scale = snap(full)
         return scale, _zero(low, scale, settings, up=False, exact=True)
     scale, zero = _candidates(low, full, settings, weight)
-    error = _errors(weight, scale, zero, settings)
-    if h_in is None:
-        cost = error.square().sum(-1)
-    elif settings.method == "diagonal":
-        cost = (error.square_() @ h_in.diagonal(dim1=-2, dim2=-1).to(weight.dtype)[:, None, :, None])[..., 0]
+    if h_in is None or settings.method == "diagonal":
+        metric = weight.new_ones(1, weight.shape[2]) if h_in is None else h_in.diagonal(dim1=-2, dim2=-1)
+        cost = weighted_squares(weight, scale, zero, metric.to(weight.dtype), settings.levels)
     else:
-        flat = error.flatten(1, 2)
-        cost = ((flat @ h_in.to(flat.dtype)) * flat).sum(-1).unflatten(1, error.shape[1:3])
+        flat = _errors(weight, scale, zero, settings.levels).flatten(1, 2)
+        cost = ((flat @ h_in.to(flat.dtype)) * flat).sum(-1).view_as(scale)
     best = cost.argmin(-1, keepdim=True)
     return scale.gather(-1, best)[..., 0], zero.gather(-1, best)[..., 0]
 
@@ -102,10 +103,44 @@ def _candidates(low: Tensor, full: Tensor, settings: GridSettings, weight: Tenso
     return torch.cat([scale, scale], -1), torch.cat(zeros, -1)
 
 
-def _errors(weight: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> Tensor:
+def weighted_squares(weight: Tensor, scale: Tensor, zero: Tensor, metric: Tensor, levels: int) -> Tensor:
+    """The sum over columns of `metric` (B or 1, g) times the squared rounding error, of every row on every grid.
+
+    Args:
+        weight: (B, R, g).
+        scale, zero: (B, R, S), the candidates.
+        levels: the largest integer.
+
+    Returns:
+        (B, R, S). Compiled on the CPU, where the errors themselves, S times the weight, are never held.
+    """
+    if is_compiled(weight):
+        found = torch.empty_like(scale, memory_format=torch.contiguous_format)
+        rows = weight.shape[0] * weight.shape[1]
+        spread(_weigh_rows, rows, found.numel() * weight.shape[2], weight, scale, zero, metric, found, levels)
+        return found
+    return (_errors(weight, scale, zero, levels).square_() @ metric[:, None, :, None])[..., 0]
+
+
+def _errors(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     """(B, R, S, g) rounding errors of every row on every candidate grid."""
     s, z, w = scale[..., None], zero[..., None], weight[:, :, None]
-    return round_to(w, s, z, settings.levels).sub_(z).mul_(s).sub_(w)
+    return round_to(w, s, z, levels).sub_(z).mul_(s).sub_(w)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})  # sums in any order, division and rounding exact
+def _weigh_rows(weight, scale, zero, metric, found, levels, start, stop):  # type: ignore[no-untyped-def]
+    _, rows, width = weight.shape
+    for index in range(start, stop):
+        b, r = index // rows, index % rows
+        row, h = weight[b, r], metric[b % metric.shape[0]]
+        for k in range(scale.shape[2]):
+            s, z = scale[b, r, k], zero[b, r, k]
+            total = np.float32(0)
+            for j in range(width):
+                error = (min(max(np.rint(row[j] / s + z), np.float32(0)), levels) - z) * s - row[j]
+                total += error * error * h[j]
+            found[b, r, k] = total
 
 
 def _zero(low: Tensor, scale: Tensor, settings: GridSettings, *, up: bool, exact: bool = False) -> Tensor:

@@ -38,11 +38,11 @@ def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, level
     Returns:
         The integers, in the dtype of `block`, and the errors divided by their pivots, (B, R, w) each.
     """
-    if _is_compiled(block):
+    if is_compiled(block):
         work = block.clone(memory_format=torch.contiguous_format)
         found, errors = torch.empty_like(work), torch.empty_like(work)
         rows = work.shape[0] * work.shape[1]
-        _spread(_round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
+        spread(_round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
         return found, errors
     if (triton := _triton_for(block)) is not None:
         result: tuple[Tensor, Tensor] = triton.round_block(block, upper, scale, zero, levels)
@@ -85,14 +85,14 @@ def descend_block(
     diagonal = h_in.diagonal(dim1=-2, dim2=-1)
     curvature = diagonal[:, None] if h_out is None else diagonal[:, None] * h_out.diagonal(dim1=-2, dim2=-1)[..., None]
     newton = -1 / (scale * curvature)
-    if _is_compiled(inner):
+    if is_compiled(inner):
         work, found = (t.clone(memory_format=torch.contiguous_format) for t in (inner, integers))
         steps = torch.empty_like(work)
         arguments = (work, found, scale, newton, h_in, steps, levels)
         if h_out is None:
-            _spread(_descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
+            spread(_descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
         else:
-            _spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
+            spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
         return found, steps
     triton = _triton_for(inner)
     if triton is not None and (h_out is None or inner.shape[1] <= triton.MOST_TIED_ROWS):
@@ -190,7 +190,8 @@ def _agrees(triton: ModuleType, device: torch.device) -> bool:
 # -- compiled -------------------------------------------------------------------------------------------------------
 
 
-def _is_compiled(tensor: Tensor) -> bool:
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether the compiled form computes on it."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
@@ -199,7 +200,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="rotoboa")
 
 
-def _spread(kernel: Callable[..., None], count: int, work: int, *arguments: Any) -> None:
+def spread(kernel: Callable[..., None], count: int, work: int, *arguments: Any) -> None:
     """Run `kernel(*arguments, start, stop)` over 0 .. count, on as many threads as torch uses."""
     given = [a.detach().contiguous().numpy() if isinstance(a, Tensor) else np.float32(a) for a in arguments]
     threads = min(torch.get_num_threads(), count, 1 + work // _SERIAL)

@@ -21,18 +21,18 @@ _ALIVE = 0.8  # rows are sorted out when no more than this part of them still ch
 
 @dataclass
 class _State:
-    """Rows being refined, all (heads, r, ...): integers, scales, zero points, and two products that follow them.
+    """Rows being refined, all (heads, r, ...): integers, scales, zero points, and a product that follows them.
 
     Attributes:
         inner: E H_in.
-        levels: (I - zero) H_in, where a row has one group; None with more.
+        targets: W* H_in, where a row has one group, so that (I - zero) H_in = (E + W*) H_in / scale; None with more.
     """
 
     q: Tensor
     scale: Tensor
     zero: Tensor
     inner: Tensor
-    levels: Tensor | None
+    targets: Tensor | None
 
     def rows(self, index: Tensor) -> _State:
         return _State(*(None if part is None else part[:, index] for part in vars(self).values()))  # type: ignore[arg-type]
@@ -40,8 +40,6 @@ class _State:
     def put(self, index: Tensor, rows: _State) -> None:
         self.q[:, index], self.scale[:, index] = rows.q, rows.scale
         self.inner[:, index] = rows.inner
-        if self.levels is not None and rows.levels is not None:
-            self.levels[:, index] = rows.levels
 
 
 @stage("refinement")
@@ -77,12 +75,12 @@ def refine(
         target, integers, scale, zero = (part.flatten(0, 1)[None] for part in (target, integers, scale, zero))
     q = integers.to(target.dtype)
     error = _dequantize(q, scale, zero) - target
-    levels = (q - zero) @ h_in if scale.shape[-1] == 1 else None
-    whole = _State(q, scale.clone(), zero, error @ h_in, levels)
+    targets = target @ h_in if scale.shape[-1] == 1 else None
+    whole = _State(q, scale.clone(), zero, error @ h_in, targets)
     rows, alive = whole, torch.arange(q.shape[1], device=q.device)
     for _ in range(rounds):
         scaled = _update_scales(rows, h_in, h_out)
-        moved = (sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1, rows.levels) != 0).any(-1)
+        moved = (sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1) != 0).any(-1)
         if not moved.any():
             break
         changed = (scaled | moved)[0].nonzero()[:, 0]
@@ -117,7 +115,7 @@ def _update_scales(state: _State, h_in: Tensor, h_out: Tensor | None) -> Tensor:
     for g in range(groups):
         span = slice(g * size, (g + 1) * size)
         v = q[..., span] - state.zero[..., g, None]
-        vh = v @ h_in[:, span] if state.levels is None else state.levels
+        vh = v @ h_in[:, span] if state.targets is None else (inner + state.targets).div_(scale)
         gradient = inner[..., span] if h_out is None else h_out @ inner[..., span]
         b = (gradient * v).sum(-1)
         if h_out is None:
@@ -151,7 +149,6 @@ def sweep(
     h_in: Tensor,
     h_out: Tensor | None,
     top: int,
-    levels: Tensor | None = None,
 ) -> Tensor:
     """One pass of coordinate descent over all columns; see `kernels.descend_block` for the steps that are taken.
 
@@ -162,7 +159,6 @@ def sweep(
         h_in: (B, c, c); B is 1 or heads.
         h_out: (heads, r, r) or None.
         top: the largest integer.
-        levels: (heads, r, c), (I - zero) H_in with one group, updated too.
 
     Returns:
         The changes of the weights, (heads, r, c).
@@ -177,8 +173,5 @@ def sweep(
             inner[..., start:stop], q[..., start:stop], scale[..., groups], h_in[:, start:stop, start:stop], h_out, top
         )
         steps[..., start:stop] = d
-        product = d @ h_in[:, start:stop]
-        inner += product
-        if levels is not None:
-            levels += product.div_(scale)
+        inner += d @ h_in[:, start:stop]
     return steps

@@ -197,3 +197,20 @@ def test_round_to() -> None:
     """Half to even, kept within 0 .. levels."""
     weight = torch.tensor([-3.0, -0.26, 0.25, 0.75, 0.6, 9.0])
     assert round_to(weight, torch.tensor(0.5), torch.tensor(1.0), 3).tolist() == [0, 0, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (40, 70)])
+def test_compiled_costs_are_those_of_the_errors(rows: int, columns: int, shared: bool) -> None:
+    """To the rounding of a sum of float32 numbers, also where it is spread over threads."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, rows, columns, generator=generator)
+    scale = torch.rand(2, rows, 9, generator=generator) + 0.1
+    zero = torch.randint(0, 4, (2, rows, 9), generator=generator).float()
+    metric = torch.rand(1 if shared else 2, columns, generator=generator)
+    found = grid.weighted_squares(weight, scale, zero, metric, 3)
+    expected = grid.weighted_squares(weight.double(), scale.double(), zero.double(), metric.double(), 3)
+    assert found.dtype == torch.float32
+    # A quotient that is a tie in one precision may not be one in the other.
+    near = (found - expected).abs() <= 1e-5 * expected
+    assert near.double().mean() > 0.99

@@ -19,7 +19,7 @@ def _gram(batch: int, size: int, seed: int) -> Tensor:
 
 
 def _in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_is_compiled", lambda tensor: False)
+    monkeypatch.setattr(kernels, "is_compiled", lambda tensor: False)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

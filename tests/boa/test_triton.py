@@ -121,7 +121,7 @@ def test_triton_serves_where_it_agrees(monkeypatch: pytest.MonkeyPatch, caplog: 
             return kernels._descend_in_torch(*arguments)
 
     wrong: Any = Wrong
-    monkeypatch.setattr(kernels, "_is_compiled", lambda tensor: False)
+    monkeypatch.setattr(kernels, "is_compiled", lambda tensor: False)
     monkeypatch.setattr(kernels, "_triton_for", lambda tensor: wrong)
     assert torch.equal(kernels.round_block(*given)[0], kernels._round_in_torch(*given)[0] + 1) and calls == ["round"]
     assert not kernels._agrees(wrong, torch.device(DEVICE))
