@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,22 @@ from .attention import AttentionTransform
 from .attention_half import AttentionHalf
 from .mlp_half import MlpHalf
 from .objective import Objective
+from .pull_back import NormStatistics
 from .statistics import AttentionStatistics, InputStatistics
 from .zfold import Term, channel_scales
 
 LAYERWISE = ("gptq", "adaround")  # methods without an H_out
 POOL = 8  # tokens that scales are chosen on, in multiples of the widest input
+
+
+@dataclass
+class _Seen:
+    """What the inputs of the sites are in the full-precision stream."""
+
+    inputs: dict[str, InputStatistics]
+    grams: AttentionStatistics
+    norms: dict[str, NormStatistics]
+    length: int
 
 
 class ChannelFold(AttentionHalf, MlpHalf):
@@ -24,10 +37,10 @@ class ChannelFold(AttentionHalf, MlpHalf):
         """Choose the scales of the sites in `settings.zfold` and fold them into both versions of the block."""
         if not self.settings.zfold:
             return
-        terms = self._terms(full)
+        seen = self._see(full)
+        projections = {f"{name}.weight" for name in self.family.projections}
         for site in (site for site in SITES if site in self.settings.zfold):
-            tie = ties(self.shape, site)
-            found = channel_scales(terms.pop(site), self.settings, tie)
+            found = channel_scales(self._terms(site, seen), self.settings, ties(self.shape, site))
             self.channel_scales[site] = found
             state = self.full.state_dict()
             zeta = absorbable(state, self.family, site, found.zeta)
@@ -35,18 +48,14 @@ class ChannelFold(AttentionHalf, MlpHalf):
             for name, tensor in changed.items():
                 for block in (self.full, self.quantized):
                     block.get_parameter(name).data = tensor.clone()
-            self.folded |= {name: t for name, t in changed.items() if name not in self._weights}
+            self.folded |= {name: tensor for name, tensor in changed.items() if name not in projections}
 
-    @property
-    def _weights(self) -> set[str]:
-        return {f"{name}.weight" for name in self.family.projections}
-
-    def _terms(self, full: Tensor) -> dict[str, list[Term]]:
-        """The problem of each site, by what its inputs are in the full-precision stream."""
-        f, s, t = self.family, self.shape, self.transforms
-        sites = self.settings.zfold
-        norms = self._norm_statistics()
-        grams, inputs = AttentionStatistics(), {site: InputStatistics() for site in sites}
+    def _see(self, full: Tensor) -> _Seen:
+        """One pass of the full-precision block over the first sequences; the stream stays where it is."""
+        f, s, t, sites = self.family, self.shape, self.transforms, self.settings.zfold
+        seen = _Seen(
+            {site: InputStatistics() for site in sites}, AttentionStatistics(), self._norm_statistics(), full.shape[1]
+        )
         widest = max(s.hidden, s.query_width, s.ffn if "down" in sites else 0)
         some = full[: -(-POOL * widest // full.shape[1])]
         for _, h, _ in self._batches(some, some):
@@ -54,45 +63,52 @@ class ChannelFold(AttentionHalf, MlpHalf):
             x = t.qkv.rotate(self.full.get_submodule(f.attention_norm)(h))
             attended = self._attend(self.full, x, AttentionTransform())
             if "qkv" in sites:
-                seen = self._meet(self.full, x, AttentionTransform())
-                inputs["qkv"].add(None, self._weighted(norms, x, x)[0])
-                grams.add_grams(seen.query, seen.key)
-                grams.add_values(x, self._without_bias(attended), seen, self._weight(f.value))
+                met = self._meet(self.full, x, AttentionTransform())
+                seen.inputs["qkv"].add(None, self._weighted(seen.norms, x, x)[0])
+                seen.grams.add_grams(met.query, met.key)
+                seen.grams.add_values(x, self._without_bias(attended), met, self._weight(f.value))
             written = self.full.get_submodule(f.output)(attended)
             if "output" in sites:
-                inputs["output"].add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
+                seen.inputs["output"].add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
             if "gate_up" not in sites and "down" not in sites:
                 continue
             h = h + self._normed(self.full, f.attention_post_norm, written)
             stream = h if self.settings.token_weights else None
             x = t.gate_up.rotate(self.full.get_submodule(f.mlp_norm)(h))
             if "gate_up" in sites:
-                inputs["gate_up"].add(None, x, stream=stream)
+                seen.inputs["gate_up"].add(None, x, stream=stream)
             if "down" in sites:
                 x = self._mlp_hidden(self.full, x)
                 written = self.full.get_submodule(f.down)(x)
-                inputs["down"].add(None, _by_norm(x, written, f.mlp_post_norm), stream=stream)
-        terms = {}
-        for site in sites:
-            if site == "qkv":
-                both = self._query_key_objective(inputs[site], grams, norms, full.shape[1])
-                value = grams.value_objective(self._weight(f.output))
-                heads = s.query_heads
-                goals = {
-                    f.query: (Objective(both.h_in, both.h_out[:heads]), s.query_heads),
-                    f.key: (Objective(both.h_in, both.h_out[heads:]), s.key_heads),
-                    f.value: (Objective(value.h_in, value.h_out), s.key_heads),
-                }
-            else:
-                goals = {name: (inputs[site].objective(), 1) for name in readers(f, site)}
-            terms[site] = [self._term(name, goal, heads) for name, (goal, heads) in goals.items()]
-        return terms
+                seen.inputs["down"].add(None, _by_norm(x, written, f.mlp_post_norm), stream=stream)
+        return seen
+
+    def _terms(self, site: str, seen: _Seen) -> list[Term]:
+        """The projections that read `site`, with the objective that the recipe's method has for each."""
+        f, inputs = self.family, seen.inputs.pop(site)
+        if site != "qkv":
+            goal = inputs.objective()
+            return [self._term(name, goal, 1) for name in readers(f, site)]
+        both = self._query_key_objective(inputs, seen.grams, seen.norms, seen.length)
+        assert both.h_out is not None
+        queries, keys = both.h_out.split([self.shape.query_heads, self.shape.key_heads])
+        value = seen.grams.value_objective(self._weight(f.output))
+        return [
+            self._term(f.query, Objective(both.h_in, queries), len(queries)),
+            self._term(f.key, Objective(both.h_in, keys), len(keys)),
+            self._term(f.value, value, len(keys)),
+        ]
 
     def _term(self, name: str, objective: Objective, heads: int) -> Term:
-        objective.check()
-        if self.settings.method in LAYERWISE:
-            objective = Objective(objective.h_in)
-        return Term(self._weight(name).unflatten(0, (heads, -1)), objective.damped(self.settings.damping))
+        objective = Objective(objective.h_in, None if self.settings.method in LAYERWISE else objective.h_out)
+        try:
+            objective.check()
+            objective = objective.damped(self.settings.damping)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        weight = self._weight(name).unflatten(0, (heads, -1))
+        h_out = None if objective.h_out is None else objective.h_out.to(weight.dtype)
+        return Term(weight, Objective(objective.h_in.to(weight.dtype), h_out))
 
 
 def _by_norm(x: Tensor, written: Tensor, post_norm: str | None) -> Tensor:
