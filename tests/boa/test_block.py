@@ -199,6 +199,20 @@ def test_going_on_from_results_gives_the_same_bits(sequential: bool, transforms:
         assert torch.equal(*weights)
 
 
+def test_the_quantized_copy_shares_weights_until_they_are_replaced() -> None:
+    decoder = _decoder()
+    block = _block(decoder, PLAIN)
+    before = {name: weight.clone() for name, weight in block.named_parameters()}
+    solver = BlockQuantizer(decoder, block, QUICK, PLAIN, batch=2)
+    for name, weight in solver.quantized.named_parameters():
+        assert weight is not block.get_parameter(name) and weight.data_ptr() == block.get_parameter(name).data_ptr()
+    solver.run(*_streams())
+    projections = {f"{name}.weight" for name in decoder.family.projections}
+    for name, weight in before.items():
+        assert torch.equal(block.get_parameter(name), weight)
+        assert torch.equal(solver.quantized.get_parameter(name), weight) == (name not in projections)
+
+
 def test_twice_is_the_same() -> None:
     first, second = _run(transforms=QUANTIZED), _run(transforms=QUANTIZED)
     assert torch.equal(first.quantized, second.quantized)

@@ -1,12 +1,16 @@
 """The quadratic form, its damping and its target, against dense linear algebra in float64."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from rotoboa.boa.objective import Objective, damp, inverse_factor
+from rotoboa.boa import objective
+from rotoboa.boa.objective import Objective, damp, inverse_factor, symmetrize
 from rotoboa.boa.statistics import InputStatistics
 
 HEADS, ROWS, COLUMNS = 3, 4, 6
@@ -51,6 +55,52 @@ def test_inverse_factor_of_an_ill_conditioned_matrix() -> None:
     h = (q * torch.logspace(0, 8, 30, dtype=torch.float64)) @ q.T
     upper = inverse_factor(h[None])[0]
     torch.testing.assert_close(upper @ h @ upper.T, torch.eye(30, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_large_matrices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = _positive(2, size=40)
+    whole = inverse_factor(h)
+    monkeypatch.setattr(objective, "TRIANGLE", 7)
+    torch.testing.assert_close(inverse_factor(h), whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+    uneven = _random(2, 40, 40)
+    expected = (uneven + uneven.transpose(-1, -2)) / 2
+    symmetrize(uneven)
+    assert torch.equal(uneven, expected)
+
+
+PEAKS = """
+import resource, sys
+import torch
+from rotoboa.boa.objective import Objective, inverse_factor
+n, heads = 2048, 8
+copy = n * n * 8
+x = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+h_in = (x.T @ x)[None]
+weight = torch.randn(heads, 8, n, generator=torch.Generator().manual_seed(1))
+del x
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small = Objective(h_in[:, :64, :64], drift=weight[..., :64]).damped(0.01)
+small.target(weight[..., :64])
+inverse_factor(small.h_in)
+filler = torch.ones(copy // 4)  # what has been freed so far is in use, or does not count
+start = peak()
+damped = Objective(h_in, drift=weight).damped(0.01)
+print((peak() - start) / copy)
+damped.target(weight)
+print((peak() - start) / copy)
+inverse_factor(damped.h_in)
+print((peak() - start) / copy)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+def test_how_many_hessians_are_held() -> None:
+    """The damped one and a Cholesky factor (two while it is inverted), in float64, however many heads share them."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, env=environment)
+    damped, target, inverse = map(float, done.stdout.split())
+    assert damped < 2.8 and target < 2.8 and inverse < 3.8
 
 
 # damp

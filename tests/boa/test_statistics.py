@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from rotoboa.boa import statistics
 from rotoboa.boa import statistics as module
 from rotoboa.boa.attention import Seen, attention_forward, causal_probabilities, set_attention
 from rotoboa.boa.objective import Objective
@@ -392,7 +393,8 @@ def test_products_in_single_and_half_precision(
 
 
 @pytest.mark.parametrize("columns", [3, 64, 65, 300])
-def test_grams_by_half(columns: int) -> None:
+def test_grams_by_half(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "MIRROR", 50)
     x = _random(2, 9, columns)
     total = torch.zeros(2, columns, columns, dtype=torch.float64)
     for part in x.split(4, 1):

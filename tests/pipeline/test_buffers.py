@@ -4,18 +4,20 @@ import errno
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import rotoboa
 from rotoboa.errors import RunError
 from rotoboa.pipeline import buffers as module
-from rotoboa.pipeline.buffers import Buffers, free_memory
+from rotoboa.pipeline.buffers import Buffers, free_memory, trim
 from rotoboa.pipeline.job import activation_bytes, prepare
 from rotoboa.pipeline.recipe import Recipe, build_recipe
 
@@ -105,6 +107,18 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory() == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() > 2000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_trim_gives_back_what_lies_in_the_middle_of_the_heap() -> None:
+    process = psutil.Process()
+    parts = [bytearray(2**16) for _ in range(1024)]
+    last = bytearray(2**16)  # above them, so that the heap cannot get shorter
+    held = process.memory_info().rss
+    parts.clear()
+    trim()
+    assert held - process.memory_info().rss > 50 * 2**20
+    assert len(last) == 2**16
 
 
 @pytest.mark.parametrize(("text", "size"), [("12GiB", 12 * 2**30), ("500 MB", 5 * 10**8), (4096, 4096), ("none", None)])
