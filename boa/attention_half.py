@@ -52,7 +52,7 @@ class AttentionHalf(Workspace):
                 xq = t.qkv(norm(hq))
                 seen = self._meet(self.quantized, xq, t.attention)
                 grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen, self._weight(f.value))
-        self._solve([f.value], partial(grams.value_objective, self._weight(f.output)), [shape.key_heads])
+        self._solve([f.value], partial(self._value_objective, grams), [shape.key_heads])
 
         self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention), [f.output])
         t = self.transforms
@@ -134,6 +134,11 @@ class AttentionHalf(Workspace):
                 weight = self.full.get_parameter(f"{norm}.weight") + f.norm_offset
                 h_out[name] = norm_pull_back(h_out[name], weight, norms[name].moments)
         return replace(inputs.objective(), h_out=torch.cat([h_out[f.query], h_out[f.key]]))
+
+    def _value_objective(self, grams: AttentionStatistics) -> Objective:
+        """BoA's, with W_O^T W_O, or aespa's own, without."""
+        objective = grams.value_objective(self._weight(self.family.value), self._weight(self.family.output))
+        return objective if self.settings.value_output else replace(objective, h_out=None)
 
     def _search_cache(self, x: Tensor) -> None:
         """Choose the clip ratios of keys by the error of the logits, of values by that of the output projection."""

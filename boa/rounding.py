@@ -1,7 +1,7 @@
 """Error-compensated rounding: RTN, GPTQ, BoA and TurboBoA are settings of this one solver.
 
 Rows are taken `rows` at a time in every head at once, columns left to right in lazy blocks (GPTQ, arXiv 2210.17323;
-BoA, arXiv 2406.13474; TurboBoA, arXiv 2602.04929).
+BoA, arXiv 2406.13474; TurboBoA, arXiv 2602.04929). AdaRound and aespa go on from its result: `learned`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .grid import GridSettings, round_to, search, snap
 from .kernels import round_block
+from .learned import Learning, improve
 from .objective import Objective, inverse_factor
 from .refine import refine
 from .stopwatch import stage
@@ -29,9 +30,11 @@ class Settings:
     | rtn | identity | identity | all |
     | gptq | the objective's | identity | all |
     | boa | the objective's | the objective's | `rows` of each head at a time |
+    | adaround, aespa | learned from gptq's, boa's result: see `learned` | | |
 
-    `drift`, `token_weights` and `sequential` say what the objective is collected from: see `BlockQuantizer`. `zfold`
-    names the sites whose input channels get a scale of their own first: see `rotation.channels`.
+    `drift`, `token_weights`, `sequential` and `value_output` say what the objective is collected from: see
+    `BlockQuantizer`. `zfold` names the sites whose input channels get a scale of their own first: see
+    `rotation.channels`.
     """
 
     bits: int
@@ -49,6 +52,15 @@ class Settings:
     token_weights: bool = True
     sequential: bool = False
     zfold: tuple[str, ...] = ()
+    value_output: bool = True
+    iterations: int = 2000
+    learning_rate: float = 0.015
+    regulariser: float = 1.5
+
+    @property
+    def learning(self) -> Learning:
+        """The part that learns rounding."""
+        return Learning(self.iterations, self.learning_rate, self.regulariser)
 
     @property
     def grid_settings(self) -> GridSettings:
@@ -103,7 +115,7 @@ def quantize(
         shape = (heads, -1, columns // group)
         return Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
 
-    if settings.method == "gptq":
+    if settings.method in ("gptq", "adaround"):
         objective = replace(objective, h_out=None)
     # A channel that calibration never saw active says nothing, and must not widen its row's grid.
     dead = objective.h_in.diagonal(dim1=-2, dim2=-1) <= 0
@@ -113,6 +125,10 @@ def quantize(
     best = _round_and_refine(target, objective, settings, grid)
     if settings.starts > 1:
         best = _restart(best, target, objective, settings)
+    if settings.method in ("adaround", "aespa"):
+        start = (target, best.integers, best.scale, best.zero)
+        found = improve(*start, objective, settings.bits, settings.learning, rounds=settings.refine)
+        best = _best((best, objective, target), (Quantized(*found), objective, target))
     best.loss = float(objective.loss(best.dequantize() - target).sum())
     best.damping = objective.damping
     return best
@@ -151,17 +167,26 @@ def _restart(first: Quantized, target: Tensor, objective: Objective, settings: S
     )
     targets = target.repeat(count, 1, 1)
     others = _round_and_refine(targets, many, settings, (scale, zero))
-    losses = torch.cat([objective_rows(objective, first, target), objective_rows(many, others, targets)])
-    winner = losses.unflatten(0, (-1, heads)).argmin(0)  # (heads, r or 1)
-    pick = winner.expand(heads, target.shape[1])[None, ..., None]
+    return _best((first, objective, target), (others, many, targets))
 
-    def choose(one: Tensor, more: Tensor) -> Tensor:
-        stacked = torch.cat([one, more]).unflatten(0, (-1, heads))
+
+_Problem = tuple[Quantized, Objective, Tensor]
+
+
+def _best(one: _Problem, more: _Problem) -> Quantized:
+    """Of one result and several others, stacked as more heads, the best of each row; of each head under H_out."""
+    (first, _, target), (others, _, _) = one, more
+    heads = len(target)
+    losses = torch.cat([objective_rows(objective, result, goal) for result, objective, goal in (one, more)])
+    pick = losses.unflatten(0, (-1, heads)).argmin(0).expand(heads, target.shape[1])[None, ..., None]
+
+    def choose(left: Tensor, right: Tensor) -> Tensor:
+        stacked = torch.cat([left, right]).unflatten(0, (-1, heads))
         return stacked.gather(0, pick.expand(1, *stacked.shape[1:]))[0]
 
-    return Quantized(
-        choose(first.integers, others.integers), choose(first.scale, others.scale), choose(first.zero, others.zero)
-    )
+    parts = ((first.integers, others.integers), (first.scale, others.scale), (first.zero, others.zero))
+    integers, scale, zero = (choose(*pair) for pair in parts)
+    return Quantized(integers, scale, zero)
 
 
 def _factor(index: int) -> float:

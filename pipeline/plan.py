@@ -30,6 +30,8 @@ from .run import device_of
 BASELINE = 500 * 2**20  # bytes of the process before it has done anything: Python, torch, transformers
 EFFICIENCY = 0.4  # of the rate of a large matrix product that a run reaches over all: a rough estimate
 
+ATTENTION = ("boa", "aespa")  # methods whose objective of the values needs A
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -188,7 +190,7 @@ def _layers(shape: Shape, recipe: Recipe) -> Iterator[Layer]:
     """What is solved in one block."""
     query, key = shape.query_heads * shape.head_dim, shape.key_heads * shape.head_dim
     yield Layer("query and key", query + key, shape.hidden)
-    yield Layer("value", key, shape.hidden, shape.key_heads if recipe.weights.method == "boa" else 1)
+    yield Layer("value", key, shape.hidden, shape.key_heads if recipe.weights.method in ATTENTION else 1)
     yield Layer("output", shape.hidden, query)
     yield Layer("gate and up", 2 * shape.ffn, shape.hidden)
     yield Layer("down", shape.hidden, shape.ffn)
@@ -211,7 +213,9 @@ def _operations(recipe: Recipe, shape: Shape, layers: list[Layer], tokens: int, 
         if settings.method != "rtn":
             solving += 2 * layer.hessians * 5 * c**3 // 3  # three Cholesky factors and an inverse
             solving += settings.starts * r * c * c * (1 + 2 * settings.refine) + 4 * r * c * c
-    if settings.method == "boa":
+        if settings.method in ("adaround", "aespa"):
+            solving += settings.iterations * 2 * r * c * (c + 16)  # some 16 operations on each weight of a step
+    if settings.method in ATTENTION:
         heads, groups, hidden = shape.query_heads, shape.key_heads, shape.hidden
         direct = 2 * heads * (length * length * hidden + length * hidden * hidden)
         grouped = 2 * (heads * length**3 + groups * (length * length * hidden + length * hidden * hidden))
