@@ -137,7 +137,7 @@ class AttentionHalf(Workspace):
 
     def _value_objective(self, grams: AttentionStatistics) -> Objective:
         """BoA's, with W_O^T W_O, or aespa's own, without."""
-        objective = grams.value_objective(self._weight(self.family.value), self._weight(self.family.output))
+        objective = grams.value_objective(self._weight(self.family.output))
         return objective if self.settings.value_output else replace(objective, h_out=None)
 
     def _search_cache(self, x: Tensor) -> None:

@@ -103,11 +103,11 @@ def channel_scales(
         scaled = [term.scaled(zeta[tie]) for term in terms]
         found = [quantize(t.weight, t.objective, quick, grid) for t, grid in zip(scaled, grids, strict=True)]
         levels = [result.dequantize().to(term.weight) for result, term in zip(found, scaled, strict=True)]
-        grids = [(result.scale, result.zero) for result in found]
-        return _Rounded(zeta, scaled, levels, grids, float(sum(map(Term.loss, scaled, levels))))
+        chosen = [(result.scale, result.zero) for result in found]
+        return _Rounded(zeta, scaled, levels, chosen, float(sum(map(Term.loss, scaled, levels))))
 
     ones = terms[0].weight.new_ones(int(tie.max()) + 1)
-    searched = [None] * len(terms)
+    searched: list[Grid | None] = [None] * len(terms)
     plain, other = rounded(ones, searched), rounded(column_scales(terms, tie), searched)
     best = now = min(plain, other, key=lambda found: found.loss)
     without = plain.loss
@@ -136,11 +136,10 @@ def _row_factors(new: Tensor, old: Tensor, groups: int) -> Tensor:
 
 def column_scales(terms: Sequence[Term], tie: Tensor) -> Tensor:
     """The root mean square of each channel's weights, rows counted alike, with a geometric mean of 1: (parameters,)."""
-    total = 0
+    total = terms[0].weight.new_zeros(len(tie))
     for term in terms:
         rows = term.weight.flatten(0, 1)
-        total = total + (rows / rows.square().mean(-1, keepdim=True).clamp_min(1e-30).sqrt()).square().sum(0)
-    assert isinstance(total, Tensor)
+        total += (rows / rows.square().mean(-1, keepdim=True).clamp_min(1e-30).sqrt()).square().sum(0)
     size = int(tie.max()) + 1
     found = total.new_zeros(size).index_add_(0, tie, total) / torch.bincount(tie, minlength=size)
     found = found.clamp_min(1e-6 * found.mean()).sqrt()
@@ -198,7 +197,7 @@ def _normal(term: Term, a: Tensor) -> tuple[Tensor, Tensor]:
     if len(h_in) == 1:
         m = (a.flatten(0, 1).T @ left.flatten(0, 1)).mul_(h_in[0])
     else:
-        m = sum((one.T @ other).mul_(h) for one, other, h in zip(a, left, h_in, strict=True))  # type: ignore[assignment]
+        m = sum((one.T @ other).mul_(h) for one, other, h in zip(a, left, h_in, strict=True))
     slope = (left * ((a - term.weight) @ h_in)).sum((0, 1))
     whole = term.objective.loss(term.weight).sum().double().clamp_min(torch.finfo(torch.float32).tiny)
     return m.double() / whole, slope.double() / whole
