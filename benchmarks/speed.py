@@ -47,9 +47,13 @@ def run(recipe: str, threads: int, changes: dict[str, str]) -> dict[str, Any]:
     from common import measure as report_of
     from common import ratio
 
+    from rotoboa.pipeline.machines import measured
+
     torch.set_num_threads(threads)
     report = report_of(recipe, changes)
+    rates = measured(torch.device("cpu"), time.perf_counter)
     return {
+        "rates": {kind: getattr(rates, kind) for kind in ("products", "wide", "elements", "bandwidth")},
         "stages": report["stages"],
         "quantize": report["seconds"]["quantize"],
         "total": report["seconds"]["total"],

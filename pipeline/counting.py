@@ -112,7 +112,8 @@ class Online:
     r4: bool = False
     activations: bool = False
     cache: bool = False
-    search: bool = False
+    search_activations: bool = False
+    search_cache: bool = False
 
 
 def pairs(length: int, window: int | None = None) -> int:
@@ -267,7 +268,7 @@ def clip_search(sizes: Sizes, online: Online, length: int, batch: int) -> Work:
     s, n = sizes.shape, batch * length
     tries, work = len(RATIOS), Work()
     experts = max(s.experts, 1)
-    if online.search and online.activations:
+    if online.search_activations and online.activations:
         readers = {
             s.hidden: (n, s.query_width + 2 * s.key_width),
             s.query_width: (n, s.hidden),
@@ -276,7 +277,7 @@ def clip_search(sizes: Sizes, online: Online, length: int, batch: int) -> Work:
         mlp = (n, experts * sizes.inputs * s.ffn)
         for c, (tokens, rows) in [*readers.items(), (s.hidden, mlp)]:
             work += tries * (linear(tokens, c, c) + moved(tokens * c, QUANTIZER + 2)) + linear(rows, c, c)
-    if online.search and online.cache:
+    if online.search_cache and online.cache:
         work += 2 * tries * (linear(n * s.key_heads, s.head_dim, s.head_dim) + moved(n * s.key_width, QUANTIZER + 2))
     return work
 

@@ -30,6 +30,8 @@ from .counting import (
     total,
     value_statistics,
 )
+from .job import settings_of
+from .recipe import Recipe
 
 GRID, GRID_MOVES = 10, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
 STEP = 8  # operations of a weight that is rounded, or moved by coordinate descent, beside its products
@@ -218,6 +220,32 @@ class Plan:
     head: bool = False
     windows: int = 0
     baseline: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe, length: int, windows: int | None) -> Plan:
+        """That of a recipe, on sequences of `length` tokens; `windows` None is not counted."""
+        weights, rotation, cache = recipe.weights, recipe.rotation, recipe.cache
+        bits = recipe.activations.bits, min(cache.key_bits, cache.value_bits)
+        return cls(
+            settings_of(recipe),
+            recipe.calibration.samples,
+            length,
+            recipe.calibration.batch,
+            Online(
+                rotation.r3,
+                rotation.r4,
+                activations=bits[0] < 16,
+                cache=bits[1] < 16,
+                search_activations=recipe.activations.search,
+                search_cache=cache.search,
+            ),
+            r1=rotation.r1,
+            r2=rotation.r2,
+            references=recipe.evaluation.references,
+            head=bool(weights.head) and weights.method != "rtn",
+            windows=windows or 0,
+            baseline=recipe.evaluation.baseline,
+        )
 
 
 def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]:

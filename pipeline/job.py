@@ -57,11 +57,7 @@ class Job:
     @property
     def settings(self) -> Settings:
         """Of the rounding, as the recipe has them."""
-        weights = self.recipe.weights
-        grid = weights.grid
-        if grid == "auto":
-            grid = "diagonal" if self.recipe.rotation.r1 else "hessian"
-        return Settings(**weights.model_dump(exclude={"head", "grid", "zfold"}), grid=grid, zfold=weights.zfold or ())
+        return settings_of(self.recipe)
 
     @property
     def notices(self) -> list[str]:
@@ -95,6 +91,15 @@ class Job:
         now = time.perf_counter()
         running = {name: self.seconds.get(name, 0.0) + now - start for name, start in self._running.items()}
         return {**self.seconds, **running, "total": now - self.started}
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """Of the rounding, as a recipe has them."""
+    grid = recipe.weights.grid
+    if grid == "auto":
+        grid = "diagonal" if recipe.rotation.r1 else "hessian"
+    fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
+    return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
 
 
 def prepare(recipe: Recipe, device: str | None = None) -> Job:

@@ -196,7 +196,7 @@ def test_every_family(name: str, family_model: Callable[..., nn.Module]) -> None
     if not decoder.family.merged:
         assert sizes.block_weights == sum(map(math.prod, projections))
     assert sum(p.all_rows * p.columns * p.count for p in problems(sizes)) == sizes.block_weights
-    run = Plan(Settings(4), 4, 16, 2, Online(True, True, True, True, True), references=True, windows=2)
+    run = Plan(Settings(4), 4, 16, 2, Online(True, True, True, True, True, True), references=True, windows=2)
     found = counting_solver.block(sizes, run, decoder.window(0))
     assert found.keys() == STAGES.keys()
     assert all(work.operations > 0 and work.bytes > 0 for work in found.values())

@@ -1,0 +1,104 @@
+"""Bytes that a run holds where most is, counted from sizes; notation as in `counting`.
+
+What is held at once is read off the code: both versions of a block, statistics, the solver's copies of Hessians (four
+bytes as collected, eight as factored) and of rows (four each), a batch's activations. On a processor all of it is the
+host's. `PROCESS` is what a process holds besides: `make speed` and `make memory` measured it with the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .counting import DOUBLE, FLOAT, Sizes
+from .counting_solver import Plan, Problem, problems
+
+PROCESS = 420 * 2**20  # Python, torch, transformers, numba's compiler
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by stage, without `PROCESS` and without what `streams` holds of all tokens.
+
+    Attributes:
+        rotation: a block in float64 and float32, on the host.
+        forward: both versions of a block, a batch on its way through it, statistics.
+        solver: both versions, statistics, the largest problem.
+        evaluation: a block, embedding and head, logits of a window.
+    """
+
+    rotation: float
+    forward: float
+    solver: float
+    evaluation: float
+
+    @property
+    def device(self) -> float:
+        """The most that is where blocks compute."""
+        return max(self.forward, self.solver, self.evaluation)
+
+    @property
+    def peak(self) -> float:
+        """The most of all, where host and device are one."""
+        return max(self.rotation, self.device)
+
+
+def streams(sizes: Sizes, tokens: float) -> dict[str, float]:
+    """Bytes of both streams, 8 T h, and of what a block holds for all tokens: 8 T H d, or 4 T f of the MLP."""
+    s = sizes.shape
+    inside = 2 * s.hidden if s.experts else s.ffn
+    return {"streams": 2 * FLOAT * tokens * s.hidden, "block": FLOAT * tokens * max(2 * s.query_width, inside)}
+
+
+def collected(p: Problem) -> float:
+    """Bytes of a problem's statistics: H_in, and as much again or r c for its target."""
+    return FLOAT * (p.hessians * p.columns**2 + (p.columns**2 if p.residual else p.all_rows * p.columns))
+
+
+def solver(p: Problem, run: Plan, pieces: int = 1) -> float:
+    """Bytes of one problem where most are, beside its statistics; `pieces` share its rows or heads.
+
+    Hessians: as mirrored (4), damped (8); then while they are factored damped and permuted (8), two copies (16) and in
+    float32 (4). Rows: weight, target, work, result (4 each, 1); the shift in float64 three times (24). Other starts:
+    target, work, E H_in, (I - z) H_in, integers, steps, products and losses, 4 each for every start, and Hessians again
+    where heads have their own.
+    """
+    square = p.hessians * p.columns**2
+    rows = p.all_rows * p.columns / pieces
+    if p.hessians > 1:
+        square /= pieces
+    if run.settings.method == "rtn":
+        return 4 * FLOAT * rows
+    held = (FLOAT + DOUBLE) * square + 3 * FLOAT * rows
+    targets = held + DOUBLE * square + 3 * DOUBLE * rows
+    factored = held + (3 * DOUBLE + FLOAT) * square + 2 * FLOAT * rows
+    more = max(run.settings.starts - 1, 0)
+    again = DOUBLE * square * more if p.hessians > 1 else 0.0
+    many = square * max(more, 1) if p.hessians > 1 else square
+    kept = held + again + (2 * FLOAT * many if run.settings.refine else 0)
+    refined = kept + 10 * FLOAT * rows * max(more, 1)
+    return max(targets, factored, held + again + (3 * DOUBLE + FLOAT) * many + 4 * FLOAT * rows * more, refined)
+
+
+def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, int] | None = None) -> Footprint:
+    """What a run holds by stage; `itemsize` is that of the checkpoint's dtype, `pieces` of each problem's sharing."""
+    s, weights = sizes.shape, sizes.block_weights
+    batch = min(run.batch, run.samples) * run.length
+    both = 2 * FLOAT * weights
+    attention = [p for p in problems(sizes) if p.name in ("query and key", "value", "output")]
+    mlp = [p for p in problems(sizes) if p not in attention]
+    statistics = {p.name: sum(map(collected, half)) for half in (attention, mlp) for p in half}
+    wide = max(4 * s.ffn * sizes.routed, 3 * s.query_width + 2 * s.key_width + s.hidden)
+    moving = FLOAT * batch * (wide + 4 * s.hidden)
+    if s.experts:
+        moving = FLOAT * batch * (wide + 6 * s.hidden)
+    solved = max(statistics[p.name] + solver(p, run, (pieces or {}).get(p.name, 1)) for p in problems(sizes))
+    ends = s.vocabulary * s.hidden
+    logits = 4 * FLOAT * run.length * s.vocabulary
+    window = FLOAT * min(run.batch, max(run.windows, 1)) * run.length * (wide + 2 * s.hidden)
+    return Footprint(
+        rotation=(itemsize + 2 * DOUBLE + FLOAT) * weights,
+        forward=both + moving + max(statistics.values()),
+        solver=both + solved,
+        evaluation=FLOAT * weights + ends * (FLOAT + 2 * itemsize) + max(logits, window),
+    )

@@ -1,0 +1,158 @@
+"""How fast a machine is, measured in a second or as published, and the seconds that counted work takes on it.
+
+Published figures, dense, without sparsity: NVIDIA's data sheets of A100 (SXM 80 GB), H100 (SXM), H200 (SXM), HGX B200
+and L40S. NVLink is quoted for both directions together, and here is what goes one way; L40S has PCIe 4.0 x16. Networks
+are of a node: eight NDR InfiniBand ports of 400 Gb/s, as a DGX H100 has them, eight of HDR (200 Gb/s), or one Ethernet
+port. What of it a run achieves is `ACHIEVED`, an assumption: no such machine was at hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import InputError
+from .counting import Work
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks: operations a second by format, bytes a second, bytes of memory."""
+
+    title: str
+    float32: float
+    tf32: float
+    float64: float
+    bandwidth: float
+    memory: float
+    link: float
+
+
+GPUS = {
+    "a100": Gpu("A100 80 GB", 19.5 * TERA, 156 * TERA, 19.5 * TERA, 2.039 * TERA, 80 * GIGA, 300 * GIGA),
+    "h100": Gpu("H100 80 GB", 67 * TERA, 494.7 * TERA, 67 * TERA, 3.35 * TERA, 80 * GIGA, 450 * GIGA),
+    "h200": Gpu("H200 141 GB", 67 * TERA, 494.7 * TERA, 67 * TERA, 4.8 * TERA, 141 * GIGA, 450 * GIGA),
+    "b200": Gpu("B200 180 GB", 80 * TERA, 1100 * TERA, 40 * TERA, 8 * TERA, 180 * GIGA, 900 * GIGA),
+    "l40s": Gpu("L40S 48 GB", 91.6 * TERA, 183 * TERA, 1.4 * TERA, 0.864 * TERA, 48 * GIGA, 32 * GIGA),
+}
+NETWORKS = {
+    "ndr": 8 * 50 * GIGA,
+    "hdr": 8 * 25 * GIGA,
+    "ethernet-100": 12.5 * GIGA,
+    "ethernet-25": 3.125 * GIGA,
+    "ethernet-10": 1.25 * GIGA,
+}
+ACHIEVED = {"products": 0.6, "wide": 0.3, "elements": 0.1, "bandwidth": 0.8, "link": 0.7}
+"""Part of the peak that large products, factorisations, columns one after another, copies and transfers are taken to
+reach."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device, and of the links between several.
+
+    Attributes:
+        products, wide, elements: operations a second, by the kinds of `Work`.
+        bandwidth: bytes a second to and from memory.
+        memory: bytes of the device; None: those of the host.
+        link, network: bytes a second that a device sends to the next of its node, and a node to the next.
+        per_node: devices of a node.
+        factors: by stage, how many times what is counted it takes; others take `factor`.
+    """
+
+    name: str
+    products: float
+    wide: float
+    elements: float
+    bandwidth: float
+    memory: float | None = None
+    link: float = 0.0
+    network: float = 0.0
+    per_node: int = 8
+    factors: Mapping[str, float] = field(default_factory=dict)
+    factor: float = 1.0
+
+    def seconds(self, work: Work, stage: str = "") -> float:
+        """Arithmetic or memory, whichever takes longer, times the stage's factor."""
+        computing = work.products / self.products + work.wide / self.wide + work.elements / self.elements
+        return max(computing, work.bytes / self.bandwidth) * self.factors.get(stage, self.factor)
+
+    def transfer(self, count: float, ranks: int) -> float:
+        """Seconds for which each of `ranks` devices sends `count` bytes to the next in a ring."""
+        if ranks == 1 or not count:
+            return 0.0
+        return count / (self.link if ranks <= self.per_node else min(self.link, self.network))
+
+
+def published(gpu: str, network: str = "ndr", *, tf32: bool = False, per_node: int = 8) -> Machine:
+    """A machine of `GPUS` and `NETWORKS`, at what of its peaks is achieved.
+
+    Raises:
+        InputError: the table has no such GPU or network.
+    """
+    for name, known, option in ((gpu, GPUS, "--gpu"), (network, NETWORKS, "--network")):
+        if name not in known:
+            raise InputError(f"{option} {name} is in no table: give one of {', '.join(known)}.")
+    found = GPUS[gpu]
+    return Machine(
+        found.title,
+        products=ACHIEVED["products"] * (found.tf32 if tf32 else found.float32),
+        wide=ACHIEVED["wide"] * found.float64,
+        elements=ACHIEVED["elements"] * found.float32,
+        bandwidth=ACHIEVED["bandwidth"] * found.bandwidth,
+        memory=found.memory,
+        link=ACHIEVED["link"] * found.link,
+        network=ACHIEVED["link"] * NETWORKS[network],
+        per_node=per_node,
+    )
+
+
+def measured(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Machine:
+    """This machine, by a few short products, sums in cache and copies; under a second on a processor.
+
+    Processes that talk through this host's memory (gloo on one machine) are taken to send at a quarter of its copying:
+    a transfer is written and read on both sides.
+    """
+    large = device.type == "cuda"
+
+    def best(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            if large:
+                torch.cuda.synchronize(device)
+            start = clock()
+            run()
+            if large:
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
+        return max(min(times), 1e-9)
+
+    def product(size: int, dtype: torch.dtype) -> float:
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        return 2 * size**3 / best(lambda: a @ a)
+
+    x = torch.randn(2**22 if large else 2**16, device=device)
+    out = torch.empty_like(x)
+
+    def sums() -> None:
+        for _ in range(16):
+            torch.addcmul(x, x, x, out=out)
+
+    elements = 16 * 2 * x.numel() / best(sums)
+    source = torch.zeros(2**28 if large else 2**24, device=device)
+    target = torch.zeros_like(source)
+    bandwidth = 2 * 4 * source.numel() / best(lambda: target.copy_(source))
+    machine = Machine(
+        str(device),
+        products=product(8192 if large else 1024, torch.float32),
+        wide=product(4096 if large else 768, torch.float64),
+        elements=elements,
+        bandwidth=bandwidth,
+        memory=float(torch.cuda.get_device_properties(device).total_memory) if large else None,
+    )
+    return replace(machine, link=machine.bandwidth / 4, network=machine.bandwidth / 4)
