@@ -87,9 +87,11 @@ def machine(threads: int) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> Table:
     """Seconds, and in parts of a plain forward pass, by stage and recipe."""
+    from rotoboa.boa.stopwatch import STAGES
+
     results = figures["results"]
     found = Table("stage", *(f"{recipe} {unit}" for recipe in results for unit in ("s", "passes")))
-    names = list(dict.fromkeys(name for result in results.values() for name in result["stages"]))
+    names = [name for name in STAGES if any(result["stages"].get(name) for result in results.values())]
     for name in names:
         found.add_row(name, *_cells(results, lambda r, name=name: r["stages"].get(name, 0.0)))
     found.add_section()

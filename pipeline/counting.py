@@ -247,17 +247,18 @@ def head_statistics(s: Shape, tokens: float) -> Work:
 
 
 def value_statistics(s: Shape, sequences: float, length: int, window: int | None = None) -> Work:
-    """H_in and wanted outputs of the values, the cheaper of two ways; P pairs, n_l keys that position l sees.
+    """H_in and drift of the values, the cheaper of two ways; P pairs, n_l keys that position l sees.
 
-    Logits: 2 H d P. By group the sum of A^T A, one half: H sum n_l (n_l + 1), then X^T (. X): 2 G (L^2 c + L c^2); of
-    the outputs 2 H d P and 2 G d L c. Or by head A X and its Gram: 2 H P c + H L c (c + 1); of the outputs 2 H d L c.
+    Logits: 2 H d P. By group W X, 2 G d L c; A V and its pull-back, 4 H d P; the sum of A^T A, one half,
+    H sum n_l (n_l + 1); products with X, 2 G (L^2 c + L c^2) + 2 G d L c. Or by head A X and its Gram,
+    2 H P c + H L c (c + 1), and with it the outputs and their product, 4 H d L c.
     """
     seen, c, heads, groups = pairs(length, window), s.hidden, s.query_heads, s.key_heads
     w = min(length, window or length)
     squares = w * (w + 1) * (w + 2) // 3 + (length - w) * w * (w + 1)
     grouped = heads * squares + 2 * groups * (length**2 * c + length * c**2)
-    grouped += 2 * s.query_width * seen + 2 * s.key_width * length * c
-    by_head = 2 * heads * seen * c + heads * length * c * (c + 1) + 2 * s.query_width * length * c
+    grouped += 4 * s.query_width * seen + 4 * s.key_width * length * c
+    by_head = 2 * heads * seen * c + heads * length * c * (c + 1) + 4 * s.query_width * length * c
     products = 2 * s.query_width * seen + min(grouped, by_head)
     moves = heads / groups * length * c + 2 * c * c * groups + length * 2 * s.query_width
     return sequences * (Work(products, elements=SOFTMAX * heads * seen) + moved(moves, 1))

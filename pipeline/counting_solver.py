@@ -33,7 +33,7 @@ from .counting import (
 from .job import settings_of
 from .recipe import Recipe
 
-GRID, GRID_MOVES = 10, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
+GRID, GRID_MOVES = 13, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
 STEP = 8  # operations of a weight that is rounded, or moved by coordinate descent, beside its products
 
 
@@ -45,7 +45,7 @@ class Problem:
         heads, rows, columns: r rows of c columns for each head.
         hessians: B, 1 or one for each head.
         tied: whether H_out ties the rows of a head.
-        residual: the target is moved by a residual of the inputs, else by the outputs that are wanted.
+        shift: what the target is moved by: a "residual" of the inputs, outputs that are "wanted", or a "drift".
         count: how many there are in a block; more than one of experts.
     """
 
@@ -55,7 +55,7 @@ class Problem:
     columns: int
     hessians: int = 1
     tied: bool = False
-    residual: bool = False
+    shift: str = "wanted"
     count: int = 1
 
     @property
@@ -68,10 +68,10 @@ def problems(sizes: Sizes) -> Iterator[Problem]:
     """What is solved in one block, in its order."""
     s = sizes.shape
     experts = max(s.experts, 1)
-    yield Problem("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, True)
-    yield Problem("value", s.key_heads, s.head_dim, s.hidden, s.key_heads, True)
+    yield Problem("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, "residual")
+    yield Problem("value", s.key_heads, s.head_dim, s.hidden, s.key_heads, True, "drift")
     yield Problem("output", 1, s.hidden, s.query_width)
-    yield Problem("gate and up", sizes.inputs, s.ffn, s.hidden, residual=True, count=experts)
+    yield Problem("gate and up", sizes.inputs, s.ffn, s.hidden, shift="residual", count=experts)
     yield Problem("down", 1, s.hidden, s.ffn, count=experts)
 
 
@@ -88,8 +88,8 @@ def factors(p: Problem, settings: Settings, *, again: bool = False) -> Work:
     """
     cubes = p.hessians * p.columns**3 + (p.heads * p.rows**3 if p.tied else 0)
     squares = p.hessians * p.columns**2 + (p.heads * p.rows**2 if p.tied else 0)
-    shifts = bool(settings.alpha) if p.residual else not again
-    work = shifts * linear(p.all_rows, p.columns, p.columns)
+    shifts = {"residual": bool(settings.alpha), "wanted": not again, "drift": False}
+    work = shifts[p.shift] * linear(p.all_rows, p.columns, p.columns)
     work += Work(wide=cubes, bytes=DOUBLE * 12 * squares)
     if settings.alpha:
         work += Work(wide=p.hessians * p.columns**3 / 3 + 2 * p.all_rows * p.columns**2)
@@ -100,14 +100,17 @@ def factors(p: Problem, settings: Settings, *, again: bool = False) -> Work:
 def grid_search(p: Problem, settings: Settings) -> Work:
     """R c weights on S candidate grids, 48 shrinks and both roundings of an asymmetric zero point.
 
-    The error counts by the diagonal of H_in, 2 R c S, or by all of it, 2 R c S g with g columns in a group.
+    By the diagonal of H_in the error stays in cache (compiled; on CUDA it is written out). By all of H_in it is written
+    out, and counts 2 R c S g with g columns in a group.
     """
     weights = p.all_rows * p.columns
     if settings.grid == "minmax":
         return moved(weights, 4)
     tries = weights * SHRINKS * (1 if settings.symmetric else 2)
-    group = 1 if settings.grid == "diagonal" else settings.group_size or p.columns
-    return Work(2 * tries * group, elements=GRID * tries) + moved(tries, GRID_MOVES)
+    work = Work(elements=GRID * tries) + moved(weights, 2)
+    if settings.grid == "diagonal":
+        return work
+    return work + Work(2 * tries * (settings.group_size or p.columns)) + moved(tries, GRID_MOVES)
 
 
 def columns(p: Problem, settings: Settings) -> Work:

@@ -52,7 +52,7 @@ def streams(sizes: Sizes, tokens: float) -> dict[str, float]:
 
 def collected(p: Problem) -> float:
     """Bytes of a problem's statistics: H_in, and as much again or r c for its target."""
-    return FLOAT * (p.hessians * p.columns**2 + (p.columns**2 if p.residual else p.all_rows * p.columns))
+    return FLOAT * (p.hessians * p.columns**2 + (p.columns**2 if p.shift == "residual" else p.all_rows * p.columns))
 
 
 def solver(p: Problem, run: Plan, pieces: int = 1) -> float:

@@ -150,8 +150,8 @@ def test_values(length: int, window: int | None) -> None:
     grams = sum(1 for row in keys for i, j in itertools.product(row, row) if i >= j)
     grouped = 2 * 4 * grams + 2 * 2 * (length * length * 5 + length * 5 * 5)
     by_head = 2 * 4 * seen * 5 + 2 * 4 * sum(1 for _ in range(length) for i in range(5) for j in range(i + 1))
-    grouped += 2 * 4 * 3 * seen + 2 * 2 * 3 * length * 5
-    by_head += 2 * 4 * 3 * length * 5
+    grouped += 4 * 4 * 3 * seen + 2 * 2 * 2 * 3 * length * 5
+    by_head += 2 * 2 * 4 * 3 * length * 5
     counted = counting.value_statistics(s, 3, length, window)
     assert counted.products == 3 * (2 * 4 * 3 * seen + min(grouped, by_head))
     assert counted.elements == 3 * counting.SOFTMAX * 4 * seen
