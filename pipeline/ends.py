@@ -52,9 +52,11 @@ def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> End
     final, statistics = job.decoder.norm(ends.norm, ends.norm_bias), InputStatistics()
     for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
         statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
+        job.buffers.release()
     objective = statistics.objective().damped(weights.damping)
     for rows in spans(ends.head, 4 * SPAN):  # the Hessian is factored anew for each
         part = ends.head[rows]
         moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
         part.copy_(moved)
+        job.buffers.release()
     return ends
