@@ -19,7 +19,7 @@ class States:
     """A model's last hidden states over windows of text: all that its predictions need besides the output layer.
 
     Attributes:
-        hidden: (windows, length, hidden), in the dtype of the computation, on the CPU.
+        hidden: (windows, length, hidden), in the dtype of the computation, wherever `empty` put it.
         logits: (length, hidden) -> (length, vocabulary), by the final norm and the head.
         device: where `logits` computes.
     """

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..rotation.outliers import Outliers, site_inputs
 from .job import Job
+from .overlap import for_rotation
 
 ACTIVATIONS = "activations.safetensors"
 SEQUENCES = 2  # of the calibration set: figures are averages over their tokens
@@ -28,7 +29,8 @@ class ActivationProfile:
         compute, rotations = self.job.decoder, self.job.rotations
         hidden = hidden[:SEQUENCES].to(compute.device)
         self.before.add(index, site_inputs(compute, block, hidden))
-        rotated = compute.block(index, rotations.rotate_block(dict(tensors), compute.family, index))
+        near = for_rotation(dict(tensors), compute.device)
+        rotated = compute.block(index, rotations.rotate_block(near, compute.family, index))
         turned = hidden if rotations.r1 is None else rotations.r1.apply(hidden)
         self.after.add(index, site_inputs(compute, rotated, turned, rotations))
 

@@ -1,4 +1,4 @@
-"""Host memory for activations: tensors, and files on the disk in their place beyond a budget."""
+"""Memory for activations: that of a GPU while there is room, host memory, and files on the disk beyond a budget."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import RunError
 
 CGROUP = Path("/sys/fs/cgroup")
+SOLVER = 0.5  # part of a GPU's memory that activations leave to objectives and to rows with several starts
 
 
 class Buffers:
@@ -25,27 +26,37 @@ class Buffers:
     Those beyond the budget are shared mappings of files without a name: the system writes them out and reads them back,
     whoever uses them sees tensors, and they are gone with the process, however it ends.
 
+    Where blocks compute on CUDA, tensors come first of all from that device, as long as they leave it the `SOLVER` part
+    of its memory: each pass over a stream would otherwise cross the bus, which takes longer than the arithmetic. Those
+    that must stay on the host are then pinned.
+
     Args:
         folder: where the files lie; made when it is missing.
         budget: bytes of ordinary memory; None is half of what is free now.
+        device: where blocks compute.
     """
 
-    def __init__(self, folder: Path, budget: int | None = None) -> None:
+    def __init__(self, folder: Path, budget: int | None = None, device: torch.device | None = None) -> None:
         self.folder = folder
+        self.device = device if device is not None and device.type == "cuda" else None
         self.budget = free_memory() // 2 if budget is None else budget
         self.held = self.spilled = self.peak = 0
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor of any content, in memory while the budget lasts, else in a file.
+        """A tensor of any content, on the GPU or in memory while the room there lasts, else in a file.
 
         Raises:
             RunError: the disk is full.
         """
         count = torch.Size(size).numel() * dtype.itemsize
+        if self.device is not None:
+            if count <= room_on(self.device):
+                return torch.empty(size, dtype=dtype, device=self.device)
+            count = 1 << (count - 1).bit_length()  # what torch takes for a pinned tensor
         if self.held + count > self.budget:
             return self.file(*size, dtype=dtype)
-        tensor = torch.empty(size, dtype=dtype)
+        tensor = torch.empty(size, dtype=dtype, pin_memory=self.device is not None)
         self.held += count
         weakref.finalize(tensor, self._freed, count)
         return tensor
@@ -101,6 +112,13 @@ def _reserve(file: int, count: int) -> None:
         os.posix_fallocate(file, 0, count)
     else:
         os.truncate(file, count)
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, or held by torch without use, beyond the `SOLVER` part of its memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + unused - SOLVER * total)
 
 
 def free_memory() -> int:

@@ -146,7 +146,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         cache_clip=recipe.cache.clip,
         online_r1=rotations.online_r1,
     )
-    buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory)
+    buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target)
     return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers)
 
 

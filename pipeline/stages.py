@@ -48,6 +48,7 @@ from .measure import (
     plain_forward,
     sizes,
 )
+from .overlap import Overlap
 from .pages import siblings, write_page
 from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml
@@ -132,8 +133,9 @@ def _run(
         job.spec = replace(job.spec, clips=folder.clips())
     else:
         ends = rotated_ends(job)
-        with job.timed("quantize"):
-            streams = _quantize_blocks(job, folder, tokens, ends, progress)
+        beside = Overlap(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
+        with job.timed("quantize"), beside:
+            streams = _quantize_blocks(job, folder, tokens, ends, progress, beside)
             ends = corrected_head(job, ends, *streams)
         with job.timed("export"):
             temporary = folder.path / ".model.tmp"
@@ -198,7 +200,7 @@ def _peak(job: Job, folder: RunFolder) -> dict[str, int]:
 
 
 def _quantize_blocks(
-    job: Job, folder: RunFolder, tokens: Tensor, ends: Ends, progress: Progress
+    job: Job, folder: RunFolder, tokens: Tensor, ends: Ends, progress: Progress, beside: Overlap
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family = job.decoder, job.decoder.family
@@ -212,7 +214,7 @@ def _quantize_blocks(
         start = time.perf_counter()
         watch = Stopwatch(compute.device)
         with watch, stage("rotation"):
-            rotated = job.rotations.rotate_block(job.checkpoint.block(index), family, index)
+            rotated = job.rotations.rotate_block(beside.block(index), family, index)
         done = None
         if index < finished:
             columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
@@ -249,15 +251,16 @@ def _quantize_blocks(
             for name, damping in solver.damping.items():
                 layers[name]["damping"] = damping
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
-            tensors = pack_block(solver.results, others | solver.folded, job.spec.bits, job.checkpoint.dtype)
+            others |= solver.folded
+            pack = partial(pack_block, solver.results, others, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = {**spent, "layers": layers, "clips": solver.transforms.clips}
             if solver.channel_scales:
                 entry["zfold"] = {site: found.summary() for site, found in solver.channel_scales.items()}
-            folder.manifest["peak_memory_bytes"] = _peak(job, folder)
-            folder.write_block(index, tensors, entry)
+            beside.write(index, pack, entry, peak_memory_bytes=_peak(job, folder))
         trim()
         progress.advance(block=index)
+    beside.finish()
     job.spec = replace(job.spec, clips=folder.clips())
     return full, quantized
 
