@@ -63,7 +63,7 @@ def solver(p: Problem, run: Plan, pieces: int = 1) -> float:
     target, work, E H_in, (I - z) H_in, integers, steps, products and losses, 4 each for every start, and Hessians again
     where heads have their own.
     """
-    square = p.hessians * p.columns**2
+    square = float(p.hessians * p.columns**2)
     rows = p.all_rows * p.columns / pieces
     if p.hessians > 1:
         square /= pieces

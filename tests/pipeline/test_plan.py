@@ -71,7 +71,7 @@ def test_parameters_of_the_model(llama: Path, make_recipe: MakeRecipe) -> None:
 
 def test_no_tensor_is_read(llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "tensor", lambda *arguments: pytest.fail("a tensor was read"))
-    monkeypatch.setattr(Checkpoint, "rows", lambda *arguments: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Checkpoint, "matrix", lambda *arguments: pytest.fail("a tensor was read"))
     plan(make_recipe("w4a4kv4", {"model": str(llama)}))
 
 
