@@ -103,8 +103,8 @@ def channel_scales(
         scaled = [term.scaled(zeta[tie]) for term in terms]
         found = [quantize(t.weight, t.objective, quick, grid) for t, grid in zip(scaled, grids, strict=True)]
         levels = [result.dequantize().to(term.weight) for result, term in zip(found, scaled, strict=True)]
-        chosen = [(result.scale, result.zero) for result in found]
-        return _Rounded(zeta, scaled, levels, chosen, float(sum(map(Term.loss, scaled, levels))))
+        used = [(result.scale, result.zero) for result in found]
+        return _Rounded(zeta, scaled, levels, used, float(sum(map(Term.loss, scaled, levels))))
 
     ones = terms[0].weight.new_ones(int(tie.max()) + 1)
     searched: list[Grid | None] = [None] * len(terms)
@@ -136,10 +136,10 @@ def _row_factors(new: Tensor, old: Tensor, groups: int) -> Tensor:
 
 def column_scales(terms: Sequence[Term], tie: Tensor) -> Tensor:
     """The root mean square of each channel's weights, rows counted alike, with a geometric mean of 1: (parameters,)."""
-    total = terms[0].weight.new_zeros(len(tie))
+    total = torch.zeros_like(terms[0].weight[0, 0])
     for term in terms:
-        rows = term.weight.flatten(0, 1)
-        total += (rows / rows.square().mean(-1, keepdim=True).clamp_min(1e-30).sqrt()).square().sum(0)
+        squares = term.weight.flatten(0, 1).square()
+        total += (squares / squares.mean(-1, keepdim=True).clamp_min(1e-30)).sum(0)
     size = int(tie.max()) + 1
     found = total.new_zeros(size).index_add_(0, tie, total) / torch.bincount(tie, minlength=size)
     found = found.clamp_min(1e-6 * found.mean()).sqrt()

@@ -173,8 +173,8 @@ def test_field() -> None:
         assert build_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
     for off in (False, "False", "none", None):
         assert build_recipe({"weights": {"zfold": off}}).weights.zfold is None
-    wrong: Any
-    for wrong in ("value", "qkv,qkv", [], 1, ""):
+    wrongs: list[Any] = ["value", "qkv,qkv", [], 1, ""]
+    for wrong in wrongs:
         with pytest.raises(InputError, match=r"weights\.zfold is .* but must be true, false, or some of qkv, output,"):
             build_recipe({"weights": {"zfold": wrong}})
     with pytest.raises(InputError, match=r"weights\.rows is True"):
