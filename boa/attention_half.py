@@ -14,7 +14,8 @@ from .clipping import search_clip
 from .objective import Objective
 from .pull_back import NormStatistics, norm_pull_back, positions_pull_back
 from .statistics import AttentionStatistics, InputStatistics
-from .workspace import Captured, Workspace, capture
+from .totals import Total
+from .workspace import Captured, Pending, Workspace, capture, layer_objective
 
 
 class AttentionHalf(Workspace):
@@ -23,46 +24,61 @@ class AttentionHalf(Workspace):
     def _attention_half(self, full: Tensor, quantized: Tensor) -> None:
         f, shape = self.family, self.shape
         norm = self.full.get_submodule(f.attention_norm)
-        sample = norm(quantized[: self.batch].to(self.decoder.device))
+        own = self._sample(quantized)
+        sample = None if own is None else norm(own)
         self._search_input("qkv", lambda: sample, [f.query, f.key, f.value])
-        self._search_cache(self.transforms.qkv(sample))
+        self._search_cache(None if sample is None else self.transforms.qkv(sample))
         t = self.transforms
         size = (*full.shape[:2], shape.query_heads * shape.head_dim)
         attended, given = (self.empty(*size, dtype=full.dtype) for _ in range(2))
-        inputs, grams = InputStatistics(), AttentionStatistics(t.attention.rotation)
+        inputs, outputs = self._total(InputStatistics), self._total(InputStatistics)
+        grams, values = (self._total(partial(AttentionStatistics, t.attention.rotation)) for _ in range(2))
         exact, norms = AttentionTransform(), self._norm_statistics()
         for span, hf, hq in self._batches(full, quantized):
             xf, xq = t.qkv.rotate(norm(hf)), t.qkv(norm(hq))
             attended[span] = self._attend(self.full, xf, exact)
             if self.done is None:
                 seen = self._meet(self.quantized, xq, t.attention)
-                inputs.add(*self._weighted(norms, xf, xq))
-                grams.add_grams(seen.query, seen.key)
+                n = self._number(span)
+                inputs.at(n).add(*self._weighted(norms, n, xf, xq))
+                grams.at(n).add_grams(seen.query, seen.key)
+                if span.stop >= self.own:
+                    for total in (inputs, grams, *norms.values()):
+                        total.start()  # which goes on while the values' are collected
                 if not self.settings.sequential:
-                    grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen, self._weight(f.value))
-        self._solve(
+                    self._add_values(values.at(n), xq, attended[span], seen)
+        queries = Pending(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, norms, full.shape[1]),
             [shape.query_heads, shape.key_heads],
         )
+        value = Pending([f.value], partial(self._value_objective, values), [shape.key_heads])
+        if not self.settings.sequential:
+            self._solve(queries, value)
+        else:
+            self._solve(queries)
+            if self.done is None:  # values are weighed by the attention of quantized queries and keys
+                for span, _, hq in self._batches(full, quantized):
+                    xq = t.qkv(norm(hq))
+                    seen = self._meet(self.quantized, xq, t.attention)
+                    self._add_values(values.at(self._number(span)), xq, attended[span], seen)
+            self._solve(value)
 
-        if self.settings.sequential and self.done is None:
-            # Values are weighed by the attention of quantized queries and keys.
-            for span, _, hq in self._batches(full, quantized):
-                xq = t.qkv(norm(hq))
-                seen = self._meet(self.quantized, xq, t.attention)
-                grams.add_values(xq, self._without_bias(attended[span].to(xq.device)), seen, self._weight(f.value))
-        self._solve([f.value], partial(self._value_objective, grams), [shape.key_heads])
+        def attend() -> Tensor | None:
+            return None if sample is None else self._attend(self.quantized, t.qkv(sample), t.attention)
 
-        self._search_input("output", lambda: self._attend(self.quantized, t.qkv(sample), t.attention), [f.output])
+        self._search_input("output", attend, [f.output])
         t = self.transforms
-        outputs = InputStatistics()
         for span, hf, hq in self._batches(full, quantized):
             given[span] = x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention))
             exact_x = attended[span].to(x.device)
-            self._write(f.output, outputs, full[span], hf, hq, exact_x, x, f.attention_post_norm)
-        self._solve([f.output], partial(outputs.objective, self._weight(f.output)), [1])
+            self._write(f.output, outputs, self._number(span), full[span], hf, hq, exact_x, x, f.attention_post_norm)
+        self._solve(Pending([f.output], layer_objective(outputs, self._weight(f.output)), [1]))
         self._add(f.output, quantized, given, f.attention_post_norm)
+
+    def _add_values(self, statistics: AttentionStatistics, xq: Tensor, attended: Tensor, seen: Seen) -> None:
+        wanted = self._without_bias(attended.to(xq.device))
+        statistics.add_values(xq, wanted, seen, self._weight(self.family.value))
 
     def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Tensor:
         """The input of the output projection (batch, length, heads * head_dim)."""
@@ -103,56 +119,68 @@ class AttentionHalf(Workspace):
 
         return run
 
-    def _norm_statistics(self) -> dict[str, NormStatistics]:
-        """Of the norms of queries and keys, by projection; none where the family has none."""
+    def _norm_statistics(self, first: int | None = None) -> dict[str, Total[NormStatistics]]:
+        """Of the norms of queries and keys, by projection; none where the family has none. `first` as of `_total`."""
         f, shape = self.family, self.shape
         norms = {f.query: (f.query_norm, shape.query_heads), f.key: (f.key_norm, shape.key_heads)}
         return {
-            name: NormStatistics.of(self._weight(name), heads, self.full.get_submodule(norm))
+            name: self._total(
+                partial(NormStatistics.of, self._weight(name), heads, self.full.get_submodule(norm)), first
+            )
             for name, (norm, heads) in norms.items()
             if norm is not None
         }
 
-    def _weighted(self, norms: dict[str, NormStatistics], xf: Tensor, xq: Tensor) -> tuple[Tensor, Tensor]:
+    def _weighted(
+        self, norms: dict[str, Total[NormStatistics]], number: int, xf: Tensor, xq: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Both inputs of queries and keys, a token weighted by what the norms of all heads divide by: `pull_back`."""
         if not norms:
             return xf, xq
-        weights = [norm.add(self.full.get_submodule(name)(xf)) for name, norm in norms.items()]
+        weights = [norm.at(number).add(self.full.get_submodule(name)(xf)) for name, norm in norms.items()]
         weight = torch.cat(weights, -1).mean(-1, keepdim=True).sqrt()
         return xf * weight, xq * weight
 
     def _query_key_objective(
-        self, inputs: InputStatistics, grams: AttentionStatistics, norms: dict[str, NormStatistics], length: int
+        self,
+        inputs: Total[InputStatistics],
+        grams: Total[AttentionStatistics],
+        norms: dict[str, Total[NormStatistics]],
+        length: int,
     ) -> Objective:
         """Query heads, then key heads: they share H_in, so they are one problem of stacked heads."""
         f = self.family
         cos, sin = (part[0] for part in self.decoder.position_embeddings(length, self.decoder.index_of(self.full)))
-        keys, queries = (positions_pull_back(gram, cos, sin) for gram in grams.grams())
+        keys, queries = (positions_pull_back(gram, cos, sin) for gram in grams.value().grams())
         h_out = {f.query: keys.repeat_interleave(self.shape.query_heads // self.shape.key_heads, 0), f.key: queries}
         for name, norm in ((f.query, f.query_norm), (f.key, f.key_norm)):
             if norm is not None:
                 weight = self.full.get_parameter(f"{norm}.weight") + f.norm_offset
-                h_out[name] = norm_pull_back(h_out[name], weight, norms[name].moments)
-        return replace(inputs.objective(), h_out=torch.cat([h_out[f.query], h_out[f.key]]))
+                h_out[name] = norm_pull_back(h_out[name], weight, norms[name].value().moments)
+        return replace(inputs.value().objective(), h_out=torch.cat([h_out[f.query], h_out[f.key]]))
 
-    def _value_objective(self, grams: AttentionStatistics) -> Objective:
+    def _value_objective(self, values: Total[AttentionStatistics]) -> Objective:
         """BoA's, with W_O^T W_O, or aespa's own, without."""
-        objective = grams.value_objective(self._weight(self.family.output))
+        objective = values.value().value_objective(self._weight(self.family.output))
         return objective if self.settings.value_output else replace(objective, h_out=None)
 
-    def _search_cache(self, x: Tensor) -> None:
+    def _search_cache(self, x: Tensor | None) -> None:
         """Choose the clip ratios of keys by the error of the logits, of values by that of the output projection."""
         transform, groups = self.transforms.attention, self.shape.key_heads
         if not self.search_cache or (transform.key is None and transform.value is None):
             return
-        query, key, value, *_ = self._meet(self.quantized, x, AttentionTransform(transform.rotation))
-        if transform.key is not None:
+        keys = values = None
+        metric = torch.zeros(groups, *2 * [self.shape.head_dim], dtype=self.decoder.dtype, device=self.decoder.device)
+        if x is not None:
+            query, key, value, *_ = self._meet(self.quantized, x, AttentionTransform(transform.rotation))
+            keys, values = (part.transpose(0, 1).flatten(1, 2) for part in (key, value))
             queries = query.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3)
-            keys = key.transpose(0, 1).flatten(1, 2)
-            transform = replace(transform, key=search_clip(transform.key, keys, queries.transpose(1, 2) @ queries))
+            metric = queries.transpose(1, 2) @ queries
+        if transform.key is not None:
+            self._sum_now(metric)
+            transform = replace(transform, key=search_clip(transform.key, keys, metric, self._sum_now))
         if transform.value is not None:
             readers = self._weight(self.family.output).T.reshape(groups, -1, self.shape.head_dim, self.shape.hidden)
             metric = (readers @ readers.transpose(-1, -2)).sum(1)
-            values = value.transpose(0, 1).flatten(1, 2)
-            transform = replace(transform, value=search_clip(transform.value, values, metric))
+            transform = replace(transform, value=search_clip(transform.value, values, metric, self._sum_now))
         self.transforms = replace(self.transforms, attention=transform)

@@ -31,6 +31,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
         empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
         references: also measure RTN and plain GPTQ on each projection's objective.
+        ranks: the processes that quantize the block together, each with some of the sequences.
 
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
     loss of each, `objectives` what `reference_losses` finds of each where `references` are asked for, `damping` that of
@@ -44,10 +45,13 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
     def run(self, full: Tensor, quantized: Tensor) -> None:
         """Quantize, and move both streams (sequences, length, hidden) through the block, in place.
 
+        Of several ranks each gives the streams of its own sequences, and all get the same results.
+
         Raises:
             ValueError: a weight, an objective or a stream is not finite, or an objective stays indefinite; the message
                 names the projections, or the half of the block that the stream has just left.
         """
+        self._share(len(full))
         for name in self.family.projections:
             if not torch.stack(self._weight(name).aminmax()).isfinite().all():
                 raise ValueError(f"{name}: its weight holds NaN or Inf")

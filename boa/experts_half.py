@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from ..models.layout import Expert, Experts
 from .clipping import search_clip
 from .statistics import InputStatistics
-from .workspace import Workspace
+from .totals import Total
+from .workspace import Pending, Workspace, layer_objective
 
 logger = logging.getLogger(__name__)
 
+GROUP = 8  # experts that ranks solve together: each has an objective in memory
 POOL = 8  # tokens that an expert with too few of its own is calibrated on, in multiples of the hidden size
 
 
@@ -30,44 +31,85 @@ class ExpertsHalf(Workspace):
 
     def _experts_half(self, full: Tensor, quantized: Tensor) -> None:
         experts = self._experts(self.full)
-        self._search_experts(quantized[: self.batch])
-        t = self.transforms
+        self._search_experts(self._sample(quantized))
         moved, index, weights = self._route(full, quantized)
-        flat_full, flat_quantized = full.flatten(0, 1), quantized.flatten(0, 1)
         added = self.empty(*full.shape, dtype=full.dtype)
         for part in added.split(self.batch):
             part.zero_()
             self.release()
-        flat_added = added.flatten(0, 1)
-        for i in range(len(experts)):
-            token, place = torch.where(index == i)
-            p = weights[token, place, None]
-            gate, up, down = self.family.expert(i)
-            rows, p_rows = token, p
-            if len(token) < self.shape.hidden:
-                rows, p_rows = self._pool(len(flat_full))
-                if self.done is None:
-                    self.fallbacks.update(dict.fromkeys((gate, up, down), len(token)))
-                    logger.warning("expert %d saw %d tokens: calibrated on %d of all", i, len(token), len(rows))
-            inputs, downs = InputStatistics(), InputStatistics()
+        flat_full, flat_quantized, flat_added = (stream.flatten(0, 1) for stream in (full, quantized, added))
+        counts = torch.bincount(index.flatten(), minlength=len(experts))
+        self._sum_now(counts)
+        for group in torch.arange(len(experts)).split(min(self.ranks.size, GROUP)):
+            routed = {i: self._routed(i, index, weights) for i in group.tolist()}
+            names = {i: self.family.expert(i) for i in routed}
+            inputs, downs = ({i: self._total(InputStatistics) for i in routed} for _ in range(2))
+            seen = {}
             if self.done is None:
-                for hf, hq, scale in self._rows(flat_full, flat_quantized, rows, p_rows):
-                    xf, xq = t.gate_up.rotate(self._norm(hf)), t.gate_up(self._norm(hq))
-                    inputs.add(xf * scale, xq * scale, stream=hf if self.settings.token_weights else None)
-            self._solve([gate, up], inputs.objective, [1, 1])
-            if self.done is None:
-                for hf, hq, scale in self._rows(flat_full, flat_quantized, rows, p_rows):
-                    self._add_down(i, downs, hf, hq, scale)
-            self._solve([down], partial(downs.objective, self._weight(down)), [1])
-            expert, start = self._expert(self.quantized, i), 0
-            for _, hq, scale in self._rows(flat_full, flat_quantized, token, p):
-                y = expert.down_proj(t.down(expert.inside(t.gate_up(self._norm(hq))))) * scale
-                flat_added.index_add_(0, token[start : start + len(y)], y.to(flat_added))
-                start += len(y)
+                seen = {i: self._calibrated_on(i, int(counts[i]), *routed[i], full.shape[1]) for i in routed}
+            for i, (rows, p) in seen.items():
+                self._add_inputs(inputs[i], flat_full, flat_quantized, rows, p, full.shape[1])
+            self._solve(*(Pending([*names[i][:2]], layer_objective(inputs[i]), [1, 1]) for i in routed))
+            for i, (rows, p) in seen.items():
+                self._add_downs(i, downs[i], flat_full, flat_quantized, rows, p, full.shape[1])
+            downs_of = [(name, downs[i]) for i, (*_, name) in names.items()]
+            self._solve(*(Pending([n], layer_objective(total, self._weight(n)), [1]) for n, total in downs_of))
+            for i, (token, p) in routed.items():
+                self._run_expert(i, flat_added, flat_full, flat_quantized, token, p, full.shape[1])
         for stream, what in ((full, moved), (quantized, added)):
             for part, more in zip(stream.split(self.batch), what.split(self.batch), strict=True):
                 part += more
                 self.release()
+
+    def _routed(self, i: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of this rank that go to expert `i`, and their weights."""
+        token, place = torch.where(index == i)
+        return token, weights[token, place, None]
+
+    def _calibrated_on(self, i: int, count: int, token: Tensor, p: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """What expert `i`, which `count` tokens of all ranks go to, is calibrated on: of this rank's tokens which."""
+        if count >= self.shape.hidden:
+            return token, p
+        rows, p, total = self._pool(length)
+        self.fallbacks.update(dict.fromkeys(self.family.expert(i), count))
+        if self.ranks.rank == 0:
+            logger.warning("expert %d saw %d tokens: calibrated on %d of all", i, count, total)
+        return rows, p
+
+    def _add_inputs(
+        self, total: Total[InputStatistics], full: Tensor, quantized: Tensor, rows: Tensor, p: Tensor, length: int
+    ) -> None:
+        """Statistics of gate and up; both streams are (tokens, hidden)."""
+        t = self.transforms
+        for number, _, hf, hq, scale in self._rows(full, quantized, rows, p, length):
+            xf, xq = t.gate_up.rotate(self._norm(hf)), t.gate_up(self._norm(hq))
+            stream = hf if self.settings.token_weights else None
+            total.at(number).add(xf * scale, xq * scale, stream=stream)
+        total.start()
+
+    def _add_downs(
+        self,
+        i: int,
+        total: Total[InputStatistics],
+        full: Tensor,
+        quantized: Tensor,
+        rows: Tensor,
+        p: Tensor,
+        length: int,
+    ) -> None:
+        """Statistics of the down projection of expert `i`."""
+        for number, _, hf, hq, scale in self._rows(full, quantized, rows, p, length):
+            self._add_down(i, total.at(number), hf, hq, scale)
+        total.start()
+
+    def _run_expert(
+        self, i: int, added: Tensor, full: Tensor, quantized: Tensor, token: Tensor, p: Tensor, length: int
+    ) -> None:
+        """Add what the quantized expert `i` puts out."""
+        t, expert = self.transforms, self._expert(self.quantized, i)
+        for _, rows, _, hq, scale in self._rows(full, quantized, token, p, length):
+            y = expert.down_proj(t.down(expert.inside(t.gate_up(self._norm(hq))))) * scale
+            added.index_add_(0, rows, y.to(added))
 
     def _add_down(self, i: int, downs: InputStatistics, hf: Tensor, hq: Tensor, scale: Tensor) -> None:
         """Statistics of the down projection of expert `i`, whose gate and up are quantized; all (tokens, ...)."""
@@ -109,23 +151,29 @@ class ExpertsHalf(Workspace):
         return normed
 
     def _rows(
-        self, full: Tensor, quantized: Tensor, rows: Tensor, p: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Both streams and the routing weights of some tokens, a part at a time, where blocks compute."""
-        device, size = self.decoder.device, self.batch * 512
-        for part, weight in zip(rows.split(size), p.split(size), strict=True):
-            yield full[part].to(device), quantized[part].to(device), weight.to(device)
+        self, full: Tensor, quantized: Tensor, rows: Tensor, p: Tensor, length: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """Some tokens, in order, those of a batch of sequences at a time, perhaps none: its number, which tokens, both
+        streams where blocks compute, and routing weights.
+        """
+        device, starts = self.decoder.device, range(0, self.own, self.batch)
+        inside = torch.searchsorted(rows, torch.tensor(starts[1:], dtype=torch.int64) * length).tolist()
+        for start, part, weight in zip(starts, rows.tensor_split(inside), p.tensor_split(inside), strict=True):
+            number = self._number(slice(start, None))
+            yield number, part, full[part].to(device), quantized[part].to(device), weight.to(device)
             self.release()
 
-    def _pool(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Tokens of the whole layer, and weights that are alike."""
+    def _pool(self, length: int) -> tuple[Tensor, Tensor, int]:
+        """Tokens of the whole layer spread evenly: which of this rank's, weights that are alike, how many in all."""
+        tokens, first = self.count * length, self.first * length
         count = min(tokens, POOL * self.shape.hidden)
-        rows = torch.linspace(0, tokens - 1, count).long()
-        return rows, torch.ones(count, 1, dtype=self.decoder.dtype)
+        rows = torch.linspace(0, tokens - 1, count).long() - first
+        rows = rows[(rows >= 0) & (rows < self.own * length)]
+        return rows, torch.ones(len(rows), 1, dtype=self.decoder.dtype), count
 
-    def _search_experts(self, quantized: Tensor) -> None:
+    def _search_experts(self, sample: Tensor | None) -> None:
         """Clip ratios of the experts' inputs, one for all of them at each of both sites."""
-        f, x = self.family, self._norm(quantized.to(self.decoder.device)).flatten(0, 1)
+        f, x = self.family, None if sample is None else self._norm(sample).flatten(0, 1)
         self._search_input("gate_up", lambda: x, list(f.mlp_inputs))
         site = self.transforms.down
         if not self.search_inputs or site.quantizer is None:
@@ -136,9 +184,10 @@ class ExpertsHalf(Workspace):
             seen.append(site.rotate(expert.inside(x)))
             return expert.down_proj(seen[-1])
 
-        self._experts(self.full)(self.transforms.gate_up(x), *self._choose(x), run)
+        if x is not None:
+            self._experts(self.full)(self.transforms.gate_up(x), *self._choose(x), run)
         metric = torch.stack([self._weight(name).T @ self._weight(name) for name in f.downs]).mean(0)
-        chosen = search_clip(site.quantizer, torch.cat(seen), metric)
+        chosen = search_clip(site.quantizer, torch.cat(seen) if seen else None, metric, self._sum_now)
         self.transforms = self.transforms.with_input("down", type(site)(site.rotation, chosen))
 
     def _experts(self, block: nn.Module) -> Experts:

@@ -14,6 +14,7 @@ from .mlp_half import MlpHalf
 from .objective import Objective
 from .pull_back import NormStatistics
 from .statistics import AttentionStatistics, InputStatistics
+from .totals import Total
 from .zfold import Term, channel_scales
 
 LAYERWISE = ("gptq", "adaround")  # methods without an H_out
@@ -24,9 +25,9 @@ POOL = 8  # tokens that scales are chosen on, in multiples of the widest input
 class _Seen:
     """What the inputs of the sites are in the full-precision stream."""
 
-    inputs: dict[str, InputStatistics]
-    grams: AttentionStatistics
-    norms: dict[str, NormStatistics]
+    inputs: dict[str, Total[InputStatistics]]
+    grams: Total[AttentionStatistics]
+    norms: dict[str, Total[NormStatistics]]
     length: int
 
 
@@ -53,46 +54,50 @@ class ChannelFold(AttentionHalf, MlpHalf):
     def _see(self, full: Tensor) -> _Seen:
         """One pass of the full-precision block over the first sequences; the stream stays where it is."""
         f, s, t, sites = self.family, self.shape, self.transforms, self.settings.zfold
-        seen = _Seen(
-            {site: InputStatistics() for site in sites}, AttentionStatistics(), self._norm_statistics(), full.shape[1]
-        )
         widest = max(s.hidden, s.query_width, s.ffn if "down" in sites else 0)
-        some = full[: -(-POOL * widest // full.shape[1])]
-        for _, h, _ in self._batches(some, some):
-            stream = h if self.settings.token_weights else None
+        first = min(-(-POOL * widest // full.shape[1]), self.count)
+        seen = _Seen(
+            {site: self._total(InputStatistics, first) for site in sites},
+            self._total(AttentionStatistics, first),
+            self._norm_statistics(first),
+            full.shape[1],
+        )
+        some = full[: max(0, first - self.first)]
+        for span, h, _ in self._batches(some, some):
+            n, stream = self._number(span), h if self.settings.token_weights else None
             x = t.qkv.rotate(self.full.get_submodule(f.attention_norm)(h))
             attended = self._attend(self.full, x, AttentionTransform())
             if "qkv" in sites:
                 met = self._meet(self.full, x, AttentionTransform())
-                seen.inputs["qkv"].add(None, self._weighted(seen.norms, x, x)[0])
-                seen.grams.add_grams(met.query, met.key)
-                seen.grams.add_values(x, self._without_bias(attended), met, self._weight(f.value))
+                seen.inputs["qkv"].at(n).add(None, self._weighted(seen.norms, n, x, x)[0])
+                seen.grams.at(n).add_grams(met.query, met.key)
+                seen.grams.at(n).add_values(x, self._without_bias(attended), met, self._weight(f.value))
             written = self.full.get_submodule(f.output)(attended)
             if "output" in sites:
-                seen.inputs["output"].add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
+                seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
             if "gate_up" not in sites and "down" not in sites:
                 continue
             h = h + self._normed(self.full, f.attention_post_norm, written)
             stream = h if self.settings.token_weights else None
             x = t.gate_up.rotate(self.full.get_submodule(f.mlp_norm)(h))
             if "gate_up" in sites:
-                seen.inputs["gate_up"].add(None, x, stream=stream)
+                seen.inputs["gate_up"].at(n).add(None, x, stream=stream)
             if "down" in sites:
                 x = self._mlp_hidden(self.full, x)
                 written = self.full.get_submodule(f.down)(x)
-                seen.inputs["down"].add(None, _by_norm(x, written, f.mlp_post_norm), stream=stream)
+                seen.inputs["down"].at(n).add(None, _by_norm(x, written, f.mlp_post_norm), stream=stream)
         return seen
 
     def _terms(self, site: str, seen: _Seen) -> list[Term]:
         """The projections that read `site`, with the objective that the recipe's method has for each."""
         f, inputs = self.family, seen.inputs.pop(site)
         if site != "qkv":
-            goal = inputs.objective()
+            goal = inputs.value().objective()
             return [self._term(name, goal, 1) for name in readers(f, site)]
         both = self._query_key_objective(inputs, seen.grams, seen.norms, seen.length)
         assert both.h_out is not None
         queries, keys = both.h_out.split([self.shape.query_heads, self.shape.key_heads])
-        value = seen.grams.value_objective(self._weight(f.output))
+        value = seen.grams.value().value_objective(self._weight(f.output))
         return [
             self._term(f.query, Objective(both.h_in, queries), len(queries)),
             self._term(f.key, Objective(both.h_in, keys), len(keys)),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
 from .statistics import InputStatistics
-from .workspace import Workspace, capture
+from .workspace import Pending, Workspace, capture, layer_objective
 
 
 class MlpHalf(Workspace):
@@ -16,25 +14,29 @@ class MlpHalf(Workspace):
     def _mlp_half(self, full: Tensor, quantized: Tensor) -> None:
         f = self.family
         norm = self.full.get_submodule(f.mlp_norm)
-        sample = norm(quantized[: self.batch].to(self.decoder.device))
+        sample = self._sample(quantized)
+        sample = None if sample is None else norm(sample)
         readers = list(f.mlp_inputs)
         self._search_input("gate_up", lambda: sample, readers)
         t = self.transforms
-        inputs, downs = InputStatistics(), InputStatistics()
+        inputs, downs = self._total(InputStatistics), self._total(InputStatistics)
         if self.done is None:
-            for _, hf, hq in self._batches(full, quantized):
+            for span, hf, hq in self._batches(full, quantized):
                 xf, xq = t.gate_up.rotate(norm(hf)), t.gate_up(norm(hq))
-                inputs.add(xf, xq, stream=hf if self.settings.token_weights else None)
-        self._solve(readers, inputs.objective, [1] * len(readers))
+                inputs.at(self._number(span)).add(xf, xq, stream=hf if self.settings.token_weights else None)
+        self._solve(Pending(readers, layer_objective(inputs), [1] * len(readers)))
 
-        self._search_input("down", lambda: self._mlp_hidden(self.quantized, t.gate_up(sample)), [f.down])
+        def hidden() -> Tensor | None:
+            return None if sample is None else self._mlp_hidden(self.quantized, t.gate_up(sample))
+
+        self._search_input("down", hidden, [f.down])
         t = self.transforms
         given = self.empty(*full.shape[:2], self.shape.ffn, dtype=full.dtype)
         for span, hf, hq in self._batches(full, quantized):
             exact = t.down.rotate(self._mlp_hidden(self.full, t.gate_up.rotate(norm(hf))))
             given[span] = x = t.down(self._mlp_hidden(self.quantized, t.gate_up(norm(hq))))
-            self._write(f.down, downs, full[span], hf, hq, exact, x, f.mlp_post_norm)
-        self._solve([f.down], partial(downs.objective, self._weight(f.down)), [1])
+            self._write(f.down, downs, self._number(span), full[span], hf, hq, exact, x, f.mlp_post_norm)
+        self._solve(Pending([f.down], layer_objective(downs, self._weight(f.down)), [1]))
         self._add(f.down, quantized, given, f.mlp_post_norm)
 
     def _mlp_hidden(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ RTN takes both as the identity, GPTQ takes H_out as the identity, BoA the table 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +39,8 @@ class Objective:
         h_out: (heads, r, r), or None for the identity.
         residual: (B, c, c), R = (X_f - X_q) X_q^T: what the inputs lost already (GPTAQ, arXiv 2504.02692).
         drift: (heads, r, c), D X_q^T where D is what the residual stream lost that this projection writes to.
-        damping: the part of their mean diagonals that was added to the diagonals of `h_in` and `h_out`.
+        damping: the largest part of its mean diagonal that was added to the diagonal of one of `h_in` and `h_out`.
+        memo: where it is not None, what follows from `h_in` alone is kept in it, for objectives of the same `h_in`.
     """
 
     h_in: Tensor
@@ -45,6 +48,7 @@ class Objective:
     residual: Tensor | None = None
     drift: Tensor | None = None
     damping: float = 0.0
+    memo: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     def check(self) -> None:
         """Find NaN and Inf where they come in.
@@ -66,11 +70,21 @@ class Objective:
     def damped(self, fraction: float) -> Objective:
         """With `fraction` of the mean diagonal added to both diagonals, and more where Cholesky still fails.
 
-        `damping` of the result is the larger fraction of the two.
+        `damping` of the result is the largest fraction of all.
         """
-        h_in, used = _damp(self.h_in, fraction)
+        h_in, used, memo = self.once(
+            ("damped", fraction), lambda: (*_damp(self.h_in, fraction), None if self.memo is None else {})
+        )
         h_out, used_out = (None, 0.0) if self.h_out is None else _damp(self.h_out, fraction)
-        return replace(self, h_in=h_in, h_out=h_out, damping=max(used, used_out))
+        return replace(self, h_in=h_in, h_out=h_out, damping=max(used, used_out), memo=memo)
+
+    def once(self, key: Any, work_out: Callable[[], Any]) -> Any:
+        """What `work_out` gives, which follows from `h_in`; from the memo where there is one."""
+        if self.memo is None:
+            return work_out()
+        if key not in self.memo:
+            self.memo[key] = work_out()
+        return self.memo[key]
 
     @stage("factors")
     def target(self, weight: Tensor, alpha: float = 1.0) -> Tensor:
@@ -85,7 +99,7 @@ class Objective:
             shift += weight @ self.residual.to(weight.dtype)
         if self.drift is not None:
             shift += self.drift.to(weight.dtype)
-        factor = torch.linalg.cholesky(self.h_in.double())
+        factor = self.once("cholesky", lambda: torch.linalg.cholesky(self.h_in.double()))
         # The factor may be the largest tensor there is. cholesky_solve would copy it, for every head that shares it.
         columns = shift.double().reshape(len(factor), -1, shift.shape[-1]).transpose(-1, -2)
         half = torch.linalg.solve_triangular(factor, columns, upper=False)
@@ -119,7 +133,7 @@ def damp(h: Tensor, fraction: float) -> Tensor:
 
 
 def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
-    """`damp`, and the fraction that was enough."""
+    """`damp`, and the largest fraction that was needed: each matrix has its own, whatever it is beside."""
     h = h.to(torch.float64, copy=True)
     symmetrize(h)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
@@ -128,16 +142,17 @@ def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
     original = diagonal.clone()
     mean = original.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     dead = original <= 0
-    used = fraction
+    used = torch.full_like(mean, fraction)
     while True:
         diagonal.copy_(original + torch.where(dead, mean, used * mean))  # in place: Hessians are the largest tensors
-        if not (torch.linalg.cholesky_ex(h).info > 0).any():
-            if used > fraction:
-                logger.warning("Cholesky failed: damping raised from %g to %g of the mean diagonal", fraction, used)
-            return h, used
-        if used >= MAX_DAMPING:
-            raise ValueError(f"its Hessian stays indefinite with {used:g} damping")
-        used *= 10
+        failed, most = torch.linalg.cholesky_ex(h).info > 0, float(used.max())
+        if not failed.any():
+            if most > fraction:
+                logger.warning("Cholesky failed: damping raised from %g to %g of the mean diagonal", fraction, most)
+            return h, most
+        if most >= MAX_DAMPING:
+            raise ValueError(f"its Hessian stays indefinite with {most:g} damping")
+        used[failed] *= 10
 
 
 def symmetrize(h: Tensor) -> None:

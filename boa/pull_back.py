@@ -94,6 +94,10 @@ class NormStatistics:
         self.total = total if self.total is None else self.total + total
         return (self.scale / squares).unflatten(0, outputs.shape[:-1])
 
+    def sums(self) -> dict[str, list[Tensor]]:
+        """As `totals.Statistics` has it."""
+        return {name: [part] for name in ("total", "summed") if (part := getattr(self, name)) is not None}
+
     @property
     def moments(self) -> Tensor:
         """N, (heads, d, d)."""

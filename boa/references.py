@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from .objective import Objective
 from .rounding import Quantized, Settings, quantize
 from .stopwatch import stage
 
+NAMES = ("quantized", "gptq", "rtn")
 PLAIN = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 1, "act_order": False}
 """As published: full-range grids, columns in their order, no residual compensation, no refinement."""
 
@@ -35,6 +36,13 @@ def reference_losses(
     Returns:
         For each projection `quantized`, `gptq` and `rtn`.
     """
+    return relative_losses(reference_sums(weight, objective, settings, result), heads)
+
+
+def reference_sums(
+    weight: Tensor, objective: Objective, settings: Settings, result: Quantized, *, by_rows: bool = False
+) -> dict[str, Tensor]:
+    """The sums of `reference_losses`: `NAMES` and, of a zero weight, `whole`; (heads,), or (r,) of the only head."""
     plain = replace(settings, **PLAIN)  # type: ignore[arg-type]
     found = {
         "quantized": result,
@@ -43,14 +51,18 @@ def reference_losses(
     }
     damped = objective.damped(settings.damping)  # after what takes memory of its own
     target = damped.target(weight, settings.alpha)
-    whole = damped.loss(target)
-    losses = {name: damped.loss(part.dequantize() - target).clamp_min(0) for name, part in found.items()}
+
+    def loss(error: Tensor) -> Tensor:
+        return (damped.gradient(error) * error).sum(-1)[0] if by_rows else damped.loss(error)
+
+    return {**{name: loss(part.dequantize() - target) for name, part in found.items()}, "whole": loss(target)}
+
+
+def relative_losses(sums: Mapping[str, Tensor], heads: Sequence[int]) -> list[dict[str, float]]:
+    """For each projection, of `heads` heads, each of `NAMES` relative to `whole`; `sums` are (heads,)."""
+    parts = {name: sums[name].split(list(heads)) for name in (*NAMES, "whole")}
+    tiny = torch.finfo(sums["whole"].dtype).tiny
     return [
-        {name: float(loss.sum() / zero.sum().clamp_min(torch.finfo(zero.dtype).tiny)) for name, loss in part.items()}
-        for part, zero in zip(_split(losses, heads), whole.split(list(heads)), strict=True)
+        {name: float(parts[name][i].clamp_min(0).sum() / parts["whole"][i].sum().clamp_min(tiny)) for name in NAMES}
+        for i in range(len(heads))
     ]
-
-
-def _split(losses: dict[str, Tensor], heads: Sequence[int]) -> list[dict[str, Tensor]]:
-    parts = {name: loss.split(list(heads)) for name, loss in losses.items()}
-    return [{name: pieces[i] for name, pieces in parts.items()} for i in range(len(heads))]

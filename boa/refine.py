@@ -55,7 +55,8 @@ def refine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rounds` of scales and one sweep over all columns, and the scales once more.
 
-    It ends early where no integer moves. Rows that are independent are left as soon as nothing of them changes.
+    It ends early where nothing changes any more. Rows that are independent are left as soon as nothing of them does.
+    So no row's result depends on what it is refined beside.
 
     Args:
         target: (heads, r, c), W*.
@@ -81,7 +82,7 @@ def refine(
     for _ in range(rounds):
         scaled = _update_scales(rows, h_in, h_out)
         moved = (sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1) != 0).any(-1)
-        if not moved.any():
+        if not (scaled | moved).any():
             break
         changed = (scaled | moved)[0].nonzero()[:, 0]
         if independent and len(changed) < _ALIVE * rows.q.shape[1]:

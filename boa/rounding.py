@@ -164,6 +164,7 @@ def _restart(first: Quantized, target: Tensor, objective: Objective, settings: S
     many = Objective(
         objective.h_in if len(objective.h_in) == 1 else objective.h_in.repeat(count, 1, 1),
         None if objective.h_out is None else objective.h_out.repeat(count, 1, 1),
+        memo=objective.memo if len(objective.h_in) == 1 else None,
     )
     targets = target.repeat(count, 1, 1)
     others = _round_and_refine(targets, many, settings, (scale, zero))
@@ -212,8 +213,12 @@ def _compensate(
     heads, rows, columns = target.shape
     group = settings.group_size or columns
     order = _descending(objective.h_in, target.dtype) if settings.act_order else None
-    upper = inverse_factor((objective.h_in if order is None else _permute(objective.h_in, order)).double())
-    upper = upper.to(target.dtype)
+    upper = objective.once(
+        ("upper", settings.act_order),
+        lambda: inverse_factor(  # which takes what it is given for its own
+            (objective.h_in if order is None else _permute(objective.h_in, order)).double()
+        ).to(target.dtype),
+    )
     h_in = objective.h_in.to(target.dtype)
 
     work = target.clone()

@@ -76,6 +76,10 @@ class InputStatistics:
         if wanted is not None:
             self.wanted = _plus(self.wanted, wanted.T @ x)
 
+    def sums(self) -> dict[str, list[Tensor]]:
+        """As `totals.Statistics` has it; of H_in what `add_gram` fills."""
+        return _named(h_in=gram_parts(self.h_in), residual=self.residual, wanted=self.wanted)
+
     def objective(self, weight: Tensor | None = None) -> Objective:
         """One head, H_out the identity; `weight` (r, c) is the full-precision one, needed where outputs were wanted."""
         if self.h_in is None:
@@ -163,6 +167,15 @@ class AttentionStatistics:
         half = self.rotation.apply_transposed(gram)
         return self.rotation.apply_transposed(half.transpose(-1, -2)).transpose(-1, -2)
 
+    def sums(self) -> dict[str, list[Tensor]]:
+        """As `totals.Statistics` has it; of H_in what `add_gram` fills."""
+        return _named(
+            keys=self.keys,
+            queries=self.queries,
+            value_h_in=gram_parts(self.value_h_in),
+            value_drift=self.value_drift,
+        )
+
     def grams(self) -> tuple[Tensor, Tensor]:
         """`keys` and `queries`."""
         if self.keys is None or self.queries is None:
@@ -171,9 +184,9 @@ class AttentionStatistics:
 
     def value_objective(self, output: Tensor) -> Objective:
         """H_out is W_O,h^T W_O,h summed over a value head's query heads; `output` is W_O (hidden, heads * head_dim)."""
-        if self.value_h_in is None:
+        if self.value_h_in is None or self.value_drift is None:
             raise ValueError("no calibration tokens were seen")
-        groups, size = len(self.value_h_in), self.grams()[0].shape[-1]
+        groups, size = self.value_drift.shape[:2]
         parts = output.T.reshape(groups, -1, size, output.shape[0]).float()
         h_out = (parts @ parts.transpose(-1, -2)).sum(1)
         return Objective(mirrored(self.value_h_in), h_out, drift=self.value_drift)
@@ -213,11 +226,19 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     if x.dtype != total.dtype:
         add_product(total, x, x)  # one product is quicker than several of half as many columns
         return
-    columns = x.shape[-1]
-    width = max(64, -(-columns // 4))
-    for start in range(0, columns, width):
-        below = total[:, start:, start : start + width]
+    for below in gram_parts(total):
+        rows, width = below.shape[1:]
+        start = x.shape[-1] - rows
         below.baddbmm_(x[..., start:].transpose(1, 2), x[..., start : start + width])
+
+
+def gram_parts(total: Tensor | None) -> list[Tensor]:
+    """The parts of symmetric matrices (..., c, c) that `add_gram` fills, as views: columns, from the diagonal down."""
+    if total is None:
+        return []
+    columns = total.shape[-1]
+    width = max(64, -(-columns // 4))
+    return [total[..., start:, start : start + width] for start in range(0, columns, width)]
 
 
 def mirrored(total: Tensor) -> Tensor:
@@ -242,6 +263,12 @@ def _drift(wanted: Tensor | None, weight: Tensor | None, h_in: Tensor) -> Tensor
     if weight is None:
         raise ValueError("outputs are wanted of a layer whose weight is not given")
     return wanted.view(len(h_in), -1, h_in.shape[-1]) - weight.to(h_in.dtype) @ h_in
+
+
+def _named(**tensors: Tensor | list[Tensor] | None) -> dict[str, list[Tensor]]:
+    """Parts by name, of those that are there."""
+    lists = {name: [found] if isinstance(found, Tensor) else found for name, found in tensors.items()}
+    return {name: parts for name, parts in lists.items() if parts}
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,26 @@ from torch import Tensor, nn
 from ..models.decoder import Decoder
 from .clipping import search_clip
 from .objective import Objective
-from .references import reference_losses
-from .rounding import Quantized, Settings, quantize
+from .ranks import Ranks
+from .references import relative_losses
+from .rounding import Quantized, Settings
 from .statistics import InputStatistics
 from .stopwatch import stage
+from .totals import Statistics, Total
 from .transforms import InputTransform, OnlineTransforms
+from .units import Problem, Solved, solve
 from .zfold import ChannelScales
 
 Report = Callable[[str, float], None]
+S = TypeVar("S", bound=Statistics)
+
+
+class Pending(NamedTuple):
+    """Projections that share an H_in, and how many heads each has; the objective is asked for when they are solved."""
+
+    names: list[str]
+    objective: Callable[[], Objective]
+    heads: list[int]
 
 
 class Captured(Exception):  # noqa: N818 (a signal, not an error)
@@ -48,6 +60,7 @@ class Workspace:
         empty: Callable[..., Tensor] = torch.empty,
         release: Callable[[], None] = lambda: None,
         references: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.decoder, self.family, self.shape = decoder, decoder.family, decoder.shape
         self.full = block
@@ -65,14 +78,49 @@ class Workspace:
         self.fallbacks: dict[str, int] = {}
         self.channel_scales: dict[str, ChannelScales] = {}
         self.folded: dict[str, Tensor] = {}
+        self.ranks = ranks or Ranks()
+        self.first = self.own = self.count = 0  # sequences before this rank's, its own, and all
+        self.batches: list[range] = []  # the numbers of each rank's batches
 
-    def _search_input(self, site: str, sample: Callable[[], Tensor], readers: list[str]) -> None:
+    def _share(self, sequences: int) -> None:
+        """Find out which sequences of all these are."""
+        counts = self.ranks.gather(sequences)
+        starts = [sum(counts[:rank]) for rank in range(len(counts))]
+        self.first, self.own, self.count = starts[self.ranks.rank], sequences, sum(counts)
+        self.batches = [
+            range(start // self.batch, -(-(start + count) // self.batch))
+            for start, count in zip(starts, counts, strict=True)
+        ]
+
+    def _total(self, make: Callable[[], S], first: int | None = None) -> Total[S]:
+        """Statistics over all batches of all ranks, or those of the `first` sequences."""
+        return Total(make, self.ranks, self.batches if first is None else self._batches_of(first))
+
+    def _batches_of(self, first: int) -> list[range]:
+        """The numbers of each rank's batches, of those that the `first` sequences of all are in."""
+        end = -(-first // self.batch)
+        return [range(own.start, max(own.start, min(own.stop, end))) for own in self.batches]
+
+    def _number(self, span: slice) -> int:
+        """The number of a batch among those of all ranks."""
+        return (self.first + int(span.start)) // self.batch
+
+    def _sample(self, quantized: Tensor) -> Tensor | None:
+        """What this rank has of the first batch of all, which clip ratios are chosen on."""
+        own = quantized[: max(0, self.batch - self.first)]
+        return own.to(self.decoder.device) if len(own) else None
+
+    def _sum_now(self, tensor: Tensor) -> None:
+        self.ranks.sum([tensor])()
+
+    def _search_input(self, site: str, sample: Callable[[], Tensor | None], readers: list[str]) -> None:
         """Choose the clip ratio of one site by the output error of the layers that read it."""
         transform: InputTransform = getattr(self.transforms, site)
         if not self.search_inputs or transform.quantizer is None:
             return
-        weights = torch.cat([self._weight(name) for name in readers])
-        chosen = search_clip(transform.quantizer, transform.rotate(sample()).flatten(0, -2), weights.T @ weights)
+        weights, x = torch.cat([self._weight(name) for name in readers]), sample()
+        rotated = None if x is None else transform.rotate(x).flatten(0, -2)
+        chosen = search_clip(transform.quantizer, rotated, weights.T @ weights, self._sum_now)
         self.transforms = self.transforms.with_input(site, replace(transform, quantizer=chosen))
 
     def _batches(self, full: Tensor, quantized: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -85,7 +133,8 @@ class Workspace:
     def _write(
         self,
         name: str,
-        statistics: InputStatistics,
+        statistics: Total[InputStatistics],
+        number: int,
         stream: Tensor,
         hf: Tensor,
         hq: Tensor,
@@ -96,6 +145,7 @@ class Workspace:
         """Move a batch of the full stream through a projection that writes to it, and collect the other's statistics.
 
         Args:
+            statistics, number: where they go, and which batch this is.
             stream: the batch of the full stream, changed in place.
             hf, hq: both streams before the projection, where blocks compute.
             exact, given: the projection's input in both.
@@ -112,7 +162,8 @@ class Workspace:
                 wanted, given = wanted * weight, given * weight
             elif self.settings.drift:
                 wanted = wanted + (hf - hq)
-            statistics.add(None, given, wanted, stream=hf if self.settings.token_weights else None)
+            weigh = hf if self.settings.token_weights else None
+            statistics.at(number).add(None, given, wanted, stream=weigh)
         stream += self._normed(self.full, post_norm, written).to(stream.device)
 
     def _add(self, name: str, stream: Tensor, inputs: Tensor, post_norm: str | None = None) -> None:
@@ -131,38 +182,50 @@ class Workspace:
         return self.full.get_parameter(f"{name}.weight").data
 
     @stage("losses")
-    def _solve(self, names: list[str], objective: Callable[[], Objective], heads: list[int]) -> None:
-        """Projections that share an H_in, their heads stacked into one problem."""
+    def _solve(self, *problems: Pending) -> None:
+        """Problems that do not depend on each other: all ranks solve them together."""
+        if self.ranks.size == 1 and len(problems) > 1:
+            for problem in problems:  # no need to hold all objectives at once
+                self._solve(problem)
+            return
         if self.done is None:
-            stacked = torch.cat(
-                [self._weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)]
-            )
-            try:
-                goal = objective()
-                goal.check()
-                result = quantize(stacked, goal, self.settings)
-            except ValueError as error:
-                raise ValueError(f"{', '.join(names)}: {error}") from error
-            # An error of the size of the weight itself is 1.
-            loss = goal.loss(result.dequantize() - stacked).clamp_min(0) / goal.loss(stacked).clamp_min(1e-30)
-            parts = [
-                [piece.flatten(0, 1) for piece in tensor.split(heads)]
-                for tensor in (result.integers, result.scale, result.zero)
-            ]
-            for i, (name, part) in enumerate(zip(names, loss.split(heads), strict=True)):
-                self.results[name] = Quantized(*(pieces[i] for pieces in parts))
-                self.losses[name] = float(part.mean())
-                if result.damping > self.settings.damping:
-                    self.damping[name] = result.damping
-                self.report(name, self.losses[name])
-            if self.references:
-                found = reference_losses(stacked, goal, self.settings, result, heads)
-                self.objectives.update(zip(names, found, strict=True))
-        else:
-            self.results.update({name: self.done[name] for name in names})
-        for name in names:
+            given = [self._problem(pending) for pending in problems]
+            solved = solve(given, self.settings, self.ranks, references=self.references)
+            for whole, found in zip(given, solved, strict=True):
+                self._keep(whole, found)
+        for name in (name for problem in problems for name in problem.names):
+            if self.done is not None:
+                self.results[name] = self.done[name]
             weight = self.quantized.get_parameter(f"{name}.weight")
             weight.data = self.results[name].dequantize().to(weight.device, weight.dtype)
+
+    def _problem(self, pending: Pending) -> Problem:
+        names, heads = pending.names, pending.heads
+        stacked = torch.cat([self._weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)])
+        goal = pending.objective()
+        return Problem(names, heads, stacked, replace(goal, memo={}) if self.ranks.deterministic else goal)
+
+    def _keep(self, problem: Problem, solved: Solved) -> None:
+        result, heads = solved.result, problem.heads
+        # An error of the size of the weight itself is 1.
+        loss = solved.losses["found"].clamp_min(0) / solved.losses["zero"].clamp_min(1e-30)
+        parts = [
+            [piece.flatten(0, 1) for piece in tensor.split(heads)]
+            for tensor in (result.integers, result.scale, result.zero)
+        ]
+        for i, (name, part) in enumerate(zip(problem.names, loss.split(heads), strict=True)):
+            self.results[name] = Quantized(*(pieces[i] for pieces in parts))
+            self.losses[name] = float(part.mean())
+            if result.damping > self.settings.damping:
+                self.damping[name] = result.damping
+            self.report(name, self.losses[name])
+        if self.references:
+            self.objectives.update(zip(problem.names, relative_losses(solved.losses, heads), strict=True))
+
+
+def layer_objective(total: Total[InputStatistics], weight: Tensor | None = None) -> Callable[[], Objective]:
+    """The objective of a layer, once it is asked for; of its weight where outputs were wanted."""
+    return lambda: total.value().objective(weight)
 
 
 def capture(module: nn.Module, run: Callable[[], object]) -> Tensor:

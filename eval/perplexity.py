@@ -4,7 +4,7 @@ more than a few hundred positions."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +74,12 @@ def last_states(
     """
     first = embed(tokens[:1])
     hidden = empty(*tokens.shape, first.shape[-1], dtype=first.dtype)
-    for part, ids in zip(hidden.split(batch), tokens.split(batch), strict=True):
+    parts = hidden.split(batch) if len(tokens) else ()
+    for part, ids in zip(parts, tokens.split(batch), strict=False):
         part.copy_(embed(ids))
         release()
     for block in blocks:
-        for part in hidden.split(batch):
+        for part in parts:
             part.copy_(block(part.to(device)))
             release()
         advance()
@@ -98,19 +99,32 @@ def scores(tokens: Tensor, states: States, original: States | None = None) -> tu
         states: the model's, over these tokens.
         original: those of the model that it was made from, over the same tokens.
     """
-    likelihood = kl = same = 0.0
+    return summary(part_sums(tokens, states, original), tokens.numel() - len(tokens), original is not None)
+
+
+@torch.no_grad()
+def part_sums(tokens: Tensor, states: States, original: States | None = None) -> list[tuple[float, float, float]]:
+    """What `scores` are means of, in parts of a window: sums over tokens of log-likelihood, KL and equal top-1."""
+    found = []
     for window, part, ids in _parts(tokens):
         predicted = states.log_probabilities(window, part)
-        likelihood += float(predicted.gather(1, ids[:, None].to(predicted.device)).sum(dtype=torch.float64))
+        likelihood = float(predicted.gather(1, ids[:, None].to(predicted.device)).sum(dtype=torch.float64))
+        kl = same = 0.0
         if original is not None:
             expected = original.log_probabilities(window, part)
             # A token's terms nearly cancel, so their sum goes over the vocabulary in float32 and from there in float64.
-            kl += float((expected.exp() * (expected - predicted)).sum(-1).sum(dtype=torch.float64))
-            same += int((expected.argmax(-1) == predicted.argmax(-1)).sum())
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
+            kl = float((expected.exp() * (expected - predicted)).sum(-1).sum(dtype=torch.float64))
+            same = float((expected.argmax(-1) == predicted.argmax(-1)).sum())
+        found.append((likelihood, kl, same))
+    return found
+
+
+def summary(sums: Iterable[Sequence[float]], count: int, diverged: bool) -> tuple[float, Divergence | None]:
+    """`scores` from the `part_sums` of all windows, in order, whoever found them; `count` tokens were predicted."""
+    likelihood, kl, same = (sum(column) for column in zip(*sums, strict=True))
     mean = -likelihood / count
     perplexity = math.exp(mean) if mean < 700 else math.inf if mean < math.inf else mean
-    return perplexity, None if original is None else Divergence(kl / count, same / count)
+    return perplexity, Divergence(kl / count, same / count) if diverged else None
 
 
 def _parts(tokens: Tensor) -> Iterator[tuple[int, slice, Tensor]]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +33,16 @@ PAPER_TASKS = (
 FEWSHOT_SEED = 1234
 METRICS = ("acc_norm", "acc")
 """What is reported of a task, the first that it has: QuaRot's choice, and what others of the field do."""
+
+
+class Ranks(Protocol):
+    """Processes that share the items of tasks."""
+
+    rank: int
+    size: int
+
+    def tick(self) -> None:
+        """Say that this one is at work."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ def zero_shot(
     *,
     limit: int | None = None,
     batch: int = 8,
+    ranks: Ranks | None = None,
 ) -> dict[str, Score]:
     """What a model reaches on tasks, without examples in its prompt but those that a task itself has.
 
@@ -125,18 +136,23 @@ def zero_shot(
         tasks: of `load_tasks`; they can be used again with another model.
         limit: items of each task, from the first; None: all.
         batch: sequences computed at a time.
+        ranks: processes of torch.distributed that call this together; lm-eval gives each its part of the items.
 
     Returns:
         A score for each task, by its name; a group has one where lm-eval aggregates it, else each of its tasks has.
+        Of several ranks only the first gets them.
     """
     with _quiet():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        if ranks is not None and ranks.size > 1:
+            _share(runner, ranks)
         # Not simple_evaluate, whose rest gathers facts about the machine and its packages: a minute on a slow one.
         found = lm_eval.evaluate(runner, task_dict=tasks.loaded, limit=limit, log_samples=False)
-    assert found is not None  # it is on the first process of several, and there is one
+    if found is None:
+        return {}  # they are on the first process
     results = {name: score for name, entry in found["results"].items() if (score := _score(entry)) is not None}
     scores: dict[str, Score] = {}
     for name in tasks.names:
@@ -144,6 +160,20 @@ def zero_shot(
         members = [] if group is None or name in results else [task.task_name for task in group.get_all_tasks()]
         scores |= {part: results[part] for part in members or [name] if part in results}
     return scores
+
+
+def _share(runner: Any, ranks: Ranks) -> None:
+    """Make a model of lm-eval one of several that its data-parallel evaluation gives items to.
+
+    lm-eval shards by the rank that the model has, and gathers through accelerate, which finds the processes of
+    torch.distributed as they are. What it gathers of a rank are lists of numbers.
+    """
+    from accelerate import Accelerator
+
+    runner.accelerator = Accelerator(cpu=runner.device.type == "cpu")
+    runner._rank, runner._world_size = ranks.rank, ranks.size
+    model = runner.model
+    model.register_forward_pre_hook(lambda *_: ranks.tick())
 
 
 def average(scores: Sequence[Score]) -> Score | None:

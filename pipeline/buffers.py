@@ -34,12 +34,15 @@ class Buffers:
         folder: where the files lie; made when it is missing.
         budget: bytes of ordinary memory; None is half of what is free now.
         device: where blocks compute.
+        processes: how many on this machine have a part of the budget each.
     """
 
-    def __init__(self, folder: Path, budget: int | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, folder: Path, budget: int | None = None, device: torch.device | None = None, processes: int = 1
+    ) -> None:
         self.folder = folder
         self.device = device if device is not None and device.type == "cuda" else None
-        self.budget = free_memory() // 2 if budget is None else budget
+        self.budget = (free_memory() // 2 if budget is None else budget) // processes
         self.held = self.spilled = self.peak = 0
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperArgument, TyperCommand
 
 from ..errors import InputError, RunError
+from . import launch
 from .files import read_json as _read_json
 from .progress import Progress, cost_table, loss_table, result_table, task_table
 from .recipe import (
@@ -32,7 +33,7 @@ from .recipe import (
 )
 
 DEFAULT_RECIPE = "w4a4kv4"
-FREE = ("memory",)  # fields that change nothing in what comes out
+FREE = ("memory", "timeout")  # fields that change nothing in what comes out
 
 app = typer.Typer(
     help="Large language models to 4 and 2 bits: Hadamard rotations and attention-aware error compensation.",
@@ -66,7 +67,9 @@ class _Command(TyperCommand):
             raise
         except KeyboardInterrupt:
             more = "; the same command goes on from here" if ctx.info_name == "quantize" else ""
-            console.print(f"Interrupted{more}.")
+            if launch.rank() == 0:
+                console.print(f"Interrupted{more}.")
+            _leave(130)
             raise typer.Exit(130) from None
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
@@ -78,8 +81,18 @@ class _Command(TyperCommand):
                 what = f"{type(error).__name__}: {message}" if message else type(error).__name__
                 again = f"`rotoboa --debug {ctx.info_name} ...`"
                 message = f"unexpected {what}; please report it, with the traceback that {again} shows."
-            console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+            if not getattr(error, "silent", False):  # another rank says it
+                console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+            _leave(code)
             raise typer.Exit(code) from None
+
+
+def _leave(code: int) -> None:
+    """End a process that is one of several at once."""
+    if launch.world() > 1:
+        from .distributed import leave
+
+        leave(code)
 
 
 def _print_version(wanted: bool) -> None:
@@ -167,8 +180,10 @@ def _quantize(*, recipe: str | None, resume: Path | None, device: str | None, qu
 
     from . import stages
 
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet or launch.rank() > 0) as progress:
         report = stages.quantize(run, device=device, progress=progress)
+    if launch.rank() > 0:
+        return
     _print(result_table(report), task_table(report), cost_table(report))
     typer.echo(f"The run is in {run.output}")
 
@@ -250,7 +265,7 @@ def evaluate(
 
     from . import evaluating
 
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet or launch.rank() > 0) as progress:
         report = evaluating.evaluate(
             run,
             dataset=dataset,
@@ -263,6 +278,8 @@ def evaluate(
             device=device,
             progress=progress,
         )
+    if launch.rank() > 0:
+        return
     _print(result_table(report), task_table(report))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..boa.objective import is_finite
 from ..boa.statistics import InputStatistics
+from ..boa.totals import Total
 from ..errors import RunError
 from ..models.ends import Ends
 from ..models.matrices import SPAN, spans
@@ -36,7 +37,7 @@ def rotated_ends(job: Job) -> Ends:
                 )
         embedding[rows], head[rows] = part.embedding[:], part.head[:]
         biases += [] if part.head_bias is None else [part.head_bias]
-        job.buffers.release()
+        job.release()
     return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
 
 
@@ -49,11 +50,16 @@ def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> End
     weights = job.recipe.weights
     if weights.head == 0 or weights.method == "rtn":
         return ends
-    final, statistics = job.decoder.norm(ends.norm, ends.norm_bias), InputStatistics()
-    for f, q in zip(*(stream.split(job.recipe.calibration.batch) for stream in (full, quantized)), strict=True):
-        statistics.add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
-        job.buffers.release()
-    objective = statistics.objective().damped(weights.damping)
+    final, batch = job.decoder.norm(ends.norm, ends.norm_bias), job.recipe.calibration.batch
+    shares = job.ranks.shares(job.recipe.calibration.samples, batch)
+    batches = [range(share.start // batch, -(-share.stop // batch)) for share in shares]
+    statistics, first = Total(InputStatistics, job.ranks, batches), shares[job.ranks.rank].start
+    for i, (f, q) in enumerate(zip(*(stream.split(batch) for stream in (full, quantized)), strict=True)):
+        statistics.at(first // batch + i).add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
+        job.release()
+    objective = statistics.value().objective().damped(weights.damping)
+    if job.ranks.rank > 0:
+        return ends  # the first rank writes them
     for rows in spans(ends.head, 4 * SPAN):  # the Hessian is factored anew for each
         part = ends.head[rows]
         moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]

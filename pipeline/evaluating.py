@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..boa.ranks import Ranks
 from ..errors import InputError
-from ..export.checkpoint import read_ends
+from .distributed import joined
 from .job import check_length, evaluation_sets, evaluation_windows, length_of, prepare
 from .measure import loaded, perplexities, sizes
 from .progress import Progress
 from .recipe import split_names
-from .run import REPORT, RunFolder, recipe_of, write_json
+from .run import REPORT, RunFolder, write_json
+from .sharing import check_alike, followed, shared_ends, shared_recipe, shared_tokens
 from .tasks import task_scores, tasks_of
 
 
@@ -53,10 +56,32 @@ def evaluate(
     Raises:
         InputError: there is no finished run, or a text or a task cannot be used.
     """
-    progress = progress or Progress(quiet=True)
-    folder, report = RunFolder.open(run), _read_report(run / REPORT)
-    recipe = recipe_of(run).model_copy(update={"output": run})
-    job = prepare(recipe, device)
+    with joined(device=device) as ranks:
+        return _evaluate(
+            ranks, run, dataset, windows, sequence_length, tasks, tasks_path, limit, batch, device,
+            progress or Progress(quiet=True),
+        )  # fmt: skip
+
+
+def _evaluate(
+    ranks: Ranks,
+    run: Path,
+    dataset: str | Sequence[str] | None,
+    windows: int | None,
+    sequence_length: int | None,
+    tasks: str | Sequence[str] | None,
+    tasks_path: Path | None,
+    limit: int | None,
+    batch: int,
+    device: str | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    first = ranks.rank == 0
+    report = _read_report(run / REPORT) if first else {}
+    folder = followed(ranks, RunFolder.open(run) if first else None, run)
+    recipe = shared_recipe(ranks, run).model_copy(update={"output": run})
+    job = prepare(recipe, device, ranks)
+    check_alike(job)
     length = sequence_length or length_of(recipe, job.model, job.decoder)
     check_length(length, job.decoder, job.model, "--sequence-length")
     asked = tasks_of(job, split_names(tasks), tasks_path)
@@ -64,13 +89,15 @@ def evaluate(
     tokens: dict[str, Tensor] = {}
     if dataset or not asked:
         chosen = evaluation_sets(split_names(dataset) or recipe.evaluation.dataset, job.model, "--dataset")
-        tokens = {name: evaluation_windows(job, name, split, length, most) for name in chosen}
+        tokens = {
+            name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most)) for name in chosen
+        }
     job.spec = replace(job.spec, clips=folder.clips())
-    measured: dict[str, dict[str, Any]] = perplexities(
-        job, folder, tokens, read_ends(run / "model", job.decoder.family), progress
-    )
+    measured: dict[str, dict[str, Any]] = perplexities(job, folder, tokens, shared_ends(job, folder), progress)
     if asked:
         measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
+    if not first:
+        return {**measured, "tokens": {"evaluation": shapes(tokens)}, "seconds": job.seconds}
     if not (windows or sequence_length or limit):
         _add(report, measured, shapes(tokens))
         write_json(run / REPORT, report)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..boa.attention import NAME
+from ..boa.ranks import Ranks
 from ..boa.rounding import Settings
 from ..errors import InputError
 from ..export.checkpoint import copied_files
@@ -28,8 +29,10 @@ from ..models.decoder import Decoder
 from ..models.families import Shape
 from ..rotation.channels import SITES, obstacle
 from ..rotation.rotate import Rotations
+from . import launch
 from .buffers import Buffers
 from .calibration import PAPER_WINDOWS, Split, evaluation_tokens, load_texts
+from .distributed import device_name
 from .progress import Progress
 from .recipe import Recipe
 from .run import checksum, device_of
@@ -50,6 +53,7 @@ class Job:
     rotations: Rotations
     spec: Spec
     buffers: Buffers
+    ranks: Ranks = field(default_factory=Ranks)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     _running: dict[str, float] = field(default_factory=dict)
@@ -68,6 +72,11 @@ class Job:
             f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into the "
             "weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
         ]
+
+    def release(self) -> None:
+        """Called after each batch: what lies in files need not stay in memory, and this rank is at work."""
+        self.buffers.release()
+        self.ranks.tick()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -102,13 +111,13 @@ def settings_of(recipe: Recipe) -> Settings:
     return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
 
 
-def prepare(recipe: Recipe, device: str | None = None) -> Job:
-    """Resolve and check a recipe.
+def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = None) -> Job:
+    """Resolve and check a recipe; `ranks` are those that the run is shared by.
 
     Raises:
         InputError: the model, its files, the sizes or the device do not fit the recipe.
     """
-    target = device_of(device)
+    target = device_of(device_name(device))
     model = resolve_model(recipe.model)
     checkpoint = Checkpoint(fetch(model.source, model.is_local))
     decoder = Decoder(checkpoint.config, attention=NAME, device=target)
@@ -146,8 +155,8 @@ def prepare(recipe: Recipe, device: str | None = None) -> Job:
         cache_clip=recipe.cache.clip,
         online_r1=rotations.online_r1,
     )
-    buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target)
-    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers)
+    buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
+    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
 
 
 def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:

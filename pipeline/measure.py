@@ -17,27 +17,29 @@ from torch import Tensor, nn
 
 from ..boa.rounding import Quantized, Settings, quantize
 from ..boa.transforms import OnlineTransforms
-from ..eval.perplexity import States, last_states, scores
+from ..eval.perplexity import States, last_states, part_sums, summary
 from ..export.memory import memory
 from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
 from ..models.decoder import Decoder
 from ..models.ends import Ends
-from .activations import ActivationProfile
+from .activations import SEQUENCES, ActivationProfile
 from .buffers import trim
 from .files import tensor_sizes
 from .job import Job
 from .progress import Progress
 from .run import RunFolder
+from .sharing import own_share, own_windows, shared_block
 
 
 def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: ActivationProfile | None = None) -> float:
     """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to.
 
-    `profile` sees each block on the way; its seconds do not count.
+    `profile` sees each block on the way; its seconds do not count. Of several ranks the slowest counts.
     """
     progress.stage("plain forward pass", job.decoder.shape.blocks)
-    compute = job.decoder
+    compute, share = job.decoder, own_share(job, len(tokens))
+    tokens = tokens[share.start : max(share.stop, SEQUENCES if profile is not None else 0)]
     ends = job.checkpoint.ends()
     hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
     for part, ids in zip(
@@ -54,13 +56,13 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
             start = time.perf_counter()
             for part in hidden.split(job.recipe.calibration.batch):
                 part.copy_(compute.run(block, part.to(compute.device)))
-                job.buffers.release()
+                job.release()
             if compute.device.type == "cuda":
                 torch.cuda.synchronize(compute.device)
             seconds += time.perf_counter() - start
             trim()
             progress.advance()
-    return seconds
+    return float(max(job.ranks.gather(seconds)))
 
 
 def perplexities(
@@ -90,6 +92,8 @@ def _perplexities(
     job: Job, folder: RunFolder, windows: Tensor, plain_ends: Ends, ends: Ends, progress: Progress
 ) -> tuple[dict[str, float], dict[str, Any]]:
     compute, checkpoint = job.decoder, job.checkpoint
+    share = own_windows(job, len(windows))
+    own = windows[share.start : share.stop]
     transforms = replace(job.spec, online_r1=False, r3=False, r4=False, clips=None).transforms(compute.shape)
     perplexity: dict[str, float] = {}
     divergence: dict[str, Any] = {}
@@ -97,12 +101,13 @@ def _perplexities(
     def advance() -> None:
         trim()
         progress.advance()
+        job.ranks.tick()
 
     def run(name: str, blocks: Iterator[nn.Module], ends: Ends, original: States | None = None) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
         with job.timed(f"evaluate {name}"):
             states = last_states(
-                windows,
+                own,
                 partial(compute.embed, ends),
                 (partial(compute.run, block) for block in blocks),
                 compute.logits(ends),
@@ -110,10 +115,11 @@ def _perplexities(
                 device=compute.device,
                 advance=advance,
                 empty=job.buffers.empty,
-                release=job.buffers.release,
+                release=job.release,
             )
-            key = name.replace(" ", "_")
-            perplexity[key], found = scores(windows, states, original)
+            key, sums = name.replace(" ", "_"), job.ranks.gather(part_sums(own, states, original))
+            every = [part for found_there in sums for part in found_there]
+            perplexity[key], found = summary(every, windows.numel() - len(windows), original is not None)
         if found is not None:
             divergence[key] = asdict(found)
         return states
@@ -124,7 +130,7 @@ def _perplexities(
     if job.recipe.evaluation.baseline:
         rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
         run("rtn", rounded, plain_ends, original)
-    packed = (packed_block(compute, i, folder.read_block(i), job.spec) for i in indices)
+    packed = (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices)
     run("quantized", packed, ends, original)
     return perplexity, divergence.pop("quantized") | divergence
 

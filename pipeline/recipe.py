@@ -288,6 +288,15 @@ class Recipe(_Section):
         description="Host memory for activations; more than that lies in files without a name on the disk of the run; "
         "none: half of what is free.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Sum in a fixed order, and on one thread: the same bytes on any number of ranks of torchrun.",
+    )
+    timeout: int = Field(
+        default=600,
+        ge=1,
+        description="Seconds that the ranks of torchrun wait for one whose work does not go on, before all end.",
+    )
     output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
 
 

@@ -21,7 +21,7 @@ from ..export.record import checksum
 from .recipe import Recipe
 
 MANIFEST, REPORT, RECIPE, LOCK = "manifest.json", "report.json", "recipe.yaml", ".lock"
-SAME_BYTES = ("recipe.memory",)  # what may differ when a run is gone on with
+SAME_BYTES = ("recipe.memory", "recipe.timeout")  # what may differ when a run is gone on with
 
 
 def write_text(path: Path, text: str) -> None:

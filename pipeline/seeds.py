@@ -29,10 +29,13 @@ def choose_seed(job: Job, tokens: Tensor, progress: Progress) -> int:
         return rotation.seed
     progress.stage("choose the rotation", len(candidates))
     costs = {}
+    ranks = job.ranks
     with job.timed("choose the rotation"):
-        for seed in candidates:
+        for seed in candidates[ranks.rank :: ranks.size]:
             costs[seed] = rounding_cost(job, job.rotations.reseeded(seed), tokens[:SEQUENCES])
-            progress.advance()
+            progress.advance(ranks.size)
+            ranks.tick()
+        costs = {int(seed): cost for found in ranks.gather(costs) for seed, cost in found.items()}
     return min(candidates, key=costs.__getitem__)
 
 

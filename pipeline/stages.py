@@ -14,14 +14,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..boa.block import BlockQuantizer
+from ..boa.ranks import Ranks
 from ..boa.stopwatch import STAGES, Stopwatch, stage
 from ..errors import InputError, RunError
-from ..export.checkpoint import read_ends, write_native
+from ..export.checkpoint import write_native
 from ..export.native import pack_block, unpack_block
 from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
 from .buffers import trim
 from .calibration import calibration_tokens, load_texts
+from .distributed import joined, shared_by
 from .ends import corrected_head, rotated_ends
 from .evaluating import shapes
 from .exporting import base_of, describe, open_finished
@@ -54,6 +56,7 @@ from .progress import Progress
 from .recipe import Recipe, recipe_to_yaml
 from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
+from .sharing import check_alike, followed, own_share, shared_block, shared_ends, shared_tokens
 from .tasks import Tasks, task_scores, tasks_of
 
 
@@ -64,37 +67,49 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         InputError: something in the recipe cannot be used; nothing was written.
         RunError: the run failed; finished blocks are kept, and the same recipe goes on from there.
     """
+    with joined(deterministic=recipe.deterministic, timeout=recipe.timeout, device=device) as ranks:
+        return _quantize(recipe, device, progress or Progress(quiet=True), ranks)
+
+
+def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ranks) -> dict[str, Any]:
     started = time.perf_counter()
-    progress = progress or Progress(quiet=True)
     if recipe.output is None:
         raise InputError("the recipe has no output folder: give --output.")
-    job = prepare(recipe, device)
+    job = prepare(recipe, device, ranks)
     job.started = started
-    folder = RunFolder(recipe.output, identity(job))
-    length = length_of(recipe, job.model, job.decoder)
-    folder.need_space(2 * exported_bytes(job) + spilled_bytes(job, recipe.calibration.samples * length) + 2**24)
+    length, mine = length_of(recipe, job.model, job.decoder), None
+    if ranks.rank == 0:
+        mine = RunFolder(recipe.output, identity(job))
+        mine.need_space(2 * exported_bytes(job) + spilled_bytes(job, recipe.calibration.samples * length) + 2**24)
+    own_share(job, recipe.calibration.samples)
+    check_alike(job)
+    folder = followed(ranks, mine, recipe.output)
     calibration_set = dataset_of(recipe.calibration.dataset, job.model, "--calibration.dataset")
     evaluated = evaluation_sets(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
     with job.timed("text"):
-        tokens = calibration_tokens(
-            job.tokenizer,
-            load_texts(calibration_set, "calibration"),
-            recipe.calibration.samples,
-            length,
-            recipe.calibration.seed,
-            job.decoder.shape.vocabulary,
-        )
+
+        def calibration() -> Tensor:
+            texts, sizes = load_texts(calibration_set, "calibration"), (recipe.calibration.samples, length)
+            return calibration_tokens(
+                job.tokenizer, texts, *sizes, recipe.calibration.seed, job.decoder.shape.vocabulary
+            )
+
+        tokens = shared_tokens(ranks, calibration)
         split, most = recipe.evaluation.split, recipe.evaluation.windows
-        windows = {name: evaluation_windows(job, name, split, length, most) for name in evaluated}
+        windows = {
+            name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most))
+            for name in evaluated
+        }
         tasks = tasks_of(job, recipe.evaluation.tasks, recipe.evaluation.tasks_path)
-    files = checkpoint_checksums(job, folder.manifest.get("files", {}), progress)
-    texts = {"calibration": tokens, **{f"evaluation {name}": text for name, text in windows.items()}}
-    folder.identify(
-        checkpoint={name: entry["sha256"] for name, entry in files.items()},
-        text={name: tokens_checksum(text) for name, text in texts.items()},
-    )
-    folder.manifest["files"] = files
-    folder.finished_blocks()
+    if ranks.rank == 0:
+        files = checkpoint_checksums(job, folder.manifest.get("files", {}), progress)
+        texts = {"calibration": tokens, **{f"evaluation {name}": text for name, text in windows.items()}}
+        folder.identify(
+            checkpoint={name: entry["sha256"] for name, entry in files.items()},
+            text={name: tokens_checksum(text) for name, text in texts.items()},
+        )
+        folder.manifest["files"] = files
+        folder.finished_blocks()
     job.go_on(folder.manifest.get("seconds", {}))
     folder.clock = job.spent
     try:
@@ -118,18 +133,18 @@ def _run(
     progress: Progress,
 ) -> dict[str, Any]:
     """The long work. Each result is in the manifest as soon as it is there, and is not worked out again."""
-    recipe, known = job.recipe, folder.manifest
+    recipe, known, ranks = job.recipe, folder.manifest, job.ranks
     if "rotation_seed" not in known:
         folder.keep(rotation_seed=choose_seed(job, tokens, progress))
     seed = known["rotation_seed"]
     job.rotations = job.rotations.reseeded(seed)
     if "plain_forward_seconds" not in known:
-        profile = ActivationProfile(job) if recipe.evaluation.report else None
+        profile = ActivationProfile(job) if recipe.evaluation.report and ranks.rank == 0 else None
         seconds = plain_forward(job, tokens, progress, profile)
         if profile is not None:
             write_tensors(folder.path / ACTIVATIONS, profile.tensors())
         folder.keep(plain_forward_seconds=seconds)
-    if folder.is_exported():
+    if ranks.tell(ranks.rank == 0 and folder.is_exported()):
         job.spec = replace(job.spec, clips=folder.clips())
     else:
         ends = rotated_ends(job)
@@ -138,15 +153,21 @@ def _run(
             streams = _quantize_blocks(job, folder, tokens, ends, progress, beside)
             ends = corrected_head(job, ends, *streams)
         with job.timed("export"):
-            temporary = folder.path / ".model.tmp"
-            write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends))
-            shutil.rmtree(folder.path / "model", ignore_errors=True)
-            temporary.replace(folder.path / "model")
-            folder.keep(model=folder.model_files())
-    ends = read_ends(folder.path / "model", job.decoder.family)
+            if ranks.rank == 0:
+                temporary = folder.path / ".model.tmp"
+                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends))
+                shutil.rmtree(folder.path / "model", ignore_errors=True)
+                temporary.replace(folder.path / "model")
+                folder.keep(model=folder.model_files())
+            ranks.tell()  # wait for it
+    ends = shared_ends(job, folder)
     measured = perplexities(job, folder, windows, ends, progress)
     if tasks:
         measured["tasks"] = task_scores(job, folder, tasks, progress)
+    peak = _peak(job, folder)
+    if ranks.rank > 0:
+        found: dict[str, Any] = ranks.tell()
+        return found
     report = {
         "model": job.model.name,
         "base": base_of(job.model.name, job.checkpoint.folder),
@@ -156,7 +177,7 @@ def _run(
         "stages": _stages(folder),
         "parts": known["parts"],
         "plain_forward_seconds": known["plain_forward_seconds"],
-        "peak_memory_bytes": _peak(job, folder),
+        "peak_memory_bytes": peak,
         "sizes": sizes(job, folder),
         "memory": loaded(job, tokens.shape[1]),
         "bits_per_weight": bits_per_weight(job, folder),
@@ -167,12 +188,14 @@ def _run(
         "device": device_name(job.decoder.device),
         "recipe": recipe.model_dump(mode="json"),
         "seeds": {"rotation": seed, "calibration": recipe.calibration.seed},
+        **shared_by(ranks),
     }
     write_json(folder.path / REPORT, report)
     describe(folder, open_finished(folder), "native", folder.path / "model", folder.path / "model")
     folder.keep(finished=True)
     if recipe.evaluation.report:
         write_page(folder.path, siblings(folder.path))
+    ranks.tell(report)
     return report
 
 
@@ -193,17 +216,18 @@ def _stages(folder: RunFolder) -> dict[str, float]:
 
 
 def _peak(job: Job, folder: RunFolder) -> dict[str, int]:
-    """The most memory that any part of the run has held so far."""
+    """The most memory that any part of the run has held so far on any rank."""
     earlier = folder.manifest.get("peak_memory_bytes", {})
-    now = {**peak_memory(job.decoder.device), "spilled": job.buffers.peak}
-    return {name: max(size, earlier.get(name, 0)) for name, size in now.items()}
+    now = job.ranks.gather({**peak_memory(job.decoder.device), "spilled": job.buffers.peak})
+    return {name: max(earlier.get(name, 0), *(held[name] for held in now)) for name in now[0]}
 
 
 def _quantize_blocks(
     job: Job, folder: RunFolder, tokens: Tensor, ends: Ends, progress: Progress, beside: Overlap
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
-    compute, family = job.decoder, job.decoder.family
+    compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
+    tokens = tokens[share.start : share.stop]
     full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(ends, tokens[i : i + 1])[0]
@@ -218,7 +242,7 @@ def _quantize_blocks(
         done = None
         if index < finished:
             columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
-            done = unpack_block(folder.read_block(index), family, job.spec.bits, columns)
+            done = unpack_block(shared_block(job, folder, index), family, job.spec.bits, columns)
         block = compute.block(index, rotated)
         projections = {f"{name}.weight" for name in family.projections}
         others = {name: tensor for name, tensor in rotated.items() if name not in projections}
@@ -234,8 +258,9 @@ def _quantize_blocks(
             search_inputs=job.recipe.activations.search and done is None,
             search_cache=job.recipe.cache.search and done is None,
             empty=job.buffers.empty,
-            release=job.buffers.release,
+            release=job.release,
             references=job.recipe.evaluation.references and done is None,
+            ranks=ranks,
         )
         try:
             with watch:
@@ -275,5 +300,6 @@ def _groups(job: Job, folder: RunFolder, ends: Ends) -> Iterator[dict[str, Tenso
     yield first
     job.buffers.release()
     for index in range(job.decoder.shape.blocks):
+        job.ranks.tick()
         yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in folder.read_block(index).items()}
     yield last

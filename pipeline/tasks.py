@@ -55,7 +55,7 @@ def task_scores(
     """What the models of a finished run reach on tasks. Each is held whole in memory, one after the other.
 
     Args:
-        job, folder: the run.
+        job, folder: the run. Each rank of several holds the models whole, and runs its part of the items.
         tasks: of `tasks_of`.
         progress: told of each model.
         limit: items of a task; None: all.
@@ -70,14 +70,17 @@ def task_scores(
     for name, model in _models(job, folder):
         progress.stage(f"tasks {name}", 1)
         with job.timed(f"tasks {name}"):
-            scores = zero_shot(model.eval(), job.tokenizer, tasks, limit=limit, batch=batch)
+            scores = zero_shot(model.eval(), job.tokenizer, tasks, limit=limit, batch=batch, ranks=job.ranks)
         del model
         progress.advance()
         key = name.replace(" ", "_")
         mean = average(list(scores.values()))
         for task, score in (scores | ({} if mean is None else {"average": mean})).items():
             found.setdefault(task, {"metric": score.metric}).update(_entries(key, score))
-    return {task: values | ({} if limit is None else {"limit": limit}) for task, values in found.items()}
+    scored: dict[str, dict[str, Any]] = {
+        task: values | ({} if limit is None else {"limit": limit}) for task, values in found.items()
+    }
+    return dict(job.ranks.tell(scored))
 
 
 def _entries(model: str, score: Score) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rotoboa.boa import workspace as block_module
+from rotoboa.boa import units as block_module
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
 from rotoboa.boa.block import BlockQuantizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa import workspace
+from rotoboa.boa import units, workspace
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
 from rotoboa.boa.block import BlockQuantizer
@@ -123,7 +123,7 @@ def _spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Objective]]:
         seen.append((weight, objective))
         return quantize(weight, objective, settings)
 
-    monkeypatch.setattr(workspace, "quantize", spy)
+    monkeypatch.setattr(units, "quantize", spy)
     return seen
 
 
