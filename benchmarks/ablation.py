@@ -134,6 +134,7 @@ def main(
     model: Annotated[str, typer.Option(help="Another model than the embedded one.")] = "tiny",
     recipes: Annotated[str, typer.Option(help="Which recipes, separated by commas.")] = ",".join(RECIPES),
     name: Annotated[str, typer.Option(help="Name of the files that are written.")] = "ablation",
+    title: Annotated[str, typer.Option(help="What the tables are of.")] = "the embedded model",
     fresh: Annotated[bool, typer.Option(help="Measure every case again.")] = False,
 ) -> None:
     """Measure what is missing and write the tables."""
@@ -160,7 +161,7 @@ def main(
                   f"KL {results[waiting[future]]['kl']:.4f}", flush=True)  # fmt: skip
     settings = ", ".join(f"{key} {value}" for key, value in SETTING.items())
     text = [
-        f"# Ablation: {'the embedded model' if model == 'tiny' else 'another model'}",
+        f"# Ablation: {title}",
         "",
         "Made by `make ablation`. One lever at a time is turned against the recipe's default; differences are paired",
         f"by seed, ± is their standard deviation. Setting: {settings}.",

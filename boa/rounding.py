@@ -49,7 +49,7 @@ class Settings:
     refine: int = 8
     starts: int = 5
     drift: bool = True
-    token_weights: bool = True
+    token_weights: bool = False
     sequential: bool = False
     zfold: tuple[str, ...] = ()
     value_output: bool = True

@@ -172,7 +172,7 @@ class Weights(_Section):
         default=True, description="Let O and down also make up for what the residual stream has lost before them."
     )
     token_weights: bool = Field(
-        default=True,
+        default=False,
         description="Count a token's errors in O, gate, up and down by one over the mean square of the residual stream "
         "that they end in.",
     )
