@@ -122,7 +122,7 @@ def capped_attention(
     output = torch.empty_like(query).transpose(1, 2)
     for i in range(len(query)):
         logits = query[i].reshape(groups, -1, size) @ key[i].transpose(1, 2)
-        logits = logits.mul_(scaling if scaling is not None else size**-0.5).div_(softcap).tanh_().mul_(softcap)
+        logits = logits.mul_(scaling if scaling is not None else size**-0.5).div_(softcap).tanh_().mul(softcap)
         logits, own = logits.view(heads, length, seen), mask[min(i, len(mask) - 1), ..., :seen]
         logits = logits.masked_fill_(~own, float("-inf")) if own.dtype == torch.bool else logits + own
         part = logits.softmax(-1).view(groups, -1, seen) @ value[i]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .block_output import BlockOutput, Rounded, learn_block
 from .experts_half import ExpertsHalf
 from .fold_half import ChannelFold
 from .objective import is_finite
+from .rounding import Quantized
 from .stopwatch import stage
 
 
@@ -37,8 +39,12 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
     loss of each, `objectives` what `reference_losses` finds of each where `references` are asked for, `damping` that of
     the projections whose Hessian needed more than the settings say, `quantized` the block with dequantized weights,
     `transforms` the clip ratios that were chosen, `fallbacks` the projections of experts that saw too few tokens,
-    with their number, `channel_scales` what Z-Fold found by site, and `folded` the norms and biases that it changed.
+    with their number, `channel_scales` what Z-Fold found by site, and `folded` the norms and biases that it changed;
+    where the method is brecq, `losses` and `objectives` are those of the solution that it starts from, and
+    `output_error` holds the error of the block's output there and at the end.
     """
+
+    output_error: tuple[float, float] | None = None
 
     @torch.no_grad()
     @stage("forward")
@@ -57,6 +63,29 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
                 raise ValueError(f"{name}: its weight holds NaN or Inf")
         self._check("", full, quantized)
         self._fold(full)
+        learns = self.settings.method == "brecq" and self.done is None
+        streams = (full, quantized)
+        before = [self.empty(*part.shape, dtype=part.dtype).copy_(part) for part in streams if learns]
+        self._halves(full, quantized)
+        if learns:
+            self._learn(before[1], full)
+            # Moved again with what is learned, as a run that goes on from its results moves them.
+            for stream, given in zip(streams, before, strict=True):
+                stream.copy_(given)
+            self._halves(full, quantized)
+
+    @stage("refinement")
+    def _learn(self, given: Tensor, wanted: Tensor) -> None:
+        """All projections on the output of the block; `done` are the results then."""
+        weighted, bits = self.settings.token_weights, self.settings.bits
+        output = BlockOutput(self.decoder, self.quantized, self.transforms, given, wanted, weighted=weighted)
+        start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in self.results.items()}
+        found, *errors = learn_block(output, start, bits, self.settings.learning, self.batch)
+        self.output_error = (errors[0], errors[1])
+        self.results = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
+        self.done, self.search_inputs, self.search_cache = self.results, False, False
+
+    def _halves(self, full: Tensor, quantized: Tensor) -> None:
         self._attention_half(full, quantized)
         self._check(self.family.output, full, quantized)
         (self._experts_half if self.family.experts else self._mlp_half)(full, quantized)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .objective import Objective
 from .refine import refine, rescale
+from .stopwatch import stage
 
 STRETCH = 1.2  # zeta - gamma, of zeta 1.1 and gamma -0.1
 MARGIN = 0.1  # -gamma
@@ -84,6 +85,22 @@ def beside(position: Tensor, levels: int) -> Tensor:
     return position.floor().clamp_(0, levels - 1)
 
 
+def side_and_variables(q: Tensor, step: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Where learned rounding starts: `SHARE` of the way from the integers `q` to their best steps, each by itself.
+
+    Args:
+        q: integers as floating-point numbers.
+        step: in units of the grid; less than half where the start cannot be improved by one integer.
+        levels: the largest integer.
+
+    Returns:
+        The lower of the two integers that each weight has, and the variables v.
+    """
+    position = q + SHARE * step.clamp(-0.5, 0.5)
+    base = beside(position, levels)
+    return base, variables(position - base)
+
+
 class Relaxed:
     """The objective as a function of v, in units of one step's cost, and its gradient in closed form.
 
@@ -95,8 +112,7 @@ class Relaxed:
 
     Attributes:
         base: (heads, r, c), the lower of the two integers that each weight has.
-        v: (heads, r, c), where the variables start: `SHARE` of the way to the best step of an integer by itself, which
-            is less than half a step where the start cannot be improved by one integer.
+        v: (heads, r, c), where the variables start.
     """
 
     def __init__(
@@ -120,9 +136,7 @@ class Relaxed:
             curvature = curvature * h_out.diagonal(dim1=-2, dim2=-1)[..., None]
         curvature = (self.scale.square() * curvature).clamp_min_(torch.finfo(target.dtype).tiny)
         step = -self.scale * self._weighed(self._offset) / curvature
-        position = q + SHARE * step.clamp(-0.5, 0.5)
-        self.base = beside(position, levels)
-        self.v = variables(position - self.base)
+        self.base, self.v = side_and_variables(q, step, levels)
         self._offset += (self.base - q) * self.scale
         unit = curvature.mean(-1 if h_out is None else (-2, -1), keepdim=True)
         self._factor = 2 * self.scale / unit
@@ -140,6 +154,7 @@ class Relaxed:
         return found.mul_(slope_(h))
 
 
+@stage("refinement")
 def improve(
     target: Tensor,
     integers: Tensor,

@@ -30,7 +30,8 @@ class Settings:
     | rtn | identity | identity | all |
     | gptq | the objective's | identity | all |
     | boa | the objective's | the objective's | `rows` of each head at a time |
-    | adaround, aespa | learned from gptq's, boa's result: see `learned` | | |
+    | adaround, aespa | learned from the result of gptq, boa: see `learned` | | |
+    | brecq | as boa; `BlockQuantizer` goes on from there | | |
 
     `drift`, `token_weights`, `sequential` and `value_output` say what the objective is collected from: see
     `BlockQuantizer`. `zfold` names the sites whose input channels get a scale of their own first: see
@@ -87,6 +88,9 @@ class Quantized:
         group = self.integers.shape[-1] // self.scale.shape[-1]
         parts = self.integers.float().unflatten(-1, (-1, group))
         return ((parts - self.zero[..., None]) * self.scale[..., None]).flatten(-2)
+
+
+_Problem = tuple[Quantized, Objective, Tensor]
 
 
 @stage("losses")
@@ -171,9 +175,6 @@ def _restart(first: Quantized, target: Tensor, objective: Objective, settings: S
     return _best((first, objective, target), (others, many, targets))
 
 
-_Problem = tuple[Quantized, Objective, Tensor]
-
-
 def _best(one: _Problem, more: _Problem) -> Quantized:
     """Of one result and several others, stacked as more heads, the best of each row; of each head under H_out."""
     (first, _, target), (others, _, _) = one, more
@@ -185,9 +186,8 @@ def _best(one: _Problem, more: _Problem) -> Quantized:
         stacked = torch.cat([left, right]).unflatten(0, (-1, heads))
         return stacked.gather(0, pick.expand(1, *stacked.shape[1:]))[0]
 
-    parts = ((first.integers, others.integers), (first.scale, others.scale), (first.zero, others.zero))
-    integers, scale, zero = (choose(*pair) for pair in parts)
-    return Quantized(integers, scale, zero)
+    scale, zero = choose(first.scale, others.scale), choose(first.zero, others.zero)
+    return Quantized(choose(first.integers, others.integers), scale, zero)
 
 
 def _factor(index: int) -> float:

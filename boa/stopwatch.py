@@ -24,7 +24,7 @@ STAGES = {
     "grid search": "scale and zero point of every row",
     "columns": "columns one after another, and the product for those after a block of them",
     "rows": "rows of a head below those that are rounded",
-    "refinement": "scales in closed form, coordinate descent",
+    "refinement": "scales in closed form, coordinate descent, learned rounding",
     "starts": "rounding and refinement from other grids",
     "losses": "the objective at the result",
     "references": "RTN and plain GPTQ on the same statistics, for the report",

@@ -34,6 +34,7 @@ from .job import settings_of
 from .recipe import Recipe
 
 GRID, GRID_MOVES = 13, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
+LEARNED = 40  # operations of a weight in a step of learned rounding, beside its products
 STEP = 8  # operations of a weight that is rounded, or moved by coordinate descent, beside its products
 
 
@@ -156,6 +157,14 @@ def refinement(p: Problem, settings: Settings) -> Work:
     return before + k * sweep + (k + 1) * scales
 
 
+def learning(p: Problem, settings: Settings) -> Work:
+    """The gradient of the objective in each step, and `LEARNED` on a weight; brecq has none by layer."""
+    if settings.method not in ("adaround", "aespa"):
+        return Work()
+    step = losses(p, 1) + Work(elements=LEARNED * p.all_rows * p.columns)
+    return settings.iterations * step + refinement(p, settings)
+
+
 def losses(p: Problem, times: int = 3) -> Work:
     """tr(H_out E H_in E^T): 2 R c^2, and 2 r R c with H_out."""
     one = linear(p.all_rows, p.columns, p.columns)
@@ -185,13 +194,13 @@ def solve(p: Problem, settings: Settings) -> dict[str, Work]:
     """One problem by stage; RTN has no Hessians to factor."""
     if settings.method == "rtn":
         return {"grid search": grid_search(p, settings), "losses": losses(p, 2)}
-    q = p if settings.method == "boa" else replace(p, tied=False)
+    q = p if settings.method in ("boa", "aespa", "brecq") else replace(p, tied=False)
     return {
         "factors": factors(p, settings),
         "grid search": grid_search(q, settings),
         "columns": columns(q, settings),
         "rows": rows(q, settings),
-        "refinement": refinement(q, settings),
+        "refinement": refinement(q, settings) + learning(q, settings),
         "starts": starts(q, settings),
         "losses": losses(p),
     }

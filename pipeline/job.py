@@ -123,6 +123,8 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     decoder = Decoder(checkpoint.config, attention=NAME, device=target)
     checkpoint.check(decoder.shapes)
     check_sizes(recipe, decoder, model)
+    if recipe.weights.method == "brecq" and ranks is not None and ranks.size > 1:
+        raise InputError("weights.method brecq learns a block in one process: start it without torchrun.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -292,15 +294,16 @@ def exported_bytes(job: Job) -> int:
     )
 
 
-def activation_bytes(shape: Shape, tokens: int) -> dict[str, int]:
-    """Bytes of both streams, and of what a block holds for all tokens at once, in float32."""
+def activation_bytes(shape: Shape, tokens: int, method: str) -> dict[str, int]:
+    """Bytes of both streams, twice for brecq, and of what a block holds for all tokens at once, in float32."""
     query = shape.query_heads * shape.head_dim
     mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
-    return {"streams": 2 * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, mlp)}
+    streams = 4 if method == "brecq" else 2
+    return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, mlp)}
 
 
 def spilled_bytes(job: Job, tokens: int) -> int:
     """What lies in files while a run works: activations beyond the budget, embedding and head."""
     shape = job.decoder.shape
-    beyond = sum(activation_bytes(shape, tokens).values()) - job.buffers.budget
+    beyond = sum(activation_bytes(shape, tokens, job.recipe.weights.method).values()) - job.buffers.budget
     return max(0, beyond) + 2 * shape.vocabulary * shape.hidden * job.checkpoint.dtype.itemsize

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..boa.attention import NAME
+from ..boa.block_output import TOKENS
 from ..export.packing import packed_width
 from ..models.aliases import resolve_model
 from ..models.checkpoint import Checkpoint, fetch
@@ -30,7 +31,7 @@ from .run import device_of
 BASELINE = 500 * 2**20  # bytes of the process before it has done anything: Python, torch, transformers
 EFFICIENCY = 0.4  # of the rate of a large matrix product that a run reaches over all: a rough estimate
 
-ATTENTION = ("boa", "aespa")  # methods whose objective of the values needs A
+ATTENTION = ("boa", "aespa", "brecq")  # methods whose objective of the values needs A
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     }
     sizes = _sizes(recipe, decoder, projections, itemsize)
     layers = list(_layers(shape, recipe))
-    activations = activation_bytes(shape, tokens)
+    activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     operations = _operations(recipe, shape, layers, tokens, length)
     evaluated = (3 if recipe.evaluation.baseline else 2) * _forward(shape, length) * (windows or 0) * length
@@ -220,6 +221,9 @@ def _operations(recipe: Recipe, shape: Shape, layers: list[Layer], tokens: int, 
         direct = 2 * heads * (length * length * hidden + length * hidden * hidden)
         grouped = 2 * (heads * length**3 + groups * (length * length * hidden + length * hidden * hidden))
         statistics += tokens // length * min(direct, grouped)
+    if settings.method == "brecq":  # a step is a forward and a backward pass
+        step = max(length, TOKENS) * 3 * _forward(shape, length) // shape.blocks
+        solving += settings.iterations * min(step, tokens * 3 * _forward(shape, length) // shape.blocks)
     return {
         "forward passes": 4 * tokens * _forward(shape, length),  # plain, full precision, and quantized nearly twice
         "statistics": shape.blocks * statistics,

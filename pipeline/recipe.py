@@ -137,11 +137,12 @@ class Weights(_Section):
         description="Input channels that share a scale and zero point; none: all of an output channel.",
     )
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
-    method: Literal["rtn", "gptq", "boa", "adaround", "aespa"] = Field(
+    method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
         default="boa",
         description="How weights are rounded. rtn: to the nearest; gptq: errors compensated within a row, layer by "
         "layer; boa: also across the rows of an attention head, by what attention makes of them; adaround, aespa: "
-        "rounding learned on the objective of gptq, of boa, from their result.",
+        "rounding learned on the objective of gptq, of boa, from their result; brecq: learned by backpropagation on "
+        "the output of the block, from the result of boa.",
     )
     rows: int = Field(
         default=4, ge=1, description="Rows of a head rounded at a time by boa: fewer are more exact, and slower."
@@ -195,7 +196,7 @@ class Weights(_Section):
     value_output: bool = Field(
         default=True, description="Weigh the errors of values by the output projection; false: alike, as aespa does."
     )
-    iterations: int = Field(default=2000, ge=1, description="Steps of learned rounding (adaround, aespa).")
+    iterations: int = Field(default=2000, ge=1, description="Steps of learned rounding (adaround, aespa, brecq).")
     learning_rate: float = Field(default=0.015, gt=0, description="Learning rate of learned rounding.")
     regulariser: float = Field(
         default=1.5, ge=0, description="How hard learned rounding is driven to integers; 0: not at all."

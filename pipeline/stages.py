@@ -282,6 +282,8 @@ def _quantize_blocks(
             entry = {**spent, "layers": layers, "clips": solver.transforms.clips}
             if solver.channel_scales:
                 entry["zfold"] = {site: found.summary() for site, found in solver.channel_scales.items()}
+            if solver.output_error is not None:
+                entry["output_error"] = solver.output_error
             beside.write(index, pack, entry, peak_memory_bytes=_peak(job, folder))
         trim()
         progress.advance(block=index)

@@ -157,7 +157,7 @@ def test_experts_in_files_end_with_the_same_bytes(
         reports[name] = rotoboa.quantize(make_recipe("w4a4kv4", changes))
     job = prepare(build_recipe({}, {"model": str(model)}))
     shape, tokens = job.decoder.shape, 4 * 64
-    expected = sum(activation_bytes(shape, tokens).values())
+    expected = sum(activation_bytes(shape, tokens, "boa").values())
     assert expected == 4 * tokens * (2 * shape.hidden + max(2 * shape.query_width, 2 * shape.hidden))
     spilled = {name: report["peak_memory_bytes"]["spilled"] for name, report in reports.items()}
     assert spilled["spilled"] - spilled["held"] == expected

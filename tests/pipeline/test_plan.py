@@ -87,6 +87,9 @@ def test_more_work_takes_longer(llama: Path, make_recipe: MakeRecipe, monkeypatc
     assert seconds(calibration__samples=8) > base
     assert seconds(weights__refine=8) > base
     assert seconds(weights__method="gptq") < base
+    assert seconds(weights__method="aespa") > base and seconds(weights__method="brecq") > base
+    assert seconds(weights__method="adaround") > seconds(weights__method="gptq")
+    assert seconds(weights__method="aespa", weights__iterations=100) < seconds(weights__method="aespa")
     assert seconds(evaluation__baseline=False) < base
     assert seconds(weights__method="rtn") < seconds(weights__method="gptq")
 

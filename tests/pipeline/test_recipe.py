@@ -67,7 +67,7 @@ def test_none_as_text_unsets_optional_fields_alone() -> None:
         ("activations.bits", 1, "2 to 8, or 16 for no quantization"),
         ("cache.key_bits", 9, "2 to 8, or 16 for no quantization"),
         ("weights.group_size", 7, "an integer at least 8, or none"),
-        ("weights.method", "adam", "one of rtn, gptq, boa, adaround, aespa"),
+        ("weights.method", "adam", "one of rtn, gptq, boa, adaround, aespa, brecq"),
         ("weights.iterations", 0, "an integer at least 1"),
         ("weights.learning_rate", 0, "a number above 0"),
         ("weights.regulariser", -1, "a number at least 0"),
