@@ -42,13 +42,14 @@ class ChannelFold(AttentionHalf, MlpHalf):
         projections = {f"{name}.weight" for name in self.family.projections}
         for site in (site for site in SITES if site in self.settings.zfold):
             found = channel_scales(self._terms(site, seen), self.settings, ties(self.shape, site))
+            self.ranks.spread([found.zeta])  # which all have found, and which must not differ in its last bits
             self.channel_scales[site] = found
             state = self.full.state_dict()
             zeta = absorbable(state, self.family, site, found.zeta)
             changed = scale_channels(state, self.family, self.shape, site, zeta)
             for name, tensor in changed.items():
                 for block in (self.full, self.quantized):
-                    block.get_parameter(name).data = tensor.clone()
+                    block.get_parameter(name).data = tensor
             self.folded |= {name: tensor for name, tensor in changed.items() if name not in projections}
 
     def _see(self, full: Tensor) -> _Seen:
@@ -97,7 +98,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
         both = self._query_key_objective(inputs, seen.grams, seen.norms, seen.length)
         assert both.h_out is not None
         queries, keys = both.h_out.split([self.shape.query_heads, self.shape.key_heads])
-        value = seen.grams.value().value_objective(self._weight(f.output))
+        value = self._value_objective(seen.grams)
         return [
             self._term(f.query, Objective(both.h_in, queries), len(queries)),
             self._term(f.key, Objective(both.h_in, keys), len(keys)),

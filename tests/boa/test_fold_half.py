@@ -127,15 +127,20 @@ def test_a_site_alone(site: str) -> None:
 
 
 def test_methods_and_activations() -> None:
-    """gptq has no H_out; 4-bit activations and cache see the scaled channels."""
-    assert _relative(_run("llama", replace(QUICK, method="gptq")).solver) > 0
+    """gptq has no H_out; learned rounding goes on from there; 4-bit activations and cache see the scaled channels."""
+    plain = _relative(_run("llama", replace(QUICK, method="gptq", zfold=())).solver)
+    found = {
+        method: _run("llama", replace(QUICK, method=method, iterations=20)).solver for method in ("gptq", "adaround")
+    }
+    assert _relative(found["adaround"]) <= _relative(found["gptq"]) * 1.01 < plain
+    scales = [solver.channel_scales["qkv"].zeta for solver in found.values()]
+    assert torch.equal(*scales) and not torch.equal(scales[0], _run("llama").solver.channel_scales["qkv"].zeta)
     tokens, cache = InputTransform(quantizer=DynamicQuantizer(4)), DynamicQuantizer(4, False)
     quantized = OnlineTransforms(tokens, tokens, tokens, tokens, AttentionTransform(None, cache, cache))
-    plain = _run("llama", replace(QUICK, zfold=()), quantized)
-    folded = _run("llama", QUICK, quantized)
-    torch.testing.assert_close(folded.full, plain.full, rtol=0, atol=1e-4)
-    assert folded.solver.transforms.clips == plain.solver.transforms.clips
-    assert _relative(folded.solver) < _relative(plain.solver)
+    unfolded, folded = _run("llama", replace(QUICK, zfold=()), quantized), _run("llama", QUICK, quantized)
+    torch.testing.assert_close(folded.full, unfolded.full, rtol=0, atol=1e-4)
+    assert folded.solver.transforms.clips == unfolded.solver.transforms.clips
+    assert _relative(folded.solver) < _relative(unfolded.solver)
 
 
 def test_values_that_are_not_finite_are_named() -> None:
