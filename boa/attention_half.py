@@ -43,8 +43,10 @@ class AttentionHalf(Workspace):
                 inputs.at(n).add(*self._weighted(norms, n, xf, xq))
                 grams.at(n).add_grams(seen.query, seen.key)
                 if span.stop >= self.own:
-                    for total in (inputs, grams, *norms.values()):
-                        total.start()  # which goes on while the values' are collected
+                    for norm_total in norms.values():
+                        norm_total.start()
+                    grams.start()
+                    inputs.start()  # all of which goes on while the values' are collected
                 if not self.settings.sequential:
                     self._add_values(values.at(n), xq, attended[span], seen)
         queries = Pending(

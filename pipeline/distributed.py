@@ -21,11 +21,11 @@ from torch import Tensor
 from ..boa.ranks import Ranks
 from ..errors import InputError, RunError
 from . import launch
+from .bucketing import buckets, unpack
 from .watch import GRACE, PeerError, Watch
 
-BUCKET = 1 << 26  # bytes of tensors that are summed or sent together
 TIMEOUT = 600.0
-AGAIN = "run the same command again, with any number of ranks: it goes on from its last block"
+AGAIN = "run the same command again, with any number of ranks, and it goes on from its last block"
 
 _watch: Watch | None = None  # of this process, for `leave`
 
@@ -55,23 +55,23 @@ class TorchRanks(Ranks):
     def sum(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
         """As `Ranks.sum`, in buckets, all of which are under way when this returns."""
         pending = []
-        for flat, parts in _buckets(tensors):
+        for flat, parts in buckets(tensors):
             pending.append((self._begin(dist.all_reduce, "sum", flat), flat, parts))
 
         def wait() -> None:
             while pending:
                 work, flat, parts = pending.pop(0)
                 self._finish(work)
-                _unpack(flat, parts)
+                unpack(flat, parts)
 
         return wait
 
     def spread(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """As `Ranks.spread`."""
-        for flat, parts in _buckets(tensors):
+        for flat, parts in buckets(tensors):
             self._finish(self._begin(dist.broadcast, "spread", flat.view(torch.uint8), src=source))
             if self.rank != source:
-                _unpack(flat, parts)
+                unpack(flat, parts)
 
     def tell(self, value: Any = None, source: int = 0) -> Any:
         """As `Ranks.tell`; on other ranks than `source` what JSON makes of it."""
@@ -141,36 +141,6 @@ def _decoded(data: Tensor) -> Any:
     return json.loads(bytes(data.numpy()))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Flat tensors, and what is to be put back from them; large contiguous tensors are their own, in parts."""
-    waiting: list[Tensor] = []
-
-    def packed() -> tuple[Tensor, list[Tensor]]:
-        return torch.cat([part.reshape(-1) for part in waiting]), list(waiting)
-
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if size >= BUCKET and tensor.is_contiguous():
-            for part in tensor.view(-1).split(BUCKET // tensor.element_size()):
-                yield part, []
-            continue
-        held = sum(part.numel() * part.element_size() for part in waiting)
-        if waiting and (held + size > BUCKET or waiting[0].dtype != tensor.dtype or waiting[0].device != tensor.device):
-            yield packed()
-            waiting = []
-        if size:
-            waiting.append(tensor)
-    if waiting:
-        yield packed()
-
-
-def _unpack(flat: Tensor, parts: Sequence[Tensor]) -> None:
-    start = 0
-    for part in parts:
-        part.copy_(flat[start : start + part.numel()].view(part.shape))
-        start += part.numel()
-
-
 def device_name(given: str | None) -> str | None:
     """The device of this rank: of several on a machine each has the GPU of its number.
 
@@ -186,8 +156,12 @@ def device_name(given: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def joined(*, deterministic: bool = False, timeout: float = TIMEOUT, device: str | None = None) -> Iterator[Ranks]:
+def joined(
+    *, deterministic: bool = False, timeout: float = TIMEOUT, device: str | None = None, again: str = AGAIN
+) -> Iterator[Ranks]:
     """The ranks that this process is one of, while the block runs; without torchrun the only one.
+
+    `again` is what to do when a rank has died.
 
     What goes wrong on one of them ends all, with one sentence on the first rank that can still say it: errors of the
     others have the attribute `silent`.
@@ -202,13 +176,13 @@ def joined(*, deterministic: bool = False, timeout: float = TIMEOUT, device: str
             return
         watch = _join(timeout, device)
         try:
-            with _terminable():
+            with _terminable(again):
                 ranks = TorchRanks(deterministic, watch)
                 yield ranks
                 watch.tell_done()
                 ranks.gather(None)
         except BaseException as error:
-            raise _last_word(watch, error) from error
+            raise _last_word(watch, error, again) from error
         watch.stop()
         dist.destroy_process_group()
 
@@ -237,7 +211,7 @@ def _join(timeout: float, device: str | None) -> Watch:
     return _watch
 
 
-def _last_word(watch: Watch, error: BaseException) -> BaseException:
+def _last_word(watch: Watch, error: BaseException, again: str) -> BaseException:
     """What to raise in place of an error: who is to blame for it, told to the others."""
     blamed: set[int] = set()
     if isinstance(error, TerminatedError):
@@ -245,7 +219,8 @@ def _last_word(watch: Watch, error: BaseException) -> BaseException:
         error = found or error
     if isinstance(error, PeerError):
         blamed = error.ranks
-        error = PeerError(f"{str(error).rstrip('.')}; {AGAIN}.", blamed)
+        if not error.said:
+            error = PeerError(f"{error}: {again}.", blamed, said=False)
     elif not isinstance(error, TerminatedError):
         with contextlib.suppress(RuntimeError, OSError):
             watch.tell_error(_sentence(error))
@@ -277,12 +252,12 @@ def leave(code: int) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable(again: str) -> Iterator[None]:
     """SIGTERM, which torchrun sends where another rank has ended, becomes an error, so that the reason can be said."""
 
     def terminated(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise TerminatedError("ended by SIGTERM: " + AGAIN + ".")
+        raise TerminatedError(f"ended by SIGTERM: {again}.")
 
     try:
         before = signal.signal(signal.SIGTERM, terminated)

@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         InputError: there is no finished run, or a text or a task cannot be used.
     """
-    with joined(device=device) as ranks:
+    with joined(device=device, again="run the same command again") as ranks:
         return _evaluate(
             ranks, run, dataset, windows, sequence_length, tasks, tasks_path, limit, batch, device,
             progress or Progress(quiet=True),

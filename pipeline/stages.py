@@ -284,7 +284,7 @@ def _quantize_blocks(
                 entry["zfold"] = {site: found.summary() for site, found in solver.channel_scales.items()}
             if solver.output_error is not None:
                 entry["output_error"] = solver.output_error
-            beside.write(index, pack, entry, peak_memory_bytes=_peak(job, folder))
+            beside.write(index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=_peak(job, folder))
         trim()
         progress.advance(block=index)
     beside.finish()

@@ -31,11 +31,16 @@ GRACE = 10.0  # seconds to find out who has failed, and for the one that speaks 
 
 
 class PeerError(RunError):
-    """Another rank has failed, died or hangs. `ranks` are those that have."""
+    """Another rank has failed, died or hangs.
 
-    def __init__(self, message: str, ranks: set[int]) -> None:
+    Attributes:
+        ranks: those that have.
+        said: whether the message is that rank's own, which says what to do.
+    """
+
+    def __init__(self, message: str, ranks: set[int], said: bool) -> None:
         super().__init__(message)
-        self.ranks = ranks
+        self.ranks, self.said = ranks, said
 
 
 class Watch:
@@ -121,8 +126,8 @@ class Watch:
             time.sleep(0.05)
 
     def _error(self, found: dict[int, str]) -> PeerError:
-        rank = min(found)
-        return PeerError(f"{self.name(rank)} {found[rank]}", set(found))
+        rank = min(found, key=lambda rank: (not found[rank].startswith("ended: "), rank))
+        return PeerError(f"{self.name(rank)} {found[rank]}", set(found), found[rank].startswith("ended: "))
 
     def _run(self) -> None:
         while not self._ended.wait(min(BEAT, self.lapse / 5)):
@@ -157,22 +162,23 @@ class Watch:
             since, work_since = (now if beat != old else since), (now if work != old_work else work_since)
             self._seen[rank] = (beat, since, work, work_since)
             if self.store.check([f"error/{rank}"]):
-                found[rank] = "failed: " + self.store.get(f"error/{rank}").decode()
+                found[rank] = f"ended: {self.store.get(f'error/{rank}').decode()}"
             elif self.store.check([f"done/{rank}"]):
                 continue
             elif self.store.check([f"dead/{rank}"]) or self._is_gone(rank):
                 found[rank] = "died, perhaps for want of memory"
             elif now - since > self.lapse:
                 found[rank] = f"died or hangs: it has not answered for {now - since:.0f} s"
-            elif self._is_late(now) and work[0] < self.reached and now - work_since > self.timeout:
+            elif self._is_late(now, self.timeout) and work[0] < self.reached and now - work_since > self.timeout:
                 found[rank] = f"hangs: its work has not gone on for {now - work_since:.0f} s"
-        if not found and self._is_late(now) and all(now - seen[3] > self.timeout for seen in self._seen.values()):
-            found = dict.fromkeys(others[:1], "and the others do not reach each other")
+        still = self.timeout + self.lapse  # whoever has stopped would be known by then
+        if not found and self._is_late(now, still) and all(now - seen[3] > still for seen in self._seen.values()):
+            found = dict.fromkeys(others[:1], f"and rank {self.rank} do not reach each other")
         return found
 
-    def _is_late(self, now: float) -> bool:
+    def _is_late(self, now: float, after: float) -> bool:
         waiting = self.waiting
-        return waiting is not None and now - waiting > self.timeout
+        return waiting is not None and now - waiting > after
 
     def _is_gone(self, rank: int) -> bool:
         """Whether its process, on this machine, has ended; the ranks on others are told."""
