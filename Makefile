@@ -5,11 +5,13 @@ MODEL  ?= tiny
 RECIPE ?= w4a4kv4
 RUN    ?= runs/$(notdir $(MODEL))-$(basename $(notdir $(RECIPE)))
 ARGS   ?=
+GPUS   ?= 1
 
 BIN   := $(VENV)/bin
+RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation verify memory clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation verify memory ranks clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -23,11 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN (ARGS: any option of `rotoboa quantize`)
-	$(BIN)/rotoboa quantize --model $(MODEL) --recipe $(RECIPE) --output $(RUN) $(ARGS)
+quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN on GPUS (ARGS: any option of `rotoboa quantize`)
+	$(RANKS) quantize --model $(MODEL) --recipe $(RECIPE) --output $(RUN) $(ARGS)
 
-evaluate: $(STAMP)  ## measure the finished run in RUN again (ARGS: --dataset, --tasks, ...)
-	$(BIN)/rotoboa evaluate $(RUN) $(ARGS)
+evaluate: $(STAMP)  ## measure the finished run in RUN again on GPUS (ARGS: --dataset, --tasks, ...)
+	$(RANKS) evaluate $(RUN) $(ARGS)
 
 test: $(STAMP)  ## run the tests, a process with one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
@@ -58,6 +60,9 @@ verify: $(STAMP)  ## export the embedded model in every format and compare each 
 
 memory: $(STAMP)  ## peak memory of 4 and of 32 blocks (ARGS=--large: and of a model of the shape of Llama-3-8B)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+ranks: $(STAMP)  ## one rank against two on this machine, in benchmarks/ranks.md (ARGS: --ranks 1,2,4, ...)
+	$(BIN)/python benchmarks/ranks.py $(ARGS)
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -157,7 +157,9 @@ class ExpertsHalf(Workspace):
         streams where blocks compute, and routing weights.
         """
         device, starts = self.decoder.device, range(0, self.own, self.batch)
-        inside = torch.searchsorted(rows, torch.tensor(starts[1:], dtype=torch.int64) * length).tolist()
+        inside = torch.searchsorted(
+            rows, torch.tensor(starts[1:], dtype=torch.int64, device=rows.device) * length
+        ).tolist()
         for start, part, weight in zip(starts, rows.tensor_split(inside), p.tensor_split(inside), strict=True):
             number = self._number(slice(start, None))
             yield number, part, full[part].to(device), quantized[part].to(device), weight.to(device)

@@ -182,7 +182,9 @@ def joined(
                 watch.tell_done()
                 ranks.gather(None)
         except BaseException as error:
-            raise _last_word(watch, error, again) from error
+            if (other := _last_word(watch, error, again)) is error:
+                raise
+            raise other from error
         watch.stop()
         dist.destroy_process_group()
 

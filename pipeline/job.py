@@ -276,6 +276,7 @@ def checkpoint_checksums(job: Job, known: Mapping[str, Any], progress: Progress)
         for file, entry in zip(files, pool.map(of, files), strict=True):
             found[file.name] = entry
             progress.advance()
+            job.ranks.tick()
     return found
 
 

@@ -63,10 +63,13 @@ class RunFolder:
     Attributes:
         manifest: what manifest.json holds, or will.
         clock: seconds by stage up to now, asked whenever the manifest is written.
+        at_work: called after each file that is read whole.
 
     Raises:
         InputError: the folder holds something else, another run, or this run finished.
     """
+
+    at_work: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
@@ -173,8 +176,11 @@ class RunFolder:
 
     def model_files(self) -> dict[str, str]:
         """The checksum of each file of the exported model; empty where there is none."""
-        folder = self.path / "model"
-        return {file.name: checksum(file) for file in sorted(folder.iterdir())} if folder.is_dir() else {}
+        folder, found = self.path / "model", {}
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            found[file.name] = checksum(file)
+            self.at_work()
+        return found
 
     def is_exported(self) -> bool:
         """Whether an earlier part of this run has written the model, and it is whole."""
@@ -197,6 +203,7 @@ class RunFolder:
                 raise InputError(
                     f"{file} is missing or damaged (its checksum differs): remove {self.path} and start again."
                 )
+            self.at_work()
         return len(self.manifest["blocks"])
 
     def clips(self) -> list[dict[str, float]]:

@@ -80,6 +80,7 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     length, mine = length_of(recipe, job.model, job.decoder), None
     if ranks.rank == 0:
         mine = RunFolder(recipe.output, identity(job))
+        mine.at_work = ranks.tick
         mine.need_space(2 * exported_bytes(job) + spilled_bytes(job, recipe.calibration.samples * length) + 2**24)
     own_share(job, recipe.calibration.samples)
     check_alike(job)

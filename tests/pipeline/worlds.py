@@ -2,9 +2,9 @@
 
     python worlds.py CASES
 
-CASES is a JSON list of objects: `recipe` (a YAML file), `output`, `ranks`, `overrides`, and perhaps `fault`: what
-happens to which rank ("kill", "stop", "raise" or "hang") when it has finished how many blocks. Importing torch takes
-longer than a run, so it is done once. Prints a JSON list: for each case the seconds, and of each rank its exit code
+CASES is a JSON list of objects: `recipe` (a YAML file), `output`, `ranks`, `overrides`, and `fault`: null, or a rank,
+what happens to it ("kill", "stop" or "raise"), and when it has finished how many blocks. Importing torch takes longer
+than a run, so it is done once. Prints a JSON list: for each case the seconds, and of each rank its exit code
 and what it said.
 """
 
@@ -43,8 +43,6 @@ def fail(kind: str, blocks: int) -> None:
             return
         if kind == "raise":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if kind == "hang":
-            time.sleep(1000)
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
     FollowedRun.write_block = write_block  # type: ignore[method-assign]
@@ -68,7 +66,7 @@ def child(case: dict[str, Any], rank: int, port: int, said: Path) -> int:
             "MASTER_PORT": str(port),
         }
     try:
-        fault = case.get("fault")
+        fault = case["fault"]
         if fault is not None and fault[0] == rank:
             fail(*fault[1:])
         stages.quantize(build_recipe(load_recipe(case["recipe"]), {"output": case["output"], **case["overrides"]}))
@@ -88,7 +86,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         said = [Path(folder) / str(rank) for rank in range(case["ranks"])]
         running = {child(case, rank, port, said[rank]): rank for rank in range(case["ranks"])}
         codes: dict[int, int] = {}
-        stopped = case["fault"][0] if case.get("fault", [None, None])[1] in ("stop", "hang") else None
+        stopped = case["fault"][0] if case["fault"] and case["fault"][1] == "stop" else None
         while running and time.monotonic() - started < LIMIT:
             for process in list(running):
                 done, status = os.waitpid(process, os.WNOHANG)
