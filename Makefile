@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation verify memory ranks clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods verify memory ranks clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -54,6 +54,9 @@ runtime: $(STAMP)  ## speed and memory of exported models on this machine (ARGS:
 
 ablation: $(STAMP)  ## what each lever is worth, in benchmarks/ablation.md (about an hour on two cores)
 	$(BIN)/python benchmarks/ablation.py $(ARGS)
+
+methods: $(STAMP)  ## the methods of the field side by side, in benchmarks/methods.md (28 runs: hours on two cores)
+	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py

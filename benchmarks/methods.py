@@ -1,0 +1,265 @@
+"""The methods of the field as recipes of one program: (transform x objective x solver), on the embedded model.
+
+    python benchmarks/methods.py      writes methods.md and methods.svg beside this file
+
+Each method is set as its paper has it, without what this project adds to it, with and without a rotation. Every case is
+a process of its own, so that its memory is its own too. Finished cases are kept in methods.json: an interrupted run
+goes on, and `--fresh` measures all again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from common import HERE, PLAIN, measure, perplexity
+
+from rotoboa.eval.charts import Chart, legend, log_scale, span
+
+RECIPES = ("w2a16", "w4a4kv4")
+PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1}
+"""BoA as published; `PLAIN` is GPTQ so."""
+UNROTATED = {"rotation.r1": False, "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
+STYLE = (
+    "<style>:root{--ink:#1b2027;--faint:#b9c0c9;--series-0:#0b6bb5;--series-1:#c2500a}"
+    "@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--faint:#59616b;--series-0:#5fb4f0;--series-1:#f0975a}}"
+    "</style>"
+)
+"""A picture by itself has no page to take its colours from."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the field.
+
+    Attributes:
+        objective: in words.
+        solver: in words.
+        source: arXiv number.
+        changes: what differs from a recipe of the package, by field.
+    """
+
+    objective: str
+    solver: str
+    source: str
+    changes: dict[str, Any]
+
+
+METHODS = {
+    "RTN": Method("none", "to the nearest", "", {**PLAIN, "weights.method": "rtn", "weights.grid": "minmax"}),
+    "GPTQ": Method("layer", "error compensation in a row", "2210.17323", PLAIN),
+    "BoA": Method("attention", "error compensation, a row of a head at a time", "2406.13474", PUBLISHED),
+    "TurboBoA": Method(
+        "attention, inputs of earlier layers' errors",
+        "error compensation, 16 rows at a time; coordinate descent",
+        "2602.04929",
+        {**PUBLISHED, "weights.rows": 16, "weights.alpha": 0.25, "weights.refine": 1},
+    ),
+    "AdaRound": Method("layer", "learned rounding", "2004.10568", {**PLAIN, "weights.method": "adaround"}),
+    "BRECQ": Method(
+        "output of the block",
+        "learned rounding, backpropagation",
+        "2102.05426",
+        {**PUBLISHED, "weights.method": "brecq"},
+    ),
+    "aespa": Method(
+        "attention, values without W_O",
+        "learned rounding",
+        "2402.08958",
+        {**PUBLISHED, "weights.method": "aespa", "weights.value_output": False},
+    ),
+}
+TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
+
+
+class Case(NamedTuple):
+    """One cell: a recipe of the package and what is changed in it."""
+
+    recipe: str
+    method: str
+    transform: str
+    seed: int
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """By field of the recipe."""
+        method, transform = METHODS[self.method].changes, TRANSFORMS[self.transform]
+        return {**method, **transform, "calibration.seed": self.seed}
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of results."""
+        return " | ".join(map(str, self))
+
+
+def cases(recipes: tuple[str, ...], seeds: int) -> list[Case]:
+    """All of them, the quickest methods first."""
+    return [
+        Case(recipe, method, transform, seed)
+        for seed in range(seeds)
+        for method in METHODS
+        for recipe in recipes
+        for transform in TRANSFORMS
+    ]
+
+
+def run(case: Case, threads: int, extra: dict[str, Any]) -> dict[str, float]:
+    """Measure one case in this process."""
+    torch.set_num_threads(threads)
+    report = measure(case.recipe, {**case.changes, **extra})
+    (divergence,) = report["divergence"].values()
+    return {
+        "perplexity": perplexity(report),
+        "full_precision": perplexity(report, "full_precision"),
+        "kl": divergence["kl"],
+        "seconds": report["seconds"]["quantize"],
+        "memory": report["peak_memory_bytes"]["host"],
+    }
+
+
+def mean(results: dict[str, dict[str, float]], recipe: str, method: str, transform: str) -> dict[str, float] | None:
+    """The figures of a cell over the seeds that are measured; None where there are none."""
+    prefix = f"{recipe} | {method} | {transform} | "
+    found = [result for key, result in results.items() if key.startswith(prefix)]
+    return {name: sum(r[name] for r in found) / len(found) for name in found[0]} if found else None
+
+
+def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
+    """Markdown of one recipe: a row for each method and transform."""
+    lines = [
+        f"## {recipe}",
+        "",
+        "| method | transform | objective | solver | perplexity | KL | seconds | memory, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, method in METHODS.items():
+        for transform in TRANSFORMS:
+            if found := mean(results, recipe, name, transform):
+                lines.append(
+                    f"| {name} | {transform} | {method.objective} | {method.solver} | {found['perplexity']:.2f} "
+                    f"| {found['kl']:.4f} | {found['seconds']:.0f} | {found['memory'] / 2**20:.0f} |"
+                )
+    return [*lines, ""]
+
+
+def settings() -> list[str]:
+    """Markdown: how each method is set, as options of `rotoboa quantize`."""
+
+    def option(field: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return f"--{field}" if value else f"--no-{field}"
+        return f"--{field} {value}"
+
+    lines = ["## Settings", "", "| method | source | options beside the recipe's |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        given = " ".join(option(field, value) for field, value in method.changes.items())
+        source = f"arXiv {method.source}" if method.source else ""
+        lines.append(f"| {name} | {source} | `{given}` |")
+    return [*lines, f"| transform none | | `{' '.join(option(*item) for item in UNROTATED.items())}` |", ""]
+
+
+def picture(results: dict[str, dict[str, float]], recipes: tuple[str, ...]) -> str:
+    """Perplexity of every method, with and without rotation, as an SVG document."""
+    names = list(METHODS)
+    with Chart(height=0.6 + 0.32 * len(names), rows=len(recipes)) as chart:
+        for axes, recipe in zip(chart.axes, recipes, strict=True):
+            cells = {key: [mean(results, recipe, name, key) for name in names] for key in TRANSFORMS}
+            known = [cell for row in cells.values() for cell in row if cell]
+            if not known:
+                continue
+            full = known[0]["full_precision"]
+            low, high = full, span([cell["perplexity"] for cell in known])[1]
+            for i, (key, row) in enumerate(cells.items()):
+                values = [cell["perplexity"] if cell else full for cell in row]
+                at = [place + 0.38 * (i - 0.5) for place in range(len(names))]
+                titles = [f"{name}, {key}: {value:.2f}" for name, value in zip(names, values, strict=True)]
+                label = "no rotation" if key == "none" else key
+                chart.bars(axes, at, [value - low for value in values], label, i, titles, 0.34, left=[low] * len(at))
+                for place, cell in zip(at, row, strict=True):
+                    if cell:
+                        axes.annotate(
+                            f"{cell['perplexity']:.2f}", (cell["perplexity"], place), (3, 0),
+                            textcoords="offset points", va="center", fontsize=6.5,
+                        )  # fmt: skip
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()
+            axes.grid(False, axis="y")
+            log_scale(axes.xaxis, low, high)
+            axes.set_title(f"{recipe}: perplexity, from that in full precision, {full:.2f}", loc="left")
+        legend(chart, chart.axes[0])
+    drawing = chart.svg("Perplexity of the methods of the field on the embedded model")
+    head, rest = drawing.split(">", 1)
+    return f'{head} width="720">{STYLE}{rest}\n'
+
+
+def document(results: dict[str, dict[str, float]], recipes: tuple[str, ...], seeds: int) -> str:
+    """methods.md."""
+    lines = [
+        "# The methods of the field, on the embedded model",
+        "",
+        "Made by `make methods`. Each method is a choice of transform, objective and solver in one program, set as its",
+        "paper has it: without the shifted target of this project's default, its several starts, its search of clip",
+        "ratios. TurboBoA is its setting (rows, target, descent), not its code. 128 calibration sequences, calibration",
+        f"seeds: {seeds}. Perplexity and KL on the text that is reported, by which nothing was chosen; seconds are",
+        "those of quantization, memory is the peak of the process.",
+        f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "
+        f"{platform.machine()}.",
+        "",
+        "![perplexity by method](methods.svg)",
+        "",
+    ]
+    for recipe in recipes:
+        lines += table(recipe, results)
+    return "\n".join([*lines, *settings()]).rstrip() + "\n"
+
+
+def write(results: dict[str, dict[str, float]], recipes: tuple[str, ...], seeds: int, folder: Path, name: str) -> None:
+    """The document and the picture."""
+    (folder / f"{name}.md").write_text(document(results, recipes, seeds), encoding="utf-8")
+    (folder / f"{name}.svg").write_text(picture(results, recipes), encoding="utf-8")
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="Calibration seeds, from 0 on.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Cases measured side by side: seconds are best with one.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of a case.")] = 2,
+    recipes: Annotated[str, typer.Option(help="Which recipes, separated by commas.")] = ",".join(RECIPES),
+    methods: Annotated[str, typer.Option(help="Which methods are measured, separated by commas.")] = ",".join(METHODS),
+    fresh: Annotated[bool, typer.Option(help="Measure every case again.")] = False,
+) -> None:
+    """Measure what is missing and write methods.md and methods.svg."""
+    chosen, wanted = tuple(recipes.split(",")), methods.split(",")
+    if unknown := [method for method in wanted if method not in METHODS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(METHODS)}")
+    kept = HERE / "methods.json"
+    results: dict[str, dict[str, float]] = {}
+    if kept.is_file() and not fresh:
+        results = json.loads(kept.read_text(encoding="utf-8"))
+    missing = [case for case in cases(chosen, seeds) if case.method in wanted and case.key not in results]
+    started = time.monotonic()
+    # A process has one case: its peak of memory is not that of an earlier one.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(run, case, threads, {}): case for case in missing}
+        for number, future in enumerate(as_completed(waiting), 1):
+            case, found = waiting[future], future.result()
+            results[case.key] = found
+            kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            left = (time.monotonic() - started) / number * (len(missing) - number)
+            print(f"{number} of {len(missing)}, {left / 60:.0f} min left: {case.key}: perplexity "
+                  f"{found['perplexity']:.2f}, {found['seconds']:.0f} s", flush=True)  # fmt: skip
+    if results:
+        write(results, chosen, seeds, HERE, "methods")
+        print("wrote methods.md and methods.svg")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+"""The comparison of methods: its cases, its table, its picture; a cell is measured on a small model."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from rotoboa.pipeline.recipe import build_recipe, load_recipe
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    yield importlib.import_module("methods")
+    for name in ("methods", "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def results(methods: Any) -> dict[str, dict[str, float]]:
+    """Two seeds of all cells but one; the figures tell cells apart."""
+    found = {}
+    for number, case in enumerate(methods.cases(methods.RECIPES, 2)):
+        cell = {"perplexity": 13.0 + number, "full_precision": 12.0, "kl": 0.01 * number}
+        found[case.key] = {**cell, "seconds": 10.0 + number, "memory": 2.0**30}
+    return {key: value for key, value in found.items() if not key.startswith("w2a16 | BRECQ | none")}
+
+
+def test_every_cell_is_a_recipe_of_its_own(methods: Any) -> None:
+    cases = methods.cases(methods.RECIPES, 1)
+    assert len(cases) == 28
+    recipes = {case.key: build_recipe(load_recipe(case.recipe), case.changes) for case in cases}
+    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == 28
+    for case in cases:
+        recipe = recipes[case.key]
+        rotated = load_recipe(case.recipe)["rotation"]
+        assert recipe.rotation.r1 == recipe.rotation.r2 == (case.transform == "rotation")
+        assert recipe.rotation.r4 == (case.transform == "rotation" and rotated["r4"])
+        assert recipe.weights.starts == 1 and recipe.weights.head == 0 and not recipe.activations.search
+    solvers = {"RTN": "rtn", "GPTQ": "gptq", "BoA": "boa", "TurboBoA": "boa", "AdaRound": "adaround", "BRECQ": "brecq"}
+    assert {case.method: recipes[case.key].weights.method for case in cases} == solvers | {"aespa": "aespa"}
+
+
+def test_table(methods: Any, results: dict[str, dict[str, float]]) -> None:
+    lines = methods.table("w2a16", results)
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
+    assert len(rows) == 13 and not any("BRECQ | none" in line for line in lines)
+    # Seeds of a cell are 28 apart: the first cell has 13 and 41.
+    assert rows[0][:2] == ["| RTN", "none"] and rows[0][4:] == ["27.00", "0.1400", "24", "1024 |"]
+    text = methods.document(results, methods.RECIPES, 2)
+    assert "--weights.method aespa" in text and "--no-weights.value_output" in text and "--no-rotation.r1" in text
+
+
+def test_picture(methods: Any, results: dict[str, dict[str, float]], tmp_path: Path) -> None:
+    methods.write(results, methods.RECIPES, 2, tmp_path, "methods")
+    text = (tmp_path / "methods.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.tag.endswith("svg") and "RTN, none: 27.00" in text and "--series-1:" in text
+    used = {part.split(")")[0] for part in text.split("var(")[1:]}
+    assert used and all(f"{name}:" in methods.STYLE for name in used), "a colour that nothing defines"
+    assert "methods.svg" in (tmp_path / "methods.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_is_measured(methods: Any, llama: Path, text: Path) -> None:
+    case = methods.Case("w2a16", "AdaRound", "rotation", 0)
+    small = {
+        "model": str(llama),
+        "calibration.dataset": str(text),
+        "evaluation.dataset": str(text),
+        "calibration.samples": 2,
+        "calibration.sequence_length": 32,
+        "evaluation.windows": 2,
+        "weights.iterations": 10,
+    }
+    found = methods.run(case, 1, small)
+    assert found["perplexity"] > 1 and found["seconds"] > 0 and found["kl"] > 0 and found["memory"] > 2**26
+    assert methods.table("w2a16", {case.key: found})[4].startswith("| AdaRound | rotation | layer | learned rounding |")
+
+
+def test_what_is_measured_is_not_measured_again(
+    methods: Any, results: dict[str, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "HERE", tmp_path)
+    (tmp_path / "methods.json").write_text(methods.json.dumps(results), encoding="utf-8")
+    called: list[Any] = []
+    monkeypatch.setattr(methods, "run", lambda *given: called.append(given))
+    methods.main(seeds=2, jobs=1, threads=1, methods="RTN,GPTQ,aespa")
+    assert not called and (tmp_path / "methods.svg").is_file()
+    with pytest.raises(Exception, match="there are RTN, GPTQ"):
+        methods.main(methods="SmoothQuant")
