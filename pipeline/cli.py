@@ -283,14 +283,26 @@ def evaluate(
     _print(result_table(report), task_table(report))
 
 
-def _inspect(*, subject: str, recipe: str | None, device: str | None, as_json: bool, **given: Any) -> None:
+def _inspect(
+    *,
+    subject: str,
+    recipe: str | None,
+    device: str | None,
+    gpus: int | None,
+    gpu: str,
+    network: str,
+    tf32: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Show what a run is, or what a run of a model would be, before any work.
 
     Of a run: recipe, versions, sizes, loss of each layer, perplexity. Of a model, by a recipe and the options below:
-    parameters, rotations, bytes before and after, calibration, memory and time.
+    parameters, rotations, bytes before and after, calibration, memory and time; with --gpus also an estimate for so
+    many GPUs, from their published rates.
     """
     if (Path(subject) / "manifest.json").is_file():
-        if recipe is not None or _overrides(given) or device is not None:
+        if recipe is not None or _overrides(given) or device is not None or gpus is not None:
             raise InputError(f"{subject} is a run, which has its recipe: leave out the other options.")
         _inspect_run(Path(subject), as_json)
         return
@@ -298,10 +310,10 @@ def _inspect(*, subject: str, recipe: str | None, device: str | None, as_json: b
         raise InputError("the model is given twice: leave out --model.")
     wanted = build_recipe(load_recipe(recipe or DEFAULT_RECIPE), {**_overrides(given), "model": subject})
 
-    from .plan import plan
+    from .plan import Cluster, plan
     from .plan_table import plan_tables
 
-    found = plan(wanted, device)
+    found = plan(wanted, device, None if gpus is None else Cluster(gpus, gpu, network, tf32))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -313,6 +325,19 @@ def _inspect_signature() -> inspect.Signature:
         str, typer.Argument(help="Folder of a run, or a model as for --model.", metavar="RUN|MODEL", show_default=False)
     ]
     as_json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+    several = {
+        "gpus": (None, int | None, typer.Option(min=1, metavar="INT", help="Estimate a run on so many GPUs too.")),
+        "gpu": ("h100", str, typer.Option(metavar="NAME", help="a100, h100, h200, b200 or l40s. (default h100)")),
+        "network": (
+            "ndr",
+            str,
+            typer.Option(
+                metavar="NAME",
+                help="Between nodes of eight: ndr, hdr, ethernet-100, ethernet-25 or ethernet-10. (default ndr)",
+            ),
+        ),
+        "tf32": (False, bool, typer.Option("--tf32", help="Estimate matrix products in TF32.")),
+    }
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [
@@ -320,6 +345,10 @@ def _inspect_signature() -> inspect.Signature:
             inspect.Parameter("recipe", keyword, default=None, annotation=_RecipeName),
             *RECIPE_OPTIONS.values(),
             inspect.Parameter("device", keyword, default=None, annotation=Device),
+            *(
+                inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option])
+                for name, (default, kind, option) in several.items()
+            ),
             inspect.Parameter("as_json", keyword, default=False, annotation=as_json),
         ]
     )

@@ -183,7 +183,7 @@ def starts(p: Problem, settings: Settings) -> Work:
 
 def references(p: Problem, settings: Settings) -> Work:
     """Plain GPTQ, and the objective at its result, at RTN's and at the run's."""
-    gptq = replace(settings, method="gptq", **REFERENCE)  # type: ignore[arg-type]
+    gptq = replace(settings, method="gptq", **REFERENCE)
     alone = replace(p, tied=False)
     both = factors(p, settings, again=True) + factors(alone, gptq, again=True)
     both += grid_search(p, gptq) + columns(alone, gptq) + losses(alone, 1)

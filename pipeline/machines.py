@@ -50,6 +50,8 @@ NETWORKS = {
 ACHIEVED = {"products": 0.6, "wide": 0.3, "elements": 0.1, "bandwidth": 0.8, "link": 0.7}
 """Part of the peak that large products, factorisations, columns one after another, copies and transfers are taken to
 reach."""
+FACTORS: dict[str, float] = {}
+"""How many times as long as its counts a stage takes."""
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
 """The plan of a run, before any work: sizes, rotations, memory and time, from config and headers of files alone.
 
-Operations are counted, and a short matrix product says how many this machine does in a second. Memory is the sum of
-what is held at once where most is: in the solver of the widest layer, or in the evaluation of a large vocabulary.
+Operations and bytes are counted (`counting`), and a second of products and copies says what this machine makes of them;
+factors by stage, from runs of the embedded model, say how much longer a run takes than that. Memory is the sum of what
+is held at once where most is (`footprint`). With `Cluster` the same counts are laid over published rates (`scaling`).
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..boa.attention import NAME
-from ..boa.block_output import TOKENS
 from ..export.packing import packed_width
 from ..models.aliases import resolve_model
 from ..models.checkpoint import Checkpoint, fetch
@@ -24,34 +22,38 @@ from ..models.families import Shape
 from ..models.remote import Remote
 from ..rotation.hadamard import Hadamard, _prime_power, base_matrix
 from .buffers import free_memory
+from .counting import Sizes, Work
+from .counting_solver import Plan, whole
+from .footprint import PROCESS, footprint
 from .job import activation_bytes, check_sizes, length_of
+from .machines import FACTORS, Machine, measured, published
 from .recipe import Recipe
 from .run import device_of
+from .scaling import device_memory, estimate
 
-BASELINE = 500 * 2**20  # bytes of the process before it has done anything: Python, torch, transformers
-EFFICIENCY = 0.4  # of the rate of a large matrix product that a run reaches over all: a rough estimate
-
-ATTENTION = ("boa", "aespa", "brecq")  # methods whose objective of the values needs A
+TIME, MEMORY = 2.0, 1.25
+"""Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One projection: rows x columns, and how many heads have an input Hessian of their own."""
+class Cluster:
+    """GPUs to estimate a run on: how many, and of `machines.GPUS` and `NETWORKS` which."""
 
-    name: str
-    rows: int
-    columns: int
-    hessians: int = 1
+    gpus: int
+    gpu: str = "h100"
+    network: str = "ndr"
+    tf32: bool = False
 
 
-def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
-    """The plan of a recipe as plain data; bytes, seconds and operations in units of one.
+def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = None) -> dict[str, Any]:
+    """The plan of a recipe as plain data; bytes, seconds and operations in units of one. `scaling` is of a cluster.
 
     Of a hub model that is not in the local cache only config.json and the headers of its files are fetched.
 
     Raises:
-        InputError: the model cannot be read, is not supported, or does not fit the recipe.
+        InputError: the model cannot be read, is not supported, or does not fit the recipe; no such GPU is known.
     """
+    machine = None if cluster is None else published(cluster.gpu, cluster.network, tf32=cluster.tf32)
     target = device_of(device)
     model = resolve_model(recipe.model)
     source = Remote.of(model.source) if not model.is_local else None
@@ -69,13 +71,10 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         if name.removesuffix(".weight").endswith(decoder.family.projections) and len(tensor) == 2
     }
     sizes = _sizes(recipe, decoder, projections, itemsize)
-    layers = list(_layers(shape, recipe))
-    activations = activation_bytes(shape, tokens, recipe.weights.method)
+    activations = activation_bytes(shape, tokens)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
-    operations = _operations(recipe, shape, layers, tokens, length)
-    evaluated = (3 if recipe.evaluation.baseline else 2) * _forward(shape, length) * (windows or 0) * length
-    rate = matrix_rate(target)
-    return {
+    counted, run = Sizes.of(decoder), Plan.of(recipe, length, windows)
+    found = {
         "model": {
             "name": model.name,
             "architecture": decoder.family.model_type,
@@ -101,13 +100,60 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
             "memory": budget,
             "spilled": max(0, sum(activations.values()) - budget) + 2 * shape.vocabulary * shape.hidden * itemsize,
         },
-        "memory": _memory(shape, layers, min(sum(activations.values()), budget), itemsize, recipe),
-        "time": {
-            "device": str(target),
-            "operations": {**operations, "evaluation": evaluated},
-            "operations_per_second": rate,
-            "seconds": (sum(operations.values()) + evaluated) / (EFFICIENCY * rate),
+        "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
+        "time": _time(counted, run, target),
+    }
+    if machine is not None and cluster is not None:
+        found["scaling"] = _scaling(counted, run, machine, cluster)
+    return found
+
+
+def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
+    """Operations, bytes and seconds by stage."""
+    machine = replace(measured(device), factors=FACTORS)
+    stages = {
+        name: {"operations": work.operations, "bytes": work.bytes, "seconds": machine.seconds(work, name)}
+        for name, work in whole(sizes, run).items()
+        if work != Work()
+    }
+    return {
+        "device": str(device),
+        "rates": {kind: getattr(machine, kind) for kind in ("products", "wide", "elements", "bandwidth")},
+        "stages": stages,
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "within": TIME,
+    }
+
+
+def _memory(sizes: Sizes, run: Plan, held: float, itemsize: int, device: torch.device) -> dict[str, float]:
+    """Bytes held where most is, by stage, and the most of them; on a GPU those of the device apart from the host's."""
+    parts = footprint(sizes, run, itemsize)
+    host = PROCESS + held
+    stages = {name: getattr(parts, name) for name in ("rotation", "forward", "solver", "evaluation")}
+    if device.type == "cpu":
+        stages = {name: host + size for name, size in stages.items()}
+        return {**stages, "peak": host + parts.peak}
+    stages["rotation"] += host
+    return {**stages, "device": parts.device, "peak": stages["rotation"]}
+
+
+def _scaling(sizes: Sizes, run: Plan, machine: Machine, cluster: Cluster) -> dict[str, Any]:
+    """Of several GPUs: seconds, bytes that each sends, and memory."""
+    stages = estimate(sizes, run, machine, cluster.gpus)
+    memory = device_memory(sizes, run, cluster.gpus)
+    return {
+        "gpus": cluster.gpus,
+        "machine": machine.name,
+        "network": cluster.network,
+        "products": "TF32" if cluster.tf32 else "float32",
+        "stages": {
+            name: {"seconds": stage.seconds, "transfer": stage.transfer, "wire": stage.wire}
+            for name, stage in stages.items()
         },
+        "seconds": sum(stage.total for stage in stages.values()),
+        "wire": sum(stage.wire for stage in stages.values()),
+        "device_memory": memory,
+        "device_has": machine.memory,
     }
 
 
@@ -136,18 +182,6 @@ def _is_constructible(order: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def matrix_rate(device: torch.device) -> float:
-    """Operations in a second of a float32 matrix product, the best of a few short ones."""
-    size = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def _rotations(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
@@ -185,66 +219,3 @@ def _sizes(
     if f"{decoder.family.head}.weight" not in decoder.shapes:
         others += decoder.shape.vocabulary * decoder.shape.hidden  # tied: the two are rotated differently
     return {"quantized": packed + others * itemsize, "bits_per_weight": 8 * packed / weights}
-
-
-def _layers(shape: Shape, recipe: Recipe) -> Iterator[Layer]:
-    """What is solved in one block."""
-    query, key = shape.query_heads * shape.head_dim, shape.key_heads * shape.head_dim
-    yield Layer("query and key", query + key, shape.hidden)
-    yield Layer("value", key, shape.hidden, shape.key_heads if recipe.weights.method in ATTENTION else 1)
-    yield Layer("output", shape.hidden, query)
-    yield Layer("gate and up", 2 * shape.ffn, shape.hidden)
-    yield Layer("down", shape.hidden, shape.ffn)
-
-
-def _forward(shape: Shape, length: int) -> int:
-    """Operations of one token in a forward pass over all blocks; half of the attention matrix is computed."""
-    query, key = shape.query_heads * shape.head_dim, shape.key_heads * shape.head_dim
-    weights = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
-    return shape.blocks * (2 * weights + 2 * length * query)
-
-
-def _operations(recipe: Recipe, shape: Shape, layers: list[Layer], tokens: int, length: int) -> dict[str, int]:
-    """Operations by stage; those in float64 count twice."""
-    settings = recipe.weights
-    statistics = solving = 0
-    for layer in layers:
-        c, r = layer.columns, layer.rows
-        statistics += tokens * (c * c * layer.hessians + 2 * min(r, c) * c)
-        if settings.method != "rtn":
-            solving += 2 * layer.hessians * 5 * c**3 // 3  # three Cholesky factors and an inverse
-            solving += settings.starts * r * c * c * (1 + 2 * settings.refine) + 4 * r * c * c
-        if settings.method in ("adaround", "aespa"):
-            solving += settings.iterations * 2 * r * c * (c + 16)  # some 16 operations on each weight of a step
-    if settings.method in ATTENTION:
-        heads, groups, hidden = shape.query_heads, shape.key_heads, shape.hidden
-        direct = 2 * heads * (length * length * hidden + length * hidden * hidden)
-        grouped = 2 * (heads * length**3 + groups * (length * length * hidden + length * hidden * hidden))
-        statistics += tokens // length * min(direct, grouped)
-    if settings.method == "brecq":  # a step is a forward and a backward pass
-        step = max(length, TOKENS) * 3 * _forward(shape, length) // shape.blocks
-        solving += settings.iterations * min(step, tokens * 3 * _forward(shape, length) // shape.blocks)
-    return {
-        "forward passes": 4 * tokens * _forward(shape, length),  # plain, full precision, and quantized nearly twice
-        "statistics": shape.blocks * statistics,
-        "solving": shape.blocks * solving,
-    }
-
-
-def _memory(shape: Shape, layers: list[Layer], held: int, itemsize: int, recipe: Recipe) -> dict[str, int]:
-    """Bytes held where most is, by stage, and the most of them."""
-    block = 4 * shape.hidden * (2 * (shape.query_heads + shape.key_heads) * shape.head_dim + 3 * shape.ffn)
-
-    def solver(layer: Layer) -> int:
-        # float32: Hessian, its parts, factor; float64: damped, and two copies while it is factored.
-        square = layer.hessians * layer.columns**2 * (3 * 4 + 3 * 8)
-        many = max(recipe.weights.starts - 1, 1)
-        return square + layer.rows * layer.columns * 4 * (4 + 3 * many)
-
-    ends = shape.vocabulary * shape.hidden
-    stages = {
-        "rotation of a block": BASELINE + held + 4 * block,
-        "solver": BASELINE + held + 2 * block + max(map(solver, layers)),
-        "evaluation": BASELINE + 2 * block + ends * (2 * 4 + 2 * itemsize),
-    }
-    return {**stages, "peak": max(stages.values())}
