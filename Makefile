@@ -11,7 +11,8 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods verify memory ranks clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods verify memory ranks \
+	speed limits clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -66,6 +67,12 @@ memory: $(STAMP)  ## peak memory of 4 and of 32 blocks (ARGS=--large: and of a m
 
 ranks: $(STAMP)  ## one rank against two on this machine, in benchmarks/ranks.md (ARGS: --ranks 1,2,4, ...)
 	$(BIN)/python benchmarks/ranks.py $(ARGS)
+
+speed: $(STAMP)  ## seconds by stage of the quantizer (ARGS: --threads 0 for all, --write, ...)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+limits: $(STAMP)  ## what the arithmetic needs, and a run on many GPUs: benchmarks/limits.md, scaling.md
+	$(BIN)/python benchmarks/limits.py
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

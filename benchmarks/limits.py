@@ -1,6 +1,6 @@
 """What the arithmetic of a run needs, stage by stage, and what many GPUs would make of it: limits.md and scaling.md.
 
-    python benchmarks/limits.py        writes both; nothing is run: speed.json has what was measured
+    python benchmarks/limits.py        writes both, and pipeline/factors.json; nothing is run: speed.json was measured
 
 Counts are those of `rotoboa.pipeline.counting`, of the recipe `w2a16` with every lever on.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rotoboa.models.families import Shape
 from rotoboa.pipeline.counting import Sizes, Work, total
 from rotoboa.pipeline.counting_solver import Plan, whole
 from rotoboa.pipeline.machines import ACHIEVED, GPUS, NETWORKS, Machine, published
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
 from rotoboa.pipeline.scaling import device_memory, estimate
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +34,7 @@ GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 def run_of(shape: Shape, samples: int, length: int) -> Plan:
     """The recipe as `make speed` runs it: without the report's references, and nothing evaluated."""
-    recipe = build_recipe(load_recipe(RECIPE), {"evaluation.references": False, "calibration.samples": samples})
+    recipe = load(RECIPE, {"evaluation.references": False, "calibration.samples": samples})
     return Plan.of(recipe, length, None)
 
 
@@ -143,6 +144,27 @@ def limits(speed: Mapping[str, Any]) -> str:
     return page("Limits", text)
 
 
+def factors(speed: Mapping[str, Any]) -> dict[str, float]:
+    """How many times as long as its counts each stage took, the median over recipes; "" is all of a run together."""
+    found: dict[str, list[float]] = {}
+    for recipe, result in speed["results"].items():
+        (samples, length), machine = result["calibration"], Machine("", **result["rates"])
+        changes = {"evaluation.references": False, "calibration.samples": samples}
+        counted = whole(Sizes(SHAPES["the embedded model"]), Plan.of(load(recipe, changes), length, None))
+        seconds = {"plain forward pass": result["plain forward pass"], **result["stages"]}
+        measured = {name: taken for name, taken in seconds.items() if taken and name in counted}
+        for name, taken in measured.items():
+            found.setdefault(name, []).append(taken / machine.seconds(counted[name]))
+        together = sum(machine.seconds(counted[name]) for name in measured)
+        found.setdefault("", []).append(sum(measured.values()) / together)
+    return {name: round(median(values), 2) for name, values in found.items()}
+
+
+def load(recipe: str, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with changes."""
+    return build_recipe(load_recipe(recipe), changes)
+
+
 def duration(seconds: float) -> str:
     """Minutes below two hours, else hours."""
     return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
@@ -201,9 +223,11 @@ def scaling_page() -> str:
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write both pages and the factors."""
     speed = json.loads((HERE / "speed.json").read_text(encoding="utf-8"))
     (HERE / "limits.md").write_text(limits(speed), encoding="utf-8")
+    target = HERE.parent / "pipeline" / "factors.json"
+    target.write_text(json.dumps(factors(speed), indent=2) + "\n", encoding="utf-8")
     (HERE / "scaling.md").write_text(scaling_page(), encoding="utf-8")
 
 

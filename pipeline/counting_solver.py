@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..boa.block_output import TOKENS
 from ..boa.grid import SHRINKS
 from ..boa.references import PLAIN as REFERENCE
 from ..boa.rounding import COLUMN_BLOCK, Settings
@@ -20,6 +21,7 @@ from .counting import (
     Sizes,
     Work,
     clip_search,
+    forward,
     head_statistics,
     input_statistics,
     linear,
@@ -271,6 +273,9 @@ def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]
         "head statistics": head_statistics(s, samples * length),
         "value statistics": value_statistics(s, samples, length, window),
     }
+    if settings.method == "brecq":  # a step is a forward and a backward pass
+        step = min(math.ceil(TOKENS / length), samples)
+        found["forward"] += settings.iterations * 3 * forward(sizes, step, length, window)
     for p in problems(sizes):
         for name, work in solve(p, settings).items():
             found[name] = found.get(name, Work()) + p.count * work

@@ -8,9 +8,11 @@ port. What of it a run achieves is `ACHIEVED`, an assumption: no such machine wa
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import resources
 
 import torch
 
@@ -50,8 +52,16 @@ NETWORKS = {
 ACHIEVED = {"products": 0.6, "wide": 0.3, "elements": 0.1, "bandwidth": 0.8, "link": 0.7}
 """Part of the peak that large products, factorisations, columns one after another, copies and transfers are taken to
 reach."""
-FACTORS: dict[str, float] = {}
-"""How many times as long as its counts a stage takes."""
+
+
+def calibrated() -> dict[str, float]:
+    """How many times as long as its counts each stage takes on a processor; "" for stages that were not measured.
+
+    `make limits` writes them to factors.json from what `make speed` measured: medians over its recipes, on the embedded
+    model. Its small matrices make calls dear, so stages of few operations (rotation, rows) come out too long elsewhere.
+    """
+    text = (resources.files("rotoboa.pipeline") / "factors.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Machine:
         memory: bytes of the device; None: those of the host.
         link, network: bytes a second that a device sends to the next of its node, and a node to the next.
         per_node: devices of a node.
-        factors: by stage, how many times what is counted it takes; others take `factor`.
+        factors: by stage, how many times what is counted it takes; of other stages that of "", else 1.
     """
 
     name: str
@@ -77,12 +87,11 @@ class Machine:
     network: float = 0.0
     per_node: int = 8
     factors: Mapping[str, float] = field(default_factory=dict)
-    factor: float = 1.0
 
     def seconds(self, work: Work, stage: str = "") -> float:
         """Arithmetic or memory, whichever takes longer, times the stage's factor."""
         computing = work.products / self.products + work.wide / self.wide + work.elements / self.elements
-        return max(computing, work.bytes / self.bandwidth) * self.factors.get(stage, self.factor)
+        return max(computing, work.bytes / self.bandwidth) * self.factors.get(stage, self.factors.get("", 1.0))
 
     def transfer(self, count: float, ranks: int) -> float:
         """Seconds for which each of `ranks` devices sends `count` bytes to the next in a ring."""

@@ -26,7 +26,7 @@ from .counting import Sizes, Work
 from .counting_solver import Plan, whole
 from .footprint import PROCESS, footprint
 from .job import activation_bytes, check_sizes, length_of
-from .machines import FACTORS, Machine, measured, published
+from .machines import Machine, calibrated, measured, published
 from .recipe import Recipe
 from .run import device_of
 from .scaling import device_memory, estimate
@@ -110,7 +110,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
 
 def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
     """Operations, bytes and seconds by stage."""
-    machine = replace(measured(device), factors=FACTORS)
+    machine = replace(measured(device), factors=calibrated())
     stages = {
         name: {"operations": work.operations, "bytes": work.bytes, "seconds": machine.seconds(work, name)}
         for name, work in whole(sizes, run).items()

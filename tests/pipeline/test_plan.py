@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +21,13 @@ import rotoboa
 from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.pipeline.cli import app
-from rotoboa.pipeline.plan import construction, matrix_rate, plan
+from rotoboa.pipeline.machines import Machine
+from rotoboa.pipeline.plan import MEMORY, TIME, Cluster, construction, plan
 from rotoboa.pipeline.recipe import Recipe
 from rotoboa.rotation.hadamard import Hadamard
 
 MakeRecipe = Callable[..., Recipe]
+RATES = Machine("still", 1e9, 5e8, 1e8, 1e10)
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -76,7 +80,7 @@ def test_no_tensor_is_read(llama: Path, make_recipe: MakeRecipe, monkeypatch: py
 
 
 def test_more_work_takes_longer(llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotoboa.pipeline.plan.matrix_rate", lambda device: 1e9)
+    monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: RATES)
 
     def seconds(**changes: Any) -> float:
         fields = {name.replace("__", "."): value for name, value in changes.items()}
@@ -136,8 +140,56 @@ def test_rotations_that_are_on(llama: Path, make_recipe: MakeRecipe) -> None:
     assert rotations["r4"]["base"] == 12 and "online" in rotations["r4"]["where"]
 
 
-def test_matrix_rate() -> None:
-    assert 1e7 < matrix_rate(torch.device("cpu")) < 1e14
+# -- several GPUs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_is_estimated(llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: RATES)
+    recipe = make_recipe("w4a4kv4", {"model": str(llama), "calibration.samples": 8})
+    assert "scaling" not in plan(recipe)
+    one, four = (plan(recipe, cluster=Cluster(count, "a100"))["scaling"] for count in (1, 4))
+    assert one["wire"] == 0 < four["wire"]
+    forward = [found["stages"]["forward"]["seconds"] for found in (one, four)]
+    assert forward[1] < forward[0] and four["stages"]["sums"]["transfer"] > 0
+    assert four["seconds"] == pytest.approx(sum(s["seconds"] + s["transfer"] for s in four["stages"].values()))
+    with pytest.raises(InputError, match="--gpu abacus is in no table: give one of a100"):
+        plan(recipe, cluster=Cluster(2, "abacus"))
+
+
+# -- against a run ----------------------------------------------------------------------------------------------------
+
+RUN = """
+import json, sys, time
+time.perf_counter = time.process_time  # other work on the machine does not count
+import torch
+torch.set_num_threads(1)
+import rotoboa
+from rotoboa.pipeline.plan import plan
+from rotoboa.pipeline.recipe import build_recipe, load_recipe
+recipe = build_recipe(load_recipe("w2a16"), json.loads(sys.argv[1]))
+planned, report = plan(recipe, "cpu"), rotoboa.quantize(recipe, device="cpu")
+measured = report["plain_forward_seconds"] + sum(s for n, s in report["seconds"].items() if n not in ("text", "total"))
+memory = [planned["memory"]["peak"], report["peak_memory_bytes"]["host"]]
+memory = [planned["memory"]["peak"], report["peak_memory_bytes"]["host"]]
+print(json.dumps([planned["time"]["seconds"], measured, *memory]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_takes_what_was_planned(tmp_path: Path) -> None:
+    changes = {
+        "output": str(tmp_path / "run"),
+        "calibration.samples": 8,
+        "evaluation.windows": 8,
+        "evaluation.report": False,
+        "weights.starts": 2,
+        "weights.refine": 2,
+    }
+    command = [sys.executable, "-c", RUN, json.dumps(changes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    time, took, memory, held = json.loads(done.stdout.splitlines()[-1])
+    assert took / TIME <= time <= took * TIME, (time, took)
+    assert held / MEMORY <= memory <= held * MEMORY, (memory, held)
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -164,7 +216,7 @@ def test_of_a_hub_model_only_headers_are_fetched(
     monkeypatch.setattr(f"{module}.snapshot_download", missing)
     monkeypatch.setattr(f"{module}.hf_hub_download", lambda source, name: str(llama / name))
     monkeypatch.setattr(f"{module}.get_safetensors_metadata", lambda source: headers(llama))
-    monkeypatch.setattr("rotoboa.pipeline.plan.matrix_rate", lambda device: 1e9)
+    monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: RATES)
     local = plan(make_recipe("w4a16", {"model": str(llama)}))
     remote = plan(make_recipe("w4a16", {"model": "owner/name"}))
     assert remote["model"] == local["model"] | {"name": "owner/name"}

@@ -1,0 +1,96 @@
+"""Several devices: who does what, what is sent, and when the last is done."""
+
+import itertools
+
+import pytest
+import torch
+
+from rotoboa.boa.rounding import Settings
+from rotoboa.errors import InputError
+from rotoboa.models.families import Shape
+from rotoboa.pipeline.counting import Online, Sizes, Work
+from rotoboa.pipeline.counting_solver import Plan, problems, quantization
+from rotoboa.pipeline.machines import GPUS, NETWORKS, Machine, measured, published
+from rotoboa.pipeline.scaling import device_memory, estimate, gathered, makespan, summed, triangle
+
+SIZES = Sizes(Shape(3, 64, 96, 4, 2, 16, 100))
+LARGE = Sizes(Shape(32, 4096, 14336, 32, 8, 128, 128256))
+RUN = Plan(Settings(2), 16, 64, 4, Online(), head=True, windows=8)
+MACHINE = Machine("", 1e9, 1e9, 1e9, 1e12, link=1e6, network=1e5, per_node=4)
+
+
+@pytest.mark.parametrize("costs", [[5, 4, 3, 3, 3], [1], [2, 2, 2, 2, 2], [7, 1, 1, 1, 4, 4]])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_largest_first_is_near_the_best(costs: list[float], ranks: int) -> None:
+    best = min(
+        max(sum(c for c, r in zip(costs, who, strict=True) if r == rank) for rank in range(ranks))
+        for who in itertools.product(range(ranks), repeat=len(costs))
+    )
+    assert best <= makespan(costs, ranks) <= (4 / 3 - 1 / (3 * ranks)) * best  # Graham, 1969
+
+
+def test_one_rank_does_what_is_counted() -> None:
+    found = estimate(SIZES, RUN, MACHINE)
+    for name, work in quantization(SIZES, RUN).items():
+        if work != Work() and name != "head":
+            assert found[name].seconds == pytest.approx(MACHINE.seconds(work), rel=0.3), name  # by problem, not in all
+    assert all(stage.wire == stage.transfer == 0 for stage in found.values())
+
+
+def test_calibration_is_shared_and_solving_is() -> None:
+    one, two = estimate(SIZES, RUN, MACHINE), estimate(SIZES, RUN, MACHINE, 2)
+    for name in ("plain forward pass", "forward", "value statistics"):
+        assert two[name].seconds == pytest.approx(one[name].seconds / 2, rel=0.1), name
+    for name in ("columns", "refinement", "starts"):
+        assert one[name].seconds / 2 <= two[name].seconds < 0.7 * one[name].seconds, name
+    assert two["rotation"] == one["rotation"]
+    factors = two["factors"].seconds / one["factors"].seconds
+    assert 0.5 < factors < 1  # only the values' Hessians are by head
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_a_ring(ranks: int) -> None:
+    """Every rank passes on a part 2 (N - 1) times for a sum, N - 1 times for results; counted step by step."""
+    found = estimate(SIZES, RUN, MACHINE, ranks)
+    steps = sum(summed(SIZES) / ranks for _ in range(2 * (ranks - 1))) * 3
+    assert found["sums"].wire == pytest.approx(steps)
+    assert found["results"].wire == pytest.approx(sum(gathered(SIZES, None) / ranks for _ in range(ranks - 1)) * 3)
+    assert found["sums"].transfer == pytest.approx(steps / (1e6 if ranks <= 4 else 1e5))
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 256, 300])
+def test_grams_are_sent_as_they_are_summed(columns: int) -> None:
+    width = max(64, -(-columns // 4))
+    sent = sum(1 for i in range(columns) for j in range(columns) if i // width >= j // width or i >= j)
+    assert triangle(columns) == sent
+
+
+def test_results() -> None:
+    weights = sum(p.all_rows * p.columns for p in problems(SIZES))
+    assert gathered(SIZES, 32) == weights + 2 * 4 * weights // 32
+
+
+def test_memory_falls_with_ranks() -> None:
+    sizes = [device_memory(LARGE, RUN, ranks) for ranks in (1, 2, 8, 64)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * 4 * LARGE.block_weights
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_published_rates_are_in_order(gpu: str) -> None:
+    plain, tensor = published(gpu), published(gpu, tf32=True)
+    assert plain.products < tensor.products and plain.link > 0 and plain.memory
+    assert [published(gpu, network).network for network in NETWORKS] == sorted(
+        (published(gpu, network).network for network in NETWORKS), reverse=True
+    )
+
+
+def test_a_network_that_is_in_no_table() -> None:
+    with pytest.raises(InputError, match="--network string is in no table: give one of ndr, hdr"):
+        published("h100", "string")
+
+
+def test_this_machine() -> None:
+    machine = measured(torch.device("cpu"))
+    assert 1e7 < machine.products < 1e14 and 1e7 < machine.bandwidth < 1e13
+    assert machine.seconds(Work(products=machine.products)) == pytest.approx(1)
+    assert machine.seconds(Work(products=1, bytes=3 * machine.bandwidth)) == pytest.approx(3)
