@@ -71,7 +71,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         if name.removesuffix(".weight").endswith(decoder.family.projections) and len(tensor) == 2
     }
     sizes = _sizes(recipe, decoder, projections, itemsize)
-    activations = activation_bytes(shape, tokens)
+    activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = Sizes.of(decoder), Plan.of(recipe, length, windows)
     found = {

@@ -66,7 +66,7 @@ def test_totals(batches: int) -> None:
     assert wide is not None and torch.equal(wide, exact.float())
     assert total.value().total is wide
     tree = fold(((0, batch, part) for batch, part in enumerate(x)), torch.add)
-    assert torch.equal(fixed.value().total, tree)  # type: ignore[arg-type]
+    assert torch.equal(fixed.value().total, tree)
 
 
 def test_nothing_was_seen() -> None:

@@ -80,7 +80,7 @@ def test_no_connection(watches: list[Watch]) -> None:
 def test_a_process_that_is_gone(store: dist.TCPStore) -> None:
     process = os.fork()
     if not process:
-        Watch(store.clone(), 1, 2, 100.0)
+        Watch(store.clone(), 1, 2, 100.0)  # type: ignore[attr-defined]
         os._exit(0)
     os.waitpid(process, 0)
     watch = Watch(store, 0, 2, 100.0)
