@@ -44,7 +44,7 @@ def reference_sums(
     weight: Tensor, objective: Objective, settings: Settings, result: Quantized, *, by_rows: bool = False
 ) -> dict[str, Tensor]:
     """The sums of `reference_losses`: `NAMES` and, of a zero weight, `whole`; (heads,), or (r,) of the only head."""
-    plain = replace(settings, **PLAIN)  # type: ignore[arg-type]
+    plain = replace(settings, **PLAIN)
     found = {
         "quantized": result,
         "gptq": quantize(weight, objective, replace(plain, method="gptq")),

@@ -77,8 +77,8 @@ def _evaluate(
     progress: Progress,
 ) -> dict[str, Any]:
     first = ranks.rank == 0
-    report = _read_report(run / REPORT) if first else {}
     folder = followed(ranks, RunFolder.open(run) if first else None, run)
+    report = _read_report(run / REPORT) if first else {}
     recipe = shared_recipe(ranks, run).model_copy(update={"output": run})
     job = prepare(recipe, device, ranks)
     check_alike(job)

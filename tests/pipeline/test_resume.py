@@ -88,13 +88,13 @@ def test_killed_at_random(recipe: Recipe, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kills, finished = map(int, done.stdout.split())
-    assert kills >= KILLS > 2 * finished  # most runs were killed more than once
+    assert kills >= KILLS > finished  # some runs were killed more than once
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_what_is_done_is_not_done_again(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "whole"}))
-    run = interrupted(recipe, "read_ends", monkeypatch)  # exported, not yet evaluated
+    run = interrupted(recipe, "shared_ends", monkeypatch)  # exported, not yet evaluated
     first = json.loads((run / "manifest.json").read_text())
     assert first["parts"] == 1 and first["seconds"]["quantize"] > 0
     for function in ("plain_forward", "_quantize_blocks", "write_native"):
