@@ -72,7 +72,7 @@ def last_states(
         empty: makes the tensor of hidden states of all windows, by its size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
     """
-    first = embed(tokens[:1])
+    first = embed(tokens[:1]) if len(tokens) else torch.empty(0, tokens.shape[1], 1)  # other ranks have the windows
     hidden = empty(*tokens.shape, first.shape[-1], dtype=first.dtype)
     parts = hidden.split(batch) if len(tokens) else ()
     for part, ids in zip(parts, tokens.split(batch), strict=False):

@@ -187,6 +187,9 @@ def joined(
             raise other from error
         watch.stop()
         dist.destroy_process_group()
+        watch.tell_left()
+        if watch.rank == 0:
+            watch.wait_until_all_left(GRACE)
 
 
 def _join(timeout: float, device: str | None) -> Watch:
@@ -228,6 +231,7 @@ def _last_word(watch: Watch, error: BaseException, again: str) -> BaseException:
             watch.tell_error(_sentence(error))
     speaker = min(set(range(watch.size)) - blamed, default=watch.rank)
     if watch.rank != speaker:
+        watch.silent = True
         watch.wait_for("said", GRACE)
         error.silent = True  # type: ignore[attr-defined]
     return error
@@ -247,7 +251,11 @@ def leave(code: int) -> None:
     if _watch is None:
         return
     with contextlib.suppress(RuntimeError, OSError):
-        _watch.store.set("said", "")
+        if code and not _watch.silent:
+            _watch.store.set("said", "")
+        _watch.tell_left()
+        if _watch.rank == 0:
+            _watch.wait_until_all_left(GRACE / 2)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

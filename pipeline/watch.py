@@ -56,6 +56,7 @@ class Watch:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.reached = self.ticks = 0
         self.waiting: float | None = None  # since when, by time.monotonic
+        self.silent = False  # whether another rank says what has happened
         self._found: dict[int, str] = {}
         self._lock, self._looking, self._ended = threading.Lock(), threading.Lock(), threading.Event()
         self._seen: dict[int, tuple[bytes, float, tuple[int, int], float]] = {}
@@ -113,6 +114,19 @@ class Watch:
                 return error
             time.sleep(0.05)
         return None
+
+    def tell_left(self) -> None:
+        """Write down that this rank needs the store no more."""
+        self.store.set(f"left/{self.rank}", "")
+
+    def wait_until_all_left(self, seconds: float) -> None:
+        """Keep the store, which may be in this process, until every rank that can has done without it."""
+        limit, left = time.monotonic() + seconds, set(range(self.size)) - {self.rank}
+        while left and time.monotonic() < limit:
+            left -= {rank for rank in left if self.store.check([f"left/{rank}"]) or self._is_gone(rank)}
+            with self._lock:
+                left -= set(self._found)
+            time.sleep(0.02)
 
     def wait_for(self, key: str, seconds: float) -> None:
         """Wait until a key is in the store."""
