@@ -13,6 +13,7 @@ from .block_output import BlockOutput, Rounded, learn_block
 from .experts_half import ExpertsHalf
 from .fold_half import ChannelFold
 from .objective import is_finite
+from .precision import quick_products
 from .rounding import Quantized
 from .stopwatch import stage
 
@@ -58,6 +59,10 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
                 names the projections, or the half of the block that the stream has just left.
         """
         self._share(len(full))
+        with quick_products(self.decoder.device):
+            self._through(full, quantized)
+
+    def _through(self, full: Tensor, quantized: Tensor) -> None:
         for name in self.family.projections:
             if not torch.stack(self._weight(name).aminmax()).isfinite().all():
                 raise ValueError(f"{name}: its weight holds NaN or Inf")

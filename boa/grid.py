@@ -18,6 +18,7 @@ from .stopwatch import stage
 
 SHRINKS = 48
 _CHUNK = 1 << 22  # elements of one batch of candidate errors
+_ON_A_GPU = 16  # times as many: there it is the number of operations that counts
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tuple
         point tried with both roundings.
     """
     # Rows are independent: in parts, the candidates' errors stay small.
-    rows = max(1, _CHUNK // (2 * SHRINKS * weight.shape[0] * weight.shape[2]))
+    rows = max(1, _CHUNK * (_ON_A_GPU if weight.is_cuda else 1) // (2 * SHRINKS * weight.shape[0] * weight.shape[2]))
     parts = [_search(part, h_in, settings) for part in weight.split(rows, 1)]
     return torch.cat([scale for scale, _ in parts], 1), torch.cat([zero for _, zero in parts], 1)
 

@@ -17,6 +17,7 @@ from .stopwatch import stage
 
 MIRROR = 1024  # columns of a symmetric matrix that are copied at a time
 PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a processor's cache
+ON_A_GPU = 64  # times as many: there it is the number of operations that counts
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -131,7 +132,8 @@ class AttentionStatistics:
         """
         length, c = inputs.shape[1:]
         heads, groups = seen.query.shape[1], seen.key.shape[1]
-        step = max(64, min(length, PROBABILITIES // (heads * length)))
+        held = PROBABILITIES * (ON_A_GPU if inputs.is_cuda else 1)
+        step = max(64, min(length, held // (heads * length)))
         wide = length * c + c * c > length * length + groups * (length * c + c * c) / heads
         weight = weight.unflatten(0, (groups, -1))
         if self.value_h_in is None or self.value_drift is None:

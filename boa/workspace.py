@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..models.decoder import Decoder
 from .clipping import search_clip
 from .objective import Objective
+from .precision import exact_products
 from .ranks import Ranks
 from .references import relative_losses
 from .rounding import Quantized, Settings
@@ -182,6 +183,7 @@ class Workspace:
         return self.full.get_parameter(f"{name}.weight").data
 
     @stage("losses")
+    @exact_products()
     def _solve(self, *problems: Pending) -> None:
         """Problems that do not depend on each other: all ranks solve them together."""
         if self.ranks.size == 1 and len(problems) > 1:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .grid import snap
 from .objective import Objective
+from .precision import exact_products
 from .rounding import Settings, quantize
 
 ROUNDS = 4  # of rounding again
@@ -82,6 +83,7 @@ class _Rounded:
     loss: float
 
 
+@exact_products()
 def channel_scales(
     terms: Sequence[Term], settings: Settings, tie: Tensor | None = None, rounds: int = ROUNDS
 ) -> ChannelScales:

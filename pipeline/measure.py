@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..boa.precision import quick_products
 from ..boa.rounding import Quantized, Settings, quantize
 from ..boa.transforms import OnlineTransforms
 from ..eval.perplexity import States, last_states, part_sums, summary
@@ -47,7 +48,7 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
     ):
         part.copy_(compute.embed(ends, ids))
     seconds = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), quick_products(compute.device):  # as the quantizer's own passes are
         for index in range(compute.shape.blocks):
             tensors = job.checkpoint.block(index)
             block = compute.block(index, tensors)
