@@ -20,12 +20,12 @@ PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a proc
 ON_A_GPU = 64  # times as many: there it is the number of operations that counts
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which products over probabilities are formed: bfloat16 where a processor multiplies it faster, else x's own.
+def mixing_dtype(x: Tensor) -> torch.dtype:
+    """In which A X is formed: bfloat16 where a processor multiplies it faster, else x's own.
 
-    Of float32 alone, on processors with AVX-512 BF16 or AMX: twice as fast there. Each entry of A X, and of products
-    that a chunk adds to a sum, is then off by up to 2^-9 of itself, either way. A target is the difference of two such
-    outputs: it is formed token by token, before anything is summed.
+    Of float32 alone, on processors with AVX-512 BF16 or AMX: twice as fast there. Each entry of A X is then off by up
+    to 2^-9 of itself, either way. What is made of it is float32: a Gram whose entries were rounded is not positive
+    semi-definite any more, by more than damping makes up for where a few channels are much larger than the others.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and _has_bfloat16():
         return torch.bfloat16
@@ -139,11 +139,10 @@ class AttentionStatistics:
         if self.value_h_in is None or self.value_drift is None:
             self.value_h_in = inputs.new_zeros(groups, c, c)
             self.value_drift = inputs.new_zeros(weight.shape)
-        if not wide:
-            quick = product_dtype(inputs)
-            inputs, attended, weight = inputs.to(quick), attended.to(quick), weight.to(quick)
+        quick = mixing_dtype(inputs)
         attended = attended.unflatten(-1, (groups, heads // groups, -1)).permute(0, 2, 3, 1, 4)
         for i, x in enumerate(inputs):
+            xs = x.to(quick)
             values = x @ weight.transpose(1, 2) if wide else None
             gram = inputs.new_zeros(groups, length, length) if wide else None
             pulled = inputs.new_zeros(groups, weight.shape[1], length) if wide else None
@@ -152,11 +151,11 @@ class AttentionStatistics:
                 a = causal_probabilities(seen, i, start, stop)
                 outputs = attended[i, :, :, start:stop].flatten(1, 2)
                 if values is not None and gram is not None and pulled is not None:
-                    add_product(pulled[..., :stop], outputs - a @ values[:, :stop], a)
+                    pulled[..., :stop].baddbmm_((outputs - a @ values[:, :stop]).transpose(1, 2), a)
                     add_gram(gram[:, :stop, :stop], a)
                 else:
-                    mixed = (a.to(x.dtype).flatten(0, 1) @ x[:stop]).unflatten(0, (groups, -1))
-                    add_product(self.value_drift, outputs - mixed @ weight.transpose(1, 2), mixed)
+                    mixed = (a.to(quick).flatten(0, 1) @ xs[:stop]).to(x.dtype).unflatten(0, (groups, -1))
+                    self.value_drift.baddbmm_((outputs - mixed @ weight.transpose(1, 2)).transpose(1, 2), mixed)
                     add_gram(self.value_h_in, mixed)
             if gram is not None and pulled is not None:
                 self.value_drift += pulled @ x
@@ -215,19 +214,8 @@ def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return gram * cc + cross + cross.transpose(-1, -2) + j.T @ (gram * ss) @ j
 
 
-def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add x^T y to `total` (B, r, c); `x` is (B, n, r), `y` (B, n, c), of a narrower dtype perhaps."""
-    if x.dtype == total.dtype:
-        total.baddbmm_(x.transpose(1, 2), y)
-    else:
-        total += x.transpose(1, 2) @ y
-
-
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to `total` (B, c, c), at least the blocks on and below its diagonal; `x` is (B, n, c)."""
-    if x.dtype != total.dtype:
-        add_product(total, x, x)  # one product is quicker than several of half as many columns
-        return
+    """Add x^T x to `total` (B, c, c), the blocks on and below its diagonal only; `x` is (B, n, c)."""
     for below in gram_parts(total):
         rows, width = below.shape[1:]
         start = x.shape[-1] - rows

@@ -379,6 +379,8 @@ def test_products_in_single_and_half_precision(
     monkeypatch.setattr(module, "_has_bfloat16", lambda: bfloat16)
     full, quantized = (Toy(2, rope=True, sequences=4, length=80, width=24) for _ in range(2))
     quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
+    # Channels as large models have them: outsized, and alike.
+    quantized.x[..., :4] = 100 * (quantized.x[..., :1] + 0.01 * quantized.x[..., :4])
     seen = Seen(*(part.float() for part in quantized.seen[:3]), SCALING)
     statistics = AttentionStatistics()
     statistics.add_grams(seen.query, seen.key)
@@ -390,6 +392,8 @@ def test_products_in_single_and_half_precision(
     assert float((found.h_in - h_in).norm() / h_in.norm()) < tolerance
     # A difference of two outputs that are alike: what counts is its error beside the outputs themselves.
     assert float((found.drift - drift).norm() / (full.w_v @ h_in).norm()) < tolerance
+    # Of inputs that are rounded it is still a Gram.
+    assert float(torch.linalg.eigvalsh(found.h_in.double()).min() / found.h_in.diagonal(dim1=1, dim2=2).max()) > -1e-5
 
 
 @pytest.mark.parametrize("columns", [3, 64, 65, 300])
