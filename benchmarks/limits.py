@@ -207,6 +207,21 @@ def scaling(tf32: bool) -> str:
     return markdown(header, rows)
 
 
+def summary() -> str:
+    """Times of the three models by number of GPUs, products in float32 and in TF32: the table of the README."""
+    rows = []
+    for name in ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-405B"):
+        sizes, run = Sizes(SHAPES[name]), run_of(SHAPES[name], 128, 2048)
+        for tf32 in (False, True):
+            times = []
+            for ranks in GPU_COUNTS:
+                stages = estimate(sizes, run, published(GPU, tf32=tf32), ranks)
+                too_much = device_memory(sizes, run, ranks) > GPUS[GPU].memory
+                times.append(duration(sum(stage.total for stage in stages.values())) + "\\*" * too_much)
+            rows.append([f"{name}, {'TF32' if tf32 else 'float32'}", *times])
+    return markdown(["GPUs", *map(str, GPU_COUNTS)], rows)
+
+
 def scaling_page() -> str:
     """scaling.md."""
     fractions = ", ".join(f"{value:.0%} of {name}" for name, value in ACHIEVED.items())
@@ -218,7 +233,8 @@ def scaling_page() -> str:
         "Reading the checkpoint, evaluation and waiting are not in it. What is shared out and what is not is in "
         "`pipeline/scaling.py`; the same for any model: `rotoboa inspect MODEL --gpus N`."
     )
-    parts = ["## Products in float32", scaling(False), "## Products in TF32", scaling(True)]
+    note = "Time by number of GPUs; \\* is more than the memory of this GPU holds."
+    parts = [note, summary(), "## Products in float32", scaling(False), "## Products in TF32", scaling(True)]
     return page("Scaling, an estimate", [text, *parts])
 
 

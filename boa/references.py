@@ -18,7 +18,6 @@ PLAIN: dict[str, Any] = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 
 """As published: full-range grids, columns in their order, no residual compensation, no refinement."""
 
 
-@stage("references", whole=True)
 def reference_losses(
     weight: Tensor, objective: Objective, settings: Settings, result: Quantized, heads: Sequence[int]
 ) -> list[dict[str, float]]:
@@ -40,6 +39,7 @@ def reference_losses(
     return relative_losses(reference_sums(weight, objective, settings, result), heads)
 
 
+@stage("references", whole=True)
 def reference_sums(
     weight: Tensor, objective: Objective, settings: Settings, result: Quantized, *, by_rows: bool = False
 ) -> dict[str, Tensor]:

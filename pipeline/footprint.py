@@ -53,8 +53,10 @@ def streams(sizes: Sizes, tokens: float) -> dict[str, float]:
 
 
 def collected(p: Problem) -> float:
-    """Bytes of a problem's statistics: H_in, and as much again or r c for its target."""
-    return FLOAT * (p.hessians * p.columns**2 + (p.columns**2 if p.shift == "residual" else p.all_rows * p.columns))
+    """Bytes of a problem's statistics, of a batch and of all (float64): H_in, and c^2 or r c for its target."""
+    return (FLOAT + DOUBLE) * (
+        p.hessians * p.columns**2 + (p.columns**2 if p.shift == "residual" else p.all_rows * p.columns)
+    )
 
 
 def solver(p: Problem, run: Plan, pieces: int = 1) -> float:

@@ -29,7 +29,7 @@ from .job import activation_bytes, check_sizes, length_of
 from .machines import Machine, calibrated, measured, published
 from .recipe import Recipe
 from .run import device_of
-from .scaling import device_memory, estimate
+from .scaling import Estimate, device_memory, estimate
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
@@ -106,6 +106,22 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
     if machine is not None and cluster is not None:
         found["scaling"] = _scaling(counted, run, machine, cluster)
     return found
+
+
+def estimate_here(recipe: Recipe, ranks: int, device: str | None = None) -> dict[str, Estimate]:
+    """A run of a recipe on several processes of this machine, by stage: what `benchmarks/ranks.py` measures.
+
+    Each has one thread, as the one that asks, and they talk through the host's memory (`machines.measured`). Where
+    there are fewer processors than ranks it takes longer.
+
+    Raises:
+        InputError: as of `plan`.
+    """
+    target, model = device_of(device), resolve_model(recipe.model)
+    checkpoint = Checkpoint(fetch(model.source, model.is_local))
+    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    run = Plan.of(recipe, length_of(recipe, model, decoder), recipe.evaluation.windows or model.windows)
+    return estimate(Sizes.of(decoder), run, replace(measured(target), factors=calibrated()), ranks)
 
 
 def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .counting import FLOAT, Sizes, Work
+from .counting import DOUBLE, FLOAT, Sizes, Work
 from .counting_solver import Plan, Problem, block, evaluation, head, plain, problems, references, solve
 from .footprint import footprint
 from .machines import Machine
@@ -59,13 +59,13 @@ def triangle(columns: int) -> int:
 
 
 def summed(sizes: Sizes) -> int:
-    """Bytes of a block's statistics: four Grams, what shifts their targets, H_out, and the values' own."""
+    """Bytes of a block's statistics, summed in float64: four Grams, what shifts targets, H_out, the values' own."""
     s = sizes.shape
     hidden, query, ffn = s.hidden, s.query_width, s.ffn
     attention = triangle(hidden) + hidden**2 + triangle(query) + hidden * query
     mlp = triangle(hidden) + hidden**2 + triangle(ffn) + hidden * ffn
     heads = 2 * s.key_heads * s.head_dim**2 + s.key_heads * triangle(hidden) + s.key_width * hidden
-    return FLOAT * (attention + max(s.experts, 1) * mlp + heads)
+    return DOUBLE * (attention + max(s.experts, 1) * mlp + heads)
 
 
 def gathered(sizes: Sizes, group_size: int | None) -> int:

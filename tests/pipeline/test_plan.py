@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.pipeline.cli import app
 from rotoboa.pipeline.machines import Machine
-from rotoboa.pipeline.plan import MEMORY, TIME, Cluster, construction, plan
+from rotoboa.pipeline.plan import MEMORY, TIME, Cluster, construction, estimate_here, plan
 from rotoboa.pipeline.recipe import Recipe
 from rotoboa.rotation.hadamard import Hadamard
 
@@ -154,6 +155,15 @@ def test_a_cluster_is_estimated(llama: Path, make_recipe: MakeRecipe, monkeypatc
     assert four["seconds"] == pytest.approx(sum(s["seconds"] + s["transfer"] for s in four["stages"].values()))
     with pytest.raises(InputError, match="--gpu abacus is in no table: give one of a100"):
         plan(recipe, cluster=Cluster(2, "abacus"))
+
+
+def test_ranks_of_this_machine(llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: replace(RATES, link=1e9, network=1e9))
+    recipe = make_recipe("w2a16", {"model": str(llama)})
+    one, two = (estimate_here(recipe, count, "cpu") for count in (1, 2))
+    alone = plan(recipe, "cpu")["time"]["stages"]
+    assert one["forward"].seconds == pytest.approx(alone["forward"]["seconds"])
+    assert two["forward"].seconds < one["forward"].seconds and two["sums"].wire > one["forward"].wire == 0
 
 
 # -- against a run ----------------------------------------------------------------------------------------------------
