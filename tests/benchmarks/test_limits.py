@@ -7,7 +7,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import limits  # noqa: E402
+import limits  # type: ignore[import-not-found]  # noqa: E402
 
 
 def test_pages_are_made_anew_when_counts_change() -> None:
