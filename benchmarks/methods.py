@@ -173,7 +173,7 @@ def settings() -> list[str]:
     for name, method in METHODS.items():
         given = " ".join(option(field, value) for field, value in method.changes.items())
         source = f"arXiv {method.source}" if method.source else ""
-        lines.append(f"| {name} | {source} | `{given}` |")
+        lines.append(f"| {name} | {source} | {f'`{given}`' if given else 'none'} |")
     return [*lines, f"| transform none | | `{' '.join(option(*item) for item in UNROTATED.items())}` |", ""]
 
 
@@ -218,10 +218,10 @@ def document(results: dict[str, dict[str, float]], recipes: tuple[str, ...], see
         "",
         "Made by `make methods`. Each method is a choice of transform, objective and solver in one program, set as its",
         "paper has it: without the shifted target of this project's default (the last rows), its several starts, its",
-        "search of clip ratios. TurboBoA is its setting (rows, target, descent), not its code; BRECQ learns for 500 steps,",
-        f"AdaRound and aespa for 2,000. {SETTING['calibration.samples']} calibration sequences, seeds: {seeds}. Perplexity",
-        "and KL are on the text that is reported, by which nothing was chosen; seconds are those of quantization (of the",
-        "processor, on one thread), memory is the peak of the process.",
+        "search of clip ratios. TurboBoA is its setting (rows, target, descent), not its code; BRECQ learns for 500",
+        f"steps, AdaRound and aespa for 2,000. {SETTING['calibration.samples']} calibration sequences, seeds: {seeds}.",
+        "Perplexity and KL are on the text that is reported, by which nothing was chosen; seconds are those of",
+        "quantization (of the processor, on one thread), memory is the peak of the process.",
         f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "
         f"{platform.machine()}.",
         "",

@@ -31,25 +31,29 @@ def results(methods: Any) -> dict[str, dict[str, float]]:
 
 def test_every_cell_is_a_recipe_of_its_own(methods: Any) -> None:
     cases = methods.cases(methods.RECIPES, 1)
-    assert len(cases) == 28
+    assert len(cases) == 32
     recipes = {case.key: build_recipe(load_recipe(case.recipe), case.changes) for case in cases}
-    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == 28
+    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == 32
     for case in cases:
         recipe = recipes[case.key]
         rotated = load_recipe(case.recipe)["rotation"]
         assert recipe.rotation.r1 == recipe.rotation.r2 == (case.transform == "rotation")
         assert recipe.rotation.r4 == (case.transform == "rotation" and rotated["r4"])
-        assert recipe.weights.starts == 1 and recipe.weights.head == 0 and not recipe.activations.search
+        if case.method != "default":
+            assert recipe.weights.starts == 1 and recipe.weights.head == 0 and not recipe.activations.search
     solvers = {"RTN": "rtn", "GPTQ": "gptq", "BoA": "boa", "TurboBoA": "boa", "AdaRound": "adaround", "BRECQ": "brecq"}
-    assert {case.method: recipes[case.key].weights.method for case in cases} == solvers | {"aespa": "aespa"}
+    assert {case.method: recipes[case.key].weights.method for case in cases} == solvers | {
+        "aespa": "aespa",
+        "default": "boa",
+    }
 
 
 def test_table(methods: Any, results: dict[str, dict[str, float]]) -> None:
     lines = methods.table("w2a16", results)
     rows = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
-    assert len(rows) == 13 and not any("BRECQ | none" in line for line in lines)
-    # Seeds of a cell are 28 apart: the first cell has 13 and 41.
-    assert rows[0][:2] == ["| RTN", "none"] and rows[0][4:] == ["27.00", "0.1400", "24", "1024 |"]
+    assert len(rows) == 15 and not any("BRECQ | none" in line for line in lines)
+    # Seeds of a cell are 32 apart: the first cell has 13 and 45.
+    assert rows[0][:2] == ["| RTN", "none"] and rows[0][4:] == ["29.00", "0.1600", "26", "1024 |"]
     text = methods.document(results, methods.RECIPES, 2)
     assert "--weights.method aespa" in text and "--no-weights.value_output" in text and "--no-rotation.r1" in text
 
@@ -58,7 +62,7 @@ def test_picture(methods: Any, results: dict[str, dict[str, float]], tmp_path: P
     methods.write(results, methods.RECIPES, 2, tmp_path, "methods")
     text = (tmp_path / "methods.svg").read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)
-    assert root.tag.endswith("svg") and "RTN, none: 27.00" in text and "--series-1:" in text
+    assert root.tag.endswith("svg") and "RTN, none: 29.00" in text and "--series-1:" in text
     used = {part.split(")")[0] for part in text.split("var(")[1:]}
     assert used and all(f"{name}:" in methods.STYLE for name in used), "a colour that nothing defines"
     assert "methods.svg" in (tmp_path / "methods.md").read_text(encoding="utf-8")
