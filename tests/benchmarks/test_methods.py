@@ -39,8 +39,8 @@ def test_every_cell_is_a_recipe_of_its_own(methods: Any) -> None:
         rotated = load_recipe(case.recipe)["rotation"]
         assert recipe.rotation.r1 == recipe.rotation.r2 == (case.transform == "rotation")
         assert recipe.rotation.r4 == (case.transform == "rotation" and rotated["r4"])
-        if case.method != "default":
-            assert recipe.weights.starts == 1 and recipe.weights.head == 0 and not recipe.activations.search
+        plain = recipe.weights.starts == 1 and recipe.weights.head == 0 and not recipe.activations.search
+        assert plain == (case.method != "default")
     solvers = {"RTN": "rtn", "GPTQ": "gptq", "BoA": "boa", "TurboBoA": "boa", "AdaRound": "adaround", "BRECQ": "brecq"}
     assert {case.method: recipes[case.key].weights.method for case in cases} == solvers | {
         "aespa": "aespa",
