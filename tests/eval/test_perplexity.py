@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rotoboa.eval.perplexity import BlockFunction, last_states, scores
+from rotoboa.eval.perplexity import BlockFunction, States, last_states, part_sums, scores, summary
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 
@@ -120,3 +120,18 @@ def test_bfloat16_hidden_states_stay_bfloat16() -> None:
     embedding = torch.randn(10, 4).bfloat16()
     assert _plain(tokens(2, 5, 10), embedding, [block], embedding) > 1
     assert seen == [torch.bfloat16]
+
+
+def test_windows_that_are_shared_out_give_the_same() -> None:
+    windows = tokens(5, 9, 7)
+
+    def embed(ids: Tensor) -> Tensor:
+        assert len(ids)
+        return torch.nn.functional.one_hot(ids, 7).float()
+
+    def states(some: Tensor) -> States:
+        return last_states(some, embed, [lambda x: 3 * x.roll(1, -1)], lambda x: x, batch=2)
+
+    shares = [windows[:2], windows[2:2], windows[2:]]  # one has none
+    sums = [part for share in shares for part in part_sums(share, states(share), states(share))]
+    assert summary(sums, 5 * 8, True) == scores(windows, states(windows), states(windows))
