@@ -186,10 +186,11 @@ def joined(
                 raise
             raise other from error
         watch.stop()
+        with contextlib.suppress(RuntimeError, OSError):  # the work is done
+            watch.tell_left()
+            if watch.rank == 0:
+                watch.wait_until_all_left(GRACE)
         dist.destroy_process_group()
-        watch.tell_left()
-        if watch.rank == 0:
-            watch.wait_until_all_left(GRACE)
 
 
 def _join(timeout: float, device: str | None) -> Watch:
@@ -203,6 +204,7 @@ def _join(timeout: float, device: str | None) -> Watch:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
         _watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size, timeout)
+        _watch.server = store  # which ends with the last reference to it, where this process holds it
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait

@@ -56,6 +56,7 @@ class Watch:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.reached = self.ticks = 0
         self.waiting: float | None = None  # since when, by time.monotonic
+        self.server: dist.Store | None = None
         self.silent = False  # whether another rank says what has happened
         self._found: dict[int, str] = {}
         self._lock, self._looking, self._ended = threading.Lock(), threading.Lock(), threading.Event()
