@@ -180,7 +180,6 @@ recipe = build_recipe(load_recipe("w2a16"), json.loads(sys.argv[1]))
 planned, report = plan(recipe, "cpu"), rotoboa.quantize(recipe, device="cpu")
 measured = report["plain_forward_seconds"] + sum(s for n, s in report["seconds"].items() if n not in ("text", "total"))
 memory = [planned["memory"]["peak"], report["peak_memory_bytes"]["host"]]
-memory = [planned["memory"]["peak"], report["peak_memory_bytes"]["host"]]
 print(json.dumps([planned["time"]["seconds"], measured, *memory]))
 """
 
