@@ -13,6 +13,7 @@ from .attention import AttentionTransform, Recorder, Seen, set_attention
 from .clipping import search_clip
 from .objective import Objective
 from .pull_back import NormStatistics, norm_pull_back, positions_pull_back
+from .rounding import LAYERWISE
 from .statistics import AttentionStatistics, InputStatistics
 from .totals import Total
 from .workspace import Captured, Pending, Workspace, capture, layer_objective
@@ -34,13 +35,16 @@ class AttentionHalf(Workspace):
         inputs, outputs = self._total(InputStatistics), self._total(InputStatistics)
         grams, values = (self._total(partial(AttentionStatistics, t.attention.rotation)) for _ in range(2))
         exact, norms = AttentionTransform(), self._norm_statistics()
+        layerwise = self.settings.method in LAYERWISE
         for span, hf, hq in self._batches(full, quantized):
             xf, xq = t.qkv.rotate(norm(hf)), t.qkv(norm(hq))
             attended[span] = self._attend(self.full, xf, exact)
             if self.done is None:
-                seen = self._meet(self.quantized, xq, t.attention)
                 n = self._number(span)
                 inputs.at(n).add(*self._weighted(norms, n, xf, xq))
+                if layerwise:
+                    continue
+                seen = self._meet(self.quantized, xq, t.attention)
                 grams.at(n).add_grams(seen.query, seen.key)
                 if span.stop >= self.own:
                     for norm_total in norms.values():
@@ -55,7 +59,10 @@ class AttentionHalf(Workspace):
             [shape.query_heads, shape.key_heads],
         )
         value = Pending([f.value], partial(self._value_objective, values), [shape.key_heads])
-        if not self.settings.sequential:
+        if layerwise:
+            heads = [shape.query_heads, shape.key_heads, shape.key_heads]
+            self._solve(Pending([f.query, f.key, f.value], lambda: inputs.value().objective(), heads))
+        elif not self.settings.sequential:
             self._solve(queries, value)
         else:
             self._solve(queries)
@@ -122,8 +129,13 @@ class AttentionHalf(Workspace):
         return run
 
     def _norm_statistics(self, first: int | None = None) -> dict[str, Total[NormStatistics]]:
-        """Of the norms of queries and keys, by projection; none where the family has none. `first` as of `_total`."""
+        """Of the norms of queries and keys, by projection; none where the family or the method has none.
+
+        `first` as of `_total`.
+        """
         f, shape = self.family, self.shape
+        if self.settings.method in LAYERWISE:
+            return {}
         norms = {f.query: (f.query_norm, shape.query_heads), f.key: (f.key_norm, shape.key_heads)}
         return {
             name: self._total(

@@ -13,11 +13,11 @@ from .attention_half import AttentionHalf
 from .mlp_half import MlpHalf
 from .objective import Objective
 from .pull_back import NormStatistics
+from .rounding import LAYERWISE
 from .statistics import AttentionStatistics, InputStatistics
 from .totals import Total
 from .zfold import Term, channel_scales
 
-LAYERWISE = ("gptq", "adaround")  # methods without an H_out
 POOL = 8  # tokens that scales are chosen on, in multiples of the widest input
 
 
@@ -72,7 +72,8 @@ class ChannelFold(AttentionHalf, MlpHalf):
                 met = self._meet(self.full, x, AttentionTransform())
                 seen.inputs["qkv"].at(n).add(None, self._weighted(seen.norms, n, x, x)[0])
                 seen.grams.at(n).add_grams(met.query, met.key)
-                seen.grams.at(n).add_values(x, self._without_bias(attended), met, self._weight(f.value))
+                if self.settings.method not in LAYERWISE:
+                    seen.grams.at(n).add_values(x, self._without_bias(attended), met, self._weight(f.value))
             written = self.full.get_submodule(f.output)(attended)
             if "output" in sites:
                 seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
@@ -95,6 +96,10 @@ class ChannelFold(AttentionHalf, MlpHalf):
         if site != "qkv":
             goal = inputs.value().objective()
             return [self._term(name, goal, 1) for name in readers(f, site)]
+        if self.settings.method in LAYERWISE:
+            goal, s = inputs.value().objective(), self.shape
+            heads = {f.query: s.query_heads, f.key: s.key_heads, f.value: s.key_heads}
+            return [self._term(name, goal, count) for name, count in heads.items()]
         both = self._query_key_objective(inputs, seen.grams, seen.norms, seen.length)
         assert both.h_out is not None
         queries, keys = both.h_out.split([self.shape.query_heads, self.shape.key_heads])
@@ -106,7 +111,6 @@ class ChannelFold(AttentionHalf, MlpHalf):
         ]
 
     def _term(self, name: str, objective: Objective, heads: int) -> Term:
-        objective = Objective(objective.h_in, None if self.settings.method in LAYERWISE else objective.h_out)
         try:
             objective.check()
             objective = objective.damped(self.settings.damping)

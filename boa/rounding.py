@@ -19,6 +19,8 @@ from .refine import refine
 from .stopwatch import stage
 
 COLUMN_BLOCK = 128
+LAYERWISE = ("rtn", "gptq", "adaround")
+"""Methods that know a layer by its inputs alone: X X^T for values too."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def quantize(
         shape = (heads, -1, columns // group)
         return Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
 
-    if settings.method in ("gptq", "adaround"):
+    if settings.method in LAYERWISE:
         objective = replace(objective, h_out=None)
     # A channel that calibration never saw active says nothing, and must not widen its row's grid.
     dead = objective.h_in.diagonal(dim1=-2, dim2=-1) <= 0

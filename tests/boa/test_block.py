@@ -14,7 +14,7 @@ from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
 from rotoboa.boa.block import BlockQuantizer
 from rotoboa.boa.objective import Objective
-from rotoboa.boa.rounding import Quantized, Settings, quantize
+from rotoboa.boa.rounding import LAYERWISE, Quantized, Settings, quantize
 from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES
@@ -330,8 +330,8 @@ def test_objectives(
         return quantize(weight, objective, settings)
 
     monkeypatch.setattr(block_module, "quantize", spy)
-    # 2 bits to nearest: errors large enough to tell the streams apart.
-    settings = replace(QUICK, bits=2, method="rtn", sequential=sequential, drift=drift, token_weights=weighted)
+    # 2 bits: errors large enough to tell the streams apart.
+    settings = replace(QUICK, bits=2, method="boa", sequential=sequential, drift=drift, token_weights=weighted)
     solver = _run(settings, transforms).solver
     full, rounded = _block(_decoder(), transforms), solver.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
@@ -429,7 +429,7 @@ def test_full_precision_attention_sees_no_cache_quantizer(monkeypatch: pytest.Mo
     transforms = OnlineTransforms(attention=AttentionTransform(key=cache))
     for sequential in (True, False):
         solved.clear()
-        solver = _run(replace(QUICK, method="rtn", sequential=sequential), transforms).solver
+        solver = _run(replace(QUICK, sequential=sequential), transforms).solver
         hf, hq = (stream.double() for stream in _streams())
         xf, xq = (_normed(solver.full, LLAMA.attention_norm, h) for h in (hf, hq))
         exact = _attention(solver.full, xf)
@@ -498,6 +498,9 @@ def test_what_arises_in_a_layer_is_named(huge: str, message: str, method: str) -
     decoder, tensors = _decoder(), _tensors()
     tensors[f"{huge}.weight"] *= 1e37
     solver = BlockQuantizer(decoder, decoder.block(0, tensors), replace(QUICK, method=method), PLAIN)
+    if method in LAYERWISE and huge == LLAMA.query:
+        solver.run(*_streams())  # what queries and keys are weighed by is not looked at
+        return
     with pytest.raises(ValueError, match=f"^{message}"):
         solver.run(*_streams())
 

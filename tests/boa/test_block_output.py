@@ -159,7 +159,7 @@ def _run(
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_output_error_falls(group_size: int | None, transforms: OnlineTransforms) -> None:
     """On the streams themselves, from the result of boa; on its grids."""
-    settings = replace(SETTINGS, group_size=group_size)
+    settings = replace(SETTINGS, group_size=group_size, token_weights=True)
     start, full, before = _run(replace(settings, method="boa"), transforms)
     solver, full_again, after = _run(settings, transforms)
     assert torch.equal(full, full_again)
