@@ -184,7 +184,7 @@ class Bench:
             ("descent", (1, 2 * s.ffn), False),
             ("descent, rows tied by H_out", (heads, s.head_dim), True),
         ):
-            found.append(self._compare(name, self._descend_case(*shape, width, tied)))
+            found.append(self._compare(name, self._descend_case(shape[0], shape[1], width, tied)))
         return found
 
     def _random(self, *shape: int) -> Tensor:
