@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ from rotoboa.pipeline.counting import Sizes
 from rotoboa.pipeline.counting_solver import Plan
 from rotoboa.pipeline.counting_solver import block as counted
 from rotoboa.pipeline.job import settings_of
+from rotoboa.pipeline.progress import peak_resident
 from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
 from rotoboa.rotation.rotate import Rotations
 
@@ -341,7 +341,7 @@ def peak(device: torch.device) -> int:
     """The most bytes held: on the GPU since it was last asked to forget, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident() or 0
 
 
 def spec_of(recipe: Recipe) -> Spec:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -28,7 +26,7 @@ from .activations import SEQUENCES, ActivationProfile
 from .buffers import trim
 from .files import tensor_sizes
 from .job import Job
-from .progress import Progress
+from .progress import Progress, peak_resident
 from .run import RunFolder
 from .sharing import own_share, own_windows, shared_block
 
@@ -189,8 +187,7 @@ def fallback_notices(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """The most memory held so far, in bytes, of this process and of the device."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"host": peak_resident() or 0}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak

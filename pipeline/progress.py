@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import mean
 from types import TracebackType
 from typing import Any
@@ -37,16 +38,27 @@ def human_time(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def peak_memory() -> str:
-    """The most memory this process has held, and the most on the GPU where one is in use."""
-    parts = []
+def peak_resident() -> int | None:
+    """The most bytes of memory that this process has held; None where the system does not tell.
+
+    Linux's `getrusage` begins with what the process that started this one had held; its `VmHWM` does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # there is none on Windows
-        pass
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        parts.append(human_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory() -> str:
+    """The most memory this process has held, and the most on the GPU where one is in use."""
+    held = peak_resident()
+    parts = [] if held is None else [human_size(held)]
     torch = sys.modules.get("torch")  # never imported for this alone
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         parts.append(f"GPU {human_size(torch.cuda.max_memory_allocated())}")
