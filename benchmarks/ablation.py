@@ -4,11 +4,13 @@
 
 Judged on text that is neither calibrated on nor reported: the validation split of the training modules. The mean KL
 divergence of the next token from full precision tells settings apart that perplexity cannot. Finished cases are kept
-in ablation.json, so that an interrupted run goes on and a later one adds seeds; `--fresh` drops them.
+in ablation.json, so that an interrupted run goes on and a later one adds seeds; those whose settings are not those of
+today's recipes are measured again, and `--fresh` drops all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
@@ -77,6 +79,13 @@ def is_on(recipe: str, lever: str) -> bool:
     return states.pop()
 
 
+def fingerprint(recipe: str, changes: dict[str, Any]) -> str:
+    """Of the settings that a case runs with: one that was measured under other defaults is another case."""
+    fields = {**SETTING, "calibration.samples": SAMPLES[recipe], **changes}
+    settings = build_recipe(load_recipe(recipe), fields).model_dump_json(exclude={"model", "output"})
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
 def _one(model: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(1)
     where = {} if model == "tiny" else {**OTHER_MODEL, "model": model}
@@ -89,10 +98,10 @@ def _one(model: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
+def table(recipe: str, results: dict[str, dict[str, Any]]) -> list[str]:
     """Markdown of one recipe: the default, then what each lever changes, over the seeds that are measured of both."""
 
-    def of(case: str) -> dict[int, dict[str, float]]:
+    def of(case: str) -> dict[int, dict[str, Any]]:
         """By seed."""
         prefix = f"{recipe} | {case} | "
         return {int(key.removeprefix(prefix)): found for key, found in results.items() if key.startswith(prefix)}
@@ -139,7 +148,7 @@ def main(
 ) -> None:
     """Measure what is missing and write the tables."""
     kept = HERE / f"{name}.json"
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
     if kept.is_file() and not fresh:
         results = json.loads(kept.read_text(encoding="utf-8"))
     chosen = recipes.split(",")
@@ -149,12 +158,14 @@ def main(
         for recipe in chosen
         for case, changes in cases(recipe).items()
     }
+    prints = {key: fingerprint(*value) for key, value in missing.items()}
+    results = {key: found for key, found in results.items() if found.get("recipe") == prints.get(key)}
     missing = {key: value for key, value in missing.items() if key not in results}
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(_one, model, *value): key for key, value in missing.items()}
         for number, future in enumerate(as_completed(waiting), 1):
-            results[waiting[future]] = future.result()
+            results[waiting[future]] = {**future.result(), "recipe": prints[waiting[future]]}
             kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             left = (time.monotonic() - started) / number * (len(missing) - number)
             print(f"{number} of {len(missing)}, {left / 60:.0f} min left: {waiting[future]} "

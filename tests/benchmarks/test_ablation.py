@@ -45,3 +45,13 @@ def test_differences_are_paired_by_seed_and_signed_by_the_lever(ablation: Any) -
     assert "| best of 8 rotations | off | 1 | 0.1000 | 0.3000 | +0.2000 | +2.000 |" in lines
     assert len([line for line in lines if line.startswith("| ")]) == 3  # the head, and these two
     assert ablation.table("w3a16", results) == []
+
+
+def test_a_case_of_other_defaults_is_another_case(ablation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = ablation.cases("w2a16")
+    prints = {name: ablation.fingerprint("w2a16", changes) for name, changes in cases.items()}
+    assert len(set(prints.values())) == len(cases)
+    base = load_recipe("w2a16")
+    base["weights"]["token_weights"] = True
+    monkeypatch.setattr(ablation, "load_recipe", lambda name: base)
+    assert ablation.fingerprint("w2a16", {}) == prints["tokens weighted"]
