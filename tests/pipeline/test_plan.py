@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import rotoboa
 from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.families import FAMILIES
 from rotoboa.pipeline.cli import app
 from rotoboa.pipeline.machines import Machine
 from rotoboa.pipeline.plan import MEMORY, TIME, Cluster, construction, estimate_here, plan
@@ -277,3 +278,23 @@ def test_what_cannot_be_planned_is_one_sentence(llama: Path, tiny_run: Path, tmp
         result = call(*map(str, arguments))
         assert result.exit_code == 2 and result.stdout == "", result.output
         assert words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_planned(
+    family: str,
+    tmp_path: Path,
+    save_family: Callable[..., Path],
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parameters, bytes and operations of each stage; experts and models without a gate among them."""
+    monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: RATES)
+    folder = save_family(tmp_path, family, torch.bfloat16)
+    planned = plan(make_recipe("w2a16", {"model": str(folder)}))
+    assert 0 < planned["model"]["quantized_parameters"] < planned["model"]["parameters"]
+    assert planned["sizes"]["original"] >= tensor_bytes(folder) > planned["sizes"]["quantized"] > 0
+    stages = planned["time"]["stages"]
+    needed = ("forward", "input statistics", "value statistics", "columns")
+    assert all(stages[name]["operations"] > 0 for name in needed)
+    assert planned["memory"]["peak"] > 0
