@@ -171,10 +171,12 @@ def main(
             print(f"{number} of {len(missing)}, {left / 60:.0f} min left: {waiting[future]} "
                   f"KL {results[waiting[future]]['kl']:.4f}", flush=True)  # fmt: skip
     settings = ", ".join(f"{key} {value}" for key, value in SETTING.items())
+    command = "make ablation" if model == "tiny" else f'make ablation ARGS="--model MODEL --name {name} ..."'
     text = [
         f"# Ablation: {title}",
         "",
-        "Made by `make ablation`. One lever at a time is turned against the recipe's default; differences are paired",
+        f"Made by `{command}`.",
+        "One lever at a time is turned against the recipe's default; differences are paired",
         f"by seed, ± is their standard deviation. Setting: {settings}.",
         f"Calibration sequences: {', '.join(f'{name} {SAMPLES[name]}' for name in chosen)}.",
         "KL is the mean divergence of the next token's distribution from full precision, in nats: lower is better. A",

@@ -142,7 +142,7 @@ class AttentionStatistics:
         quick = mixing_dtype(inputs)
         attended = attended.unflatten(-1, (groups, heads // groups, -1)).permute(0, 2, 3, 1, 4)
         for i, x in enumerate(inputs):
-            xs = x.to(quick)
+            narrow = None if wide else x.to(quick)
             values = x @ weight.transpose(1, 2) if wide else None
             gram = inputs.new_zeros(groups, length, length) if wide else None
             pulled = inputs.new_zeros(groups, weight.shape[1], length) if wide else None
@@ -150,13 +150,13 @@ class AttentionStatistics:
                 stop = min(start + step, length)
                 a = causal_probabilities(seen, i, start, stop)
                 outputs = attended[i, :, :, start:stop].flatten(1, 2)
-                if values is not None and gram is not None and pulled is not None:
-                    pulled[..., :stop].baddbmm_((outputs - a @ values[:, :stop]).transpose(1, 2), a)
-                    add_gram(gram[:, :stop, :stop], a)
-                else:
-                    mixed = (a.to(quick).flatten(0, 1) @ xs[:stop]).to(x.dtype).unflatten(0, (groups, -1))
+                if narrow is not None:
+                    mixed = (a.to(quick).flatten(0, 1) @ narrow[:stop]).to(x.dtype).unflatten(0, (groups, -1))
                     self.value_drift.baddbmm_((outputs - mixed @ weight.transpose(1, 2)).transpose(1, 2), mixed)
                     add_gram(self.value_h_in, mixed)
+                elif values is not None and gram is not None and pulled is not None:
+                    pulled[..., :stop].baddbmm_((outputs - a @ values[:, :stop]).transpose(1, 2), a)
+                    add_gram(gram[:, :stop, :stop], a)
             if gram is not None and pulled is not None:
                 self.value_drift += pulled @ x
                 self.value_h_in += x.T @ (mirrored(gram) @ x)

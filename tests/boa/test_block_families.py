@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa import units, workspace
+from rotoboa.boa import statistics, units, workspace
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
 from rotoboa.boa.block import BlockQuantizer
@@ -153,6 +153,25 @@ def test_shapes(family_model: Callable[..., nn.Module], name: str, monkeypatch: 
         if goal.h_out is not None:
             assert torch.linalg.eigvalsh(goal.h_out.double()).min() > -1e-4 * goal.h_out.abs().max()
         assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "opt"])
+def test_a_bias_of_values_is_not_made_up_for(
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both streams are the same, V has lost nothing; what its bias adds to every output is no part of that."""
+    monkeypatch.setattr(statistics, "_has_bfloat16", lambda: False)
+    seen = _spied(monkeypatch)
+    setup = Setup(family_model(name))
+    bias = setup.block.get_submodule(setup.decoder.family.value).bias
+    assert isinstance(bias, Tensor)
+    bias.data = torch.linspace(-3, 3, len(bias))
+    full, _ = setup.streams()
+    solver = BlockQuantizer(setup.decoder, setup.block, SETTINGS, setup.transforms, batch=2)
+    solver.run(full, full.clone())
+    weight, goal = seen[1]
+    assert goal.drift is not None
+    assert goal.drift.abs().max() < 1e-4 * (weight @ goal.h_in).abs().max()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])

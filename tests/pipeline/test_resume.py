@@ -88,7 +88,7 @@ def test_killed_at_random(recipe: Recipe, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kills, finished = map(int, done.stdout.split())
-    assert kills >= KILLS > finished  # some runs were killed more than once
+    assert kills >= KILLS > 2 * finished  # most runs were killed more than once
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
