@@ -178,37 +178,56 @@ def settings() -> list[str]:
 
 
 def picture(results: dict[str, dict[str, float]], recipes: tuple[str, ...]) -> str:
-    """Perplexity of every method, with and without rotation, as an SVG document."""
+    """What each method adds to the perplexity of full precision, with and without rotation, as an SVG document."""
     names = list(METHODS)
-    with Chart(height=0.6 + 0.32 * len(names), rows=len(recipes)) as chart:
+    with Chart(height=0.6 + 0.26 * len(names), rows=len(recipes)) as chart:
         for axes, recipe in zip(chart.axes, recipes, strict=True):
             cells = {key: [mean(results, recipe, name, key) for name in names] for key in TRANSFORMS}
             known = [cell for row in cells.values() for cell in row if cell]
             if not known:
                 continue
             full = known[0]["full_precision"]
-            low, high = full, span([cell["perplexity"] for cell in known])[1]
+            low, high = span([cell["perplexity"] - full for cell in known])
             for i, (key, row) in enumerate(cells.items()):
-                values = [cell["perplexity"] if cell else full for cell in row]
-                at = [place + 0.38 * (i - 0.5) for place in range(len(names))]
-                titles = [f"{name}, {key}: {value:.2f}" for name, value in zip(names, values, strict=True)]
+                found = [(place, cell["perplexity"]) for place, cell in enumerate(row) if cell]
+                titles = [f"{names[place]}, {key}: {value:.2f}" for place, value in found]
                 label = "no rotation" if key == "none" else key
-                chart.bars(axes, at, [value - low for value in values], label, i, titles, 0.34, left=[low] * len(at))
-                for place, cell in zip(at, row, strict=True):
-                    if cell:
-                        axes.annotate(
-                            f"{cell['perplexity']:.2f}", (cell["perplexity"], place), (3, 0),
-                            textcoords="offset points", va="center", fontsize=6.5,
-                        )  # fmt: skip
+                at = [place + 0.3 * (i - 0.5) for place, _ in found]
+                chart.line(axes, [value - full for _, value in found], at, label, i, titles, joined=False)
+                for place, (_, value) in zip(at, found, strict=True):
+                    axes.annotate(
+                        f"{value:.2f}", (value - full, place), (5, 0), textcoords="offset points", va="center",
+                        fontsize=6.5,
+                    )  # fmt: skip
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
-            axes.grid(False, axis="y")
-            log_scale(axes.xaxis, low, high)
-            axes.set_title(f"{recipe}: perplexity, from that in full precision, {full:.2f}", loc="left")
+            log_scale(axes.xaxis, low, high * 1.2)
+            axes.set_title(f"{recipe}: perplexity above that in full precision, {full:.2f}", loc="left")
         legend(chart, chart.axes[0])
     drawing = chart.svg("Perplexity of the methods of the field on the embedded model")
     head, rest = drawing.split(">", 1)
     return f'{head} width="720">{STYLE}{rest}\n'
+
+
+def summary(results: dict[str, dict[str, float]], recipes: tuple[str, ...] = RECIPES) -> str:
+    """The table of the README: a row for each method, perplexity by recipe and transform, the dearest of its cells."""
+    columns = [(recipe, transform) for recipe in recipes for transform in TRANSFORMS]
+    heads = [f"`{recipe}`, {'rotated' if transform == 'rotation' else 'not rotated'}" for recipe, transform in columns]
+    lines = [
+        f"| method | objective | solver | {' | '.join(heads)} | seconds | memory, MiB |",
+        f"|---|---|---|{'---|' * (len(heads) + 2)}",
+    ]
+    for name, method in METHODS.items():
+        cells = [mean(results, recipe, name, transform) for recipe, transform in columns]
+        known = [cell for cell in cells if cell]
+        if not known:
+            continue
+        seconds, memory = (max(cell[figure] for cell in known) for figure in ("seconds", "memory"))
+        shown = " | ".join(f"{cell['perplexity']:.2f}" if cell else "" for cell in cells)
+        lines.append(
+            f"| {name} | {method.objective} | {method.solver} | {shown} | {seconds:.0f} | {memory / 2**20:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def document(results: dict[str, dict[str, float]], recipes: tuple[str, ...], seeds: int) -> str:

@@ -68,6 +68,23 @@ def test_picture(methods: Any, results: dict[str, dict[str, float]], tmp_path: P
     assert "methods.svg" in (tmp_path / "methods.md").read_text(encoding="utf-8")
 
 
+def test_summary(methods: Any, results: dict[str, dict[str, float]]) -> None:
+    rows = [line.split(" | ") for line in methods.summary(results).splitlines()]
+    assert [row[0] for row in rows[2:]] == [f"| {name}" for name in methods.METHODS]
+    assert rows[2][3:] == ["29.00", "30.00", "31.00", "32.00", "29", "1024 |"], "the dearest cell's seconds"
+    brecq = next(row for row in rows if row[0] == "| BRECQ")
+    assert brecq[3] == "" and float(brecq[4]) > 29, "what is not measured is left out"
+
+
+def test_documents_are_of_the_committed_cells(methods: Any) -> None:
+    committed = methods.json.loads((methods.HERE / "methods.json").read_text(encoding="utf-8"))
+    readme = (methods.HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert {case.key for case in methods.cases(methods.RECIPES, 1)} == set(committed)
+    assert methods.summary(committed) in readme and "(benchmarks/methods.svg)" in readme
+    page = (methods.HERE / "methods.md").read_text(encoding="utf-8")
+    assert all("\n".join(methods.table(recipe, committed)).strip() in page for recipe in methods.RECIPES)
+
+
 def test_a_cell_is_measured(methods: Any, llama: Path, text: Path) -> None:
     case = methods.Case("w2a16", "AdaRound", "rotation", 0)
     small = {
