@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -142,17 +143,21 @@ def causal_probabilities(seen: Seen, index: int, start: int, stop: int) -> Tenso
         columns are the key positions that any of them may see.
     """
     query, key = seen.query[index, :, start:stop], seen.key[index, :, :stop]
-    logits = query.reshape(len(key), -1, query.shape[-1]) @ key.transpose(1, 2)
-    logits *= seen.scaling
+    logits = (query * seen.scaling).reshape(len(key), -1, query.shape[-1]) @ key.transpose(1, 2)
     if seen.softcap is not None:
         logits = logits.div_(seen.softcap).tanh_().mul_(seen.softcap)
-    future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-    logits.unflatten(1, (-1, stop - start))[..., start:].masked_fill_(future, float("-inf"))
+    logits.unflatten(1, (-1, stop - start))[..., start:] += _future(stop - start, logits.dtype, logits.device)
     if seen.window is not None and stop > seen.window:
         rows, columns = (torch.arange(i, stop, device=query.device) for i in (start, 0))
         gone = columns[None] <= rows[:, None] - seen.window
         logits.unflatten(1, (-1, stop - start)).masked_fill_(gone, float("-inf"))
     return logits.softmax(-1)
+
+
+@lru_cache(maxsize=4)
+def _future(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to logits (size, size) of as many tokens for each other: minus infinity above the diagonal."""
+    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 AttentionInterface.register(NAME, attention_forward)

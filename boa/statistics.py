@@ -17,6 +17,7 @@ from .stopwatch import stage
 
 MIRROR = 1024  # columns of a symmetric matrix that are copied at a time
 PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a processor's cache
+MIXED = 1 << 20  # elements of A X held, at least a chunk's: products of many rows are few
 ON_A_GPU = 64  # times as many: there it is the number of operations that counts
 
 
@@ -132,34 +133,56 @@ class AttentionStatistics:
         """
         length, c = inputs.shape[1:]
         heads, groups = seen.query.shape[1], seen.key.shape[1]
-        held = PROBABILITIES * (ON_A_GPU if inputs.is_cuda else 1)
-        step = max(64, min(length, held // (heads * length)))
+        scale = ON_A_GPU if inputs.is_cuda else 1
+        step = max(64, min(length, PROBABILITIES * scale // (heads * length)))
         wide = length * c + c * c > length * length + groups * (length * c + c * c) / heads
         weight = weight.unflatten(0, (groups, -1))
         if self.value_h_in is None or self.value_drift is None:
             self.value_h_in = inputs.new_zeros(groups, c, c)
             self.value_drift = inputs.new_zeros(weight.shape)
-        quick = mixing_dtype(inputs)
         attended = attended.unflatten(-1, (groups, heads // groups, -1)).permute(0, 2, 3, 1, 4)
-        for i, x in enumerate(inputs):
-            narrow = None if wide else x.to(quick)
-            values = x @ weight.transpose(1, 2) if wide else None
-            gram = inputs.new_zeros(groups, length, length) if wide else None
-            pulled = inputs.new_zeros(groups, weight.shape[1], length) if wide else None
-            for start in range(0, length, step):
-                stop = min(start + step, length)
-                a = causal_probabilities(seen, i, start, stop)
-                outputs = attended[i, :, :, start:stop].flatten(1, 2)
-                if narrow is not None:
-                    mixed = (a.to(quick).flatten(0, 1) @ narrow[:stop]).to(x.dtype).unflatten(0, (groups, -1))
-                    self.value_drift.baddbmm_((outputs - mixed @ weight.transpose(1, 2)).transpose(1, 2), mixed)
-                    add_gram(self.value_h_in, mixed)
-                elif values is not None and gram is not None and pulled is not None:
-                    pulled[..., :stop].baddbmm_((outputs - a @ values[:, :stop]).transpose(1, 2), a)
-                    add_gram(gram[:, :stop, :stop], a)
-            if gram is not None and pulled is not None:
-                self.value_drift += pulled @ x
-                self.value_h_in += x.T @ (mirrored(gram) @ x)
+        chunks = [(start, min(start + step, length)) for start in range(0, length, step)]
+        if wide:
+            for i, x in enumerate(inputs):
+                self._add_wide(x, weight, seen, i, [(*chunk, attended[i, :, :, slice(*chunk)]) for chunk in chunks])
+            return
+        quick, per = mixing_dtype(inputs), heads // groups
+        room = max(per * step, MIXED * scale // (groups * c))
+        mixed, outputs, filled = inputs.new_empty(groups, room, c), inputs.new_empty(groups, room, weight.shape[1]), 0
+        for i, x in enumerate(inputs.to(quick)):
+            for start, stop in chunks:
+                rows = per * (stop - start)
+                if filled + rows > room:
+                    self._add_mixed(mixed[:, :filled], outputs[:, :filled], weight)
+                    filled = 0
+                a = causal_probabilities(seen, i, start, stop).to(quick)
+                into = slice(filled, filled + rows)
+                mixed[:, into] = (a.flatten(0, 1) @ x[:stop]).unflatten(0, (groups, -1))
+                outputs[:, into] = attended[i, :, :, start:stop].flatten(1, 2)
+                filled += rows
+        self._add_mixed(mixed[:, :filled], outputs[:, :filled], weight)
+
+    def _add_mixed(self, mixed: Tensor, outputs: Tensor, weight: Tensor) -> None:
+        """Rows of A X (key heads, n, c) and of what is wanted of them, (key heads, n, head_dim), which is used up."""
+        assert self.value_h_in is not None and self.value_drift is not None
+        outputs.baddbmm_(mixed, weight.transpose(1, 2), alpha=-1)
+        self.value_drift.baddbmm_(outputs.transpose(1, 2), mixed)
+        add_gram(self.value_h_in, mixed)
+
+    def _add_wide(
+        self, x: Tensor, weight: Tensor, seen: Seen, index: int, chunks: list[tuple[int, int, Tensor]]
+    ) -> None:
+        """One sequence (length, c), by way of the group's sum of A^T A."""
+        assert self.value_h_in is not None and self.value_drift is not None
+        groups, length = len(weight), len(x)
+        values = x @ weight.transpose(1, 2)
+        gram, pulled = x.new_zeros(groups, length, length), x.new_zeros(groups, weight.shape[1], length)
+        for start, stop, outputs in chunks:
+            a = causal_probabilities(seen, index, start, stop)
+            pulled[..., :stop].baddbmm_((outputs.flatten(1, 2) - a @ values[:, :stop]).transpose(1, 2), a)
+            add_gram(gram[:, :stop, :stop], a)
+        self.value_drift += pulled @ x
+        self.value_h_in += x.T @ (mirrored(gram) @ x)
 
     def _unrotate(self, gram: Tensor) -> Tensor:
         """Queries and keys were multiplied by R3: R3 G R3^T is the Gram without it."""
