@@ -1,6 +1,7 @@
-"""The columns of one block, one after another: compiled on the CPU, by Triton on CUDA, in torch operations elsewhere.
+"""Columns one after another: compiled on the CPU, by Triton on CUDA, in torch operations elsewhere.
 
-All forms do the same operations in the same order, but for sums over the rows that H_out ties together. In the torch
+All forms do the same operations in the same order, but for sums over the rows that H_out ties together and for what one
+block of columns does to those outside it. In the torch
 form a column is a handful of small operations, which on a GPU take longer to start than to run.
 `ROTOBOA_TRITON=0` in the environment leaves Triton out.
 """
@@ -23,6 +24,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = 128  # of a block: their rows of H_in stay in cache while all rows of the weight pass
+AHEAD = 16  # columns that are looked at together for one that moves
 _SERIAL = 1 << 15  # weights below which more threads cost more than they save
 
 
@@ -85,20 +88,42 @@ def descend_block(
     diagonal = h_in.diagonal(dim1=-2, dim2=-1)
     curvature = diagonal[:, None] if h_out is None else diagonal[:, None] * h_out.diagonal(dim1=-2, dim2=-1)[..., None]
     newton = -1 / (scale * curvature)
-    if is_compiled(inner):
-        work, found = (t.clone(memory_format=torch.contiguous_format) for t in (inner, integers))
-        steps = torch.empty_like(work)
-        arguments = (work, found, scale, newton, h_in, steps, levels)
-        if h_out is None:
-            spread(_descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
-        else:
-            spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
-        return found, steps
     triton = _triton_for(inner)
     if triton is not None and (h_out is None or inner.shape[1] <= triton.MOST_TIED_ROWS):
         result: tuple[Tensor, Tensor] = triton.descend_block(inner, integers, scale, newton, h_in, h_out, levels)
         return result
     return _descend_in_torch(inner, integers, scale, newton, h_in, h_out, levels)
+
+
+def descend_rows(
+    inner: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor | None, levels: int
+) -> Tensor:
+    """A sweep over all columns by the steps of `descend_block`, compiled, where `is_compiled`.
+
+    Few integers move in a sweep (4 in 100 in the first, 1 in later ones), so E H_in follows each step by itself, not by
+    a product for each block; columns are taken in blocks so that the rows of H_in they need stay in cache.
+
+    Args:
+        inner: (heads, r, c), E H_in, updated.
+        integers: (heads, r, c), as floating-point numbers, updated.
+        scale: (heads, r, groups).
+        h_in, h_out, levels: as in `refine.sweep`.
+
+    Returns:
+        Which rows moved, (heads, r) bool.
+    """
+    work, found = inner.contiguous(), integers.contiguous()
+    moved = torch.zeros(inner.shape[:2], dtype=torch.bool, device=inner.device)
+    diagonal = h_in.diagonal(dim1=-2, dim2=-1)
+    arguments = (work, found, scale, diagonal, h_in, moved, levels)
+    if h_out is None:
+        spread(_descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
+    else:
+        spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
+    for own, given in ((work, inner), (found, integers)):
+        if own is not given:
+            given.copy_(own)
+    return moved
 
 
 def _descend_in_torch(
@@ -227,30 +252,50 @@ def _round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  
 
 
 @njit(nogil=True, cache=True)
-def _descend_rows(inner, integers, scale, newton, h_in, steps, levels, start, stop):  # type: ignore[no-untyped-def]
-    _, rows, width = inner.shape
-    for index in range(start, stop):
-        b, r = index // rows, index % rows
-        row, h = inner[b, r], h_in[b % h_in.shape[0]]
-        for j in range(width):
-            at = integers[b, r, j]
-            goal = min(max(np.rint(row[j] * newton[b, r, j]) + at, np.float32(0)), levels)
-            d = (goal - at) * scale[b, r, j]
-            integers[b, r, j], steps[b, r, j] = goal, d
-            if d != 0:
-                for k in range(j + 1, width):
-                    row[k] += h[j, k] * d
+def _descend_rows(inner, integers, scale, diagonal, h_in, moved, levels, start, stop):  # type: ignore[no-untyped-def]
+    _, rows, columns = inner.shape
+    size, zero, one = columns // scale.shape[2], np.float32(0), np.float32(-1)
+    newton = np.empty(COLUMNS, inner.dtype)
+    for left in range(0, columns, COLUMNS):
+        right = min(left + COLUMNS, columns)
+        for index in range(start, stop):
+            b, r = index // rows, index % rows
+            row, h, at, s = inner[b, r], h_in[b % h_in.shape[0]], integers[b, r], scale[b, r]
+            curvature = diagonal[b % h_in.shape[0]]
+            for j in range(left, right):
+                newton[j - left] = one / (s[j // size] * curvature[j])
+            first = left
+            while first < right:
+                last = min(first + AHEAD, right)
+                moves = 0
+                for j in range(first, last):
+                    goal = min(max(np.rint(row[j] * newton[j - left]) + at[j], zero), levels)
+                    moves += goal != at[j]
+                if moves:  # of these at least the first is taken
+                    moved[b, r] = True
+                    for j in range(first, last):
+                        goal = min(max(np.rint(row[j] * newton[j - left]) + at[j], zero), levels)
+                        if goal != at[j]:
+                            d = (goal - at[j]) * s[j // size]
+                            at[j] = goal
+                            column = h[j]
+                            for k in range(columns):
+                                row[k] += column[k] * d
+                first = last
 
 
 @njit(nogil=True, cache=True)
-def _descend_heads(inner, integers, scale, newton, h_in, steps, levels, h_out, start, stop):  # type: ignore[no-untyped-def]
-    _, rows, width = inner.shape
-    zero, two = np.float32(0), np.float32(2)  # an integer would make these sums float64
+def _descend_heads(inner, integers, scale, diagonal, h_in, moved, levels, h_out, start, stop):  # type: ignore[no-untyped-def]
+    _, rows, columns = inner.shape
+    size = columns // scale.shape[2]
+    # An integer would make these sums float64.
+    zero, one, two = np.float32(0), np.float32(-1), np.float32(2)
     gradient, follow = np.empty(rows, inner.dtype), np.empty(rows, inner.dtype)
     d, goal = np.empty(rows, inner.dtype), np.empty(rows, inner.dtype)
     for b in range(start, stop):
-        h, out = h_in[b % h_in.shape[0]], h_out[b]
-        for j in range(width):
+        h, out, curvature = h_in[b % h_in.shape[0]], h_out[b], diagonal[b % h_in.shape[0]]
+        for j in range(columns):
+            g = j // size
             gradient[:] = zero
             for i in range(rows):
                 x = inner[b, i, j]
@@ -258,11 +303,11 @@ def _descend_heads(inner, integers, scale, newton, h_in, steps, levels, h_out, s
                     gradient[r] += out[i, r] * x
             moves = 0
             for r in range(rows):
-                at = integers[b, r, j]
-                goal[r] = min(max(np.rint(gradient[r] * newton[b, r, j]) + at, zero), levels)
-                d[r] = (goal[r] - at) * scale[b, r, j]
+                at, s = integers[b, r, j], scale[b, r, g]
+                newton = one / (s * (curvature[j] * out[r, r]))
+                goal[r] = min(max(np.rint(gradient[r] * newton) + at, zero), levels)
+                d[r] = (goal[r] - at) * s
                 moves += d[r] != 0
-                steps[b, r, j] = zero
             if moves == 0:
                 continue
             follow[:] = zero
@@ -272,13 +317,15 @@ def _descend_heads(inner, integers, scale, newton, h_in, steps, levels, h_out, s
                         follow[r] += out[i, r] * d[i]
             together, best, single = zero, np.float32(np.inf), 0
             for r in range(rows):
-                together += d[r] * (two * gradient[r] + h[j, j] * follow[r])
-                gain = d[r] * (two * gradient[r] + h[j, j] * out[r, r] * d[r])
+                together += d[r] * (two * gradient[r] + curvature[j] * follow[r])
+                gain = d[r] * (two * gradient[r] + curvature[j] * out[r, r] * d[r])
                 if gain < best:
                     best, single = gain, r
             everyone = together < best and together < 0
+            column = h[j]
             for r in range(rows):
                 if d[r] != 0 and (everyone or (r == single and best < 0)):
-                    integers[b, r, j], steps[b, r, j] = goal[r], d[r]
-                    for k in range(j + 1, width):
-                        inner[b, r, k] += h[j, k] * d[r]
+                    integers[b, r, j], moved[b, r] = goal[r], True
+                    row, step = inner[b, r], d[r]
+                    for k in range(columns):
+                        row[k] += column[k] * step

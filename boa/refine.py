@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .grid import snap
-from .kernels import descend_block
+from .kernels import descend_block, descend_rows, is_compiled
 from .objective import Objective
 from .stopwatch import stage
 
@@ -81,7 +81,7 @@ def refine(
     rows, alive = whole, torch.arange(q.shape[1], device=q.device)
     for _ in range(rounds):
         scaled = _update_scales(rows, h_in, h_out)
-        moved = (sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1) != 0).any(-1)
+        moved = sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1)
         if not (scaled | moved).any():
             break
         changed = (scaled | moved)[0].nonzero()[:, 0]
@@ -172,17 +172,19 @@ def sweep(
         top: the largest integer.
 
     Returns:
-        The changes of the weights, (heads, r, c).
+        Which rows moved, (heads, r) bool.
     """
+    if is_compiled(inner):
+        return descend_rows(inner, q, scale, h_in, h_out, top)
     columns = q.shape[-1]
     size = columns // scale.shape[-1]
-    steps = torch.empty_like(q)
+    moved = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
     for start in range(0, columns, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, columns)
         groups = torch.arange(start, stop, device=q.device).div(size, rounding_mode="floor")
         q[..., start:stop], d = descend_block(
             inner[..., start:stop], q[..., start:stop], scale[..., groups], h_in[:, start:stop, start:stop], h_out, top
         )
-        steps[..., start:stop] = d
+        moved |= (d != 0).any(-1)
         inner += d @ h_in[:, start:stop]
-    return steps
+    return moved

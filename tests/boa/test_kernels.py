@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa import kernels
-from rotoboa.boa.objective import damp, inverse_factor
+from rotoboa.boa.objective import Objective, damp, inverse_factor
+from rotoboa.boa.refine import sweep
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -51,16 +52,43 @@ def test_descent_is_the_same(monkeypatch: pytest.MonkeyPatch, tied: bool, shared
     h_in = _gram(1 if shared else heads, width, 1).float()
     h_out = _gram(heads, rows, 2).float() if tied else None
     q = torch.randint(0, 8, (heads, rows, width), generator=torch.Generator().manual_seed(3)).float()
-    scale = _random(heads, rows, width, seed=4).abs() * 0.1 + 0.2
+    scale = _random(heads, rows, width, seed=4).abs() * 0.1 + 0.2  # groups of one column
     inner = _random(heads, rows, width, seed=5) @ h_in * 0.1
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(kernels, "_SERIAL", 1)
-    before = inner.clone(), q.clone()
-    found, steps = kernels.descend_block(inner, q, scale, h_in, h_out, 7)
-    assert torch.equal(inner, before[0]) and torch.equal(q, before[1])
-    _in_torch(monkeypatch)
-    expected, expected_steps = kernels.descend_block(inner, q, scale, h_in, h_out, 7)
-    assert torch.equal(found, expected) and torch.equal(steps, expected_steps)
-    moved = int((found != q).sum())
-    assert moved == int((steps != 0).sum()) > 100
-    torch.testing.assert_close(steps, (found - q) * scale)
+    results = []
+    for compiled in (True, False):
+        own, moved_q = inner.clone(), q.clone()
+        if not compiled:
+            _in_torch(monkeypatch)
+        moved = sweep(own, moved_q, scale, h_in, h_out, 7)
+        assert torch.equal(moved, (moved_q != q).any(-1))
+        results.append((moved_q, own))
+    (found, followed), (expected, expected_followed) = results
+    assert torch.equal(found, expected) and int((found != q).sum()) > 100
+    torch.testing.assert_close(followed, expected_followed, rtol=1e-4, atol=1e-4 * float(followed.abs().max()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_descent_over_several_blocks(tied: bool) -> None:
+    """More columns than a block has, groups, rows that are not in order: E H_in and the integers stay consistent."""
+    heads, rows, width = 3, 8, 300
+    h_in, h_out = _gram(heads, width, 1).float(), _gram(heads, rows, 2).float() if tied else None
+    weight = _random(rows, heads, width, seed=5).transpose(0, 1)
+    scale, zero = torch.full((heads, rows, 3), 0.7), 2.0
+    q = (weight / 0.7 + zero).round_().clamp_(0, 3)
+    assert not q.is_contiguous()
+    objective = Objective(h_in.double(), None if h_out is None else h_out.double())
+
+    def error() -> Tensor:
+        return (q - zero) * 0.7 - weight
+
+    inner, before = error() @ h_in, objective.loss(error().double())
+    for _ in range(3):
+        sweep(inner, q, scale, h_in, h_out, 3)
+        expected = error().double() @ h_in.double()
+        torch.testing.assert_close(inner.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        after = objective.loss(error().double())
+        assert torch.all(after < before)
+        before = after
+    assert q.unique().tolist() == [0, 1, 2, 3]

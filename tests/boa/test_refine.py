@@ -157,17 +157,16 @@ def test_float32(h_out: bool) -> None:
 @KINDS
 @pytest.mark.parametrize("group", [16, 4])
 def test_sweep_keeps_its_books(group: int, heads: int, shared: bool, h_out: bool) -> None:
-    """E H_in follows the integers, and the steps are what moved."""
+    """E H_in follows the integers, and the rows that moved are named."""
     target, objective = _problem(heads, 6, 16, h_out=h_out, shared=shared)
     start = _nearest(target, 3, group)
     q = start.integers.double()
     inner = (start.dequantize() - target) @ objective.h_in
     before = _losses(start, target, objective)
-    steps = sweep(inner, q, start.scale, objective.h_in, objective.h_out, 7)
+    moved = sweep(inner, q, start.scale, objective.h_in, objective.h_out, 7)
     result = Quantized(q.to(torch.uint8), start.scale, start.zero)
-    torch.testing.assert_close(steps, result.dequantize() - start.dequantize(), rtol=0, atol=1e-13)
+    assert torch.equal(moved, (result.integers != start.integers).any(-1)) and moved.any()
     torch.testing.assert_close(inner, (result.dequantize() - target) @ objective.h_in, rtol=0, atol=1e-10)
-    assert int((steps != 0).sum()) == int((result.integers != start.integers).sum()) > 0
     assert torch.equal(q, q.round()) and q.min() >= 0 and q.max() <= 7
     assert torch.all(_losses(result, target, objective) < before)
 
