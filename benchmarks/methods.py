@@ -26,7 +26,7 @@ from common import HERE, PLAIN, measure, perplexity
 from rotoboa.eval.charts import Chart, legend, log_scale, span
 
 RECIPES = ("w2a16", "w4a4kv4")
-PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1}
+PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1, "weights.value_rows": 0}
 """BoA as published; `PLAIN` is GPTQ so."""
 SETTING: dict[str, Any] = {"calibration.samples": 64}
 """Half of a recipe's calibration sequences: all of it takes about an hour."""

@@ -131,33 +131,34 @@ def capped_attention(
     return output.contiguous()
 
 
-def causal_probabilities(seen: Seen, index: int, start: int, stop: int) -> Tensor:
-    """Softmax probabilities A of causal attention of one sequence, for query positions start .. stop - 1.
+def causal_probabilities(seen: Seen, index: int, start: int, stop: int, step: int = 1) -> Tensor:
+    """Softmax probabilities A of causal attention of one sequence, for n query positions range(start, stop, step).
 
     Args:
         seen: queries, keys and scaling of a batch.
         index: which sequence of the batch.
 
     Returns:
-        (key heads, heads / key heads * (stop - start), stop): rows are the group's heads, then query positions;
-        columns are the key positions that any of them may see.
+        (key heads, heads / key heads * n, stop): rows are the group's heads, then query positions; columns are the key
+        positions that any of them may see.
     """
-    query, key = seen.query[index, :, start:stop], seen.key[index, :, :stop]
+    query, key = seen.query[index, :, start:stop:step], seen.key[index, :, :stop]
     logits = (query * seen.scaling).reshape(len(key), -1, query.shape[-1]) @ key.transpose(1, 2)
     if seen.softcap is not None:
         logits = logits.div_(seen.softcap).tanh_().mul_(seen.softcap)
-    logits.unflatten(1, (-1, stop - start))[..., start:] += _future(stop - start, logits.dtype, logits.device)
+    by_head = logits.unflatten(1, (-1, query.shape[1]))
+    by_head[..., start:] += _future(stop - start, step, logits.dtype, logits.device)
     if seen.window is not None and stop > seen.window:
-        rows, columns = (torch.arange(i, stop, device=query.device) for i in (start, 0))
-        gone = columns[None] <= rows[:, None] - seen.window
-        logits.unflatten(1, (-1, stop - start)).masked_fill_(gone, float("-inf"))
+        rows = torch.arange(start, stop, step, device=query.device)
+        gone = torch.arange(stop, device=query.device)[None] <= rows[:, None] - seen.window
+        by_head.masked_fill_(gone, float("-inf"))
     return logits.softmax(-1)
 
 
-@lru_cache(maxsize=4)
-def _future(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to logits (size, size) of as many tokens for each other: minus infinity above the diagonal."""
-    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
+@lru_cache(maxsize=8)
+def _future(size: int, step: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Added to logits of `size` keys, for queries at every `step` of them: minus infinity where a key is later."""
+    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)[::step].contiguous()
 
 
 AttentionInterface.register(NAME, attention_forward)

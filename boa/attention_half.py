@@ -14,7 +14,7 @@ from .clipping import search_clip
 from .objective import Objective
 from .pull_back import NormStatistics, norm_pull_back, positions_pull_back
 from .rounding import LAYERWISE
-from .statistics import AttentionStatistics, InputStatistics
+from .statistics import AttentionStatistics, InputStatistics, value_stride
 from .totals import Total
 from .workspace import Captured, Pending, Workspace, capture, layer_objective
 
@@ -52,7 +52,7 @@ class AttentionHalf(Workspace):
                     grams.start()
                     inputs.start()  # all of which goes on while the values' are collected
                 if not self.settings.sequential:
-                    self._add_values(values.at(n), xq, attended[span], seen)
+                    self._add_values(values, span, xq, attended[span], seen)
         queries = Pending(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, norms, full.shape[1]),
@@ -70,7 +70,7 @@ class AttentionHalf(Workspace):
                 for span, _, hq in self._batches(full, quantized):
                     xq = t.qkv(norm(hq))
                     seen = self._meet(self.quantized, xq, t.attention)
-                    self._add_values(values.at(self._number(span)), xq, attended[span], seen)
+                    self._add_values(values, span, xq, attended[span], seen)
             self._solve(value)
 
         def attend() -> Tensor | None:
@@ -85,9 +85,14 @@ class AttentionHalf(Workspace):
         self._solve(Pending([f.output], layer_objective(outputs, self._weight(f.output)), [1]))
         self._add(f.output, quantized, given, f.attention_post_norm)
 
-    def _add_values(self, statistics: AttentionStatistics, xq: Tensor, attended: Tensor, seen: Seen) -> None:
-        wanted = self._without_bias(attended.to(xq.device))
-        statistics.add_values(xq, wanted, seen, self._weight(self.family.value))
+    def _add_values(
+        self, values: Total[AttentionStatistics], span: slice, xq: Tensor, attended: Tensor, seen: Seen
+    ) -> None:
+        shape, wanted = self.shape, self._without_bias(attended.to(xq.device))
+        heads = shape.query_heads // shape.key_heads
+        stride = value_stride(self.count * xq.shape[1], heads, shape.hidden, self.settings.value_rows)
+        given = (xq, wanted, seen, self._weight(self.family.value))
+        values.at(self._number(span)).add_values(*given, stride=stride, first=self.first + span.start)
 
     def _attend(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Tensor:
         """The input of the output projection (batch, length, heads * head_dim)."""

@@ -25,7 +25,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 COLUMNS = 128  # of a block: their rows of H_in stay in cache while all rows of the weight pass
-AHEAD = 16  # columns that are looked at together for one that moves
+TOGETHER = 8  # rows that are rounded side by side: one alone waits for its divisions
+AHEAD = 32  # columns that are looked at together for one that moves
 _SERIAL = 1 << 15  # weights below which more threads cost more than they save
 
 
@@ -239,16 +240,28 @@ def spread(kernel: Callable[..., None], count: int, work: int, *arguments: Any) 
 @njit(nogil=True, cache=True)
 def _round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  # type: ignore[no-untyped-def]
     _, rows, width = work.shape
-    for index in range(start, stop):
+    index = start
+    while index < stop:
         b, r = index // rows, index % rows
-        row, u = work[b, r], upper[b]
+        end = min(r + TOGETHER, r + stop - index, rows)
+        block, s, z, q, e, u = (
+            work[b, r:end],
+            scale[b, r:end],
+            zero[b, r:end],
+            found[b, r:end],
+            errors[b, r:end],
+            upper[b],
+        )
         for i in range(width):
-            s, z = scale[b, r, i], zero[b, r, i]
-            q = min(max(np.rint(row[i] / s + z), np.float32(0)), levels)
-            error = (row[i] - (q - z) * s) / u[i, i]
-            found[b, r, i], errors[b, r, i] = q, error
-            for j in range(i + 1, width):
-                row[j] -= u[i, j] * error
+            after, pivot = u[i, i + 1 :], u[i, i]
+            for k in range(len(block)):  # each waits for its own division only
+                nearest = min(max(np.rint(block[k, i] / s[k, i] + z[k, i]), np.float32(0)), levels)
+                error = (block[k, i] - (nearest - z[k, i]) * s[k, i]) / pivot
+                q[k, i], e[k, i] = nearest, error
+                rest = block[k, i + 1 :]
+                for j in range(len(after)):
+                    rest[j] -= after[j] * error
+        index += end - r
 
 
 @njit(nogil=True, cache=True)
@@ -262,15 +275,21 @@ def _descend_rows(inner, integers, scale, diagonal, h_in, moved, levels, start, 
             b, r = index // rows, index % rows
             row, h, at, s = inner[b, r], h_in[b % h_in.shape[0]], integers[b, r], scale[b, r]
             curvature = diagonal[b % h_in.shape[0]]
-            for j in range(left, right):
-                newton[j - left] = one / (s[j // size] * curvature[j])
+            done = left
+            while done < right:
+                until = min((done // size + 1) * size, right)
+                step, parts, factors = s[done // size], curvature[done:until], newton[done - left : until - left]
+                for j in range(len(parts)):
+                    factors[j] = one / (step * parts[j])
+                done = until
             first = left
             while first < right:
                 last = min(first + AHEAD, right)
-                moves = 0
-                for j in range(first, last):
-                    goal = min(max(np.rint(row[j] * newton[j - left]) + at[j], zero), levels)
-                    moves += goal != at[j]
+                ahead, places, factors = row[first:last], at[first:last], newton[first - left : last - left]
+                moves = np.int32(0)
+                for j in range(len(ahead)):  # which is compiled to vectors: no index is below 0
+                    goal = min(max(np.rint(ahead[j] * factors[j]) + places[j], zero), levels)
+                    moves |= np.int32(goal != places[j])
                 if moves:  # of these at least the first is taken
                     moved[b, r] = True
                     for j in range(first, last):

@@ -35,8 +35,8 @@ class Settings:
     | adaround, aespa | learned from the result of gptq, boa: see `learned` | | |
     | brecq | as boa; `BlockQuantizer` goes on from there | | |
 
-    `drift`, `token_weights`, `sequential` and `value_output` say what the objective is collected from: see
-    `BlockQuantizer`. `zfold` names the sites whose input channels get a scale of their own first: see
+    `drift`, `token_weights`, `sequential`, `value_rows` and `value_output` say what the objective is collected from:
+    see `BlockQuantizer`. `zfold` names the sites whose input channels get a scale of their own first: see
     `rotation.channels`.
     """
 
@@ -55,6 +55,7 @@ class Settings:
     token_weights: bool = False
     sequential: bool = False
     zfold: tuple[str, ...] = ()
+    value_rows: int = 128
     value_output: bool = True
     iterations: int = 2000
     learning_rate: float = 0.015

@@ -16,8 +16,8 @@ from .objective import Objective
 from .stopwatch import stage
 
 MIRROR = 1024  # columns of a symmetric matrix that are copied at a time
-PROBABILITIES = 1 << 19  # elements of A held at a time: small enough for a processor's cache
-MIXED = 1 << 20  # elements of A X held, at least a chunk's: products of many rows are few
+PROBABILITIES = 1 << 20  # elements of A held at a time: small enough for a processor's cache
+MIXED = 1 << 21  # elements of A X held, at least a chunk's: products of many rows are few
 ON_A_GPU = 64  # times as many: there it is the number of operations that counts
 
 
@@ -91,6 +91,16 @@ class InputStatistics:
         return Objective(h_in, residual=residual, drift=_drift(self.wanted, weight, h_in))
 
 
+def value_stride(tokens: int, heads: int, width: int, rows: int) -> int:
+    """Every so many queries are `rows` rows of A X for each of `width` input channels of the values; all where 0.
+
+    Args:
+        tokens: of the whole calibration set.
+        heads: query heads of a value head, which are summed.
+    """
+    return max(1, tokens * heads // (rows * width)) if rows else 1
+
+
 class AttentionStatistics:
     """What queries, keys and values are weighed by: the Grams of keys and queries, and the A-weighted inputs of values.
 
@@ -118,7 +128,9 @@ class AttentionStatistics:
         self.queries = _plus(self.queries, self._unrotate(q.transpose(1, 2) @ q))
 
     @stage("value statistics")
-    def add_values(self, inputs: Tensor, attended: Tensor, seen: Seen, weight: Tensor) -> None:
+    def add_values(
+        self, inputs: Tensor, attended: Tensor, seen: Seen, weight: Tensor, *, stride: int = 1, first: int = 0
+    ) -> None:
         """One batch of value inputs, weighted by causal attention.
 
         Args:
@@ -127,40 +139,46 @@ class AttentionStatistics:
                 without the bias of the values (probabilities sum to 1, so it comes out of attention as it went in).
             seen: what attention computes with in the quantized stream.
             weight: W (key heads * head_dim, c), in full precision.
+            stride: only every so many queries count: neighbours attend to nearly the same.
+            first: the number of the batch's first sequence; sequence i starts with query i modulo `stride`.
 
         Query positions are taken in chunks, and a chunk only meets the tokens up to its end. Whichever is cheaper is
         formed first: A X per head, or the group's sum of A^T A.
         """
         length, c = inputs.shape[1:]
         heads, groups = seen.query.shape[1], seen.key.shape[1]
-        scale = ON_A_GPU if inputs.is_cuda else 1
+        scale, per = ON_A_GPU if inputs.is_cuda else 1, heads // groups
+        # Chunks see as many keys as without a stride: what lies in the future of a chunk's first query is for nothing.
         step = max(64, min(length, PROBABILITIES * scale // (heads * length)))
-        wide = length * c + c * c > length * length + groups * (length * c + c * c) / heads
+        step = -(-step // stride) * stride
+        wide = length * c + c * c > length * length + groups * stride * (length * c + c * c) / heads
         weight = weight.unflatten(0, (groups, -1))
         if self.value_h_in is None or self.value_drift is None:
             self.value_h_in = inputs.new_zeros(groups, c, c)
             self.value_drift = inputs.new_zeros(weight.shape)
-        attended = attended.unflatten(-1, (groups, heads // groups, -1)).permute(0, 2, 3, 1, 4)
-        chunks = [(start, min(start + step, length)) for start in range(0, length, step)]
-        if wide:
-            for i, x in enumerate(inputs):
-                self._add_wide(x, weight, seen, i, [(*chunk, attended[i, :, :, slice(*chunk)]) for chunk in chunks])
-            return
-        quick, per = mixing_dtype(inputs), heads // groups
-        room = max(per * step, MIXED * scale // (groups * c))
+        attended = attended.unflatten(-1, (groups, per, -1)).permute(0, 2, 3, 1, 4)
+        quick = inputs.dtype if wide else mixing_dtype(inputs)
+        room = 0 if wide else max(per * (step // stride), MIXED * scale // (groups * c))
         mixed, outputs, filled = inputs.new_empty(groups, room, c), inputs.new_empty(groups, room, weight.shape[1]), 0
         for i, x in enumerate(inputs.to(quick)):
-            for start, stop in chunks:
-                rows = per * (stop - start)
+            offset = (first + i) % stride
+            chunks = [range(start, min(start + step, length), stride) for start in range(offset, length, step)]
+            queries = [slice(chunk[0], chunk[-1] + 1, stride) for chunk in chunks]
+            if wide:
+                self._add_wide(x, weight, seen, i, [(part, attended[i, :, :, part]) for part in queries])
+                continue
+            for part in queries:
+                a = causal_probabilities(seen, i, part.start, part.stop, stride).to(quick)
+                rows = a.shape[1]
                 if filled + rows > room:
                     self._add_mixed(mixed[:, :filled], outputs[:, :filled], weight)
                     filled = 0
-                a = causal_probabilities(seen, i, start, stop).to(quick)
                 into = slice(filled, filled + rows)
-                mixed[:, into] = (a.flatten(0, 1) @ x[:stop]).unflatten(0, (groups, -1))
-                outputs[:, into] = attended[i, :, :, start:stop].flatten(1, 2)
+                mixed[:, into] = (a.flatten(0, 1) @ x[: part.stop]).unflatten(0, (groups, -1))
+                outputs[:, into] = attended[i, :, :, part].flatten(1, 2)
                 filled += rows
-        self._add_mixed(mixed[:, :filled], outputs[:, :filled], weight)
+        if filled:
+            self._add_mixed(mixed[:, :filled], outputs[:, :filled], weight)
 
     def _add_mixed(self, mixed: Tensor, outputs: Tensor, weight: Tensor) -> None:
         """Rows of A X (key heads, n, c) and of what is wanted of them, (key heads, n, head_dim), which is used up."""
@@ -169,16 +187,15 @@ class AttentionStatistics:
         self.value_drift.baddbmm_(outputs.transpose(1, 2), mixed)
         add_gram(self.value_h_in, mixed)
 
-    def _add_wide(
-        self, x: Tensor, weight: Tensor, seen: Seen, index: int, chunks: list[tuple[int, int, Tensor]]
-    ) -> None:
-        """One sequence (length, c), by way of the group's sum of A^T A."""
+    def _add_wide(self, x: Tensor, weight: Tensor, seen: Seen, index: int, chunks: list[tuple[slice, Tensor]]) -> None:
+        """One sequence (length, c), by way of the group's sum of A^T A; of chunks the queries and what they want."""
         assert self.value_h_in is not None and self.value_drift is not None
         groups, length = len(weight), len(x)
         values = x @ weight.transpose(1, 2)
         gram, pulled = x.new_zeros(groups, length, length), x.new_zeros(groups, weight.shape[1], length)
-        for start, stop, outputs in chunks:
-            a = causal_probabilities(seen, index, start, stop)
+        for queries, outputs in chunks:
+            stop = queries.stop
+            a = causal_probabilities(seen, index, queries.start, stop, queries.step)
             pulled[..., :stop].baddbmm_((outputs.flatten(1, 2) - a @ values[:, :stop]).transpose(1, 2), a)
             add_gram(gram[:, :stop, :stop], a)
         self.value_drift += pulled @ x

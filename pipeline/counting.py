@@ -246,8 +246,8 @@ def head_statistics(s: Shape, tokens: float) -> Work:
     return Work(2 * tokens * width * s.head_dim, bytes=FLOAT * tokens * width)
 
 
-def value_statistics(s: Shape, sequences: float, length: int, window: int | None = None) -> Work:
-    """H_in and drift of the values, the cheaper of two ways; P pairs, n_l keys that position l sees.
+def value_statistics(s: Shape, sequences: float, length: int, window: int | None = None, stride: int = 1) -> Work:
+    """H_in and drift of the values by every `stride`-th query, the cheaper of two ways; P pairs, n_l keys that l sees.
 
     Logits: 2 H d P. By group W X, 2 G d L c; A V and its pull-back, 4 H d P; the sum of A^T A, one half,
     H sum n_l (n_l + 1); products with X, 2 G (L^2 c + L c^2) + 2 G d L c. Or by head A X and its Gram,
@@ -256,12 +256,12 @@ def value_statistics(s: Shape, sequences: float, length: int, window: int | None
     seen, c, heads, groups = pairs(length, window), s.hidden, s.query_heads, s.key_heads
     w = min(length, window or length)
     squares = w * (w + 1) * (w + 2) // 3 + (length - w) * w * (w + 1)
-    grouped = heads * squares + 2 * groups * (length**2 * c + length * c**2)
-    grouped += 4 * s.query_width * seen + 4 * s.key_width * length * c
+    grouped = (heads * squares + 4 * s.query_width * seen) / stride
+    grouped += 2 * groups * (length**2 * c + length * c**2) + 4 * s.key_width * length * c
     by_head = 2 * heads * seen * c + heads * length * c * (c + 1) + 4 * s.query_width * length * c
-    products = 2 * s.query_width * seen + min(grouped, by_head)
-    moves = heads / groups * length * c + 2 * c * c * groups + length * 2 * s.query_width
-    return sequences * (Work(products, elements=SOFTMAX * heads * seen) + moved(moves, 1))
+    products = 2 * s.query_width * seen / stride + min(grouped, by_head / stride)
+    moves = heads / groups * length / stride * c + 2 * c * c * groups + length * 2 * s.query_width
+    return sequences * (Work(products, elements=SOFTMAX * heads * seen / stride) + moved(moves, 1))
 
 
 def clip_search(sizes: Sizes, online: Online, length: int, batch: int) -> Work:

@@ -14,6 +14,7 @@ from ..boa.block_output import TOKENS
 from ..boa.grid import SHRINKS
 from ..boa.references import PLAIN as REFERENCE
 from ..boa.rounding import COLUMN_BLOCK, Settings
+from ..boa.statistics import value_stride
 from .counting import (
     DOUBLE,
     FLOAT,
@@ -144,7 +145,8 @@ def refinement(p: Problem, settings: Settings) -> Work:
     """E H_in, 2 R c^2, before and in each of K sweeps; in cache R c (w - 1) a sweep.
 
     (I - z) H_in follows with one group, another product before the first. H_out: 4 r R c for the scales and 2 r R c
-    for the gradients of a sweep.
+    for the gradients of a sweep. On a processor E H_in follows single steps, not products: its factor says how much
+    less that takes.
     """
     if not settings.refine:
         return Work()
@@ -234,6 +236,7 @@ class Plan:
     head: bool = False
     windows: int = 0
     baseline: bool = True
+    everyones: int | None = None  # samples of all ranks, where `samples` are those of one
 
     @classmethod
     def of(cls, recipe: Recipe, length: int, windows: int | None) -> Plan:
@@ -265,13 +268,16 @@ class Plan:
 def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]:
     """One block by stage."""
     s, settings, samples, length = sizes.shape, run.settings, run.samples, run.length
+    stride = value_stride(
+        (run.everyones or samples) * length, s.query_heads // s.key_heads, s.hidden, settings.value_rows
+    )
     found = {
         "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4),
         "forward": streams(sizes, samples, length, run.online, window, settings.sequential),
         "clip search": clip_search(sizes, run.online, length, min(run.batch, samples)),
         "input statistics": input_statistics(sizes, samples, length, run.batch),
         "head statistics": head_statistics(s, samples * length),
-        "value statistics": value_statistics(s, samples, length, window),
+        "value statistics": value_statistics(s, samples, length, window, stride),
     }
     if settings.method == "brecq":  # a step is a forward and a backward pass
         step = min(math.ceil(TOKENS / length), samples)

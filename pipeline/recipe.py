@@ -192,7 +192,12 @@ class Weights(_Section):
         description="A scale per input channel too, folded into the layer before (Z-Fold): true, or the inputs that "
         "get one, of qkv (norm), output (V), gate_up (norm) and down (up).",
     )
-
+    value_rows: int = Field(
+        default=128,
+        ge=0,
+        description="Values are weighed by the attention of every n-th query, so that this many rows remain for each "
+        "input channel; 0: of all queries.",
+    )
     value_output: bool = Field(
         default=True, description="Weigh the errors of values by the output projection; false: alike, as aespa does."
     )

@@ -20,7 +20,7 @@ SMALL = {
     "weights.rows": 16,
     "weights.grid": "minmax",
 }
-MASK = '.masked_fill_(future, float("-inf"))'
+MASK = "+= _future("
 
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

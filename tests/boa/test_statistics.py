@@ -19,7 +19,14 @@ from rotoboa.boa import statistics
 from rotoboa.boa import statistics as module
 from rotoboa.boa.attention import Seen, attention_forward, causal_probabilities, set_attention
 from rotoboa.boa.objective import Objective
-from rotoboa.boa.statistics import AttentionStatistics, InputStatistics, add_gram, mirrored, rope_pull_back
+from rotoboa.boa.statistics import (
+    AttentionStatistics,
+    InputStatistics,
+    add_gram,
+    mirrored,
+    rope_pull_back,
+    value_stride,
+)
 from rotoboa.rotation.hadamard import Hadamard
 
 KEY_HEADS, SIZE, WIDTH, LENGTH, SEQUENCES = 2, 4, 6, 7, 3
@@ -254,6 +261,40 @@ def _values(full: Toy, quantized: Toy) -> AttentionStatistics:
         if len(full.x[part]):
             statistics.add_values(quantized.x[part], full.attended[part], quantized.part(part), full.w_v.flatten(0, 1))
     return statistics
+
+
+@pytest.mark.parametrize("width", [WIDTH, 70], ids=["narrow", "wide"])
+@pytest.mark.parametrize("stride", [2, 3, 50])
+def test_values_of_every_nth_query(stride: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against A X with the other queries left out; batches of any size, chunks that end anywhere."""
+    monkeypatch.setattr(statistics, "PROBABILITIES", 1)  # chunks of 64
+    full, quantized = (Toy(2, rope=True, sequences=5, length=150, width=width) for _ in range(2))
+    quantized.x = full.x + 0.2 * _random(*full.x.shape, seed=30)
+    weight = full.w_v.flatten(0, 1)
+    found = quantized.grams()
+    for part in (slice(0, 2), slice(2, 5)):
+        given = (quantized.x[part], full.attended[part], quantized.part(part), weight)
+        found.add_values(*given, stride=stride, first=7 + part.start)
+    goal = found.value_objective(quantized.w_o)
+    h_in = torch.zeros(KEY_HEADS, width, width, dtype=torch.float64)
+    drift = torch.zeros(KEY_HEADS, SIZE, width, dtype=torch.float64)
+    for s, x in enumerate(quantized.x):
+        a = causal_probabilities(quantized.seen, s, 0, 150).unflatten(1, (2, 150))[:, :, (7 + s) % stride :: stride]
+        wanted = full.attended[s].unflatten(-1, (KEY_HEADS, 2, SIZE)).permute(1, 2, 0, 3)
+        mixed = (a @ x).flatten(1, 2)
+        lacking = wanted[:, :, (7 + s) % stride :: stride].flatten(1, 2) - mixed @ full.w_v.transpose(1, 2)
+        h_in += mixed.transpose(1, 2) @ mixed
+        drift += lacking.transpose(1, 2) @ mixed
+    assert goal.drift is not None
+    for one, other in ((goal.h_in, h_in), (goal.drift, drift)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.abs().max()))
+
+
+def test_how_many_queries_are_left_out() -> None:
+    """As many as leave so many rows of A X, of all heads of the group, for each input channel."""
+    assert value_stride(128 * 512, 2, 256, 128) == 4
+    assert value_stride(128 * 512, 2, 256, 129) == 3  # what is left over is kept
+    assert value_stride(8 * 512, 2, 256, 128) == value_stride(128 * 512, 2, 256, 0) == 1
 
 
 @pytest.mark.parametrize("rope", [False, True], ids=["no-rope", "rope"])

@@ -99,7 +99,8 @@ def test_a_plain_pass_is_counted_exactly() -> None:
 
 
 @pytest.mark.parametrize("length", [64, 256])
-def test_stages_are_counted_as_they_run(length: int) -> None:
+def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotoboa.boa.refine.is_compiled", lambda tensor: False)  # where sweeps are products
     settings = Settings(3, starts=3, refine=4)
     sizes, found = real(settings, 2, length)
     counted = counting_solver.block(sizes, Plan(settings, 2, length, 2, Online(), references=True))
@@ -115,9 +116,10 @@ def test_stages_are_counted_as_they_run(length: int) -> None:
     assert exact["value statistics"] <= found["value statistics"] <= 2 * exact["value statistics"]
     solves = 4 * 15 * 4 * 256 * (6 + 2)  # n^2 c of a triangular solve, which torch does not count
     assert found["rows"] == exact["rows"] - solves
-    # Rounds in which nothing moves are left out; W_O^T W_O and the pull-back of H_out are not counted.
-    assert 0.8 * exact["refinement"] <= found["refinement"] <= exact["refinement"]
-    assert 0.8 * exact["starts"] <= found["starts"] <= exact["starts"]
+    # Rounds in which nothing moves are left out; W_O^T W_O and the pull-back of H_out are not counted. In torch's form
+    # of a sweep the sums over tied rows, counted as elements, are products.
+    assert 0.8 * exact["refinement"] <= found["refinement"] <= 1.1 * exact["refinement"]
+    assert 0.8 * exact["starts"] <= found["starts"] <= 1.1 * exact["starts"]
     assert exact["losses"] <= found["losses"] <= 1.1 * exact["losses"]
     assert found["references"] == pytest.approx(exact["references"], rel=0.01)
 
@@ -153,6 +155,8 @@ def test_values(length: int, window: int | None) -> None:
     grouped += 4 * 4 * 3 * seen + 2 * 2 * 2 * 3 * length * 5
     by_head += 2 * 2 * 4 * 3 * length * 5
     counted = counting.value_statistics(s, 3, length, window)
+    fewer = counting.value_statistics(s, 3, length, window, stride=3)
+    assert fewer.elements == counted.elements / 3 and counted.products / 3 <= fewer.products < counted.products
     assert counted.products == 3 * (2 * 4 * 3 * seen + min(grouped, by_head))
     assert counted.elements == 3 * counting.SOFTMAX * 4 * seen
 
