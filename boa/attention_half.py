@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,17 @@ from .rounding import LAYERWISE
 from .statistics import AttentionStatistics, InputStatistics, value_stride
 from .totals import Total
 from .workspace import Captured, Pending, Workspace, capture, layer_objective
+
+
+@contextmanager
+def _nothing_of(projection: nn.Module) -> Iterator[None]:
+    """Let a linear layer put out zeros, one number seen from everywhere, and compute nothing."""
+    rows = projection.get_parameter("weight").shape[0]
+    projection.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], rows)
+    try:
+        yield
+    finally:
+        del projection.forward
 
 
 class AttentionHalf(Workspace):
@@ -106,14 +118,16 @@ class AttentionHalf(Workspace):
         heads = bias.unflatten(0, (self.shape.key_heads, -1))
         return attended - heads.repeat_interleave(self.shape.query_heads // self.shape.key_heads, 0).flatten()
 
-    def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Seen:
-        """Queries, keys and values alone: the forward pass ends where attention would begin."""
+    def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform, *, values: bool = False) -> Seen:
+        """Queries, keys and, where asked for, values: the forward pass ends where attention would begin."""
 
         def stop(seen: Seen) -> None:
             raise Captured(seen)
 
+        unread = nullcontext() if values else _nothing_of(block.get_submodule(self.family.value))
         try:
-            self._attention(block, x, transform, stop)()
+            with unread:
+                self._attention(block, x, transform if values else replace(transform, value=None), stop)()
         except Captured as captured:
             seen: Seen = captured.value
             return seen
@@ -191,7 +205,7 @@ class AttentionHalf(Workspace):
         keys = values = None
         metric = torch.zeros(groups, *2 * [self.shape.head_dim], dtype=self.decoder.dtype, device=self.decoder.device)
         if x is not None:
-            query, key, value, *_ = self._meet(self.quantized, x, AttentionTransform(transform.rotation))
+            query, key, value, *_ = self._meet(self.quantized, x, AttentionTransform(transform.rotation), values=True)
             keys, values = (part.transpose(0, 1).flatten(1, 2) for part in (key, value))
             queries = query.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3)
             metric = queries.transpose(1, 2) @ queries
