@@ -163,7 +163,7 @@ def attention(s: Shape, sequences: float, length: int, window: int | None = None
 
 
 def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | None = None) -> dict[str, Work]:
-    """One pass through a block by part: `norms`, `qkv`, `attention`, `output`, `gate_up`, `down`, `router`.
+    """One pass through a block by part: `norms`, `qk`, `v`, `attention`, `output`, `gate_up`, `down`, `router`.
 
     Gate, up and down count each token once for each expert it goes to.
     """
@@ -172,7 +172,8 @@ def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | No
     hidden = moved(active * s.ffn, GLU) + sizes.inputs * linear(active, s.ffn, s.hidden)
     return {
         "norms": moved(tokens * s.hidden, NORM),
-        "qkv": linear(tokens, s.query_width + 2 * s.key_width, s.hidden),
+        "qk": linear(tokens, s.query_width + s.key_width, s.hidden),
+        "v": linear(tokens, s.key_width, s.hidden),
         "attention": attention(s, sequences, length, window),
         "output": linear(tokens, s.hidden, s.query_width) + moved(tokens * s.hidden, ADD),
         "gate_up": hidden,
@@ -181,8 +182,8 @@ def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | No
     }
 
 
-PLAIN = {"norms": 2, "qkv": 1, "attention": 1, "output": 1, "gate_up": 1, "down": 1, "router": 1}
-BOTH = {"norms": 7, "qkv": 3, "attention": 2, "output": 2, "gate_up": 2, "down": 2}
+PLAIN = {"norms": 2, "qk": 1, "v": 1, "attention": 1, "output": 1, "gate_up": 1, "down": 1, "router": 1}
+BOTH = {"norms": 7, "qk": 3, "v": 2, "attention": 2, "output": 2, "gate_up": 2, "down": 2}
 EXPERTS = BOTH | {"gate_up": 4, "down": 3, "router": 2}
 """How often each part runs: in a plain pass; in both streams of the quantizer (`BlockQuantizer.run`), where queries and
 keys of the quantized one are needed before and after they are quantized; and with experts, whose full-precision outputs
@@ -208,7 +209,7 @@ def streams(
     parts = parts_of_block(sizes, sequences, length, window)
     work = total(parts[name] * times for name, times in (EXPERTS if s.experts else BOTH).items())
     if sequential:
-        work += parts["qkv"] + parts["norms"]
+        work += parts["qk"] + parts["norms"]
     heads, active = s.query_heads + s.key_heads, tokens * sizes.routed
     if online.r3:
         work += 2 * hadamard(tokens * heads, s.head_dim)
