@@ -1,8 +1,8 @@
 """Columns one after another: compiled on the CPU, by Triton on CUDA, in torch operations elsewhere.
 
 All forms do the same operations in the same order, but for sums over the rows that H_out ties together and for what one
-block of columns does to those outside it. In the torch
-form a column is a handful of small operations, which on a GPU take longer to start than to run.
+block of columns does to those outside it. In the torch form a column is a handful of small operations, which on a GPU
+take longer to start than to run.
 `ROTOBOA_TRITON=0` in the environment leaves Triton out.
 """
 

@@ -236,7 +236,7 @@ class Plan:
     head: bool = False
     windows: int = 0
     baseline: bool = True
-    everyones: int | None = None  # samples of all ranks, where `samples` are those of one
+    all_samples: int | None = None  # samples of all ranks, where `samples` are those of one
 
     @classmethod
     def of(cls, recipe: Recipe, length: int, windows: int | None) -> Plan:
@@ -269,7 +269,7 @@ def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]
     """One block by stage."""
     s, settings, samples, length = sizes.shape, run.settings, run.samples, run.length
     stride = value_stride(
-        (run.everyones or samples) * length, s.query_heads // s.key_heads, s.hidden, settings.value_rows
+        (run.all_samples or samples) * length, s.query_heads // s.key_heads, s.hidden, settings.value_rows
     )
     found = {
         "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4),

@@ -98,7 +98,7 @@ def solving(p: Problem, run: Plan, machine: Machine, ranks: int) -> dict[str, fl
 def estimate(sizes: Sizes, run: Plan, machine: Machine, ranks: int = 1) -> dict[str, Estimate]:
     """A whole run by stage, `plain forward pass` and `evaluation` with it; `sums` and `results` are transfers."""
     samples, evaluated = (math.ceil(count / ranks) for count in (run.samples, run.windows))
-    share = replace(run, samples=samples, windows=evaluated, everyones=run.samples)
+    share = replace(run, samples=samples, windows=evaluated, all_samples=run.samples)
     ring = (ranks - 1) / ranks
     blocks = sizes.shape.blocks
 
