@@ -31,7 +31,7 @@ class ActivationProfile:
         self.before.add(index, site_inputs(compute, block, hidden))
         near = for_rotation(dict(tensors), compute.device)
         rotated = compute.block(index, rotations.rotate_block(near, compute.family, index))
-        turned = hidden if rotations.r1 is None else rotations.r1.apply(hidden)
+        turned = rotations.rotate_stream(hidden, compute.family)
         self.after.add(index, site_inputs(compute, rotated, turned, rotations))
 
     def tensors(self) -> dict[str, Tensor]:

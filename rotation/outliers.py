@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.decoder import Decoder
+from .hadamard import Hadamard
 from .rotate import Rotations
 
 SITES = ("qkv", "output", "gate_up", "down")
@@ -46,27 +47,35 @@ def site_inputs(
         decoder: runs the block.
         block: the block; folded and rotated where `rotations` are given.
         hidden: (batch, length, hidden), the residual stream at its start; not changed.
-        rotations: what runs online with a rotated block: R4, at the input of down.
+        rotations: those of a rotated block, whose online ones (R1 with post norms, R4) turn the inputs as it runs. R3
+            is left out: it changes nothing but queries and keys.
     """
     family = decoder.family
-    readers = {"qkv": family.query, "output": family.output, "gate_up": family.gate, "down": family.down}
-    modules = dict(block.named_modules())
+    read = {family.query: "qkv", family.output: "output", family.gate or family.up: "gate_up", family.down: "down"}
+    online: dict[str, Hadamard | None] = {}
+    if rotations is not None:
+        r1 = rotations.r1 if rotations.online_r1 else None
+        by_site = {"qkv": r1, "gate_up": r1, "down": rotations.r4}
+        online = {name: by_site.get(site) for name, site in family.sites.items()}
     found: dict[str, Tensor] = {}
 
-    def keep(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[site] = args[0]
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            rotation = online.get(name)
+            x = args[0] if rotation is None else rotation.apply(args[0])
+            if name in read:
+                found[read[name]] = x.reshape(*hidden.shape[:2], -1)  # OPT's MLP sees tokens without sequences
+            return x
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(keep(site)) for site, name in readers.items() if name in modules]
+    named = {*read, *online}
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in block.named_modules() if name in named]
     try:
-        decoder.run(block, hidden.to(decoder.device, decoder.dtype))  # its output, which R4 would spoil, is not used
+        decoder.run(block, hidden.to(decoder.device, decoder.dtype))
     finally:
         for handle in handles:
             handle.remove()
-    if rotations is not None and rotations.r4 is not None and "down" in found:
-        found["down"] = rotations.r4.apply(found["down"])
     return found
 
 

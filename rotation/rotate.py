@@ -129,6 +129,12 @@ class Rotations:
             head_bias=None if bias is None else head @ bias,
         )
 
+    def rotate_stream(self, hidden: Tensor, family: Family) -> Tensor:
+        """The residual stream (..., hidden) of the model as it is between two blocks of the rotated model."""
+        if self.r1 is None or self.online_r1:
+            return hidden
+        return self.r1.apply(hidden - hidden.mean(-1, keepdim=True) if family.layer_norm else hidden)
+
     def rotate_embedding(self, embedding: Tensor) -> Tensor:
         """(vocabulary, hidden) -> the same, in float64."""
         embedding = embedding.to(torch.float64)

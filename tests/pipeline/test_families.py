@@ -25,7 +25,11 @@ NAMES = [
     *("llama-biases", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"),
     *("mixtral", "qwen3_moe"),
 ]
-RECIPES = {"w4a4kv4": {}, "w2a16": {"weights.group_size": 16}}
+# The first as a user has it by default: with what the report's page shows.
+RECIPES: dict[str, dict[str, Any]] = {
+    "w4a4kv4": {"evaluation.report": True, "evaluation.references": True},
+    "w2a16": {"weights.group_size": 16},
+}
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
 
 
@@ -81,6 +85,7 @@ def test_run_save_and_load(
         recipe, {"model": str(checkpoints(name)), "output": tmp_path / "run", **SMALL, **RECIPES[recipe]}
     )
     report = rotoboa.quantize(settings)
+    assert (tmp_path / "run" / "report.html").is_file() == settings.evaluation.report
     (measured,) = report["perplexity"].values()
     assert all(math.isfinite(value) for value in measured.values())
     family, run = prepare(settings).decoder.family, RunFolder.open(tmp_path / "run")
