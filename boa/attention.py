@@ -67,6 +67,14 @@ class Seen(NamedTuple):
     softcap: float | None = None
 
 
+class _Ungrouped(nn.Module):
+    """Stands for an attention module whose key heads are as many as its query heads."""
+
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
 Recorder = Callable[[Seen], None]
 
 
@@ -100,6 +108,12 @@ def attention_forward(
         recorder(Seen(query, key, value, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
     if kwargs.get("softcap") is not None:
         return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
+    groups, prompt = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1
+    if groups > 1 and prompt and query.is_cuda and query.dtype == torch.float32:
+        # transformers would leave the groups to SDPA, whose one fused kernel for float32 on CUDA takes none: it would
+        # form all logits.
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        module = _Ungrouped(getattr(module, "is_causal", True))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

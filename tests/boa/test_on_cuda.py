@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from rotoboa.boa import kernels
-from rotoboa.boa.attention import NAME
+from rotoboa.boa.attention import NAME, attention_forward
 from rotoboa.boa.block import BlockQuantizer
 from rotoboa.boa.rounding import Settings
 from rotoboa.export.native import pack_block
@@ -194,6 +194,29 @@ def test_a_block_on_the_gpu_is_what_it_is_here(
             torch.testing.assert_close(there[name], tensor, rtol=1e-2, atol=1e-2)
         else:
             assert (there[name] == tensor).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_float32_attention_on_the_gpu_has_as_many_key_heads_as_query_heads(
+    dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused kernel for float32 takes no groups of heads, those for bfloat16 do."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, heads, 9, 8, generator=generator).to(dtype) for heads in (4, 2, 2))
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    expected, _ = attention_forward(module, query, key, value, None, dropout=0.0)
+    plain, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        given.append((query.shape[1] // key.shape[1], query.shape[1] // value.shape[1]))
+        return plain(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with PretendCuda():
+        found, _ = attention_forward(module, query.to(GPU), key.to(GPU), value.to(GPU), None, dropout=0.0)
+        assert given == [(groups, groups)]
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 def test_the_device_that_is_not_there_tells_devices_apart() -> None:
