@@ -1,6 +1,7 @@
 """What many tests stand on: a short text, small Llama checkpoints, and finished runs, made once a session."""
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
 
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -104,6 +106,31 @@ def save_llama() -> Callable[..., Path]:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two blocks: hidden 64, ffn 96, 4 query and 2 key heads of 16. Not to be changed."""
     return _save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def change_tensors() -> Callable[..., Path]:
+    """change_tensors(folder, change): what `change` makes of the tensors of a checkpoint in one file."""
+
+    def apply(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+        file = folder / "model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # of the file that is written
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        return folder
+
+    return apply
+
+
+@pytest.fixture(scope="session")
+def change_config() -> Callable[..., None]:
+    """change_config(folder, hidden_size=...): other values in the config.json of a checkpoint."""
+
+    def apply(folder: Path, **changes: Any) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return apply
 
 
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.

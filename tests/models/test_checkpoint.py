@@ -4,28 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import rotoboa
 from rotoboa.errors import InputError, RunError
-from rotoboa.models.checkpoint import INDEX, SINGLE, Checkpoint, fetch
+from rotoboa.models.checkpoint import INDEX, SINGLE, Checkpoint
 from rotoboa.models.decoder import Decoder
 
 Save = Callable[..., Path]
+Change = Callable[..., object]
 
 
 @pytest.fixture
@@ -42,17 +34,6 @@ def refusal(folder: Path) -> str:
     message = str(caught.value)
     assert str(folder) in message and message.endswith(".")
     return message
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def same_as_transformers(folder: Path) -> Checkpoint:
@@ -103,7 +84,7 @@ def test_files_of_another_name(copied: Path) -> None:
     )
 
 
-def test_frequencies_stored_by_old_checkpoints_are_left_out(copied: Path) -> None:
+def test_frequencies_stored_by_old_checkpoints_are_left_out(copied: Path, change_tensors: Change) -> None:
     # Llama 1 and 2 on the hub have them in every block.
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     change_tensors(copied, lambda tensors: tensors.update({name: torch.ones(8)}))
@@ -131,7 +112,7 @@ def test_a_run_unties_the_head(save_llama: Save, make_recipe: Callable[..., Any]
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_head_that_is_stored_goes_unread_where_the_config_ties_it(copied: Path) -> None:
+def test_a_head_that_is_stored_goes_unread_where_the_config_ties_it(copied: Path, change_config: Change) -> None:
     change_config(copied, tie_word_embeddings=True)
     checkpoint = Checkpoint(copied)
     checkpoint.check(Decoder(checkpoint.config).shapes)
@@ -189,14 +170,14 @@ def test_damaged_index(copied: Path, content: str) -> None:
     "name",
     ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.v_proj.weight"],
 )
-def test_missing_tensor(copied: Path, name: str) -> None:
+def test_missing_tensor(copied: Path, change_tensors: Change, name: str) -> None:
     change_tensors(copied, lambda tensors: tensors.pop(name))
     assert f"has no tensor {name}, which its config.json asks for: download it again" in refusal(copied)
     with pytest.raises(InputError, match=f"has no tensor {name}"):
         Checkpoint(copied).tensor(name)
 
 
-def test_unknown_tensor_of_a_block(copied: Path) -> None:
+def test_unknown_tensor_of_a_block(copied: Path, change_tensors: Change) -> None:
     name = "model.layers.0.self_attn.q_norm.weight"
     change_tensors(copied, lambda tensors: tensors.update({name: torch.ones(16)}))
     assert f"tensor {name} is unknown to the 'llama' architecture" in refusal(copied)
@@ -211,12 +192,12 @@ def test_unknown_tensor_of_a_block(copied: Path) -> None:
         ({"num_hidden_layers": 3}, "has no tensor model.layers.2."),
     ],
 )
-def test_config_of_other_sizes(copied: Path, changes: dict[str, Any], words: str) -> None:
+def test_config_of_other_sizes(copied: Path, change_config: Change, changes: dict[str, Any], words: str) -> None:
     change_config(copied, **changes)
     assert words in refusal(copied)
 
 
-def test_integers_are_no_full_precision(copied: Path) -> None:
+def test_integers_are_no_full_precision(copied: Path, change_tensors: Change) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(copied, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     assert f"tensor {name} is stored as I8: give the full-precision checkpoint" in refusal(copied)
@@ -224,7 +205,7 @@ def test_integers_are_no_full_precision(copied: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_nan_and_inf_are_named(copied: Path, name: str, value: float) -> None:
+def test_nan_and_inf_are_named(copied: Path, change_tensors: Change, name: str, value: float) -> None:
     change_tensors(copied, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
     checkpoint = Checkpoint(copied)
     with pytest.raises(RunError, match=f"model.safetensors: tensor {name} holds NaN or Inf"):
@@ -253,72 +234,18 @@ def test_damaged_config(copied: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"rope_parameters": {"rope_type": "unheard"}}, {"num_attention_heads": 0}])
-def test_config_of_no_model(copied: Path, changes: dict[str, Any]) -> None:
+def test_config_of_no_model(copied: Path, change_config: Change, changes: dict[str, Any]) -> None:
     change_config(copied, **changes)
     with pytest.raises(InputError, match=r"config\.json.*: download it again\.$"):
         Decoder(Checkpoint(copied).config)
 
 
 @pytest.mark.parametrize(("change", "kind"), [({"model_type": "gpt2"}, "gpt2"), ({"model_type": None}, "None")])
-def test_unsupported_architecture(copied: Path, change: dict[str, Any], kind: str) -> None:
+def test_unsupported_architecture(copied: Path, change_config: Change, change: dict[str, Any], kind: str) -> None:
     change_config(copied, **change)
     assert f"is a '{kind}' model, which is not supported; supported architectures: gemma2, " in refusal(copied)
 
 
-def test_quantized_already(copied: Path) -> None:
+def test_quantized_already(copied: Path, change_config: Change) -> None:
     change_config(copied, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "is quantized already: give the full-precision checkpoint" in refusal(copied)
-
-
-# -- the hub ----------------------------------------------------------------------------------------------------------
-
-
-# The part of a response that the hub's errors read, whichever HTTP library made it.
-RESPONSE: Any = SimpleNamespace(headers={}, request=None)
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (
-            GatedRepoError("403", response=RESPONSE),
-            "is gated: accept its licence on its model page, then set HF_TOKEN",
-        ),
-        (RepositoryNotFoundError("404", response=RESPONSE), "the hub has no model owner/name that you may read"),
-        (HfHubHTTPError("500", response=RESPONSE), r"could not be fetched .* \(HfHubHTTPError\): check"),
-        (LocalEntryNotFoundError("offline"), r"is not in the local cache \(LocalEntryNotFoundError\): check"),
-        (OfflineModeIsEnabled("offline"), r"is not in the local cache \(OfflineModeIsEnabled\): check"),
-        (ConnectionError("no route"), r"could not be fetched .* \(ConnectionError\): check the connection"),
-    ],
-)
-def test_errors_of_the_hub_are_one_sentence(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object, **options: object) -> str:
-        raise error
-
-    monkeypatch.setattr("rotoboa.models.checkpoint.snapshot_download", fail)
-    with pytest.raises(InputError, match=words) as caught:
-        fetch("owner/name", is_local=False)
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-@pytest.mark.parametrize("name", ["owner/two--dashes", "owner/ends.", f"owner/{'n' * 100}"])
-def test_names_that_the_hub_refuses(name: str) -> None:
-    with pytest.raises(InputError, match="is no id of a model on the hub"):
-        fetch(name, is_local=False)
-
-
-def test_a_local_folder_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delattr("rotoboa.models.checkpoint.snapshot_download")
-    assert fetch(str(tmp_path), is_local=True) == tmp_path
-
-
-def test_only_wanted_files_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(source: str, **options: Any) -> str:
-        asked.update(options, source=source)
-        return str(tmp_path)
-
-    monkeypatch.setattr("rotoboa.models.checkpoint.snapshot_download", download)
-    assert fetch("owner/name", is_local=False) == tmp_path
-    assert asked["source"] == "owner/name" and "*.bin" not in asked["allow_patterns"]

@@ -17,14 +17,8 @@ from rotoboa.pipeline.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 SaveLlama = Callable[..., Path]
+Change = Callable[..., Path]
 OFF = {"rotation.r1": False, "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
-
-
-def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def measured(report: dict[str, Any]) -> dict[str, float]:
@@ -64,11 +58,11 @@ def test_dtypes_mean_the_same(save_llama: SaveLlama, make_recipe: MakeRecipe, tm
 
 
 def test_a_checkpoint_whose_rotation_overflows_its_dtype_is_named(
-    save_llama: SaveLlama, make_recipe: MakeRecipe, tmp_path: Path
+    save_llama: SaveLlama, change_tensors: Change, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     model = save_llama(tmp_path / "model", dtype=torch.float16)
     name = "model.embed_tokens.weight"
-    changed(model, lambda tensors: tensors[name][5:6].fill_(60000.0))  # its norm is larger than any float16
+    change_tensors(model, lambda tensors: tensors[name][5:6].fill_(60000.0))  # its norm is larger than any float16
     recipe = make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run"})
     words = rf"tensor {name} does not fit into float16 once rotated: save it as bfloat16 or float32"
     with pytest.raises(RunError, match=words):
@@ -76,7 +70,9 @@ def test_a_checkpoint_whose_rotation_overflows_its_dtype_is_named(
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
-def test_dead_channels(save_llama: SaveLlama, make_recipe: MakeRecipe, tmp_path: Path, method: str) -> None:
+def test_dead_channels(
+    save_llama: SaveLlama, change_tensors: Change, make_recipe: MakeRecipe, tmp_path: Path, method: str
+) -> None:
     """Channels that are never active, in every kind of input, and a head whose keys are all zero."""
 
     def kill(tensors: dict[str, torch.Tensor]) -> None:
@@ -86,7 +82,7 @@ def test_dead_channels(save_llama: SaveLlama, make_recipe: MakeRecipe, tmp_path:
         tensors[f"{block}.mlp.up_proj.weight"][7] = 0  # read by down
         tensors[f"{block}.self_attn.k_proj.weight"][16:] = 0  # all of a key head
 
-    model = changed(save_llama(tmp_path / "model"), kill)
+    model = change_tensors(save_llama(tmp_path / "model"), kill)
     changes = {"model": str(model), "output": tmp_path / "run", "weights.method": method, **OFF}
     report = rotoboa.quantize(make_recipe("w4a16", changes))
     assert all(math.isfinite(value) for value in measured(report).values())
