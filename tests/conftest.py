@@ -275,7 +275,7 @@ def cheap_run(
     made: dict[str, Path] = {}
 
     def run(name: str, changes: dict[str, Any] | None = None, config: dict[str, Any] | None = None) -> Path:
-        key = repr((name, changes, config))
+        key = repr((name, *(sorted((part or {}).items()) for part in (changes, config))))
         if key not in made:
             folder = tmp_path_factory.mktemp("cheap")
             model = save_llama(folder / "llama", **config) if config else llama

@@ -27,6 +27,7 @@ from rotoboa.pipeline.verifying import run_logits, verify
 from rotoboa.rotation.hadamard import Hadamard
 
 Runs = Callable[..., Path]
+Opened = Callable[..., Finished]
 
 # Name: recipe, its changes, the difference of a logit that its dtype of scales allows (of logits that spread by 1.6).
 SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -59,21 +60,19 @@ assert "rotoboa" not in sys.modules
 """
 
 
-def opened(run: Path) -> Finished:
-    return Finished.open(run / "model", sorted((run / "blocks").iterdir()))
-
-
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
     return torch.randint(2, 2048, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def loaded(cheap_run: Runs, ids: Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+def loaded(
+    opened_run: Opened, ids: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Setting -> logits of stock transformers, which has not seen rotoboa, and of the run."""
     folder = tmp_path_factory.mktemp("exports")
     save_file({"ids": ids}, folder / "ids")
-    runs = {name: opened(cheap_run(recipe, changes)) for name, (recipe, changes, _) in SETTINGS.items()}
+    runs = {name: opened_run(recipe, changes) for name, (recipe, changes, _) in SETTINGS.items()}
     for name, run in runs.items():
         compressed_tensors.write(run, folder / name)
         inspect(folder / name)
@@ -144,16 +143,16 @@ def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int
     ],
 )  # fmt: skip
 def test_what_stock_readers_would_compute_wrongly_is_refused(
-    cheap_run: Runs, tmp_path: Path, recipe: str, changes: dict[str, Any], words: str
+    opened_run: Opened, tmp_path: Path, recipe: str, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        compressed_tensors.write(opened(cheap_run(recipe, changes)), tmp_path / "export")
+        compressed_tensors.write(opened_run(recipe, changes), tmp_path / "export")
     assert "\n" not in str(caught.value) and not (tmp_path / "export").exists()
 
 
 @pytest.fixture
-def broken(cheap_run: Runs, tmp_path: Path) -> Path:
-    compressed_tensors.write(opened(cheap_run("w4a16")), tmp_path / "export", shard_bytes=100_000)
+def broken(opened_run: Opened, tmp_path: Path) -> Path:
+    compressed_tensors.write(opened_run("w4a16"), tmp_path / "export", shard_bytes=100_000)
     inspect(tmp_path / "export")
     return tmp_path / "export"
 

@@ -19,14 +19,10 @@ from rotoboa.export.finished import Finished
 from rotoboa.export.gguf import permute, to_blocks
 from rotoboa.export.gguf_reader import inspect
 
-Runs = Callable[..., Path]
+Opened = Callable[..., Finished]
 SYMMETRIC = {"weights.symmetric": True}
 # head_dim 32, so that the attention width is a multiple of 32; ffn 80 is none, and is filled up to 96.
 NARROW = {"intermediate_size": 80}
-
-
-def opened(run: Path) -> Finished:
-    return Finished.open(run / "model", sorted((run / "blocks").iterdir()))
 
 
 def read(file: Path) -> tuple[GGUFReader, dict[str, Tensor]]:
@@ -73,9 +69,9 @@ def test_permuted_rows_under_neighbour_rope_give_the_attention_of_half_rope() ->
     ],
 )
 def test_file_holds_the_run_exactly(
-    cheap_run: Runs, tmp_path: Path, changes: dict[str, Any], config: Any, kind: GGMLQuantizationType
+    opened_run: Opened, tmp_path: Path, changes: dict[str, Any], config: Any, kind: GGMLQuantizationType
 ) -> None:
-    run = opened(cheap_run("w4a16", SYMMETRIC | changes, config))
+    run = opened_run("w4a16", SYMMETRIC | changes, config)
     gguf.write(run, tmp_path / "export")
     file = inspect(tmp_path / "export")
     assert file.name == f"model-{kind.name}.gguf"
@@ -111,8 +107,8 @@ def test_file_holds_the_run_exactly(
     assert len(tensors) == seen + 3
 
 
-def test_metadata(cheap_run: Runs, tmp_path: Path) -> None:
-    run = opened(cheap_run("w4a16", SYMMETRIC, NARROW))
+def test_metadata(opened_run: Opened, tmp_path: Path) -> None:
+    run = opened_run("w4a16", SYMMETRIC, NARROW)
     gguf.write(run, tmp_path / "export")
     reader = GGUFReader(inspect(tmp_path / "export"))
 
@@ -140,10 +136,10 @@ def test_metadata(cheap_run: Runs, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "export" / "config.json").read_text())["intermediate_size"] == 96
 
 
-def test_factors_of_llama3_rope_are_those_of_transformers(cheap_run: Runs) -> None:
+def test_factors_of_llama3_rope_are_those_of_transformers(opened_run: Opened) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}  # fmt: skip
-    run = opened(cheap_run("w4a16", SYMMETRIC, {"rope_parameters": rope}))
+    run = opened_run("w4a16", SYMMETRIC, {"rope_parameters": rope})
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](run.transformers_config(), "cpu")
@@ -165,10 +161,10 @@ def test_factors_of_llama3_rope_are_those_of_transformers(cheap_run: Runs) -> No
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(
-    cheap_run: Runs, tmp_path: Path, recipe: str, changes: dict[str, Any], config: Any, words: str
+    opened_run: Opened, tmp_path: Path, recipe: str, changes: dict[str, Any], config: Any, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        gguf.write(opened(cheap_run(recipe, changes, config)), tmp_path / "export")
+        gguf.write(opened_run(recipe, changes, config), tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
@@ -200,8 +196,8 @@ def test_pre_tokenizers_have_the_names_of_llama_cpp(steps: list[dict[str, Any]],
         gguf_metadata._pre_tokenizer({"pre_tokenizer": None, "model": {"type": "BPE", "byte_fallback": True}})
 
 
-def test_damaged_files_are_named(cheap_run: Runs, tmp_path: Path) -> None:
-    gguf.write(opened(cheap_run("w4a16", SYMMETRIC | {"weights.group_size": 32})), tmp_path)
+def test_damaged_files_are_named(opened_run: Opened, tmp_path: Path) -> None:
+    gguf.write(opened_run("w4a16", SYMMETRIC | {"weights.group_size": 32}), tmp_path)
     file = inspect(tmp_path)
     whole = file.read_bytes()
 

@@ -17,11 +17,7 @@ from rotoboa.export.finished import Finished
 from rotoboa.export.gptq import V1, V2, from_gptq, to_gptq
 from rotoboa.pipeline.verifying import run_logits
 
-Runs = Callable[..., Path]
-
-
-def opened(run: Path) -> Finished:
-    return Finished.open(run / "model", sorted((run / "blocks").iterdir()))
+Opened = Callable[..., Finished]
 
 
 def unpack_column(words: list[int], bits: int) -> list[int]:
@@ -93,9 +89,9 @@ def test_round_trip_through_the_description(bits: int, groups: int, version: str
     ],
 )
 def test_checkpoint_is_the_run(
-    cheap_run: Runs, tmp_path: Path, recipe: str, changes: dict[str, Any], version: str
+    opened_run: Opened, tmp_path: Path, recipe: str, changes: dict[str, Any], version: str
 ) -> None:
-    run = opened(cheap_run(recipe, changes))
+    run = opened_run(recipe, changes)
     gptq.write(run, tmp_path / "export", version=version)
     tensors = load_file(tmp_path / "export" / "model.safetensors")
     config = json.loads((tmp_path / "export" / "quantize_config.json").read_text())
@@ -127,17 +123,17 @@ def test_checkpoint_is_the_run(
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(
-    cheap_run: Runs, tmp_path: Path, recipe: str, changes: dict[str, Any], config: Any, version: str, words: str
+    opened_run: Opened, tmp_path: Path, recipe: str, changes: dict[str, Any], config: Any, version: str, words: str
 ) -> None:
-    run = opened(cheap_run(recipe, changes, config))
+    run = opened_run(recipe, changes, config)
     with pytest.raises(InputError, match=words):
         gptq.write(run, tmp_path / "export", version=version)
     assert not (tmp_path / "export").exists()
 
 
 @pytest.fixture
-def broken(cheap_run: Runs, tmp_path: Path) -> Path:
-    gptq.write(opened(cheap_run("w2a16", {"weights.group_size": 16})), tmp_path / "export")
+def broken(opened_run: Opened, tmp_path: Path) -> Path:
+    gptq.write(opened_run("w2a16", {"weights.group_size": 16}), tmp_path / "export")
     return tmp_path / "export"
 
 
