@@ -1,103 +1,28 @@
-"""What a person gets wrong is one sentence and exit code 2, and costs nothing; a run that fails is one and code 1."""
+"""What a person gets wrong is one sentence and exit code 2, and costs nothing."""
 
-import json
+from __future__ import annotations
+
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from typer.testing import CliRunner
 
-from rotoboa.boa.block import BlockQuantizer
 from rotoboa.models.checkpoint import SINGLE
-from rotoboa.pipeline.cli import app
 
-QUICK = ["--weights.grid", "minmax", "--weights.refine", "0", "--weights.starts", "1", "--weights.rows", "8"]
-SMALL = [
-    "--calibration.samples",
-    "2",
-    "--calibration.sequence_length",
-    "32",
-    "--evaluation.windows",
-    "2",
-    "--no-evaluation.report",
-]
+if TYPE_CHECKING:
+    from rotoboa.tests.pipeline.conftest import User
 
-Arguments = list[str | Path]
-
-
-class User:
-    """At the command line, with a small Llama, a text and an output folder that does not exist yet."""
-
-    def __init__(self, model: Path, text: Path, folder: Path) -> None:
-        self.model, self.text, self.output = model, text, folder / "run"
-
-    def arguments(self, *more: str | Path, model: str | Path | None = None) -> list[str]:
-        given: Arguments = [
-            *("quantize", "--model", model or self.model, "--output", self.output, *SMALL, *QUICK),
-            *("--calibration.dataset", self.text, "--evaluation.dataset", self.text, *more),
-        ]
-        return [str(argument) for argument in given]
-
-    def fails(self, code: int, *more: str | Path, model: str | Path | None = None) -> str:
-        """The one sentence on standard error."""
-        result = CliRunner().invoke(app, self.arguments(*more, model=model))
-        assert result.exit_code == code, result.output
-        assert result.stdout == ""
-        return sentence(result.stderr)
-
-    def refused(self, *more: str | Path, model: str | Path | None = None) -> str:
-        """The sentence, where nothing may be written."""
-        message = self.fails(2, *more, model=model)
-        assert not self.output.exists()
-        return message
-
-    def succeeds(self, *more: str | Path) -> None:
-        result = CliRunner().invoke(app, self.arguments(*more, "--quiet"))
-        assert result.exit_code == 0, result.output
-
-
-def sentence(stderr: str) -> str:
-    lines = stderr.splitlines()
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("error: ") and lines[0].endswith("."), stderr
-    assert "Traceback" not in stderr and "unexpected" not in stderr
-    return lines[0]
+Change = Callable[..., object]
 
 
 def files(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.fixture
-def user(llama: Path, text: Path, tmp_path: Path) -> User:
-    return User(llama, text, tmp_path)
-
-
-@pytest.fixture
-def copied(user: User, tmp_path: Path) -> Path:
-    """The user's own copy of the model, to be damaged."""
-    user.model = Path(shutil.copytree(user.model, tmp_path / "model"))
-    return user.model
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -161,7 +86,7 @@ def test_truncated_file(user: User, copied: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
 )
-def test_missing_tensor(user: User, copied: Path, name: str) -> None:
+def test_missing_tensor(user: User, copied: Path, change_tensors: Change, name: str) -> None:
     change_tensors(copied, lambda tensors: tensors.pop(name))
     assert f"has no tensor {name}, which its config.json asks for" in user.refused()
 
@@ -176,7 +101,7 @@ def test_missing_tensor(user: User, copied: Path, name: str) -> None:
         ({"rope_parameters": {"rope_type": "unheard"}}, "no model can be made of this config.json"),
     ],
 )
-def test_config(user: User, copied: Path, changes: dict[str, Any], words: str) -> None:
+def test_config(user: User, copied: Path, change_config: Change, changes: dict[str, Any], words: str) -> None:
     change_config(copied, **changes)
     assert words in user.refused()
 
@@ -284,76 +209,5 @@ def test_nothing_but_the_sentence_reaches_standard_error(user: User, copied: Pat
     command = [sys.executable, "-m", "rotoboa", *user.arguments()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert "has no tokenizer that can be read" in sentence(done.stderr)
+    assert "has no tokenizer that can be read" in user.sentence(done.stderr)
     assert not user.output.exists()
-
-
-# -- runs that fail ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
-        *("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"),
-        "model.layers.1.input_layernorm.weight",
-    ],
-)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_in_a_tensor_is_named(user: User, copied: Path, name: str, value: float) -> None:
-    change_tensors(copied, lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
-    assert f"{SINGLE}: tensor {name} holds NaN or Inf" in user.fails(1, "--quiet")
-
-
-def test_a_block_that_overflows_is_named_and_the_finished_ones_stay(user: User, copied: Path) -> None:
-    # Finite, but its products are not.
-    name = "model.layers.1.self_attn.q_proj.weight"
-    change_tensors(copied, lambda tensors: tensors[name].fill_(3e38))
-    message = user.fails(1, "--quiet", "--no-rotation.r1", "--no-rotation.r2")
-    assert "block 1, self_attn.q_proj, self_attn.k_proj: what weighs its outputs holds NaN or Inf" in message
-    assert "look for NaN, Inf or huge values in the checkpoint" in message
-    manifest = json.loads((user.output / "manifest.json").read_text())
-    assert [block["index"] for block in manifest["blocks"]] == [0] and "finished" not in manifest
-    assert (user.output / "blocks" / "00000.safetensors").is_file()
-
-
-def test_a_run_that_fails_goes_on_once_the_cause_is_gone(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = BlockQuantizer.run
-    calls = []
-
-    def failing(self: BlockQuantizer, full: Tensor, quantized: Tensor) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        run(self, full, quantized)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockQuantizer, "run", failing)
-        message = user.fails(1, "--quiet")
-    assert (
-        f"the run in {user.output} failed: CUDA out of memory. Tried to allocate; the same command goes on" in message
-    )
-    first = (user.output / "blocks" / "00000.safetensors").stat().st_mtime_ns
-    user.succeeds()
-    assert (user.output / "blocks" / "00000.safetensors").stat().st_mtime_ns == first
-
-
-def test_a_full_disk_while_it_runs(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("rotoboa.pipeline.run.write_tensors", full)
-    assert "failed: [Errno 28] No space left on device; the same command goes on" in user.fails(1, "--quiet")
-
-
-def test_a_damaged_block_of_an_unfinished_run(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.delattr("rotoboa.pipeline.stages.write_native")
-        result = CliRunner().invoke(app, user.arguments("--quiet"))
-    assert result.exit_code == 1
-    (user.output / "blocks" / "00001.safetensors").write_bytes(b"")
-    message = user.fails(2, "--quiet")
-    assert (
-        f"00001.safetensors is missing or damaged (its checksum differs): remove {user.output} and start again"
-        in message
-    )

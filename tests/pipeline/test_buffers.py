@@ -17,6 +17,7 @@ import torch
 import rotoboa
 from rotoboa.errors import RunError
 from rotoboa.pipeline import buffers as module
+from rotoboa.pipeline import stages
 from rotoboa.pipeline.buffers import Buffers, free_memory, trim
 from rotoboa.pipeline.job import activation_bytes, prepare
 from rotoboa.pipeline.recipe import Recipe, build_recipe
@@ -166,14 +167,9 @@ def test_experts_in_files_end_with_the_same_bytes(
 
 
 def test_unfinished_runs_go_on_with_other_memory(
-    llama: Path, make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, make_recipe: Callable[..., Recipe], interrupted: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "run"})
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "rotoboa.pipeline.stages.write_native", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            rotoboa.quantize(recipe)
+    interrupted(recipe, stages, "write_native")
     rotoboa.quantize(recipe.model_copy(update={"memory": 0}))
     assert json.loads((tmp_path / "run" / "report.json").read_text())["parts"] == 2

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 import rotoboa
 from rotoboa.boa.block import BlockQuantizer
@@ -21,7 +20,7 @@ SHORT = {"weights.iterations": 8, "weights.learning_rate": 0.1, "weights.bits": 
 
 @pytest.mark.parametrize("method", ["adaround", "aespa", "brecq"])
 def test_interrupted_after_a_block(
-    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    llama: Path, make_recipe: MakeRecipe, interrupted: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
     def recipe(name: str) -> Recipe:
         changes = {"model": str(llama), "output": tmp_path / name, "weights.method": method, **SHORT}
@@ -29,18 +28,7 @@ def test_interrupted_after_a_block(
 
     report = rotoboa.quantize(recipe("whole"))
     assert report["recipe"]["weights"]["method"] == method
-    original, calls = BlockQuantizer.run, [0]
-
-    def interrupt(solver: BlockQuantizer, full: Tensor, quantized: Tensor) -> None:
-        calls[0] += 1
-        if calls[0] == 2:
-            raise KeyboardInterrupt
-        original(solver, full, quantized)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockQuantizer, "run", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            rotoboa.quantize(recipe("parts"))
+    interrupted(recipe("parts"), BlockQuantizer, "run", call=2)
     rotoboa.quantize(recipe("parts"))
     for file in ("blocks/00000.safetensors", "blocks/00001.safetensors"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

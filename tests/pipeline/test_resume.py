@@ -20,6 +20,7 @@ from rotoboa.pipeline.cli import app
 from rotoboa.pipeline.recipe import Recipe, recipe_to_yaml
 
 MakeRecipe = Callable[..., Recipe]
+Interrupted = Callable[..., Path]
 KILLS = 24
 TIMINGS = ("seconds", "stages", "plain_forward_seconds", "peak_memory_bytes", "parts")
 
@@ -61,20 +62,6 @@ def content(run: Path) -> dict[str, Any]:
     return found
 
 
-def interrupted(recipe: Recipe, where: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended when it reached a function of `stages`."""
-
-    def interrupt(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, where, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            rotoboa.quantize(recipe)
-    assert recipe.output is not None
-    return recipe.output
-
-
 def test_killed_at_random(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     given = [tmp_path / name for name in ("recipe.yaml", "whole", "killed")]
@@ -92,9 +79,11 @@ def test_killed_at_random(recipe: Recipe, tmp_path: Path) -> None:
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_what_is_done_is_not_done_again(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_not_done_again(
+    recipe: Recipe, tmp_path: Path, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "whole"}))
-    run = interrupted(recipe, "shared_ends", monkeypatch)  # exported, not yet evaluated
+    run = interrupted(recipe, stages, "shared_ends")  # exported, not yet evaluated
     first = json.loads((run / "manifest.json").read_text())
     assert first["parts"] == 1 and first["seconds"]["quantize"] > 0
     for function in ("plain_forward", "_quantize_blocks", "write_native"):
@@ -107,8 +96,8 @@ def test_what_is_done_is_not_done_again(recipe: Recipe, tmp_path: Path, monkeypa
     assert content(run) == content(tmp_path / "whole")
 
 
-def test_time_and_memory_of_all_parts_count(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = interrupted(recipe, "write_native", monkeypatch)
+def test_time_and_memory_of_all_parts_count(recipe: Recipe, interrupted: Interrupted) -> None:
+    run = interrupted(recipe, stages, "write_native")
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["seconds"] = {"text": 1000.0, "quantize": 2000.0, "total": 4000.0}
     manifest["peak_memory_bytes"] = {"host": 2**50}
@@ -120,10 +109,10 @@ def test_time_and_memory_of_all_parts_count(recipe: Recipe, monkeypatch: pytest.
 
 
 def test_a_model_folder_that_was_damaged_is_written_again(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, interrupted: Interrupted
 ) -> None:
     rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "whole"}))
-    run = interrupted(recipe, "perplexities", monkeypatch)
+    run = interrupted(recipe, stages, "perplexities")
     file = run / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x77")
     rotoboa.quantize(recipe)
@@ -133,10 +122,10 @@ def test_a_model_folder_that_was_damaged_is_written_again(
 # -- what has changed is named ----------------------------------------------------------------------------------------
 
 
-def test_a_changed_checkpoint_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_checkpoint_is_named(recipe: Recipe, tmp_path: Path, interrupted: Interrupted) -> None:
     copy = Path(shutil.copytree(recipe.model, tmp_path / "model"))
     recipe = recipe.model_copy(update={"model": str(copy)})
-    run = interrupted(recipe, "write_native", monkeypatch)
+    run = interrupted(recipe, stages, "write_native")
     shard = max(copy.glob("model-*.safetensors"))
     state, whole = shard.stat(), shard.read_bytes()
     tensors = {name: tensor.clone() for name, tensor in load_file(shard).items()}
@@ -152,25 +141,27 @@ def test_a_changed_checkpoint_is_named(recipe: Recipe, tmp_path: Path, monkeypat
     assert json.loads((run / "manifest.json").read_text())["finished"]
 
 
-def test_unchanged_files_are_not_read_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(recipe, "write_native", monkeypatch)
+def test_unchanged_files_are_not_read_again(
+    recipe: Recipe, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(recipe, stages, "write_native")
     monkeypatch.setattr("rotoboa.pipeline.job.checksum", lambda file: pytest.fail(f"{file} was read"))
     rotoboa.quantize(recipe)
 
 
 @pytest.mark.parametrize("part", ["calibration", "evaluation"])
-def test_a_changed_text_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_a_changed_text_is_named(recipe: Recipe, tmp_path: Path, interrupted: Interrupted, part: str) -> None:
     text = Path(shutil.copy(str(recipe.calibration.dataset), tmp_path / "mine.txt"))
     section = getattr(recipe, part).model_copy(update={"dataset": str(text) if part == "calibration" else (str(text),)})
     recipe = recipe.model_copy(update={part: section})
-    interrupted(recipe, "write_native", monkeypatch)
+    interrupted(recipe, stages, "write_native")
     text.write_text("import this\n" + text.read_text())
     with pytest.raises(InputError, match=rf"holds another run, with other text\.{part}[^:]*: give another --output"):
         rotoboa.quantize(recipe)
 
 
-def test_a_damaged_block_is_named_before_any_work(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = interrupted(recipe, "write_native", monkeypatch)
+def test_a_damaged_block_is_named_before_any_work(recipe: Recipe, interrupted: Interrupted) -> None:
+    run = interrupted(recipe, stages, "write_native")
     file = run / "blocks" / "00001.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -185,9 +176,9 @@ def test_a_damaged_block_is_named_before_any_work(recipe: Recipe, monkeypatch: p
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_resume_takes_the_recipe_of_the_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_takes_the_recipe_of_the_run(recipe: Recipe, tmp_path: Path, interrupted: Interrupted) -> None:
     rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "whole"}))
-    run = interrupted(recipe, "write_native", monkeypatch)
+    run = interrupted(recipe, stages, "write_native")
     moved = run.rename(tmp_path / "moved")
 
     def resume(*more: str) -> Any:

@@ -1,42 +1,27 @@
-"""Whole runs, small: what they report, that they repeat bit for bit, and that a killed one ends like any other."""
+"""Whole runs, small: what they report and leave, what is measured of them again, and the text they need."""
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rotoboa
-from rotoboa.boa.block import BlockQuantizer
 from rotoboa.errors import InputError
 from rotoboa.export.memory import model_bytes
-from rotoboa.export.packing import packed_width
-from rotoboa.pipeline import evaluating, stages
+from rotoboa.pipeline import evaluating
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
-from rotoboa.pipeline.run import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
+ModelFiles = Callable[[Path], dict[str, bytes]]
+Finished = tuple[Path, Recipe, dict[str, Any]]
 EVALUATED = ("full precision", "rtn", "quantized")
-
-
-def model_files(run: Path) -> dict[str, bytes]:
-    """What a run computed: the blocks and the model folder."""
-    return {
-        str(file.relative_to(run)): file.read_bytes()
-        for folder in ("blocks", "model")
-        for file in sorted((run / folder).iterdir())
-    }
 
 
 def perplexities(report: dict[str, Any]) -> dict[str, float]:
@@ -44,33 +29,11 @@ def perplexities(report: dict[str, Any]) -> dict[str, float]:
     return dict(measured)
 
 
-@pytest.fixture(scope="session")
-def finished(
-    llama: Path, make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and report of a finished w4a4kv4 run of the small Llama. Its folder is not to be changed."""
-    output = tmp_path_factory.mktemp("runs") / "run"
-    recipe = make_recipe("w4a4kv4", {"model": str(llama), "output": output})
-    return recipe, rotoboa.quantize(recipe)
-
-
-def output_of(recipe: Recipe) -> Path:
-    assert recipe.output is not None
-    return recipe.output
-
-
-def written(recipe: Recipe, blocks: int) -> list[int]:
-    """When each of the first `blocks` was written."""
-    folder = output_of(recipe) / "blocks"
-    return [(folder / f"{index:05}.safetensors").stat().st_mtime_ns for index in range(blocks)]
-
-
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_report(finished: tuple[Recipe, dict[str, Any]], text: Path, llama: Path) -> None:
-    recipe, report = finished
-    run = output_of(recipe)
+def test_report(finished: Finished, text: Path, llama: Path) -> None:
+    run, recipe, report = finished
     assert json.loads((run / "report.json").read_text()) == report
     assert report["perplexity"].keys() == {str(text)}
     measured = perplexities(report)
@@ -102,9 +65,8 @@ def test_report(finished: tuple[Recipe, dict[str, Any]], text: Path, llama: Path
     assert report["python"] and report["device"]
 
 
-def test_run_folder(finished: tuple[Recipe, dict[str, Any]]) -> None:
-    recipe, _ = finished
-    run = output_of(recipe)
+def test_run_folder(finished: Finished) -> None:
+    run, recipe, _ = finished
     found = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     assert found == {
         *("manifest.json", "recipe.yaml", "report.json"),
@@ -122,248 +84,48 @@ def test_run_folder(finished: tuple[Recipe, dict[str, Any]]) -> None:
         assert all(0 <= layer["loss"] < 1 for layer in block["layers"].values())
 
 
-def test_the_model_folder_has_the_measured_perplexity(
-    finished: tuple[Recipe, dict[str, Any]], llama: Path, text: Path
-) -> None:
-    recipe, report = finished
+def test_the_model_folder_has_the_measured_perplexity(finished: Finished, llama: Path, text: Path) -> None:
+    run, _, report = finished
     windows = evaluation_tokens(AutoTokenizer.from_pretrained(llama), load_texts(str(text), "evaluation"), 64, 4)
-    model, _ = rotoboa.load(output_of(recipe), dtype=torch.float32)
+    model, _ = rotoboa.load(run, dtype=torch.float32)
     with torch.no_grad():
         loss = float(model(windows, labels=windows).loss)
     assert math.exp(loss) == pytest.approx(perplexities(report)["quantized"], rel=1e-4)
 
 
 def test_evaluating_again_gives_the_figures_of_the_report(
-    finished: tuple[Recipe, dict[str, Any]], tmp_path: Path, text: Path
+    finished: Finished, model_files: ModelFiles, tmp_path: Path, text: Path
 ) -> None:
-    recipe, report = finished
-    before = model_files(output_of(recipe))
-    again = evaluating.evaluate(output_of(recipe))
+    run, _, report = finished
+    before = model_files(run)
+    again = evaluating.evaluate(run)
     assert all(again[name] == report[name] for name in ("perplexity", "divergence", "sizes"))
-    fewer = evaluating.evaluate(output_of(recipe), windows=2)
+    fewer = evaluating.evaluate(run, windows=2)
     assert perplexities(fewer)["quantized"] != perplexities(report)["quantized"]
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
-    assert list(evaluating.evaluate(output_of(recipe), dataset=str(other))["perplexity"]) == [str(other)]
+    assert list(evaluating.evaluate(run, dataset=str(other))["perplexity"]) == [str(other)]
     for both in (f"{text}, {other}", [str(text), str(other)]):
-        found = evaluating.evaluate(output_of(recipe), dataset=both)
+        found = evaluating.evaluate(run, dataset=both)
         assert list(found["perplexity"]) == list(found["divergence"]) == [str(text), str(other)]
         assert found["perplexity"][str(text)] == report["perplexity"][str(text)]
         assert found["tokens"] == {"evaluation": {str(text): [4, 64], str(other): [4, 64]}}
         assert "evaluate quantized" in found["seconds"]
-    longer = evaluating.evaluate(output_of(recipe), sequence_length=128)
+    longer = evaluating.evaluate(run, sequence_length=128)
     assert perplexities(longer)["full_precision"] != perplexities(report)["full_precision"]
-    assert model_files(output_of(recipe)) == before
+    assert model_files(run) == before
 
 
-def test_what_evaluate_refuses(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
-    recipe, _ = finished
+def test_what_evaluate_refuses(finished: Finished, tmp_path: Path) -> None:
+    run, *_ = finished
     with pytest.raises(InputError, match="--sequence-length 257 is more than the 256 positions"):
-        evaluating.evaluate(output_of(recipe), sequence_length=257)
+        evaluating.evaluate(run, sequence_length=257)
     with pytest.raises(InputError, match="is no run folder"):
         evaluating.evaluate(tmp_path)
-    copy = Path(shutil.copytree(output_of(recipe), tmp_path / "copy"))
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "blocks" / "00001.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"00001\.safetensors is missing or damaged"):
         evaluating.evaluate(copy)
-
-
-# -- what comes out ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def two_bits(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Perplexities of the embedded model in 2 bits, with the settings that are the default."""
-    changes = {"output": tmp_path_factory.mktemp("runs") / "run", "calibration.samples": 16, "weights.grid": "diagonal"}
-    return perplexities(rotoboa.quantize(make_recipe("w2a16", changes)))
-
-
-def test_two_bits_are_better_than_rounding_to_nearest(two_bits: dict[str, float]) -> None:
-    assert two_bits["full_precision"] < two_bits["quantized"] < two_bits["rtn"]
-
-
-@pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
-@pytest.mark.parametrize(("bits", "group"), [(2, 8), (2, None), (3, 16), (4, 32), (8, None)])
-def test_methods_bits_and_groups(
-    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, method: str, bits: int, group: int | None
-) -> None:
-    changes = {
-        "weights.method": method,
-        "weights.bits": bits,
-        "weights.group_size": group,
-        "evaluation.baseline": False,
-    }
-    report = rotoboa.quantize(make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "run", **changes}))
-    measured = perplexities(report)
-    assert list(measured) == ["full_precision", "quantized"] and "evaluate rtn" not in report["seconds"]
-    (divergence,) = report["divergence"].values()
-    assert list(divergence) == ["kl", "top1"]
-    if bits == 8:
-        assert measured["quantized"] == pytest.approx(measured["full_precision"], rel=0.02)
-        assert divergence["kl"] < 0.01 and divergence["top1"] > 0.9
-    tensors = load_file(tmp_path / "run" / "blocks" / "00001.safetensors")
-    assert tensors["mlp.down_proj.qweight"].shape == (64, packed_width(96, bits))
-    assert tensors["mlp.down_proj.scale"].shape == tensors["mlp.down_proj.zero"].shape == (64, 96 // (group or 96))
-    assert tensors["mlp.down_proj.scale"].dtype == torch.float16
-    assert int(tensors["mlp.down_proj.zero"].max()) < 2**bits
-    with torch.no_grad():
-        assert rotoboa.load(tmp_path / "run")[0](torch.arange(20)[None]).logits.isfinite().all()
-
-
-def test_losses_fall_with_bits_and_methods(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    def loss(method: str, bits: int) -> float:
-        output = tmp_path / f"{method}{bits}"
-        changes = {"weights.method": method, "weights.bits": bits, "model": str(llama), "output": output}
-        rotoboa.quantize(make_recipe("w4a16", changes))
-        first = json.loads((output / "manifest.json").read_text())["blocks"][0]["layers"]
-        return float(first["self_attn.q_proj"]["loss"])
-
-    losses = {(method, bits): loss(method, bits) for method in ("rtn", "gptq", "boa") for bits in (2, 4)}
-    for method in ("rtn", "gptq", "boa"):
-        assert 0 < losses[method, 4] < losses[method, 2] < 1
-    for bits in (2, 4):
-        assert losses["boa", bits] < losses["gptq", bits] < losses["rtn", bits]
-
-
-def test_symmetric_grids_have_their_zero_in_the_middle(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    changes = {"weights.symmetric": True, "weights.bits": 3, "model": str(llama), "output": tmp_path}
-    rotoboa.quantize(make_recipe("w4a16", changes))
-    tensors = load_file(tmp_path / "blocks" / "00000.safetensors")
-    assert all((tensor == 4).all() for name, tensor in tensors.items() if name.endswith("zero"))
-
-
-# -- the same bytes ---------------------------------------------------------------------------------------------------
-
-
-def test_two_runs_are_the_same_bytes(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
-    recipe, report = finished
-    again = rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "run"}))
-    assert model_files(tmp_path / "run") == model_files(output_of(recipe))
-    assert again["perplexity"] == report["perplexity"]
-
-
-def test_seeds_matter(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
-    recipe, _ = finished
-    ours = model_files(output_of(recipe))["blocks/00001.safetensors"]
-    for section in ("rotation", "calibration"):
-        part = getattr(recipe, section).model_copy(update={"seed": 1})
-        output = tmp_path / section
-        rotoboa.quantize(recipe.model_copy(update={"output": output, section: part}))
-        assert model_files(output)["blocks/00001.safetensors"] != ours
-
-
-@pytest.mark.parametrize("moment", ["first block", "second block", "block written", "export", "evaluation"])
-def test_an_interrupted_run_ends_with_the_same_bytes(
-    finished: tuple[Recipe, dict[str, Any]], tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, report = finished
-    recipe = recipe.model_copy(update={"output": tmp_path / "run"})
-    calls = 0
-
-    def interrupt(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    def second_call(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return interrupt() if calls == 2 else original(*arguments, **options)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        if moment == "first block":
-            patch.setattr(BlockQuantizer, "run", interrupt)
-        elif moment == "second block":
-            patch.setattr(BlockQuantizer, "_mlp_half", second_call(BlockQuantizer._mlp_half))
-        elif moment == "block written":
-            # The block's file is there, its line in the manifest is not.
-            save = RunFolder.save
-            patch.setattr(
-                RunFolder, "save", lambda self: interrupt() if len(self.manifest["blocks"]) == 2 else save(self)
-            )
-        elif moment == "export":
-            patch.setattr(stages, "write_native", interrupt)
-        else:
-            patch.setattr(stages, "perplexities", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            rotoboa.quantize(recipe)
-    done = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert "finished" not in done
-    assert len(done["blocks"]) == {"first block": 0, "second block": 1, "block written": 1}.get(moment, 2)
-    assert not (tmp_path / "run" / "report.json").exists()
-    kept = written(recipe, len(done["blocks"]))
-    resumed = rotoboa.quantize(recipe)
-    assert model_files(tmp_path / "run") == model_files(output_of(finished[0]))
-    assert resumed["perplexity"] == report["perplexity"]
-    assert written(recipe, len(done["blocks"])) == kept  # not made again
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"weights.bits": 2, "weights.group_size": 16, "weights.starts": 3},
-        {"weights.bits": 3, "weights.symmetric": True, "weights.grid": "hessian"},
-        {"weights.method": "rtn", "activations.bits": 4},
-        {"weights.drift": False, "weights.sequential": False, "rotation.r4": True},
-    ],
-)
-def test_other_settings_interrupted(
-    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "whole", **changes})
-    whole = rotoboa.quantize(recipe)
-    recipe = recipe.model_copy(update={"output": tmp_path / "parts"})
-    write = RunFolder.write_block
-
-    def interrupt(self: RunFolder, index: int, *rest: Any) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-        write(self, index, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_block", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            rotoboa.quantize(recipe)
-    assert rotoboa.quantize(recipe)["perplexity"] == whole["perplexity"]
-    assert model_files(tmp_path / "parts") == model_files(tmp_path / "whole")
-
-
-def test_a_killed_process_ends_with_the_same_bytes(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
-    recipe, _ = finished
-    recipe = recipe.model_copy(update={"output": tmp_path / "run"})
-    code = (
-        "import os, signal, sys\n"
-        "import rotoboa\n"
-        "from rotoboa.pipeline.recipe import build_recipe, load_recipe\n"
-        "from rotoboa.pipeline import run, stages\n"
-        "write = run.write_tensors\n"
-        "def killed(path, tensors):\n"
-        "    if path.name.startswith('00001'):\n"
-        "        path.with_name('.' + path.name + '.tmp').write_bytes(b'half of it')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write(path, tensors)\n"
-        "run.write_tensors = killed\n"
-        "stages.quantize(build_recipe(load_recipe(sys.argv[1]), {'output': sys.argv[2]}))\n"
-    )
-    source = output_of(finished[0]) / "recipe.yaml"
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "run")]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are in another order with another number
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == 1
-    rotoboa.quantize(recipe)
-    assert model_files(tmp_path / "run") == model_files(output_of(finished[0]))
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-
-
-def test_a_finished_run_is_refused(finished: tuple[Recipe, dict[str, Any]]) -> None:
-    recipe, _ = finished
-    before = model_files(output_of(recipe))
-    with pytest.raises(InputError, match="holds this very run, finished: see it with `rotoboa inspect"):
-        rotoboa.quantize(recipe)
-    assert model_files(output_of(recipe)) == before
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -75,23 +75,13 @@ def _content(run: Path) -> dict[str, Any]:
 
 
 def test_resume_ends_with_the_same_bytes(
-    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, make_recipe: MakeRecipe, interrupted: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Stopped after its first block: the second has the streams that the scales of the first have gone through."""
     recipe = make_recipe("w2a16", {"model": str(llama), "weights.zfold": True, "evaluation.baseline": False})
     whole, stopped = (recipe.model_copy(update={"output": tmp_path / name}) for name in ("whole", "stopped"))
     rotoboa.quantize(whole)
-    write = RunFolder.write_block
-
-    def once(self: RunFolder, index: int, *arguments: Any) -> None:
-        if index:
-            raise KeyboardInterrupt
-        write(self, index, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_block", once)
-        with pytest.raises(KeyboardInterrupt):
-            rotoboa.quantize(stopped)
+    interrupted(stopped, RunFolder, "write_block", call=2)
     assert rotoboa.quantize(stopped)["parts"] == 2
     assert _content(tmp_path / "stopped") == _content(tmp_path / "whole")
 
