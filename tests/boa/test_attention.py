@@ -10,16 +10,14 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from rotoboa.boa.attention import Seen, attention_forward, capped_attention, causal_probabilities
 
+from .problems import random
+
 BATCH, HEADS, GROUPS, LENGTH, SIZE = 2, 4, 2, 17, 8
 
 
-def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def _inputs(length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
-    query = 2 * _random(BATCH, HEADS, length, SIZE, seed=0)
-    return query, 2 * _random(BATCH, GROUPS, LENGTH, SIZE, seed=1), _random(BATCH, GROUPS, LENGTH, SIZE, seed=2)
+    query = 2 * random(BATCH, HEADS, length, SIZE, seed=0)
+    return query, 2 * random(BATCH, GROUPS, LENGTH, SIZE, seed=1), random(BATCH, GROUPS, LENGTH, SIZE, seed=2)
 
 
 def _mask(window: int | None) -> Tensor:

@@ -7,9 +7,7 @@ from torch import Tensor
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.clipping import RATIOS, search_clip
 
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from .problems import random
 
 
 def _cost(quantizer: DynamicQuantizer, x: Tensor, reader: Tensor) -> float:
@@ -24,7 +22,7 @@ def _cost(quantizer: DynamicQuantizer, x: Tensor, reader: Tensor) -> float:
 def test_least_error_of_what_reads_it(heads: int | None, bits: int, symmetric: bool) -> None:
     batch = () if heads is None else (heads,)
     for seed in range(3):
-        x, reader = _random(*batch, 40, 16, seed=seed) ** 3, _random(*batch, 8, 16, seed=seed + 10)
+        x, reader = random(*batch, 40, 16, seed=seed) ** 3, random(*batch, 8, 16, seed=seed + 10)
         chosen = search_clip(DynamicQuantizer(bits, symmetric, 0.5), x, reader.transpose(-1, -2) @ reader)
         assert (chosen.bits, chosen.symmetric) == (bits, symmetric)
         costs = {ratio: _cost(DynamicQuantizer(bits, symmetric, ratio), x, reader) for ratio in RATIOS}
@@ -33,7 +31,7 @@ def test_least_error_of_what_reads_it(heads: int | None, bits: int, symmetric: b
 
 def test_metric_matters() -> None:
     """Only one channel is read: an outlier in it must be kept whole, and an outlier elsewhere given up."""
-    x = _random(50, 16) * 0.1
+    x = random(50, 16) * 0.1
     x[:, 0] = 5
     metric = torch.zeros(16, 16, dtype=torch.float64)
     metric[0, 0] = 1

@@ -5,18 +5,14 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa import kernels
-from rotoboa.boa.objective import Objective, damp, inverse_factor
+from rotoboa.boa.objective import Objective, inverse_factor
 from rotoboa.boa.refine import sweep
+
+from .problems import damped_gram, random
 
 
 def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _gram(batch: int, size: int, seed: int) -> Tensor:
-    x = _random(batch, 2 * size, size, seed=seed)
-    x = x + 0.5 * x[..., :1]
-    return damp(x.transpose(1, 2) @ x, 0.01)
+    return random(*shape, seed=seed, dtype=torch.float32)
 
 
 def _in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +25,7 @@ def test_rounding_is_the_same_to_the_last_bit(
     monkeypatch: pytest.MonkeyPatch, batch: int, rows: int, width: int, threads: int
 ) -> None:
     block = _random(batch, rows, width, seed=1)
-    upper = inverse_factor(_gram(batch, width, 2)).float()
+    upper = inverse_factor(damped_gram(batch, width, 2)).float()
     scale = _random(batch, rows, width, seed=3).abs() * 0.2 + 0.3
     zero = _random(batch, rows, width, seed=4).round().clamp(-1, 1) + 2
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -49,8 +45,8 @@ def test_rounding_is_the_same_to_the_last_bit(
 def test_descent_is_the_same(monkeypatch: pytest.MonkeyPatch, tied: bool, shared: bool, threads: int) -> None:
     """Independent rows to the last bit; tied ones but for the order of sums over rows."""
     heads, rows, width = 5, 16, 128
-    h_in = _gram(1 if shared else heads, width, 1).float()
-    h_out = _gram(heads, rows, 2).float() if tied else None
+    h_in = damped_gram(1 if shared else heads, width, 1).float()
+    h_out = damped_gram(heads, rows, 2).float() if tied else None
     q = torch.randint(0, 8, (heads, rows, width), generator=torch.Generator().manual_seed(3)).float()
     scale = _random(heads, rows, width, seed=4).abs() * 0.1 + 0.2  # groups of one column
     inner = _random(heads, rows, width, seed=5) @ h_in * 0.1
@@ -73,7 +69,7 @@ def test_descent_is_the_same(monkeypatch: pytest.MonkeyPatch, tied: bool, shared
 def test_descent_over_several_blocks(tied: bool) -> None:
     """More columns than a block has, groups, rows that are not in order: E H_in and the integers stay consistent."""
     heads, rows, width = 3, 8, 300
-    h_in, h_out = _gram(heads, width, 1).float(), _gram(heads, rows, 2).float() if tied else None
+    h_in, h_out = damped_gram(heads, width, 1).float(), damped_gram(heads, rows, 2).float() if tied else None
     weight = _random(rows, heads, width, seed=5).transpose(0, 1)
     scale, zero = torch.full((heads, rows, 3), 0.7), 2.0
     q = (weight / 0.7 + zero).round_().clamp_(0, 3)

@@ -13,23 +13,13 @@ from rotoboa.boa import objective
 from rotoboa.boa.objective import Objective, damp, inverse_factor, symmetrize
 from rotoboa.boa.statistics import InputStatistics
 
+from .problems import problem, random, random_gram
+
 HEADS, ROWS, COLUMNS = 3, 4, 6
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _positive(*batch: int, size: int, seed: int = 0) -> Tensor:
-    x = _random(*batch, size, 2 * size, seed=seed)
-    return x @ x.transpose(-1, -2)
-
-
 def _objective(*, shared: bool = False, h_out: bool = True) -> Objective:
-    return Objective(
-        _positive(1 if shared else HEADS, size=COLUMNS, seed=1),
-        _positive(HEADS, size=ROWS, seed=2) if h_out else None,
-    )
+    return problem(HEADS, ROWS, COLUMNS, shared=shared, h_out=h_out)[1]
 
 
 # inverse_factor
@@ -37,7 +27,7 @@ def _objective(*, shared: bool = False, h_out: bool = True) -> Objective:
 
 @pytest.mark.parametrize("size", [1, 2, 7, 40])
 def test_inverse_factor(size: int) -> None:
-    h = _positive(3, size=size)
+    h = random_gram(3, size=size)
     upper = inverse_factor(h)
     assert torch.equal(upper, upper.triu()) and upper.diagonal(dim1=-2, dim2=-1).min() > 0
     inverse = torch.linalg.inv(h)
@@ -51,18 +41,18 @@ def test_inverse_factor(size: int) -> None:
 
 def test_inverse_factor_of_an_ill_conditioned_matrix() -> None:
     """Condition 1e8, where the inverse itself has 8 digits: U must still whiten h, U h U^T = I."""
-    q, _ = torch.linalg.qr(_random(30, 30))
+    q, _ = torch.linalg.qr(random(30, 30))
     h = (q * torch.logspace(0, 8, 30, dtype=torch.float64)) @ q.T
     upper = inverse_factor(h[None])[0]
     torch.testing.assert_close(upper @ h @ upper.T, torch.eye(30, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_large_matrices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    h = _positive(2, size=40)
+    h = random_gram(2, size=40)
     whole = inverse_factor(h)
     monkeypatch.setattr(objective, "TRIANGLE", 7)
     torch.testing.assert_close(inverse_factor(h), whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
-    uneven = _random(2, 40, 40)
+    uneven = random(2, 40, 40)
     expected = (uneven + uneven.transpose(-1, -2)) / 2
     symmetrize(uneven)
     assert torch.equal(uneven, expected)
@@ -110,7 +100,7 @@ def test_how_many_hessians_are_held() -> None:
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 1.0])
 def test_damping_is_relative_to_the_mean_diagonal_of_each(fraction: float) -> None:
-    h = _positive(2, size=5) * torch.tensor([1.0, 1e4], dtype=torch.float64)[:, None, None]
+    h = random_gram(2, size=5) * torch.tensor([1.0, 1e4], dtype=torch.float64)[:, None, None]
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     expected = h + fraction * mean[:, None, None] * torch.eye(5, dtype=torch.float64)
     given = h.clone()
@@ -119,7 +109,7 @@ def test_damping_is_relative_to_the_mean_diagonal_of_each(fraction: float) -> No
 
 
 def test_damped_is_in_float64_and_symmetric() -> None:
-    h = _positive(1, size=5).float()
+    h = random_gram(1, size=5).float()
     h[0, 0, 1] += 1e-3  # a sum of float32 products need not come out symmetric
     damped = damp(h, 0.01)
     assert damped.dtype == torch.float64 and torch.equal(damped, damped.transpose(-1, -2))
@@ -128,7 +118,7 @@ def test_damped_is_in_float64_and_symmetric() -> None:
 
 def test_dead_channels_are_left_alone() -> None:
     """A channel that is never active gets the mean diagonal, and has no say in any other."""
-    x = _random(5, 20)
+    x = random(5, 20)
     x[2] = 0
     h = (x @ x.T)[None]
     damped = damp(h, 0.01)
@@ -147,7 +137,7 @@ def test_nothing_active_at_all() -> None:
 
 def test_damping_rises_where_cholesky_fails(caplog: pytest.LogCaptureFixture) -> None:
     """Eigenvalues 1, 1 and -0.05 have the mean 0.65: 1 % of it is not enough, 10 % is."""
-    q, _ = torch.linalg.qr(_random(3, 3))
+    q, _ = torch.linalg.qr(random(3, 3))
     h = (q * torch.tensor([1.0, 1.0, -0.05], dtype=torch.float64)) @ q.T
     with caplog.at_level(logging.WARNING, logger="rotoboa"):
         damped = damp(h[None], 0.01)
@@ -158,7 +148,7 @@ def test_damping_rises_where_cholesky_fails(caplog: pytest.LogCaptureFixture) ->
 
 def test_enough_damping_is_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="rotoboa"):
-        damp(_positive(2, size=4), 0.01)
+        damp(random_gram(2, size=4), 0.01)
     assert not caplog.records
 
 
@@ -171,7 +161,7 @@ def test_hopelessly_indefinite() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (0, 3)])
 def test_not_finite(place: tuple[int, int], value: float) -> None:
-    h = _positive(2, size=4)
+    h = random_gram(2, size=4)
     h[1][place] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         damp(h, 0.01)
@@ -193,7 +183,7 @@ def test_both_sides_are_damped() -> None:
 @pytest.mark.parametrize("h_out", [False, True])
 def test_loss_is_the_kronecker_form(h_out: bool, shared: bool) -> None:
     """The quadratic form of H_in kron H_out in vec(E), which stacks the columns of E."""
-    objective, error = _objective(shared=shared, h_out=h_out), _random(HEADS, ROWS, COLUMNS, seed=3)
+    objective, error = _objective(shared=shared, h_out=h_out), random(HEADS, ROWS, COLUMNS, seed=3)
     loss, gradient = objective.loss(error), objective.gradient(error)
     assert loss.shape == (HEADS,) and gradient.shape == error.shape
     for head in range(HEADS):
@@ -205,7 +195,7 @@ def test_loss_is_the_kronecker_form(h_out: bool, shared: bool) -> None:
 
 
 def test_loss_of_float32_errors_stays_in_float32() -> None:
-    objective, error = _objective(), _random(HEADS, ROWS, COLUMNS)
+    objective, error = _objective(), random(HEADS, ROWS, COLUMNS)
     assert objective.loss(error.float()).dtype == torch.float32
     torch.testing.assert_close(objective.loss(error.float()).double(), objective.loss(error), rtol=1e-5, atol=0)
 
@@ -213,14 +203,14 @@ def test_loss_of_float32_errors_stays_in_float32() -> None:
 # target
 
 
-WEIGHT = _random(1, ROWS, COLUMNS, seed=7)
+WEIGHT = random(1, ROWS, COLUMNS, seed=7)
 
 
 def _streams() -> tuple[Tensor, Tensor, Tensor]:
     """(2, 10, c) of both streams, and what a residual stream of ROWS lost."""
-    quantized = _random(2, 10, COLUMNS, seed=4)
-    full = quantized + 0.3 * _random(2, 10, COLUMNS, seed=5)
-    return full, quantized, _random(2, 10, ROWS, seed=6)
+    quantized = random(2, 10, COLUMNS, seed=4)
+    full = quantized + 0.3 * random(2, 10, COLUMNS, seed=5)
+    return full, quantized, random(2, 10, ROWS, seed=6)
 
 
 def _collected(*, drift: bool) -> Objective:
@@ -257,14 +247,14 @@ def test_target_is_the_least_squares_solution(fraction: float, drift: bool) -> N
 def test_target_completes_the_square(shared: bool, h_out: bool) -> None:
     """With H_out on both sides, E - S takes the place of E up to a constant, S = (W R + drift) H_in^-1."""
     objective = _objective(shared=shared, h_out=h_out)
-    weight = _random(HEADS, ROWS, COLUMNS, seed=8)
-    residual = _random(len(objective.h_in), COLUMNS, COLUMNS, seed=9)
-    drift = _random(HEADS, ROWS, COLUMNS, seed=10)
+    weight = random(HEADS, ROWS, COLUMNS, seed=8)
+    residual = random(len(objective.h_in), COLUMNS, COLUMNS, seed=9)
+    drift = random(HEADS, ROWS, COLUMNS, seed=10)
     target = Objective(objective.h_in, objective.h_out, residual, drift).target(weight)
     outer = torch.eye(ROWS, dtype=torch.float64) if objective.h_out is None else objective.h_out
     constants = []
     for seed in range(4):
-        error = _random(HEADS, ROWS, COLUMNS, seed=20 + seed) * seed  # zero first
+        error = random(HEADS, ROWS, COLUMNS, seed=20 + seed) * seed  # zero first
         linear = ((outer @ (weight @ residual + drift)) * error).sum((-1, -2))
         constants.append(objective.loss(error) - 2 * linear - objective.loss(weight + error - target))
     for constant in constants[1:]:
@@ -279,7 +269,7 @@ def test_alpha() -> None:
 
 
 def test_target_without_residual_is_the_weight() -> None:
-    weight = _random(HEADS, ROWS, COLUMNS)
+    weight = random(HEADS, ROWS, COLUMNS)
     assert torch.equal(_objective().target(weight), weight)
     assert _objective().target(weight.float()).dtype == torch.float32
 

@@ -12,16 +12,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from rotoboa.boa.pull_back import NormStatistics, norm_pull_back, positions_pull_back
 from rotoboa.boa.statistics import rope_pull_back
 
+from .problems import random, random_gram
+
 D, HEADS, TOKENS, C = 8, 3, 40, 12
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _gram(heads: int, seed: int = 1) -> Tensor:
-    root = _random(heads, 5, D, seed=seed)
-    return root.transpose(1, 2) @ root
 
 
 def _angles(positions: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -42,10 +35,10 @@ def _norm(u: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("channels", [D, 6, 2])
 def test_rope_of_some_channels(channels: int) -> None:
-    gram, (cos, sin) = _gram(HEADS), _angles(7, channels)
+    gram, (cos, sin) = random_gram(HEADS, size=D), _angles(7, channels)
     expected = torch.zeros_like(gram)
     for position in range(7):
-        r = torch.autograd.functional.jacobian(lambda u, p=position: _rope(u, cos[p], sin[p]), _random(D))
+        r = torch.autograd.functional.jacobian(lambda u, p=position: _rope(u, cos[p], sin[p]), random(D))
         expected += r.T @ gram @ r / 7
     torch.testing.assert_close(positions_pull_back(gram, cos, sin), expected, rtol=0, atol=1e-11)
 
@@ -60,8 +53,8 @@ def _statistics(outputs: Tensor, eps: float) -> NormStatistics:
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_one_token_is_exact(eps: float) -> None:
     """With one token nothing is averaged: J^T R^T G R J of autograd, to rounding, after the token's own 1 / r^2."""
-    weight, gram, (cos, sin) = 1 + 0.3 * _random(D, seed=3), _gram(HEADS), _angles(1, D)
-    u = _random(HEADS, D, seed=4)
+    weight, gram, (cos, sin) = 1 + 0.3 * random(D, seed=3), random_gram(HEADS, size=D), _angles(1, D)
+    u = random(HEADS, D, seed=4)
     statistics = NormStatistics(torch.ones(HEADS, dtype=torch.float64), eps)
     w = statistics.add(u.flatten()[None])[0]
     found = norm_pull_back(positions_pull_back(gram, cos, sin), weight, statistics.moments)
@@ -73,9 +66,9 @@ def test_one_token_is_exact(eps: float) -> None:
 def test_the_loss_is_that_of_attention_inputs_to_first_order() -> None:
     """tr(H_out E H_in E^T) is the squared change of q behind the norm, where all tokens have one direction of u."""
     eps, step = 1e-6, 1e-6
-    weight, gram = 1 + 0.3 * _random(D, seed=3), _gram(1)
-    w, e = _random(D, C, seed=5), _random(D, C, seed=6)
-    x = _random(1, C, seed=7) * (1 + _random(TOKENS, 1, seed=8).abs())  # tokens differ by their length alone
+    weight, gram = 1 + 0.3 * random(D, seed=3), random_gram(1, size=D)
+    w, e = random(D, C, seed=5), random(D, C, seed=6)
+    x = random(1, C, seed=7) * (1 + random(TOKENS, 1, seed=8).abs())  # tokens differ by their length alone
     outputs = x @ w.T
     statistics = NormStatistics(torch.ones(1, dtype=torch.float64), eps)
     weights = statistics.add(outputs)
@@ -89,8 +82,8 @@ def test_the_loss_is_that_of_attention_inputs_to_first_order() -> None:
 
 def test_many_tokens_are_the_mean_of_independent_pairs() -> None:
     """B - N B - B N + tr(N B) N: both factors (I - m m^T) by the definition of each term, summed token by token."""
-    eps, weight, gram = 1e-3, 1 + 0.3 * _random(D, seed=3), _gram(HEADS)
-    outputs = _random(2, TOKENS // 2, HEADS * D, seed=9)
+    eps, weight, gram = 1e-3, 1 + 0.3 * random(D, seed=3), random_gram(HEADS, size=D)
+    outputs = random(2, TOKENS // 2, HEADS * D, seed=9)
     found = norm_pull_back(gram, weight, _statistics(outputs, eps).moments)
     u = outputs.reshape(TOKENS, HEADS, D)
     r = (u.square().mean(-1) + eps).sqrt()
@@ -109,22 +102,24 @@ def test_many_tokens_are_the_mean_of_independent_pairs() -> None:
 
 
 def test_is_semi_definite_and_blind_to_the_length() -> None:
-    outputs = _random(2, TOKENS // 2, HEADS * D, seed=9)
-    found = norm_pull_back(_gram(HEADS), torch.ones(D, dtype=torch.float64), _statistics(outputs, 1e-6).moments)
+    outputs = random(2, TOKENS // 2, HEADS * D, seed=9)
+    found = norm_pull_back(
+        random_gram(HEADS, size=D), torch.ones(D, dtype=torch.float64), _statistics(outputs, 1e-6).moments
+    )
     assert torch.linalg.eigvalsh(found).min() > -1e-10
-    u = _random(HEADS, D, seed=4)
+    u = random(HEADS, D, seed=4)
     alone = NormStatistics(torch.ones(HEADS, dtype=torch.float64), 0.0)
     alone.add(u.flatten()[None])
-    blind = norm_pull_back(_gram(HEADS), torch.ones(D, dtype=torch.float64), alone.moments)
+    blind = norm_pull_back(random_gram(HEADS, size=D), torch.ones(D, dtype=torch.float64), alone.moments)
     assert (blind @ u[..., None]).abs().max() < 1e-10, "an error along u is taken out by the norm"
 
 
 @pytest.mark.parametrize(("norm", "eps"), [(Qwen3RMSNorm, 1e-6), (Gemma3RMSNorm, 1e-5)])
 def test_scale_and_weights_of_real_norms(norm: Callable[..., nn.Module], eps: float) -> None:
-    weight = _random(HEADS * D, C, seed=5)
+    weight = random(HEADS * D, C, seed=5)
     statistics = NormStatistics.of(weight, HEADS, norm(D, eps=eps))
     assert statistics.eps == eps
-    x = _random(20000, C, seed=6)
+    x = random(20000, C, seed=6)
     w = statistics.add(x @ weight.T)
     assert w.shape == (20000, HEADS)
     # c_h is the mean of r_h^2 over inputs without a direction.
@@ -132,5 +127,5 @@ def test_scale_and_weights_of_real_norms(norm: Callable[..., nn.Module], eps: fl
 
 
 def test_all_channels_are_the_plain_pull_back() -> None:
-    gram, (cos, sin) = _gram(HEADS), _angles(9, D)
+    gram, (cos, sin) = random_gram(HEADS, size=D), _angles(9, D)
     assert torch.equal(positions_pull_back(gram, cos, sin), rope_pull_back(gram, cos, sin))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa import kernels
-from rotoboa.boa.objective import damp, inverse_factor
+from rotoboa.boa.objective import inverse_factor
+
+from .problems import damped_gram, random
 
 pytest.importorskip("triton")
 from rotoboa.boa import triton_kernels
@@ -21,13 +23,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return random(*shape, seed=seed, dtype=torch.float32).to(DEVICE)
 
 
 def _gram(batch: int, size: int, seed: int) -> Tensor:
-    x = _random(batch, 2 * size, size, seed=seed)
-    x = x + 0.5 * x[..., :1]
-    return damp(x.transpose(1, 2) @ x, 0.01)
+    return damped_gram(batch, size, seed).to(DEVICE)
 
 
 def _part_of(larger: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.rounding import Settings, quantize
 from rotoboa.boa.units import PIECES, Problem, _joined, _solve_run, plan, solve
 
+from .problems import random, random_gram
+
 SETTINGS = Settings(bits=3, refine=2, starts=2, rows=2)
 
 
@@ -20,24 +22,23 @@ class Some(Ranks):
         self.size = size
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return random(*shape, seed=seed, dtype=torch.float32)
 
 
 def gram(batch: int, size: int, seed: int) -> Tensor:
-    x = random(batch, 3 * size, size, seed=seed)
-    return x.transpose(1, 2) @ x
+    return random_gram(batch, size=size, seed=seed).float()
 
 
 def problem(kind: str) -> Problem:
     """Heads that share an H_in and have each an H_out; heads with an H_in each; two layers of independent rows."""
     if kind == "queries":
-        return Problem(["q", "k"], [4, 2], random(6, 4, 24), Objective(gram(1, 24, 1), gram(6, 4, 2)))
+        return Problem(["q", "k"], [4, 2], numbers(6, 4, 24), Objective(gram(1, 24, 1), gram(6, 4, 2)))
     if kind == "values":
-        goal = Objective(gram(3, 24, 1), gram(3, 4, 2), drift=random(3, 4, 24, seed=3))
-        return Problem(["v"], [3], random(3, 4, 24), goal)
-    residual = 0.1 * random(1, 24, 24, seed=3)
-    return Problem(["gate", "up"], [1, 1], random(2, 17, 24), Objective(gram(1, 24, 1), residual=residual))
+        goal = Objective(gram(3, 24, 1), gram(3, 4, 2), drift=numbers(3, 4, 24, seed=3))
+        return Problem(["v"], [3], numbers(3, 4, 24), goal)
+    residual = 0.1 * numbers(1, 24, 24, seed=3)
+    return Problem(["gate", "up"], [1, 1], numbers(2, 17, 24), Objective(gram(1, 24, 1), residual=residual))
 
 
 def solved(given: Problem, ranks: Ranks, references: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
