@@ -3,4 +3,4 @@
 import pytest
 
 # Their asserts tell what they compared, as those of the tests do.
-pytest.register_assert_rewrite(f"{__package__}.problems")
+pytest.register_assert_rewrite(f"{__package__}.problems", f"{__package__}.toy_attention")

@@ -1,6 +1,5 @@
 """Attention with a window and with capped logits, and the probabilities that values are weighed by."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,10 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from rotoboa.boa.attention import Seen, attention_forward, capped_attention, causal_probabilities
 
 from .problems import random
+from .toy_attention import attention_module
 
 BATCH, HEADS, GROUPS, LENGTH, SIZE = 2, 4, 2, 17, 8
+MODULE = attention_module(HEADS // GROUPS, SIZE)
 
 
 def _inputs(length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,15 +27,11 @@ def _mask(window: int | None) -> Tensor:
     return torch.tensor(rows)[None, None]
 
 
-def _module() -> Any:
-    return SimpleNamespace(num_key_value_groups=HEADS // GROUPS, head_dim=SIZE, training=False, is_causal=True)
-
-
 def _eager(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     """Gemma 2's own, in float64: output (batch, length, heads, size) and probabilities."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     hidden = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~_mask(window), float("-inf"))
-    return eager_attention_forward(_module(), *_inputs(), hidden, scaling=0.3, softcap=softcap)
+    return eager_attention_forward(MODULE, *_inputs(), hidden, scaling=0.3, softcap=softcap)
 
 
 @pytest.mark.parametrize("window", [None, 5, 40])
@@ -42,10 +39,10 @@ def _eager(window: int | None, softcap: float | None, monkeypatch: pytest.Monkey
 def test_is_that_of_transformers(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = _eager(window, softcap, monkeypatch)
     options: dict[str, Any] = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
-    found, _ = attention_forward(_module(), *_inputs(), _mask(window), **options)
+    found, _ = attention_forward(MODULE, *_inputs(), _mask(window), **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     if window is None:
-        unmasked, _ = attention_forward(_module(), *_inputs(), None, **options)
+        unmasked, _ = attention_forward(MODULE, *_inputs(), None, **options)
         torch.testing.assert_close(unmasked, expected, rtol=0, atol=1e-12)
 
 
