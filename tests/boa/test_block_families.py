@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa import statistics, units, workspace
+from rotoboa.boa import statistics, workspace
 from rotoboa.boa.activations import DynamicQuantizer
-from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
+from rotoboa.boa.attention import NAME, AttentionTransform
 from rotoboa.boa.block import BlockQuantizer
-from rotoboa.boa.objective import Objective
-from rotoboa.boa.rounding import Quantized, Settings, quantize
+from rotoboa.boa.rounding import Settings
 from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.layout import split_tensors
 from rotoboa.rotation.hadamard import Hadamard
 from rotoboa.rotation.rotate import Rotations
+
+from .small_block import Ran, Solved, block_tensors, forward, run_block
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"]
 MIXTURES = ["mixtral", "qwen3_moe"]
@@ -34,18 +34,7 @@ class Setup:
     def __init__(self, model: nn.Module, bits: int = 16, **rotations: bool) -> None:
         self.decoder = Decoder(model.config, attention=NAME)
         family, shape = self.decoder.family, self.decoder.shape
-        prefix = f"{family.layers}.1."
-        tensors = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
-        for name in list(tensors):
-            if name.endswith("experts.gate_up_proj"):
-                fused = tensors.pop(name)
-                for i in range(shape.experts):
-                    gate, up, _ = family.expert(i)
-                    tensors |= {f"{gate}.weight": fused[i, : shape.ffn], f"{up}.weight": fused[i, shape.ffn :]}
-            elif name.endswith("experts.down_proj"):
-                fused = tensors.pop(name)
-                tensors |= {f"{family.expert(i)[2]}.weight": fused[i] for i in range(shape.experts)}
-        tensors = split_tensors(tensors, family, shape)
+        tensors = block_tensors(model, self.decoder, 1)
         chosen = {name: rotations.get(name, False) for name in EVERYTHING}
         self.rotations = Rotations.of(shape, **chosen, online_r1=family.post_norms)
         self.block = self.decoder.block(1, self.rotations.rotate_block(tensors, family, 1))
@@ -70,28 +59,12 @@ class Setup:
             full = self.rotations.r1.apply(full)
         return full, full + 0.05 * torch.randn(full.shape, generator=generator)
 
-    @torch.no_grad()
     def forward(self, block: nn.Module, hidden: Tensor, *, exact: bool) -> Tensor:
-        """As transformers runs it, the transforms put beside its layers; `exact` leaves the quantizers out."""
-        handles = []
-        for name, site in self.transforms.by_projection(self.decoder.family).items():
-            function = site.rotate if exact else site
-            hook = lambda _, args, function=function: function(args[0])  # noqa: E731
-            handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
-        attention = self.transforms.attention
-        transform = AttentionTransform(attention.rotation) if exact else attention
-        set_attention(block.get_submodule(self.decoder.family.attention), transform)
-        output = self.decoder.run(block, hidden)
-        for handle in handles:
-            handle.remove()
-        return output
+        return forward(self.decoder, block, hidden, self.transforms, exact=exact)
 
 
-def _run(setup: Setup, settings: Settings = SETTINGS, **options: Any) -> tuple[BlockQuantizer, Tensor, Tensor]:
-    full, quantized = setup.streams()
-    solver = BlockQuantizer(setup.decoder, setup.block, settings, setup.transforms, batch=2, **options)
-    solver.run(full, quantized)
-    return solver, full, quantized
+def _run(setup: Setup, settings: Settings = SETTINGS, **options: Any) -> Ran:
+    return run_block(setup.decoder, setup.block, settings, setup.transforms, setup.streams(), **options)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
@@ -116,24 +89,12 @@ def test_going_on_gives_the_same(family_model: Callable[..., nn.Module], name: s
     assert list(again.results) == list(first.results)
 
 
-def _spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Objective]]:
-    seen: list[tuple[Tensor, Objective]] = []
-
-    def spy(weight: Tensor, objective: Objective, settings: Settings) -> Quantized:
-        seen.append((weight, objective))
-        return quantize(weight, objective, settings)
-
-    monkeypatch.setattr(units, "quantize", spy)
-    return seen
-
-
 @pytest.mark.parametrize("name", NAMES + MIXTURES)
-def test_shapes(family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = _spied(monkeypatch)
+def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solved) -> None:
     setup = Setup(family_model(name))
     _run(setup)
     s, f = setup.decoder.shape, setup.decoder.family
-    query_key, value, output, *mlp = seen
+    query_key, value, output, *mlp = solved
     d, both = s.head_dim, s.query_heads + s.key_heads
     assert query_key[0].shape == (both, d, HIDDEN)
     assert query_key[1].h_in.shape == (1, HIDDEN, HIDDEN)
@@ -148,7 +109,7 @@ def test_shapes(family_model: Callable[..., nn.Module], name: str, monkeypatch: 
         assert inner.shape == ((1, s.ffn, HIDDEN) if f.activation else (2, s.ffn, HIDDEN))
         assert inner_goal.h_in.shape == (1, HIDDEN, HIDDEN) and inner_goal.h_out is None
         assert down.shape == (1, HIDDEN, s.ffn) and down_goal.h_in.shape == (1, s.ffn, s.ffn)
-    for weight, goal in seen:
+    for weight, goal in solved:
         assert torch.linalg.eigvalsh(goal.h_in.double()).min() > -1e-3 * goal.h_in.abs().max()
         if goal.h_out is not None:
             assert torch.linalg.eigvalsh(goal.h_out.double()).min() > -1e-4 * goal.h_out.abs().max()
@@ -157,28 +118,25 @@ def test_shapes(family_model: Callable[..., nn.Module], name: str, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["qwen2", "opt"])
 def test_a_bias_of_values_is_not_made_up_for(
-    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
     """Where both streams are the same, V has lost nothing; what its bias adds to every output is no part of that."""
     monkeypatch.setattr(statistics, "_has_bfloat16", lambda: False)
-    seen = _spied(monkeypatch)
     setup = Setup(family_model(name))
     bias = setup.block.get_submodule(setup.decoder.family.value).bias
     assert isinstance(bias, Tensor)
     bias.data = torch.linspace(-3, 3, len(bias))
     full, _ = setup.streams()
-    solver = BlockQuantizer(setup.decoder, setup.block, SETTINGS, setup.transforms, batch=2)
-    solver.run(full, full.clone())
-    weight, goal = seen[1]
+    run_block(setup.decoder, setup.block, SETTINGS, setup.transforms, (full, full.clone()))
+    weight, goal = solved[1]
     assert goal.drift is not None
     assert goal.drift.abs().max() < 1e-4 * (weight @ goal.h_in).abs().max()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
 def test_what_a_post_norm_divides_by_weighs_tokens(
-    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+    family_model: Callable[..., nn.Module], name: str, solved: Solved
 ) -> None:
-    seen = _spied(monkeypatch)
     setup = Setup(family_model(name))
     solver, _, _ = _run(setup, replace(SETTINGS, token_weights=False))
     full, quantized = setup.streams()
@@ -189,7 +147,7 @@ def test_what_a_post_norm_divides_by_weighs_tokens(
     ]
     y = torch.nn.functional.linear(x[0], setup.block.get_parameter(f"{family.output}.weight"))
     weighted = (x[1] / y.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1)
-    torch.testing.assert_close(seen[2][1].h_in[0], weighted.T @ weighted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(solved[2][1].h_in[0], weighted.T @ weighted, rtol=1e-3, atol=1e-3)
 
 
 # -- experts ---
@@ -197,26 +155,29 @@ def test_what_a_post_norm_divides_by_weighs_tokens(
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_an_expert_is_calibrated_on_its_tokens(
-    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
-    seen = _spied(monkeypatch)
     monkeypatch.setattr(Setup, "streams", _many(Setup.streams))
     setup = Setup(family_model(name))
     solver, _, _ = _run(setup, replace(SETTINGS, token_weights=False))
-    _, quantized = setup.streams()
     family, shape = setup.decoder.family, setup.decoder.shape
     assert not solver.fallbacks
-    # What the quantized block gives to its MLP, from transformers' own forward pass.
-    x = workspace.capture(solver.quantized.get_submodule("mlp"), lambda: setup.decoder.run(solver.quantized, quantized))
-    x = x.flatten(0, 1)
-    _, weights, index = setup.block.get_submodule("mlp.gate")(x)
+    x, weights, index = _routed(setup, solver)
     counts = torch.bincount(index.flatten(), minlength=shape.experts)
     assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
     for i in range(shape.experts):
         p = (weights * (index == i)).sum(-1, keepdim=True)
-        goal = seen[3 + 2 * i][1]
+        goal = solved[3 + 2 * i][1]
         torch.testing.assert_close(goal.h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
     assert family.expert_count == shape.experts == 4
+
+
+def _routed(setup: Setup, solver: BlockQuantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """What the quantized block gives to its MLP, (tokens, hidden), as transformers runs it; weights and experts."""
+    block, (_, quantized) = solver.quantized, setup.streams()
+    x = workspace.capture(block.get_submodule("mlp"), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
+    _, weights, index = setup.block.get_submodule("mlp.gate")(x)
+    return x, weights, index
 
 
 def _many(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup], tuple[Tensor, Tensor]]:
@@ -232,22 +193,18 @@ def _many(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup]
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_an_expert_with_few_tokens_falls_back(
-    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
     """A text of 24 tokens gives no expert 32 of them: each is calibrated on all, and named with its number."""
-    seen = _spied(monkeypatch)
     monkeypatch.setattr(Setup, "streams", _first(Setup.streams))
     setup = Setup(family_model(name))
     solver, _, quantized = _run(setup, replace(SETTINGS, token_weights=False))
-    x = workspace.capture(
-        solver.quantized.get_submodule("mlp"), lambda: setup.decoder.run(solver.quantized, setup.streams()[1])
-    ).flatten(0, 1)
-    _, _, index = setup.block.get_submodule("mlp.gate")(x)
+    x, _, index = _routed(setup, solver)
     counts = torch.bincount(index.flatten(), minlength=4).tolist()
     family = setup.decoder.family
     assert solver.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
     for i in range(4):
-        torch.testing.assert_close(seen[3 + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(solved[3 + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
     assert torch.isfinite(quantized).all() and max(solver.losses.values()) < 0.2
 
 

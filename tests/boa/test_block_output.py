@@ -2,50 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from rotoboa.boa.activations import DynamicQuantizer
-from rotoboa.boa.attention import NAME, AttentionTransform
-from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.attention import NAME
 from rotoboa.boa.block_output import BlockOutput, StraightThrough, straight_through, transformed
-from rotoboa.boa.rounding import Quantized, Settings
-from rotoboa.boa.transforms import InputTransform, OnlineTransforms
+from rotoboa.boa.rounding import Settings
+from rotoboa.boa.transforms import OnlineTransforms
 from rotoboa.models.decoder import Decoder
-from rotoboa.rotation.hadamard import Hadamard
 
-SEQUENCES, LENGTH, HIDDEN, FFN = 6, 40, 32, 48
-SETTINGS = Settings(bits=2, method="brecq", refine=1, starts=1, iterations=80, learning_rate=0.05)
-PLAIN = OnlineTransforms()
-QUANTIZED = OnlineTransforms(
-    *(InputTransform(quantizer=DynamicQuantizer(4, True, 0.9)) for _ in range(3)),
-    InputTransform(Hadamard.of(FFN), DynamicQuantizer(4, True, 0.9)),
-    AttentionTransform(Hadamard.of(8), DynamicQuantizer(4, False, 0.95), DynamicQuantizer(4, False, 0.95)),
+from .small_block import (
+    HIDDEN,
+    PLAIN,
+    QUANTIZED,
+    ROTATED,
+    Ran,
+    block_tensors,
+    make_block,
+    make_decoder,
+    run_block,
 )
 
-
-def _decoder(dtype: torch.dtype = torch.float32) -> Decoder:
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return Decoder(config, attention=NAME, dtype=dtype)
-
-
-def _block(decoder: Decoder) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in decoder.empty_block(0).state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        tensors[name] = 1 + 0.3 * noise if tensor.ndim == 1 else 1.5 * noise / tensor.shape[1] ** 0.5
-    return decoder.block(0, tensors)
+SEQUENCES, LENGTH = 6, 40
+SETTINGS = Settings(bits=2, method="brecq", refine=1, starts=1, iterations=80, learning_rate=0.05)
 
 
 def _streams(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -60,11 +43,11 @@ def _weights(decoder: Decoder, block: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_error_is_that_of_a_forward_pass(weighted: bool) -> None:
-    decoder = _decoder(torch.float64)
-    block, (wanted, given) = _block(decoder), _streams(torch.float64)
+    decoder = make_decoder(dtype=torch.float64)
+    block, (wanted, given) = make_block(decoder), _streams(torch.float64)
     output = BlockOutput(decoder, block, PLAIN, given, wanted, weighted=weighted)
     weights = {name: 1.1 * weight for name, weight in _weights(decoder, block).items()}
-    moved = _block(decoder)
+    moved = make_block(decoder)
     for name, weight in weights.items():
         moved.get_parameter(f"{name}.weight").copy_(weight)
     difference = decoder.run(moved, given) - wanted
@@ -76,16 +59,10 @@ def test_error_is_that_of_a_forward_pass(weighted: bool) -> None:
 
 def test_gradient_against_finite_differences() -> None:
     """Rotations between the layers, and no quantizer: the error is smooth."""
-    decoder = _decoder(torch.float64)
-    block, (wanted, given) = _block(decoder), _streams(torch.float64)
-    transforms = OnlineTransforms(
-        down=InputTransform(Hadamard.of(FFN)), attention=AttentionTransform(rotation=Hadamard.of(8))
-    )
-    output, weights, rows = (
-        BlockOutput(decoder, block, transforms, given, wanted),
-        _weights(decoder, block),
-        torch.arange(2),
-    )
+    decoder = make_decoder(dtype=torch.float64)
+    block, (wanted, given) = make_block(decoder), _streams(torch.float64)
+    output, weights = BlockOutput(decoder, block, ROTATED, given, wanted), _weights(decoder, block)
+    rows = torch.arange(2)
     found = output.gradients(weights, rows)
     assert list(found) == list(decoder.family.projections)
     for name, weight in weights.items():
@@ -110,15 +87,15 @@ def test_gradient_passes_the_quantizers() -> None:
     changed = straight_through(QUANTIZED)
     assert changed.clips == QUANTIZED.clips and changed.down.rotation == QUANTIZED.down.rotation
     assert isinstance(changed.attention.key, StraightThrough) and straight_through(PLAIN) == PLAIN
-    decoder = _decoder()
-    block, (wanted, given) = _block(decoder), _streams()
+    decoder = make_decoder()
+    block, (wanted, given) = make_block(decoder), _streams()
     found = BlockOutput(decoder, block, QUANTIZED, given, wanted).gradients(_weights(decoder, block), torch.arange(2))
     assert all(slope.isfinite().all() and slope.any() for slope in found.values())
 
 
 def test_transforms_are_taken_off_again() -> None:
-    decoder = _decoder()
-    block, (full, _) = _block(decoder), _streams()
+    decoder = make_decoder()
+    block, (full, _) = make_block(decoder), _streams()
     plain = decoder.run(block, full)
     with transformed(decoder, block, QUANTIZED):
         assert not torch.allclose(decoder.run(block, full), plain)
@@ -127,8 +104,8 @@ def test_transforms_are_taken_off_again() -> None:
 
 def test_units_are_half_the_curvature() -> None:
     """Against the trace of the Hessian of the error, near its minimum."""
-    decoder = _decoder(torch.float64)
-    block, (wanted, given) = _block(decoder), _streams(torch.float64)
+    decoder = make_decoder(dtype=torch.float64)
+    block, (wanted, given) = make_block(decoder), _streams(torch.float64)
     wanted = decoder.run(block, given) + 0.01 * (wanted - given)
     output, weights, rows = BlockOutput(decoder, block, PLAIN, given, wanted), _weights(decoder, block), torch.arange(2)
     name = decoder.family.output  # in which the block is not linear: the MLP follows
@@ -145,14 +122,9 @@ def test_units_are_half_the_curvature() -> None:
     assert output.units(weights, scales, rows)[name] == pytest.approx(0.02**2 * trace / 2, rel=0.3)
 
 
-def _run(
-    settings: Settings, transforms: OnlineTransforms = PLAIN, done: dict[str, Quantized] | None = None
-) -> tuple[BlockQuantizer, Tensor, Tensor]:
-    decoder = _decoder()
-    solver = BlockQuantizer(decoder, _block(decoder), settings, transforms, batch=2, done=done)
-    full, quantized = _streams()
-    solver.run(full, quantized)
-    return solver, full, quantized
+def _run(settings: Settings, transforms: OnlineTransforms = PLAIN, **options: Any) -> Ran:
+    decoder = make_decoder()
+    return run_block(decoder, make_block(decoder), settings, transforms, _streams(), **options)
 
 
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
@@ -188,7 +160,7 @@ def test_what_would_be_worse_is_not_kept() -> None:
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
 def test_going_on_gives_the_same_bits(transforms: OnlineTransforms) -> None:
     first, full, quantized = _run(replace(SETTINGS, iterations=20), transforms)
-    again, full_again, quantized_again = _run(replace(SETTINGS, iterations=20), transforms, first.results)
+    again, full_again, quantized_again = _run(replace(SETTINGS, iterations=20), transforms, done=first.results)
     assert torch.equal(full, full_again) and torch.equal(quantized, quantized_again)
     assert again.output_error is None
     second, _, _ = _run(replace(SETTINGS, iterations=20), transforms)
@@ -200,24 +172,13 @@ def test_families(family_model: Callable[..., nn.Module], name: str) -> None:
     """Norms after the layers, merged layers, soft caps, experts: every projection is learned."""
     model = family_model(name)
     decoder = Decoder(model.config, attention=NAME)
-    block = decoder.block(0, _of_family(model, decoder))
+    tensors = block_tensors(model, decoder, 0)  # OPT's LayerNorms without their biases, which are not folded here
+    block = decoder.block(0, {name: tensors[name] for name in decoder.empty_block(0).state_dict()})
     generator = torch.Generator().manual_seed(3)
     full = torch.randn(3, 40, HIDDEN, generator=generator)
     quantized = full + 0.05 * torch.randn(full.shape, generator=generator)
-    solver = BlockQuantizer(decoder, block, replace(SETTINGS, iterations=30, learning_rate=0.1), PLAIN, batch=2)
-    solver.run(full, quantized)
+    settings = replace(SETTINGS, iterations=30, learning_rate=0.1)
+    solver, _, _ = run_block(decoder, block, settings, PLAIN, (full, quantized))
     assert solver.output_error is not None and solver.output_error[1] < solver.output_error[0]
     assert list(solver.results) == list(decoder.family.projections)
     assert quantized.isfinite().all()
-
-
-def _of_family(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]:
-    """Block 0 with one linear layer a projection, unrotated; OPT's LayerNorms as they are."""
-    reference = decoder.empty_block(0).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    original = {key.removeprefix(f"{decoder.family.layers}.0."): t for key, t in model.state_dict().items()}
-    tensors = {}
-    for key, like in reference.items():
-        scale = 1.3 / like.shape[-1] ** 0.5
-        tensors[key] = original.get(key, torch.randn(like.shape, generator=generator) * scale)
-    return tensors

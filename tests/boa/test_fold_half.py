@@ -1,20 +1,21 @@
 """Z-Fold inside a block: the full stream stays, what is stored is what runs, a finished block finds it again."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from rotoboa.boa.activations import DynamicQuantizer
-from rotoboa.boa.attention import NAME, AttentionTransform
+from rotoboa.boa.attention import AttentionTransform
 from rotoboa.boa.block import BlockQuantizer
-from rotoboa.boa.rounding import Quantized, Settings
+from rotoboa.boa.rounding import Settings
 from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.models.decoder import Decoder
 from rotoboa.rotation.channels import SITES
+
+from .small_block import PLAIN, Ran, make_decoder, run_block
 
 HIDDEN, SEQUENCES, LENGTH = 16, 6, 40
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -27,15 +28,8 @@ QUICK = Settings(bits=2, refine=1, starts=1, zfold=SITES)
 
 
 def _decoder(name: str) -> Decoder:
-    sizes = {
-        "vocab_size": 16,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    return Decoder(AutoConfig.for_model(name, **(sizes | CONFIGS[name])), attention=NAME)
+    sizes = {"hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return make_decoder(name, **(sizes | CONFIGS[name]))
 
 
 def _block(decoder: Decoder) -> nn.Module:
@@ -53,27 +47,14 @@ def _block(decoder: Decoder) -> nn.Module:
     return decoder.block(0, tensors)
 
 
-@dataclass
-class Ran:
-    """A quantizer that has run, and the streams behind it."""
-
-    solver: BlockQuantizer
-    full: Tensor
-    quantized: Tensor
-
-
-def _run(
-    name: str,
-    settings: Settings = QUICK,
-    transforms: OnlineTransforms | None = None,
-    done: dict[str, Quantized] | None = None,
-) -> Ran:
-    decoder = _decoder(name)
-    solver = BlockQuantizer(decoder, _block(decoder), settings, transforms or OnlineTransforms(), batch=4, done=done)
+def _streams() -> tuple[Tensor, Tensor]:
     full = torch.randn(SEQUENCES, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(5))
-    quantized = full + 0.05
-    solver.run(full, quantized)
-    return Ran(solver, full, quantized)
+    return full, full + 0.05
+
+
+def _run(name: str, settings: Settings = QUICK, transforms: OnlineTransforms = PLAIN, **options: Any) -> Ran:
+    decoder = _decoder(name)
+    return run_block(decoder, _block(decoder), settings, transforms, _streams(), batch=4, **options)
 
 
 def _relative(solver: BlockQuantizer) -> float:
@@ -100,7 +81,7 @@ def test_what_is_stored_is_what_runs(name: str) -> None:
     ran, decoder = _run(name, replace(QUICK, group_size=8)), _decoder(name)
     tensors = dict(_block(decoder).state_dict()) | ran.solver.folded
     tensors |= {f"{projection}.weight": result.dequantize() for projection, result in ran.solver.results.items()}
-    quantized = torch.randn(SEQUENCES, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(5)) + 0.05
+    _, quantized = _streams()
     block = decoder.block(0, tensors)
     with torch.no_grad():
         torch.testing.assert_close(decoder.run(block, quantized), ran.quantized, rtol=1e-5, atol=1e-5)
@@ -150,7 +131,7 @@ def test_values_that_are_not_finite_are_named() -> None:
     decoder = _decoder("llama")
     block = _block(decoder)
     block.get_parameter(f"{decoder.family.value}.weight").data *= 1e25
-    solver = BlockQuantizer(decoder, block, replace(QUICK, zfold=("output",)), OnlineTransforms())
+    solver = BlockQuantizer(decoder, block, replace(QUICK, zfold=("output",)), PLAIN)
     full = torch.randn(2, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(5))
     with pytest.raises(ValueError, match=r"^self_attn\.o_proj: its input in the .* holds NaN or Inf"):
         solver.run(full, full.clone())

@@ -26,8 +26,9 @@ from rotoboa.boa.rounding import Settings
 from rotoboa.export.native import pack_block
 from rotoboa.export.spec import Spec
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.layout import split_tensors
 from rotoboa.rotation.rotate import Rotations
+
+from .small_block import block_tensors
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _MIXES = ("_to_copy", "copy_", "index", "index_put_", "_index_put_impl_", "set_data")  # with tensors of two devices
@@ -136,23 +137,10 @@ SETTINGS = Settings(bits=3, refine=1, starts=2, rows=8)
 SPEC = Spec(bits=3, r3=True, r4=True, activation_bits=8, key_bits=4, value_bits=4)
 
 
-def _weights(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]:
-    """Block 0, as a checkpoint has it."""
-    family, shape = decoder.family, decoder.shape
-    prefix = f"{family.layers}.0."
-    tensors = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        for i, fused in enumerate(tensors.pop(name)):
-            gate, up, down = family.expert(i)
-            parts = {down: fused} if name.endswith("down_proj") else dict(zip((gate, up), fused.chunk(2), strict=True))
-            tensors |= {f"{key}.weight": part.clone() for key, part in parts.items()}
-    return split_tensors(tensors, family, shape)
-
-
 def _quantized(model: nn.Module, device: torch.device, streams: torch.device, settings: Settings) -> dict[str, Any]:
     """The packed block, both streams and the losses of a run whose blocks are on one device and streams on another."""
     decoder = Decoder(model.config, attention=NAME)
-    tensors = _weights(model, decoder)
+    tensors = block_tensors(model, decoder, 0)
     x = torch.randn(3, 12, decoder.shape.hidden, generator=torch.Generator().manual_seed(1))
     with PretendCuda():
         decoder.device = device

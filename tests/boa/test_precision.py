@@ -4,17 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from rotoboa.boa import block as block_module
 from rotoboa.boa import workspace
-from rotoboa.boa.attention import NAME
-from rotoboa.boa.block import BlockQuantizer
 from rotoboa.boa.precision import exact_products, quick_products
 from rotoboa.boa.rounding import Settings
 from rotoboa.boa.statistics import InputStatistics
-from rotoboa.boa.transforms import OnlineTransforms
-from rotoboa.models.decoder import Decoder
+
+from .small_block import run_small
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
@@ -47,11 +44,6 @@ def test_on_a_cpu_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_which_part_of_a_block_computes_how(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    decoder = Decoder(LlamaConfig(vocab_size=16, num_hidden_layers=1, **sizes), attention=NAME)
-    generator = torch.Generator().manual_seed(0)
-    shapes = {name: tensor.shape for name, tensor in decoder.empty_block(0).state_dict().items()}
-    block = decoder.block(0, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
     seen: dict[str, set[str]] = {"statistics": set(), "solver": set()}
 
     def watched(name: str, function: Any) -> Any:
@@ -65,8 +57,7 @@ def test_which_part_of_a_block_computes_how(with_cuda: None, monkeypatch: pytest
     monkeypatch.setattr(InputStatistics, "add", watched("statistics", InputStatistics.add))
     monkeypatch.setattr(InputStatistics, "objective", watched("solver", InputStatistics.objective))
     monkeypatch.setattr(workspace, "solve", watched("solver", workspace.solve))
-    x = torch.randn(2, 8, 16, generator=generator)
-    BlockQuantizer(decoder, block, Settings(bits=4, refine=0, starts=1), OnlineTransforms()).run(x.clone(), x.clone())
+    run_small(Settings(bits=4, refine=0, starts=1))
     assert seen == {"statistics": {"high"}, "solver": {"highest"}}
 
 
