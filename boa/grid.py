@@ -13,7 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .kernels import is_compiled, spread
+from .compiled import is_compiled, spread
 from .stopwatch import stage
 
 SHRINKS = 48

@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from . import compiled
+from .compiled import is_compiled, spread
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 128  # of a block: their rows of H_in stay in cache while all rows of the weight pass
-TOGETHER = 8  # rows that are rounded side by side: one alone waits for its divisions
-AHEAD = 32  # columns that are looked at together for one that moves
-_SERIAL = 1 << 15  # weights below which more threads cost more than they save
+REST = 5  # moves that an integer rests after its own in a tabu search, at least; twice as many at most
 
 
 def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +40,7 @@ def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, level
         work = block.clone(memory_format=torch.contiguous_format)
         found, errors = torch.empty_like(work), torch.empty_like(work)
         rows = work.shape[0] * work.shape[1]
-        spread(_round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
+        spread(compiled.round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
         return found, errors
     if (triton := _triton_for(block)) is not None:
         result: tuple[Tensor, Tensor] = triton.round_block(block, upper, scale, zero, levels)
@@ -118,13 +112,68 @@ def descend_rows(
     diagonal = h_in.diagonal(dim1=-2, dim2=-1)
     arguments = (work, found, scale, diagonal, h_in, moved, levels)
     if h_out is None:
-        spread(_descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
+        spread(compiled.descend_rows, work.shape[0] * work.shape[1], work.numel(), *arguments)
     else:
-        spread(_descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
+        spread(compiled.descend_heads, work.shape[0], work.numel() * work.shape[1], *arguments, h_out)
     for own, given in ((work, inner), (found, integers)):
         if own is not given:
             given.copy_(own)
     return moved
+
+
+def search_block(gradient: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor, levels: int, moves: int) -> Tensor:
+    """The best integers that a tabu search of so many moves meets; see `tabu`.
+
+    Args:
+        gradient: (heads, r, w), E H_in at these columns, of rows that are independent.
+        integers: (heads, r, w), as floating-point numbers.
+        scale: (heads, r, w), of every weight.
+        h_in: (B, w, w), the part of these columns; B is 1 or heads.
+        levels: the largest integer.
+
+    Returns:
+        The integers, (heads, r, w); `integers` themselves where nothing better was met.
+    """
+    if is_compiled(gradient):
+        found = torch.empty_like(integers, memory_format=torch.contiguous_format)
+        rows = gradient.shape[0] * gradient.shape[1]
+        work = gradient.numel() * max(moves, 1)
+        spread(compiled.search_rows, rows, work, gradient, integers, scale, h_in, found, levels, moves, REST)
+        return found
+    if (triton := _triton_for(gradient)) is not None:
+        result: Tensor = triton.search_block(gradient, integers, scale, h_in, levels, moves, REST)
+        return result
+    return _search_in_torch(gradient, integers, scale, h_in, levels, moves)
+
+
+def _search_in_torch(
+    gradient: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor, levels: int, moves: int
+) -> Tensor:
+    g, at, best = gradient.clone(), integers.clone(), integers.clone()
+    own = scale.square() * h_in.diagonal(dim1=-2, dim2=-1)[:, None]
+    rows = torch.arange(len(h_in), device=g.device)[:, None]
+    until = torch.zeros_like(at, dtype=torch.int32)
+    loss, lowest = (g.new_zeros((*g.shape[:2], 1)) for _ in range(2))
+    for move in range(moves):
+        change = 2 * scale * g
+        up, down = own + change, own - change
+        rests = until > move
+        up, down = up.masked_fill(rests | (at >= levels), torch.inf), down.masked_fill(rests | (at <= 0), torch.inf)
+        cost, place = torch.minimum(up, down).min(-1, keepdim=True)
+        moves_on = cost.isfinite()
+        rise = torch.where(up.gather(-1, place) < down.gather(-1, place), 1.0, -1.0).to(g.dtype) * moves_on
+        at.scatter_add_(-1, place, rise)
+        g += rise * scale.gather(-1, place) * h_in[rows.expand(len(g), -1) if len(h_in) > 1 else 0, place[..., 0]]
+        until.scatter_(-1, place, torch.where(moves_on, rest_until(move), until.gather(-1, place)).to(torch.int32))
+        loss += torch.where(moves_on, cost, 0)
+        better = loss < lowest
+        best, lowest = torch.where(better, at, best), torch.where(better, loss, lowest)
+    return best
+
+
+def rest_until(move: int) -> int:
+    """The first move that may change again what `move` has changed; rests of one length would go in circles."""
+    return move + 1 + REST + move * 7 % (REST + 1)
 
 
 def _descend_in_torch(
@@ -211,140 +260,3 @@ def _agrees(triton: ModuleType, device: torch.device) -> bool:
         # Sums over tied rows are in another order, and a tie may then go another way.
         same &= torch.equal(found, expected) if h_out is None else bool((found != expected).float().mean() < 0.01)
     return same
-
-
-# -- compiled -------------------------------------------------------------------------------------------------------
-
-
-def is_compiled(tensor: Tensor) -> bool:
-    """Whether the compiled form computes on it."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="rotoboa")
-
-
-def spread(kernel: Callable[..., None], count: int, work: int, *arguments: Any) -> None:
-    """Run `kernel(*arguments, start, stop)` over 0 .. count, on as many threads as torch uses."""
-    given = [a.detach().contiguous().numpy() if isinstance(a, Tensor) else np.float32(a) for a in arguments]
-    threads = min(torch.get_num_threads(), count, 1 + work // _SERIAL)
-    bounds = [count * i // threads for i in range(threads + 1)]
-    others = [_pool().submit(kernel, *given, *span) for span in pairwise(bounds[1:])]
-    kernel(*given, bounds[0], bounds[1])
-    for other in others:
-        other.result()
-
-
-@njit(nogil=True, cache=True)
-def _round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  # type: ignore[no-untyped-def]
-    _, rows, width = work.shape
-    index = start
-    while index < stop:
-        b, r = index // rows, index % rows
-        end = min(r + TOGETHER, r + stop - index, rows)
-        block, s, z, q, e, u = (
-            work[b, r:end],
-            scale[b, r:end],
-            zero[b, r:end],
-            found[b, r:end],
-            errors[b, r:end],
-            upper[b],
-        )
-        for i in range(width):
-            after, pivot = u[i, i + 1 :], u[i, i]
-            for k in range(len(block)):  # each waits for its own division only
-                nearest = min(max(np.rint(block[k, i] / s[k, i] + z[k, i]), np.float32(0)), levels)
-                error = (block[k, i] - (nearest - z[k, i]) * s[k, i]) / pivot
-                q[k, i], e[k, i] = nearest, error
-                rest = block[k, i + 1 :]
-                for j in range(len(after)):
-                    rest[j] -= after[j] * error
-        index += end - r
-
-
-@njit(nogil=True, cache=True)
-def _descend_rows(inner, integers, scale, diagonal, h_in, moved, levels, start, stop):  # type: ignore[no-untyped-def]
-    _, rows, columns = inner.shape
-    size, zero, one = columns // scale.shape[2], np.float32(0), np.float32(-1)
-    newton = np.empty(COLUMNS, inner.dtype)
-    for left in range(0, columns, COLUMNS):
-        right = min(left + COLUMNS, columns)
-        for index in range(start, stop):
-            b, r = index // rows, index % rows
-            row, h, at, s = inner[b, r], h_in[b % h_in.shape[0]], integers[b, r], scale[b, r]
-            curvature = diagonal[b % h_in.shape[0]]
-            done = left
-            while done < right:
-                until = min((done // size + 1) * size, right)
-                step, parts, factors = s[done // size], curvature[done:until], newton[done - left : until - left]
-                for j in range(len(parts)):
-                    factors[j] = one / (step * parts[j])
-                done = until
-            first = left
-            while first < right:
-                last = min(first + AHEAD, right)
-                ahead, places, factors = row[first:last], at[first:last], newton[first - left : last - left]
-                moves = np.int32(0)
-                for j in range(len(ahead)):  # which is compiled to vectors: no index is below 0
-                    goal = min(max(np.rint(ahead[j] * factors[j]) + places[j], zero), levels)
-                    moves |= np.int32(goal != places[j])
-                if moves:  # of these at least the first is taken
-                    moved[b, r] = True
-                    for j in range(first, last):
-                        goal = min(max(np.rint(row[j] * newton[j - left]) + at[j], zero), levels)
-                        if goal != at[j]:
-                            d = (goal - at[j]) * s[j // size]
-                            at[j] = goal
-                            column = h[j]
-                            for k in range(columns):
-                                row[k] += column[k] * d
-                first = last
-
-
-@njit(nogil=True, cache=True)
-def _descend_heads(inner, integers, scale, diagonal, h_in, moved, levels, h_out, start, stop):  # type: ignore[no-untyped-def]
-    _, rows, columns = inner.shape
-    size = columns // scale.shape[2]
-    # An integer would make these sums float64.
-    zero, one, two = np.float32(0), np.float32(-1), np.float32(2)
-    gradient, follow = np.empty(rows, inner.dtype), np.empty(rows, inner.dtype)
-    d, goal = np.empty(rows, inner.dtype), np.empty(rows, inner.dtype)
-    for b in range(start, stop):
-        h, out, curvature = h_in[b % h_in.shape[0]], h_out[b], diagonal[b % h_in.shape[0]]
-        for j in range(columns):
-            g = j // size
-            gradient[:] = zero
-            for i in range(rows):
-                x = inner[b, i, j]
-                for r in range(rows):
-                    gradient[r] += out[i, r] * x
-            moves = 0
-            for r in range(rows):
-                at, s = integers[b, r, j], scale[b, r, g]
-                newton = one / (s * (curvature[j] * out[r, r]))
-                goal[r] = min(max(np.rint(gradient[r] * newton) + at, zero), levels)
-                d[r] = (goal[r] - at) * s
-                moves += d[r] != 0
-            if moves == 0:
-                continue
-            follow[:] = zero
-            for i in range(rows):
-                if d[i] != 0:
-                    for r in range(rows):
-                        follow[r] += out[i, r] * d[i]
-            together, best, single = zero, np.float32(np.inf), 0
-            for r in range(rows):
-                together += d[r] * (two * gradient[r] + curvature[j] * follow[r])
-                gain = d[r] * (two * gradient[r] + curvature[j] * out[r, r] * d[r])
-                if gain < best:
-                    best, single = gain, r
-            everyone = together < best and together < 0
-            column = h[j]
-            for r in range(rows):
-                if d[r] != 0 and (everyone or (r == single and best < 0)):
-                    integers[b, r, j], moved[b, r] = goal[r], True
-                    row, step = inner[b, r], d[r]
-                    for k in range(columns):
-                        row[k] += column[k] * step

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compiled import is_compiled
 from .grid import snap
-from .kernels import descend_block, descend_rows, is_compiled
+from .kernels import descend_block, descend_rows
 from .objective import Objective
 from .stopwatch import stage
 
@@ -75,7 +76,7 @@ def refine(
     if independent:
         target, integers, scale, zero = (part.flatten(0, 1)[None] for part in (target, integers, scale, zero))
     q = integers.to(target.dtype)
-    error = _dequantize(q, scale, zero) - target
+    error = dequantize(q, scale, zero) - target
     targets = target @ h_in if scale.shape[-1] == 1 else None
     whole = _State(q, scale.clone(), zero, error @ h_in, targets)
     rows, alive = whole, torch.arange(q.shape[1], device=q.device)
@@ -102,12 +103,13 @@ def rescale(target: Tensor, integers: Tensor, scale: Tensor, zero: Tensor, objec
     h_in = objective.h_in.to(target.dtype)
     h_out = None if objective.h_out is None else objective.h_out.to(target.dtype)
     q = integers.to(target.dtype)
-    state = _State(q, scale.clone(), zero, (_dequantize(q, scale, zero) - target) @ h_in, None)
+    state = _State(q, scale.clone(), zero, (dequantize(q, scale, zero) - target) @ h_in, None)
     _update_scales(state, h_in, h_out)
     return state.scale
 
 
-def _dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The weights (heads, r, c) of integers given as floating-point numbers, in their dtype."""
     parts = q.unflatten(-1, (scale.shape[-1], -1))
     return ((parts - zero[..., None]) * scale[..., None]).flatten(-2)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import tabu
 from .grid import GridSettings, round_to, search, snap
 from .kernels import round_block
 from .learned import Learning, improve
@@ -51,6 +52,7 @@ class Settings:
     alpha: float = 1.0
     refine: int = 8
     starts: int = 5
+    tabu: float = 0.0
     drift: bool = True
     token_weights: bool = False
     sequential: bool = False
@@ -132,6 +134,10 @@ def quantize(
     best = _round_and_refine(target, objective, settings, grid)
     if settings.starts > 1:
         best = _restart(best, target, objective, settings)
+    if settings.tabu:
+        start = (target, best.integers, best.scale, best.zero)
+        searched = tabu.improve(*start, objective, settings.bits, moves=settings.tabu, rounds=settings.refine)
+        best = _best((best, objective, target), (Quantized(*searched), objective, target))
     if settings.method in ("adaround", "aespa"):
         start = (target, best.integers, best.scale, best.zero)
         found = improve(*start, objective, settings.bits, settings.learning, rounds=settings.refine)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotoboa.boa import kernels
+from rotoboa.boa import compiled, kernels
 from rotoboa.boa.objective import Objective, inverse_factor
 from rotoboa.boa.refine import sweep
 
@@ -29,14 +29,14 @@ def test_rounding_is_the_same_to_the_last_bit(
     scale = _random(batch, rows, width, seed=3).abs() * 0.2 + 0.3
     zero = _random(batch, rows, width, seed=4).round().clamp(-1, 1) + 2
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(kernels, "_SERIAL", 1)
+    monkeypatch.setattr(compiled, "_SERIAL", 1)
     before = block.clone()
-    compiled = kernels.round_block(block, upper, scale, zero, 3)
+    own = kernels.round_block(block, upper, scale, zero, 3)
     assert torch.equal(block, before)
     _in_torch(monkeypatch)
-    for found, expected in zip(compiled, kernels.round_block(block, upper, scale, zero, 3), strict=True):
+    for found, expected in zip(own, kernels.round_block(block, upper, scale, zero, 3), strict=True):
         assert torch.equal(found, expected)
-    assert compiled[0].unique().tolist() == [0, 1, 2, 3] or rows * width == 1
+    assert own[0].unique().tolist() == [0, 1, 2, 3] or rows * width == 1
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -51,11 +51,11 @@ def test_descent_is_the_same(monkeypatch: pytest.MonkeyPatch, tied: bool, shared
     scale = _random(heads, rows, width, seed=4).abs() * 0.1 + 0.2  # groups of one column
     inner = _random(heads, rows, width, seed=5) @ h_in * 0.1
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(kernels, "_SERIAL", 1)
+    monkeypatch.setattr(compiled, "_SERIAL", 1)
     results = []
-    for compiled in (True, False):
+    for fast in (True, False):
         own, moved_q = inner.clone(), q.clone()
-        if not compiled:
+        if not fast:
             _in_torch(monkeypatch)
         moved = sweep(own, moved_q, scale, h_in, h_out, 7)
         assert torch.equal(moved, (moved_q != q).any(-1))
