@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rotoboa.models.families import Shape
+from rotoboa.models.shape import Shape
 from rotoboa.pipeline.counting import Sizes, Work, total
 from rotoboa.pipeline.counting_solver import Plan, whole
 from rotoboa.pipeline.machines import ACHIEVED, GPUS, NETWORKS, Machine, published

@@ -29,7 +29,8 @@ from rotoboa.export.checkpoint import save_tensors
 from rotoboa.export.memory import model_bytes
 from rotoboa.export.native import METHOD, prepare_block
 from rotoboa.export.spec import Spec
-from rotoboa.models.families import Shape, family_of
+from rotoboa.models.families import family_of
+from rotoboa.models.shape import Shape
 
 MODELS: dict[str, dict[str, Any]] = {
     "embedded": {

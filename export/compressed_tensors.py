@@ -35,7 +35,8 @@ from torch import Tensor
 
 from ..boa.rounding import Quantized
 from ..errors import InputError
-from ..models.families import Family, Shape, family_of
+from ..models.families import Family, family_of
+from ..models.shape import Shape
 from .checkpoint import SHARD_BYTES, write_checkpoint
 from .finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
 from .reading import check_shape, read_config, read_shapes

@@ -18,7 +18,8 @@ from transformers import AutoConfig, PretrainedConfig
 from ..boa.rounding import Quantized
 from ..errors import InputError
 from ..models.ends import Ends
-from ..models.families import Family, Shape, family_for, family_of
+from ..models.families import Family, family_for, family_of
+from ..models.shape import Shape
 from .checkpoint import read_ends
 from .native import METHOD, unpack_block
 from .spec import Spec

@@ -22,8 +22,9 @@ from ..boa.rounding import Quantized
 from ..boa.transforms import OnlineTransforms
 from ..errors import InputError
 from ..models.decoder import Decoder
-from ..models.families import Family, Shape, family_for
+from ..models.families import Family, family_for
 from ..models.layout import fold_layer_norms, split_modules
+from ..models.shape import Shape
 from .cache import use_packed_cache
 from .linear import QuantizedLinear
 from .packing import pack, unpack

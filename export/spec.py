@@ -10,7 +10,7 @@ from ..boa.activations import DynamicQuantizer
 from ..boa.attention import AttentionTransform
 from ..boa.transforms import InputTransform, OnlineTransforms
 from ..errors import InputError
-from ..models.families import Shape
+from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
 
 FORMAT_VERSION = 1

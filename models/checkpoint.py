@@ -27,9 +27,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError
 from .ends import Ends
-from .families import Family, Shape, family_for, family_of
+from .families import Family, family_for, family_of
 from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite
+from .shape import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import InputError
 from .ends import Ends
-from .families import Family, Shape, family_for
+from .families import Family, family_for
 from .layout import drop_norm_bias, expected_shapes, split_modules
 from .matrices import spans
+from .shape import Shape
 
 
 class Decoder:

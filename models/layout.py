@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Family, Shape
+from .families import Family
+from .shape import Shape
 
 
 class Stacked(nn.Module):

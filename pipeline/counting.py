@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from ..boa.clipping import RATIOS
 from ..boa.experts_half import POOL
 from ..models.decoder import Decoder
-from ..models.families import Shape
+from ..models.shape import Shape
 from ..rotation.hadamard import _NARROW, _RADIX_BITS, Hadamard
 
 FLOAT, DOUBLE = 4, 8  # bytes

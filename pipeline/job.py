@@ -26,7 +26,7 @@ from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
-from ..models.families import Shape
+from ..models.shape import Shape
 from ..rotation.channels import SITES, obstacle
 from ..rotation.rotate import Rotations
 from . import launch

@@ -18,8 +18,8 @@ from ..export.packing import packed_width
 from ..models.aliases import resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
-from ..models.families import Shape
 from ..models.remote import Remote
+from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard, _prime_power, base_matrix
 from .buffers import free_memory
 from .counting import Sizes, Work

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families import Family, Shape
+from ..models.families import Family
+from ..models.shape import Shape
 
 SITES = ("qkv", "output", "gate_up", "down")
 

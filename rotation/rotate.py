@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..models.ends import Ends
-from ..models.families import Family, Shape
+from ..models.families import Family
+from ..models.shape import Shape
 from .fold import fold_norms, readers, remove_mean
 from .hadamard import Hadamard
 

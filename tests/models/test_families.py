@@ -14,7 +14,8 @@ from rotoboa.boa.attention import NAME
 from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import FAMILIES, Shape, family_for, family_of
+from rotoboa.models.families import FAMILIES, family_for, family_of
+from rotoboa.models.shape import Shape
 
 
 def _config(model_type: str, **fields: Any) -> Any:

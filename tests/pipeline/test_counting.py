@@ -19,7 +19,7 @@ from rotoboa.boa.rounding import Settings
 from rotoboa.boa.stopwatch import STAGES, Stopwatch
 from rotoboa.boa.transforms import OnlineTransforms
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import Shape
+from rotoboa.models.shape import Shape
 from rotoboa.pipeline import counting, counting_solver
 from rotoboa.pipeline.counting import Online, Sizes, Work
 from rotoboa.pipeline.counting_solver import Plan, Problem, problems

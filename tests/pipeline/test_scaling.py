@@ -7,7 +7,7 @@ import torch
 
 from rotoboa.boa.rounding import Settings
 from rotoboa.errors import InputError
-from rotoboa.models.families import Shape
+from rotoboa.models.shape import Shape
 from rotoboa.pipeline.counting import Online, Sizes, Work
 from rotoboa.pipeline.counting_solver import Plan, problems, quantization
 from rotoboa.pipeline.machines import GPUS, NETWORKS, Machine, measured, published

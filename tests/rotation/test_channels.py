@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rotoboa.models.families import FAMILIES, Family, Shape
+from rotoboa.models.families import FAMILIES, Family
+from rotoboa.models.shape import Shape
 from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels, ties
 
 LLAMA, OPT, GEMMA = (FAMILIES[name] for name in ("llama", "opt", "gemma2"))

@@ -14,7 +14,8 @@ from rotoboa.boa.attention import NAME, AttentionTransform, Seen, set_attention
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import FAMILIES, Shape
+from rotoboa.models.families import FAMILIES
+from rotoboa.models.shape import Shape
 from rotoboa.rotation.fold import fold_norms, neutral
 from rotoboa.rotation.rotate import Rotations
 

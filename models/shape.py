@@ -1,0 +1,48 @@
+"""The sizes of a decoder, read from its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder, all in elements; `ffn` is that of one expert where there are `experts`."""
+
+    blocks: int
+    hidden: int
+    ffn: int
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    experts: int = 0
+
+    @property
+    def query_width(self) -> int:
+        """Of all query heads together."""
+        return self.query_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Of all key heads together, or of all value heads."""
+        return self.key_heads * self.head_dim
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """Read the sizes from a transformers config, with the defaults of Llama where a field is missing."""
+        row = FAMILIES.get(getattr(config, "model_type", ""), FAMILIES["llama"])
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        return cls(
+            blocks=int(config.num_hidden_layers),
+            hidden=hidden,
+            ffn=int(getattr(config, row.ffn_field)),
+            query_heads=heads,
+            key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+            vocabulary=int(config.vocab_size),
+            experts=int(getattr(config, row.experts_field)) if row.experts_field else 0,
+        )
