@@ -18,7 +18,7 @@ from ..boa.clipping import RATIOS
 from ..boa.experts_half import POOL
 from ..models.decoder import Decoder
 from ..models.shape import Shape
-from ..rotation.hadamard import _NARROW, _RADIX_BITS, Hadamard
+from ..rotation.hadamard import Hadamard
 
 FLOAT, DOUBLE = 4, 8  # bytes
 # How often an element crosses to memory, reads and writes together, in the operations of ...
@@ -139,12 +139,7 @@ def moved(elements: float, passes: float) -> Work:
 
 def hadamard(vectors: float, size: int, *, wide: bool = False) -> Work:
     """The fast transform of `size` = base 2^k channels: 2 n (base + the sum of its radices) a vector."""
-    rotation = Hadamard.of(size)
-    columns = rotation.order // rotation.base
-    steps = -(-(columns.bit_length() - 1) // _RADIX_BITS)
-    factors = [2 ** ((columns.bit_length() - 1 + step) // steps) for step in range(steps)]
-    if rotation.base > 1:
-        factors = [columns, rotation.base] if columns < _NARROW else [*factors, rotation.base]
+    factors = Hadamard.of(size).factors
     operations = 2.0 * vectors * size * sum(factors)
     moves = vectors * size * 2 * len(factors)
     return Work(wide=operations, bytes=DOUBLE * moves) if wide else Work(operations, bytes=FLOAT * moves)

@@ -20,7 +20,8 @@ from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
 from ..models.remote import Remote
 from ..models.shape import Shape
-from ..rotation.hadamard import Hadamard, _prime_power, base_matrix
+from ..rotation import hadamard_matrices
+from ..rotation.hadamard import Hadamard
 from .buffers import free_memory
 from .counting import Sizes, Work
 from .counting_solver import Plan, whole
@@ -175,29 +176,12 @@ def _scaling(sizes: Sizes, run: Plan, machine: Machine, cluster: Cluster) -> dic
 
 def construction(rotation: Hadamard) -> str:
     """How its matrix is made, in words."""
-    parts, base = [], rotation.base
-    while base > 2 and base % 8 == 0 and _is_constructible(base // 2):
-        base //= 2
-    doubled = rotation.order // base
-    if base > 2:
-        if (field := _prime_power(base - 1)) and (base - 1) % 4 == 3:
-            parts.append(f"Paley I of order {base} over GF({field[0] ** field[1]})")
-        elif (field := _prime_power(base // 2 - 1)) and (base // 2 - 1) % 4 == 1:
-            parts.append(f"Paley II of order {base} over GF({field[0] ** field[1]})")
-        else:
-            parts.append(f"Goethals-Seidel of order {base}")
-    if doubled > 1 or base <= 2:
-        parts.append(f"Sylvester of order {doubled * (base if base <= 2 else 1)}")
+    parts = [hadamard_matrices.construction(rotation.base)] if rotation.base > 1 else []
+    doubled = rotation.order // rotation.base
+    if doubled > 1 or not parts:
+        parts.append(f"Sylvester of order {doubled}")
     text = " x ".join(parts)
     return text if rotation.blocks == 1 else f"{rotation.blocks} blocks, each {text}"
-
-
-def _is_constructible(order: int) -> bool:
-    try:
-        base_matrix(order)
-    except ValueError:
-        return False
-    return True
 
 
 def _rotations(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
