@@ -25,7 +25,7 @@ import torch
 import typer
 from common import HERE, measure
 
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 RECIPES = ("w2a16", "w3a16", "w4a4kv4", "w2a4kv4")
 SETTING: dict[str, Any] = {"evaluation.split": "validation", "evaluation.windows": 64}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rotoboa
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 

@@ -46,7 +46,8 @@ from rotoboa.pipeline.counting_solver import Plan
 from rotoboa.pipeline.counting_solver import block as counted
 from rotoboa.pipeline.job import settings_of
 from rotoboa.pipeline.progress import peak_resident
-from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 from rotoboa.rotation.rotate import Rotations
 
 HERE = Path(__file__).resolve().parent

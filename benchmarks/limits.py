@@ -17,7 +17,8 @@ from rotoboa.models.shape import Shape
 from rotoboa.pipeline.counting import Sizes, Work, total
 from rotoboa.pipeline.counting_solver import Plan, whole
 from rotoboa.pipeline.machines import ACHIEVED, GPUS, NETWORKS, Machine, published
-from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.scaling import device_memory, estimate
 
 HERE = Path(__file__).resolve().parent

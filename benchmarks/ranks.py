@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from rotoboa.export.packing import unpack
 from rotoboa.pipeline.plan import estimate_here
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.scaling import Estimate
 
 TABLE = HERE / "ranks.md"

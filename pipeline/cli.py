@@ -21,16 +21,9 @@ from ..errors import InputError, RunError
 from . import launch
 from .files import read_json as _read_json
 from .progress import Progress, cost_table, loss_table, result_table, task_table
-from .recipe import (
-    SECTIONS,
-    Recipe,
-    build_recipe,
-    field_paths,
-    load_recipe,
-    recipe_names,
-    recipe_text,
-    value_of,
-)
+from .recipe import Recipe
+from .recipe_fields import SECTIONS, field_paths, value_of
+from .recipe_files import build_recipe, load_recipe, recipe_names, recipe_text
 
 DEFAULT_RECIPE = "w4a4kv4"
 FREE = ("memory", "timeout")  # fields that change nothing in what comes out

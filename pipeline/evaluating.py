@@ -17,7 +17,7 @@ from .distributed import joined
 from .job import check_length, evaluation_sets, evaluation_windows, length_of, prepare
 from .measure import loaded, perplexities, sizes
 from .progress import Progress
-from .recipe import split_names
+from .recipe_values import split_names
 from .run import REPORT, RunFolder, write_json
 from .sharing import check_alike, followed, shared_ends, shared_recipe, shared_tokens
 from .tasks import task_scores, tasks_of

@@ -21,7 +21,8 @@ from ..export.finished import Finished
 from ..export.native import METHOD
 from ..export.record import RECORD, digest, write_record
 from ..models.aliases import HUB_ID, resolve_model
-from .recipe import Recipe, recipe_to_yaml
+from .recipe import Recipe
+from .recipe_files import recipe_to_yaml
 from .run import RECIPE, REPORT, RunFolder, recipe_of, write_json, write_text
 
 

@@ -53,7 +53,8 @@ from .measure import (
 from .overlap import Overlap
 from .pages import siblings, write_page
 from .progress import Progress
-from .recipe import Recipe, recipe_to_yaml
+from .recipe import Recipe
+from .recipe_files import recipe_to_yaml
 from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .sharing import check_alike, followed, own_share, shared_block, shared_ends, shared_tokens

@@ -27,7 +27,8 @@ from transformers import (
 
 import rotoboa
 from rotoboa.models.aliases import TINY_FOLDER
-from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 # Grids without a search and few row blocks: the code is the same, and a run of two blocks takes a second.
 QUICK = {

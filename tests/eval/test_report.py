@@ -17,7 +17,7 @@ from rotoboa.eval import charts, costs, figures
 from rotoboa.eval.figures import Layer
 from rotoboa.eval.report import Contents, page
 from rotoboa.pipeline.compare import comparison, table
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REPORT: dict[str, Any] = {

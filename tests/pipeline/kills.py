@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.stages import quantize
 
 

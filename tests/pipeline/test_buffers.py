@@ -20,7 +20,8 @@ from rotoboa.pipeline import buffers as module
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.buffers import Buffers, free_memory, trim
 from rotoboa.pipeline.job import activation_bytes, prepare
-from rotoboa.pipeline.recipe import Recipe, build_recipe
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe
 
 
 def test_files_begin_where_the_budget_ends(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import rotoboa.pipeline
 from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline.cli import app
 from rotoboa.pipeline.progress import Progress
-from rotoboa.pipeline.recipe import Recipe, field_paths, recipe_names
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_fields import field_paths
+from rotoboa.pipeline.recipe_files import recipe_names
 
 REPORT = {
     "perplexity": {"stdlib": {"full_precision": 9.125, "rtn": 99.0, "quantized": 10.5}},

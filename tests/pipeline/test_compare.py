@@ -15,7 +15,8 @@ import rotoboa
 from rotoboa.errors import InputError
 from rotoboa.pipeline.cli import app
 from rotoboa.pipeline.compare import comparison, format_of, render, short_names, table
-from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 REPORT: dict[str, Any] = {
     "model": "tiny",

@@ -18,7 +18,7 @@ from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline import exporting
 from rotoboa.pipeline.cli import app
 from rotoboa.pipeline.exporting import FORMATS, export, shard_size
-from rotoboa.pipeline.recipe import build_recipe
+from rotoboa.pipeline.recipe_files import build_recipe
 
 Runs = Callable[..., Path]
 ALWAYS = {"README.md", "recipe.yaml", "report.json", "export.json", "config.json", "generation_config.json"}

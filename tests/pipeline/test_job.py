@@ -3,7 +3,7 @@
 import pytest
 
 from rotoboa.pipeline.job import prepare
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 CHOICES = [(True, "auto", "diagonal"), (False, "auto", "hessian"), (True, "minmax", "minmax")]
 

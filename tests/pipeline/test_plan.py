@@ -176,7 +176,7 @@ import torch
 torch.set_num_threads(1)
 import rotoboa
 from rotoboa.pipeline.plan import plan
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 recipe = build_recipe(load_recipe("w2a16"), json.loads(sys.argv[1]))
 planned, report = plan(recipe, "cpu"), rotoboa.quantize(recipe, device="cpu")
 measured = report["plain_forward_seconds"] + sum(s for n, s in report["seconds"].items() if n not in ("text", "total"))

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from rotoboa.export.packing import unpack
-from rotoboa.pipeline.recipe import Recipe, recipe_to_yaml
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import recipe_to_yaml
 
 MakeRecipe = Callable[..., Recipe]
 Case = dict[str, Any]

@@ -6,7 +6,9 @@ import yaml
 from pydantic import ValidationError
 
 from rotoboa.errors import InputError
-from rotoboa.pipeline.recipe import Recipe, build_recipe, field_paths, load_recipe, recipe_names, recipe_to_yaml
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_fields import field_paths
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe, recipe_names, recipe_to_yaml
 
 LEAVES = {path.name for path in field_paths()}
 

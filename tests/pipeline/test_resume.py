@@ -17,7 +17,8 @@ import rotoboa
 from rotoboa.errors import InputError
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.cli import app
-from rotoboa.pipeline.recipe import Recipe, recipe_to_yaml
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import recipe_to_yaml
 
 MakeRecipe = Callable[..., Recipe]
 Interrupted = Callable[..., Path]

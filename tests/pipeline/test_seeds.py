@@ -8,7 +8,7 @@ import torch
 from rotoboa.pipeline import seeds
 from rotoboa.pipeline.job import Job, prepare
 from rotoboa.pipeline.progress import Progress
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 
 def _job(recipe: str, **changes: object) -> Job:

@@ -12,7 +12,7 @@ from rotoboa.eval.zeroshot import Score, Tasks
 from rotoboa.models.tiny.tasks import items
 from rotoboa.pipeline import evaluating, stages, tasks
 from rotoboa.pipeline.job import prepare
-from rotoboa.pipeline.recipe import build_recipe
+from rotoboa.pipeline.recipe_files import build_recipe
 
 
 @pytest.fixture

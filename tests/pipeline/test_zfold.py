@@ -16,7 +16,8 @@ from rotoboa.errors import InputError
 from rotoboa.pipeline.exporting import export, open_finished
 from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.plan import plan
-from rotoboa.pipeline.recipe import Recipe, build_recipe, recipe_to_yaml
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe, recipe_to_yaml
 from rotoboa.pipeline.run import RunFolder
 from rotoboa.pipeline.verifying import run_logits
 

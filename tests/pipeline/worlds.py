@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rotoboa.pipeline import distributed, stages
-from rotoboa.pipeline.recipe import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.sharing import FollowedRun
 
 LIMIT = 100.0  # seconds for a case

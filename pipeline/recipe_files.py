@@ -1,0 +1,106 @@
+"""Recipes read from YAML and options, and written: the packaged ones, files of the user's own, those of runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import InputError
+from .recipe import Recipe
+from .recipe_fields import LEAVES, SECTIONS, legal_values, unknown_field
+
+
+def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Validates `base`, as read from YAML, after setting `overrides`, which map dotted names to values.
+
+    Raises InputError, in one sentence, for all unknown fields and illegal values together.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in base.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            flat |= {f"{key}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+        elif key not in SECTIONS or value is not None:  # a section whose lines are all commented out is None
+            flat[str(key)] = value
+    flat |= overrides or {}
+
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name in LEAVES:
+            section, _, leaf = name.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    complaints = [unknown_field(name) for name in flat if name not in LEAVES]
+    try:
+        recipe = Recipe.model_validate(nested)
+    except ValidationError as error:
+        for item in error.errors():
+            name, given = ".".join(str(part) for part in item["loc"]), item["input"]
+            shown = given if isinstance(given, str) and given else repr(given)
+            complaints.append(f"{name} is {shown} but must be {legal_values(LEAVES[name])}")
+    if complaints:
+        raise InputError(f"The recipe cannot be used: {'; '.join(complaints)}.")
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """YAML with every field; `build_recipe` of what it parses to gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("rotoboa.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The text of a recipe that comes with the package, or of a file."""
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        return (resources.files("rotoboa.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        names = recipe_names()
+        close = difflib.get_close_matches(name_or_path, names, 1)
+        hint = f"perhaps {close[0]}; " if close else ""
+        raise InputError(f"There is no recipe '{name_or_path}': {hint}use one of {', '.join(names)}, or a .yaml file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"The recipe {name_or_path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The recipe {name_or_path} cannot be read: it is not UTF-8 text.") from error
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """Reads a recipe by name or path, without validating its fields: `build_recipe` does, once overrides are set."""
+    text = recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
+        raise InputError(f"The recipe {name_or_path}{line} is not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"The recipe {name_or_path}, line 1, must hold fields such as `model: tiny`, not a {kind}.")
+    return content

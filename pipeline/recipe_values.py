@@ -1,0 +1,68 @@
+"""Values of a recipe's fields that bounds alone do not describe: what is taken, and the words for it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BeforeValidator
+
+
+class Legal(NamedTuple):
+    """Marks an annotation with the words for its legal values, where bounds alone do not say it."""
+
+    text: str
+
+
+def _check_bits(bits: int) -> int:
+    if bits not in (*range(2, 9), 16):
+        raise ValueError("not a supported bit width")
+    return bits
+
+
+def _check_weight_bits(bits: int) -> int:
+    if bits not in range(2, 9):
+        raise ValueError("not a supported bit width")
+    return bits
+
+
+def split_names(value: Any) -> Any:
+    """'a, b' -> ['a', 'b']; a list stays as it is, so that a name in it may hold a comma."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is not None and (not names or not all(names) or len(set(names)) < len(names)):
+        raise ValueError("no names, an empty name or the same name twice")
+    return names
+
+
+Names = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(split_names),
+    AfterValidator(_check_names),
+    Legal("a name, or several with commas between them or as a list, each once"),
+]
+SITES = ("qkv", "output", "gate_up", "down")  # those of rotation.channels, which needs torch
+
+
+def _sites(value: Any) -> Any:
+    """True is all sites, False none."""
+    value = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return (SITES if value else None) if isinstance(value, bool) else split_names(value)
+
+
+def _check_sites(sites: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    _check_names(sites)
+    if not set(sites or ()) <= set(SITES):
+        raise ValueError("not a site")
+    return None if sites is None else tuple(site for site in SITES if site in sites)
+
+
+Sites = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_sites),
+    AfterValidator(_check_sites),
+    Legal(f"true, false, or some of {', '.join(SITES)} with commas between them or as a list, each once"),
+]
+WeightBits = Annotated[int, AfterValidator(_check_weight_bits), Legal("2 to 8")]
+Bits = Annotated[int, AfterValidator(_check_bits), Legal("2 to 8, or 16 for no quantization")]
