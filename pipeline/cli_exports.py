@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from ..errors import RunError
-from .cli import Run, _Command, _print, _read_json, app
+from .cli_command import Run, print_tables
+from .files import read_json
 
 
-@app.command(cls=_Command)
 def export(
     run: Run,
     format_name: Annotated[
@@ -35,7 +35,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a finished run in a format that others read, without quantizing again."""
-    _read_json(run, "manifest.json")
+    read_json(run, "manifest.json")
 
     from . import exporting
 
@@ -44,7 +44,6 @@ def export(
     typer.echo(f"The export is in {target}" + (f" and in {push}" if push else ""))
 
 
-@app.command(cls=_Command)
 def verify(
     folder: Annotated[
         Path, typer.Argument(help="Folder of an export, or of a run.", metavar="EXPORT", show_default=False)
@@ -69,7 +68,7 @@ def verify(
         limit = "none" if r.tolerance is None else f"{r.tolerance:.3g}"
         row = (f"{r.difference:.3g}", f"{r.deviation:.3g}", f"{r.agreement:.1%}", limit)
         table.add_row(r.format, r.reader, *row, "shown" if r.tolerance is None else "ok" if r.passed else "TOO LARGE")
-    _print(table)
+    print_tables(table)
     if failed := [r for r in results if not r.passed]:
         worst = failed[0]
         raise RunError(
