@@ -42,8 +42,8 @@ from rotoboa.export.spec import Spec
 from rotoboa.models.decoder import Decoder
 from rotoboa.pipeline.buffers import Buffers
 from rotoboa.pipeline.counting import Sizes
-from rotoboa.pipeline.counting_solver import Plan
-from rotoboa.pipeline.counting_solver import block as counted
+from rotoboa.pipeline.counting_run import Plan
+from rotoboa.pipeline.counting_run import block as counted
 from rotoboa.pipeline.job import settings_of
 from rotoboa.pipeline.progress import peak_resident
 from rotoboa.pipeline.recipe import Recipe

@@ -15,7 +15,7 @@ from typing import Any
 
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.counting import Sizes, Work, total
-from rotoboa.pipeline.counting_solver import Plan, whole
+from rotoboa.pipeline.counting_run import Plan, whole
 from rotoboa.pipeline.machines import ACHIEVED, GPUS, NETWORKS, Machine, published
 from rotoboa.pipeline.recipe import Recipe
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe

@@ -1,4 +1,4 @@
-"""Operations and bytes of solving a block, and of a whole run; notation and kinds as in `counting`.
+"""Operations and bytes of solving what shares an input, by stage; notation and kinds as in `counting`.
 
 B Hessians of c x c, R rows of all heads together, r rows of a head; K rounds of refinement and S grids of a row are
 the most that the settings allow: rows and rounds in which nothing moves are left out when a run meets them.
@@ -10,31 +10,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..boa.block_output import TOKENS
 from ..boa.grid import SHRINKS
 from ..boa.references import PLAIN as REFERENCE
 from ..boa.rounding import COLUMN_BLOCK, Settings
-from ..boa.statistics import value_stride
 from .counting import (
     DOUBLE,
     FLOAT,
-    Online,
     Sizes,
     Work,
-    clip_search,
-    forward,
-    head_statistics,
-    input_statistics,
     linear,
     moved,
-    plain,
-    rotation,
-    streams,
-    total,
-    value_statistics,
 )
-from .job import settings_of
-from .recipe import Recipe
 
 GRID, GRID_MOVES = 13, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
 LEARNED = 40  # operations of a weight in a step of learned rounding, beside its products
@@ -208,121 +194,3 @@ def solve(p: Problem, settings: Settings) -> dict[str, Work]:
         "starts": starts(q, settings),
         "losses": losses(p),
     }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe asks for, as the counts see it.
-
-    Attributes:
-        settings: of the rounding.
-        samples, length, batch: of the calibration set, and how many sequences at a time.
-        online: what runs beside the layers.
-        r1, r2: rotations that are folded.
-        references: whether RTN and plain GPTQ are measured beside the method.
-        head: whether the output layer is moved.
-        windows: of `length` tokens that are evaluated; 0 for none.
-        baseline: whether RTN is evaluated too.
-    """
-
-    settings: Settings
-    samples: int
-    length: int
-    batch: int
-    online: Online
-    r1: bool = True
-    r2: bool = True
-    references: bool = False
-    head: bool = False
-    windows: int = 0
-    baseline: bool = True
-    all_samples: int | None = None  # samples of all ranks, where `samples` are those of one
-
-    @classmethod
-    def of(cls, recipe: Recipe, length: int, windows: int | None) -> Plan:
-        """That of a recipe, on sequences of `length` tokens; `windows` None is not counted."""
-        weights, rotation, cache = recipe.weights, recipe.rotation, recipe.cache
-        bits = recipe.activations.bits, min(cache.key_bits, cache.value_bits)
-        return cls(
-            settings_of(recipe),
-            recipe.calibration.samples,
-            length,
-            recipe.calibration.batch,
-            Online(
-                rotation.r3,
-                rotation.r4,
-                activations=bits[0] < 16,
-                cache=bits[1] < 16,
-                search_activations=recipe.activations.search,
-                search_cache=cache.search,
-            ),
-            r1=rotation.r1,
-            r2=rotation.r2,
-            references=recipe.evaluation.references,
-            head=bool(weights.head) and weights.method != "rtn",
-            windows=windows or 0,
-            baseline=recipe.evaluation.baseline,
-        )
-
-
-def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]:
-    """One block by stage."""
-    s, settings, samples, length = sizes.shape, run.settings, run.samples, run.length
-    stride = value_stride(
-        (run.all_samples or samples) * length, s.query_heads // s.key_heads, s.hidden, settings.value_rows
-    )
-    found = {
-        "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4),
-        "forward": streams(sizes, samples, length, run.online, window, settings.sequential),
-        "clip search": clip_search(sizes, run.online, length, min(run.batch, samples)),
-        "input statistics": input_statistics(sizes, samples, length, run.batch),
-        "head statistics": head_statistics(s, samples * length),
-        "value statistics": value_statistics(s, samples, length, window, stride),
-    }
-    if settings.method == "brecq":  # a step is a forward and a backward pass
-        step = min(math.ceil(TOKENS / length), samples)
-        found["forward"] += settings.iterations * 3 * forward(sizes, step, length, window)
-    for p in problems(sizes):
-        for name, work in solve(p, settings).items():
-            found[name] = found.get(name, Work()) + p.count * work
-        if run.references:
-            found["references"] = found.get("references", Work()) + p.count * references(p, settings)
-    return found
-
-
-def quantization(sizes: Sizes, run: Plan) -> dict[str, Work]:
-    """All blocks by stage, and `head`: the output layer moved."""
-    found: dict[str, Work] = {}
-    windows = [sizes.window(i) for i in range(sizes.shape.blocks)]
-    for window in sorted(set(windows), key=str):
-        for name, work in block(sizes, run, window).items():
-            found[name] = found.get(name, Work()) + windows.count(window) * work
-    if run.head:
-        found["head"] = head(sizes, run.samples * run.length)
-    return found
-
-
-def head(sizes: Sizes, tokens: float) -> Work:
-    """H_in and residual of the output layer, 3 T c^2, and its target, 4 V c^2 for a vocabulary of V."""
-    c, vocabulary = sizes.shape.hidden, sizes.shape.vocabulary
-    shift = Work(2 * vocabulary * c * c, wide=2 * vocabulary * c * c + c**3 / 3)
-    return Work(tokens * c * (3 * c + 1), bytes=FLOAT * 2 * tokens * c) + shift
-
-
-def evaluation(sizes: Sizes, run: Plan) -> Work:
-    """Full precision, RTN where it is asked for, and the result: a pass and the logits, those of the first again."""
-    s, tokens = sizes.shape, run.windows * run.length
-    if not tokens:
-        return Work()
-    models = 3 if run.baseline else 2
-    logits = linear(tokens, s.vocabulary, s.hidden) + moved(tokens * s.vocabulary, 8)
-    work = models * plain(sizes, run.windows, run.length) + (2 * models - 1) * logits
-    if run.baseline:
-        work += s.blocks * total(p.count * grid_search(p, run.settings) for p in problems(sizes))
-    return work
-
-
-def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
-    """The whole run by stage: `plain forward pass`, the stages of `quantization`, `evaluation`."""
-    passes = {"plain forward pass": plain(sizes, run.samples, run.length)}
-    return passes | quantization(sizes, run) | {"evaluation": evaluation(sizes, run)}

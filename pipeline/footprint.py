@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .counting import DOUBLE, FLOAT, Sizes
-from .counting_solver import Plan, Problem, problems
+from .counting_run import Plan
+from .counting_solver import Problem, problems
 
 PROCESS = (
     700 * 2**20

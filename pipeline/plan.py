@@ -24,7 +24,7 @@ from ..rotation import hadamard_matrices
 from ..rotation.hadamard import Hadamard
 from .buffers import free_memory
 from .counting import Sizes, Work
-from .counting_solver import Plan, whole
+from .counting_run import Plan, whole
 from .footprint import PROCESS, footprint
 from .job import activation_bytes, check_sizes, length_of
 from .machines import Machine, calibrated, measured, published

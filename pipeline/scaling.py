@@ -14,8 +14,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .counting import DOUBLE, FLOAT, Sizes, Work
-from .counting_solver import Plan, Problem, block, evaluation, head, plain, problems, references, solve
+from .counting import DOUBLE, FLOAT, Sizes, Work, plain
+from .counting_run import Plan, block, evaluation, head
+from .counting_solver import Problem, problems, references, solve
 from .footprint import footprint
 from .machines import Machine
 

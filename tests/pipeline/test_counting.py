@@ -20,9 +20,10 @@ from rotoboa.boa.stopwatch import STAGES, Stopwatch
 from rotoboa.boa.transforms import OnlineTransforms
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.shape import Shape
-from rotoboa.pipeline import counting, counting_solver
+from rotoboa.pipeline import counting, counting_run, counting_solver
 from rotoboa.pipeline.counting import Online, Sizes, Work
-from rotoboa.pipeline.counting_solver import Plan, Problem, problems
+from rotoboa.pipeline.counting_run import Plan
+from rotoboa.pipeline.counting_solver import Problem, problems
 from rotoboa.rotation.hadamard import Hadamard
 
 SMALL = {
@@ -103,7 +104,7 @@ def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("rotoboa.boa.refine.is_compiled", lambda tensor: False)  # where sweeps are products
     settings = Settings(3, starts=3, refine=4)
     sizes, found = real(settings, 2, length)
-    counted = counting_solver.block(sizes, Plan(settings, 2, length, 2, Online(), references=True))
+    counted = counting_run.block(sizes, Plan(settings, 2, length, 2, Online(), references=True))
     assert found.keys() == counted.keys() - {"rotation", "clip search"}
     attention = 2 * 2 * 4 * 256 * counting.pairs(length)
     exact = {name: round(counted[name].products) for name in found}
@@ -127,7 +128,7 @@ def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyP
 def test_fewer_levers_are_counted_less() -> None:
     settings = Settings(3, starts=1, refine=0, method="gptq", alpha=0.0, group_size=32)
     sizes, found = real(settings, 2, 32)
-    counted = counting_solver.block(sizes, Plan(settings, 2, 32, 2, Online(), references=True))
+    counted = counting_run.block(sizes, Plan(settings, 2, 32, 2, Online(), references=True))
     for name in ("refinement", "starts"):
         assert found.get(name, 0) == counted[name].products == 0
     assert found["columns"] == counted["columns"].products
@@ -201,7 +202,7 @@ def test_every_family(name: str, family_model: Callable[..., nn.Module]) -> None
         assert sizes.block_weights == sum(map(math.prod, projections))
     assert sum(p.all_rows * p.columns * p.count for p in problems(sizes)) == sizes.block_weights
     run = Plan(Settings(4), 4, 16, 2, Online(True, True, True, True, True, True), references=True, windows=2)
-    found = counting_solver.block(sizes, run, decoder.window(0))
+    found = counting_run.block(sizes, run, decoder.window(0))
     assert found.keys() == STAGES.keys()
     assert all(work.operations > 0 and work.bytes > 0 for work in found.values())
     layer = model.get_submodule(decoder.family.layers)[0]

@@ -9,7 +9,8 @@ from rotoboa.boa.rounding import Settings
 from rotoboa.errors import InputError
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.counting import Online, Sizes, Work
-from rotoboa.pipeline.counting_solver import Plan, problems, quantization
+from rotoboa.pipeline.counting_run import Plan, quantization
+from rotoboa.pipeline.counting_solver import problems
 from rotoboa.pipeline.machines import GPUS, NETWORKS, Machine, measured, published
 from rotoboa.pipeline.scaling import device_memory, estimate, gathered, makespan, summed, triangle
 
