@@ -1,11 +1,13 @@
 """Several devices: who does what, what is sent, and when the last is done."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rotoboa.boa.rounding import Settings
+from rotoboa.boa.statistics import value_stride
 from rotoboa.errors import InputError
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.counting import Online, Sizes, Work
@@ -47,6 +49,15 @@ def test_calibration_is_shared_and_solving_is() -> None:
     assert two["rotation"] == one["rotation"]
     factors = two["factors"].seconds / one["factors"].seconds
     assert 0.5 < factors < 1  # only the values' Hessians are by head
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_values_of_a_share_are_weighed_by_every_nth_query_of_all(ranks: int) -> None:
+    """Which queries count goes by the sequences of all ranks: by its own alone, each of N would take N times more."""
+    run = replace(RUN, settings=Settings(2, value_rows=128), samples=4 * 64)
+    assert [value_stride(count * run.length, 2, 64, 128) for count in (256, 128, 64)] == [4, 2, 1]
+    one, several = (estimate(SIZES, run, MACHINE, n)["value statistics"].seconds for n in (1, ranks))
+    assert several == pytest.approx(one / ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
