@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ..boa.ranks import Ranks
 from ..errors import InputError
+from .checks import check_length, length_of
 from .distributed import joined
-from .job import check_length, evaluation_sets, evaluation_windows, length_of, prepare
+from .job import prepare
 from .measure import loaded, perplexities, sizes
 from .progress import Progress
 from .recipe_values import split_names
 from .run import REPORT, RunFolder, write_json
 from .sharing import check_alike, followed, shared_ends, shared_recipe, shared_tokens
 from .tasks import task_scores, tasks_of
+from .texts import evaluation_sets, evaluation_windows
 
 
 def evaluate(

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..models.shape import Shape
 from .counting import DOUBLE, FLOAT, Sizes
 from .counting_run import Plan
 from .counting_solver import Problem, problems
+from .job import Job
 
-PROCESS = (
-    700 * 2**20
-)  # Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
+# Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
+PROCESS = 700 * 2**20
+OTHERS = 2**24  # bytes of what else a run writes: tokenizer, manifest, report
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,27 @@ class Footprint:
         return max(self.rotation, self.device)
 
 
-def streams(sizes: Sizes, tokens: float) -> dict[str, float]:
-    """Bytes of both streams, 8 T h, and of what a block holds for all tokens: 8 T H d, or 4 T f of the MLP."""
-    s = sizes.shape
-    inside = 2 * s.hidden if s.experts else s.ffn
-    return {"streams": 2 * FLOAT * tokens * s.hidden, "block": FLOAT * tokens * max(2 * s.query_width, inside)}
+def activation_bytes(shape: Shape, tokens: int, method: str) -> dict[str, int]:
+    """Bytes of both streams, twice for brecq, and of what a block holds for all tokens at once, in float32."""
+    query = shape.query_heads * shape.head_dim
+    mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
+    streams = 4 if method == "brecq" else 2
+    return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, mlp)}
+
+
+def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int) -> int:
+    """What lies in files while a run works: activations beyond the budget, and embedding and head."""
+    return max(0, activations - budget) + 2 * shape.vocabulary * shape.hidden * itemsize
+
+
+def disk_bytes(job: Job, tokens: int) -> int:
+    """An upper estimate of what a run on so many calibration tokens needs on disk: blocks, model, what is spilled."""
+    s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
+    weights = s.hidden * (2 * s.query_width + 2 * s.key_width + 3 * s.ffn * max(s.experts, 1))
+    scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_width))
+    model = s.blocks * (weights * job.spec.bits // 8 + scales) + 2 * s.vocabulary * s.hidden * itemsize
+    activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
+    return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize) + OTHERS
 
 
 def collected(p: Problem) -> float:

@@ -23,10 +23,10 @@ from ..models.shape import Shape
 from ..rotation import hadamard_matrices
 from ..rotation.hadamard import Hadamard
 from .buffers import free_memory
+from .checks import check_sizes, length_of
 from .counting import Sizes, Work
 from .counting_run import Plan, whole
-from .footprint import PROCESS, footprint
-from .job import activation_bytes, check_sizes, length_of
+from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import Machine, calibrated, measured, published
 from .recipe import Recipe
 from .run import device_of
@@ -99,7 +99,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
             "evaluation_windows": windows,
             **activations,
             "memory": budget,
-            "spilled": max(0, sum(activations.values()) - budget) + 2 * shape.vocabulary * shape.hidden * itemsize,
+            "spilled": spilled_bytes(shape, sum(activations.values()), budget, itemsize),
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),

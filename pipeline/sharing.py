@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..export.checkpoint import read_ends
 from ..models.ends import Ends
 from . import launch
-from .job import Job, identity
+from .identity import identity
+from .job import Job
 from .recipe import Recipe
 from .run import RunFolder, recipe_of
 

@@ -22,24 +22,14 @@ from ..export.native import pack_block, unpack_block
 from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
 from .buffers import trim
-from .calibration import calibration_tokens, load_texts
+from .checks import length_of
 from .distributed import joined, shared_by
 from .ends import corrected_head, rotated_ends
 from .evaluating import shapes
 from .exporting import base_of, describe, open_finished
-from .job import (
-    Job,
-    checkpoint_checksums,
-    dataset_of,
-    evaluation_sets,
-    evaluation_windows,
-    exported_bytes,
-    identity,
-    length_of,
-    prepare,
-    spilled_bytes,
-    tokens_checksum,
-)
+from .footprint import disk_bytes
+from .identity import checkpoint_checksums, identity, tokens_checksum
+from .job import Job, prepare
 from .measure import (
     bits_per_weight,
     device_name,
@@ -59,6 +49,7 @@ from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .sharing import check_alike, followed, own_share, shared_block, shared_ends, shared_tokens
 from .tasks import Tasks, task_scores, tasks_of
+from .texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
 
 
 def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -82,21 +73,14 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if ranks.rank == 0:
         mine = RunFolder(recipe.output, identity(job))
         mine.at_work = ranks.tick
-        mine.need_space(2 * exported_bytes(job) + spilled_bytes(job, recipe.calibration.samples * length) + 2**24)
+        mine.need_space(disk_bytes(job, recipe.calibration.samples * length))
     own_share(job, recipe.calibration.samples)
     check_alike(job)
     folder = followed(ranks, mine, recipe.output)
     calibration_set = dataset_of(recipe.calibration.dataset, job.model, "--calibration.dataset")
     evaluated = evaluation_sets(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
     with job.timed("text"):
-
-        def calibration() -> Tensor:
-            texts, sizes = load_texts(calibration_set, "calibration"), (recipe.calibration.samples, length)
-            return calibration_tokens(
-                job.tokenizer, texts, *sizes, recipe.calibration.seed, job.decoder.shape.vocabulary
-            )
-
-        tokens = shared_tokens(ranks, calibration)
+        tokens = shared_tokens(ranks, partial(calibration_windows, job, calibration_set, length))
         split, most = recipe.evaluation.split, recipe.evaluation.windows
         windows = {
             name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most))

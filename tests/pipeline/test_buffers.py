@@ -19,7 +19,8 @@ from rotoboa.errors import RunError
 from rotoboa.pipeline import buffers as module
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.buffers import Buffers, free_memory, trim
-from rotoboa.pipeline.job import activation_bytes, prepare
+from rotoboa.pipeline.footprint import activation_bytes
+from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.recipe import Recipe
 from rotoboa.pipeline.recipe_files import build_recipe
 

@@ -15,8 +15,9 @@ from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.tiny import corpus
 from rotoboa.pipeline import calibration
 from rotoboa.pipeline.calibration import calibration_tokens, evaluation_tokens, load_texts
-from rotoboa.pipeline.job import evaluation_windows, prepare
+from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.run import recipe_of
+from rotoboa.pipeline.texts import evaluation_windows
 
 
 @pytest.fixture(scope="module")
