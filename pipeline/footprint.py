@@ -1,4 +1,4 @@
-"""Bytes that a run holds where most is, counted from sizes; notation as in `counting`.
+"""Bytes that a run holds where most is, in memory and on disk, counted from sizes; notation as in `counting`.
 
 What is held at once is read off the code: both versions of a block, statistics, the solver's copies of Hessians (four
 bytes as collected, eight as factored) and of rows (four each), a batch's activations. On a processor all of it is the
@@ -23,7 +23,7 @@ OTHERS = 2**24  # bytes of what else a run writes: tokenizer, manifest, report
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by stage, without `PROCESS` and without what `streams` holds of all tokens.
+    """Bytes by stage, without `PROCESS` and without `activation_bytes`, those of all tokens.
 
     Attributes:
         rotation: a block in float64 and float32, on the host.
@@ -50,10 +50,9 @@ class Footprint:
 
 def activation_bytes(shape: Shape, tokens: int, method: str) -> dict[str, int]:
     """Bytes of both streams, twice for brecq, and of what a block holds for all tokens at once, in float32."""
-    query = shape.query_heads * shape.head_dim
     mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
     streams = 4 if method == "brecq" else 2
-    return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * query, mlp)}
+    return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * shape.query_width, mlp)}
 
 
 def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int) -> int:

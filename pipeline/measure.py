@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..boa.precision import quick_products
 from ..boa.rounding import Quantized, Settings, quantize
+from ..boa.stopwatch import STAGES
 from ..boa.transforms import OnlineTransforms
 from ..eval.perplexity import States, last_states, part_sums, summary
 from ..export.memory import memory
@@ -183,6 +184,29 @@ def fallback_notices(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
                 f"on tokens of the whole layer: {seen}."
             )
     return notices
+
+
+def raised_damping(blocks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Layers whose Cholesky decomposition needed more damping than the recipe has, by block and name."""
+    return {
+        f"{block['index']}.{name}": layer["damping"]
+        for block in blocks
+        for name, layer in block["layers"].items()
+        if "damping" in layer
+    }
+
+
+def stage_seconds(blocks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by stage of the quantizer, of all blocks."""
+    stages = [block.get("stages", {}) for block in blocks]
+    return {name: sum(block.get(name, 0.0) for block in stages) for name in STAGES}
+
+
+def peak_so_far(job: Job, folder: RunFolder) -> dict[str, int]:
+    """The most memory that any part of the run has held so far on any rank."""
+    earlier = folder.manifest.get("peak_memory_bytes", {})
+    now = job.ranks.gather({**peak_memory(job.decoder.device), "spilled": job.buffers.peak})
+    return {name: max(earlier.get(name, 0), *(held[name] for held in now)) for name in now[0]}
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -87,7 +87,7 @@ def test_what_is_done_is_not_done_again(
     run = interrupted(recipe, stages, "shared_ends")  # exported, not yet evaluated
     first = json.loads((run / "manifest.json").read_text())
     assert first["parts"] == 1 and first["seconds"]["quantize"] > 0
-    for function in ("plain_forward", "_quantize_blocks", "write_native"):
+    for function in ("plain_forward", "quantize_blocks", "write_native"):
         monkeypatch.delattr(stages, function)
     report = rotoboa.quantize(recipe)
     assert report["perplexity"] == whole["perplexity"] and report["parts"] == 2

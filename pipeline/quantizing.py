@@ -1,0 +1,105 @@
+"""Quantizing block by block: each is read, rotated, solved and packed, while both streams go through it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..boa.block import BlockQuantizer
+from ..boa.stopwatch import Stopwatch, stage
+from ..errors import RunError
+from ..export.native import pack_block, unpack_block
+from ..models.ends import Ends
+from .buffers import trim
+from .job import Job
+from .measure import peak_so_far
+from .overlap import Overlap
+from .progress import Progress
+from .run import RunFolder
+from .sharing import own_share, shared_block
+
+
+def quantize_blocks(
+    job: Job, folder: RunFolder, tokens: Tensor, ends: Ends, progress: Progress, beside: Overlap
+) -> tuple[Tensor, Tensor]:
+    """Every block that is not finished yet; returns both streams as they leave the last one."""
+    compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
+    tokens = tokens[share.start : share.stop]
+    full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
+    for i in range(len(tokens)):
+        full[i] = quantized[i] = compute.embed(ends, tokens[i : i + 1])[0]
+    finished = len(folder.manifest["blocks"])
+    transforms, clips = job.spec.transforms(compute.shape), folder.clips()
+    progress.stage("quantize", compute.shape.blocks)
+    for index in range(compute.shape.blocks):
+        start = time.perf_counter()
+        watch = Stopwatch(compute.device)
+        with watch, stage("rotation"):
+            rotated = job.rotations.rotate_block(beside.block(index), family, index)
+        done = None
+        if index < finished:
+            columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
+            done = unpack_block(shared_block(job, folder, index), family, job.spec.bits, columns)
+        block = compute.block(index, rotated)
+        projections = {f"{name}.weight" for name in family.projections}
+        others = {name: tensor for name, tensor in rotated.items() if name not in projections}
+        del rotated  # in float64 it is twice as large as the block
+        solver = BlockQuantizer(
+            compute,
+            block,
+            job.settings,
+            transforms if done is None else transforms.with_clips(clips[index]),
+            batch=job.recipe.calibration.batch,
+            report=partial(_show, progress, index),
+            done=done,
+            search_inputs=job.recipe.activations.search and done is None,
+            search_cache=job.recipe.cache.search and done is None,
+            empty=job.buffers.empty,
+            release=job.release,
+            references=job.recipe.evaluation.references and done is None,
+            ranks=ranks,
+        )
+        try:
+            with watch:
+                solver.run(full, quantized)
+        except ValueError as error:
+            raise RunError(f"block {index}, {error}: look for NaN, Inf or huge values in the checkpoint.") from error
+        if done is None:
+            for name, damping in solver.damping.items():
+                progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
+            others |= solver.folded
+            pack = partial(pack_block, solver.results, others, job.spec.bits, job.checkpoint.dtype)
+            spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
+            entry = spent | _found(solver)
+            beside.write(index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=peak_so_far(job, folder))
+        trim()
+        progress.advance(block=index)
+    beside.finish()
+    job.spec = replace(job.spec, clips=folder.clips())
+    return full, quantized
+
+
+def _found(solver: BlockQuantizer) -> dict[str, Any]:
+    """What the manifest says of a block that was quantized: losses by layer, clip ratios, what was out of the way."""
+    layers: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
+    for key, found in (
+        ("objective", solver.objectives),
+        ("fallback_tokens", solver.fallbacks),
+        ("damping", solver.damping),
+    ):
+        for name, value in found.items():
+            layers[name][key] = value
+    entry: dict[str, Any] = {"layers": layers, "clips": solver.transforms.clips}
+    if solver.channel_scales:
+        entry["zfold"] = {site: scales.summary() for site, scales in solver.channel_scales.items()}
+    if solver.output_error is not None:
+        entry["output_error"] = solver.output_error
+    return entry
+
+
+def _show(progress: Progress, index: int, name: str, loss: float) -> None:
+    progress.advance(0, block=index, layer=name, loss=loss)
