@@ -109,7 +109,7 @@ def test_a_killed_process_ends_with_the_same_bytes(finished: Finished, model_fil
     code = (
         "import os, signal, sys\n"
         "import rotoboa\n"
-        "from rotoboa.pipeline.recipe import build_recipe, load_recipe\n"
+        "from rotoboa.pipeline.recipe_files import build_recipe, load_recipe\n"
         "from rotoboa.pipeline import run, stages\n"
         "write = run.write_tensors\n"
         "def killed(path, tensors):\n"

@@ -16,7 +16,8 @@ from rotoboa.errors import InputError
 from rotoboa.export.memory import model_bytes
 from rotoboa.pipeline import evaluating
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
-from rotoboa.pipeline.recipe import Recipe, build_recipe, load_recipe
+from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
 ModelFiles = Callable[[Path], dict[str, bytes]]
