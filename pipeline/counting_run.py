@@ -26,8 +26,8 @@ from .counting import (
     value_statistics,
 )
 from .counting_solver import grid_search, problems, references, solve
-from .job import settings_of
 from .recipe import Recipe
+from .settings import settings_of
 
 
 @dataclass(frozen=True)

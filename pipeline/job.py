@@ -27,6 +27,7 @@ from .checks import check_sizes
 from .distributed import device_name
 from .recipe import Recipe
 from .run import device_of
+from .settings import rotations_of, settings_of, spec_of
 
 
 @dataclass
@@ -90,15 +91,6 @@ class Job:
         return {**self.seconds, **running, "total": now - self.started}
 
 
-def settings_of(recipe: Recipe) -> Settings:
-    """Of the rounding, as a recipe has them."""
-    grid = recipe.weights.grid
-    if grid == "auto":
-        grid = "diagonal" if recipe.rotation.r1 else "hessian"
-    fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
-    return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
-
-
 def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = None) -> Job:
     """Resolve and check a recipe; `ranks` are those that the run is shared by.
 
@@ -117,33 +109,7 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint.folder} has no tokenizer that can be read: copy its files there.") from error
-    rotation = recipe.rotation
-    rotations = Rotations.of(
-        decoder.shape,
-        r1=rotation.r1,
-        r2=rotation.r2,
-        r3=rotation.r3,
-        r4=rotation.r4,
-        r4_blocks=rotation.r4_blocks,
-        seed=rotation.seed,
-        online_r1=decoder.family.post_norms,
-    )
-    spec = Spec(
-        bits=recipe.weights.bits,
-        group_size=recipe.weights.group_size,
-        symmetric=recipe.weights.symmetric,
-        r1=rotation.r1,
-        r2=rotation.r2,
-        r3=rotation.r3,
-        r4=rotation.r4,
-        r4_blocks=rotation.r4_blocks,
-        activation_bits=recipe.activations.bits,
-        activation_symmetric=recipe.activations.symmetric,
-        activation_clip=recipe.activations.clip,
-        key_bits=recipe.cache.key_bits,
-        value_bits=recipe.cache.value_bits,
-        cache_clip=recipe.cache.clip,
-        online_r1=rotations.online_r1,
-    )
+    rotations = rotations_of(recipe, decoder)
+    spec = spec_of(recipe, rotations)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
     return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())

@@ -1,0 +1,55 @@
+"""What a recipe asks of the quantizer: settings of the rounding, rotations, and what runs online."""
+
+from __future__ import annotations
+
+from ..boa.rounding import Settings
+from ..export.spec import Spec
+from ..models.decoder import Decoder
+from ..rotation.rotate import Rotations
+from .recipe import Recipe
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """Of the rounding."""
+    grid = recipe.weights.grid
+    if grid == "auto":
+        grid = "diagonal" if recipe.rotation.r1 else "hessian"
+    fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
+    return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
+
+
+def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
+    """R1 to R4 for a decoder."""
+    rotation = recipe.rotation
+    return Rotations.of(
+        decoder.shape,
+        r1=rotation.r1,
+        r2=rotation.r2,
+        r3=rotation.r3,
+        r4=rotation.r4,
+        r4_blocks=rotation.r4_blocks,
+        seed=rotation.seed,
+        online_r1=decoder.family.post_norms,
+    )
+
+
+def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
+    """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
+    rotation = recipe.rotation
+    return Spec(
+        bits=recipe.weights.bits,
+        group_size=recipe.weights.group_size,
+        symmetric=recipe.weights.symmetric,
+        r1=rotation.r1,
+        r2=rotation.r2,
+        r3=rotation.r3,
+        r4=rotation.r4,
+        r4_blocks=rotation.r4_blocks,
+        activation_bits=recipe.activations.bits,
+        activation_symmetric=recipe.activations.symmetric,
+        activation_clip=recipe.activations.clip,
+        key_bits=recipe.cache.key_bits,
+        value_bits=recipe.cache.value_bits,
+        cache_clip=recipe.cache.clip,
+        online_r1=rotations.online_r1,
+    )
