@@ -17,8 +17,8 @@ from rotoboa.boa import block as block_module
 from rotoboa.boa import kernels
 from rotoboa.boa.precision import quick_products
 from rotoboa.pipeline.counting import Sizes
-from rotoboa.pipeline.counting_solver import Plan
-from rotoboa.pipeline.counting_solver import block as counted
+from rotoboa.pipeline.counting_run import Plan
+from rotoboa.pipeline.counting_run import block as counted
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 PLAIN_ROUNDING = {"weights.refine": 0, "weights.starts": 1}

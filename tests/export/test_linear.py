@@ -183,6 +183,17 @@ def test_padding_for_cuda(rows: int, columns: int, outputs: int) -> None:
     assert torch.equal(integer_product(x, weight).long(), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_cuda(bits: int, quantizer: DynamicQuantizer | None) -> None:
+    for inputs, outputs, count in ((64, 24, 5), (100, 7, 1), (33, 40, 30)):
+        module, x = layer(inputs, outputs, bits, transform=InputTransform(None, quantizer)), tokens(2, count, inputs)
+        expected = simulated(module, x)
+        found = module.cuda()(x.cuda()).cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
 def test_scales_stay_float16() -> None:
     module = nn.Sequential(layer(64, 8, 4)).to(torch.bfloat16)[0]
     assert module.scale.dtype == torch.float16 and module.bias.dtype == torch.bfloat16
