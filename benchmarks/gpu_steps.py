@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rotoboa.boa import block as block_module
 from rotoboa.boa import kernels
+from rotoboa.boa.compiled import COLUMNS
 from rotoboa.boa.precision import quick_products
 from rotoboa.pipeline.counting import Sizes
 from rotoboa.pipeline.counting_run import Plan
@@ -83,7 +84,7 @@ def _gram(bench: Bench, batch: int, size: int) -> Tensor:
 
 
 def _width(bench: Bench) -> int:
-    return min(kernels.COLUMNS, bench.decoder.shape.hidden)
+    return min(COLUMNS, bench.decoder.shape.hidden)
 
 
 def _columns(bench: Bench, rows: int) -> dict[str, Any]:

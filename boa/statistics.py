@@ -5,7 +5,9 @@ Sums are over all tokens of all sequences, in float32 per batch and float32 or w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def mixing_dtype(x: Tensor) -> torch.dtype:
 
 @cache
 def _has_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.9 has not
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 

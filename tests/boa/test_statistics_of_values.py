@@ -191,3 +191,11 @@ def test_products_in_single_and_half_precision(
     assert float((found.drift - drift).norm() / (full.w_v @ h_in).norm()) < tolerance
     # Of inputs that are rounded it is still a Gram.
     assert float(torch.linalg.eigvalsh(found.h_in.double()).min() / found.h_in.diagonal(dim1=1, dim2=2).max()) > -1e-5
+
+
+def test_a_torch_that_knows_no_capabilities_mixes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.9 and 2.10, which this package allows."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    module._has_bfloat16.cache_clear()
+    assert module.mixing_dtype(torch.ones(1)) == torch.float32
+    module._has_bfloat16.cache_clear()
