@@ -58,6 +58,14 @@ def test_what_a_time_limit_cuts_off_is_named(tmp_path: Path) -> None:
     assert "Not measured: products: " in done.stdout and "Not measured: precision: " in done.stdout
 
 
+def test_it_needs_no_package_for_data_sets_or_exports() -> None:
+    """Machines with a GPU that are lent for minutes have torch, transformers and little else."""
+    code = "import sys, gpu; print(*{'datasets', 'compressed_tensors', 'gguf', 'lm_eval'} & set(sys.modules))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 def _fail(bench: Any) -> None:
     raise KeyError("deep inside")
 
