@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..boa.ranks import Ranks
 from ..errors import InputError, RunError
+from ..eval.zeroshot import Tasks
 from ..export.checkpoint import write_native
 from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
@@ -47,7 +48,7 @@ from .recipe_files import recipe_to_yaml
 from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .sharing import check_alike, followed, own_share, shared_ends, shared_tokens
-from .tasks import Tasks, task_scores, tasks_of
+from .tasks import task_scores, tasks_of
 from .texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
 
 
