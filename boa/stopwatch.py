@@ -25,6 +25,7 @@ STAGES = {
     "columns": "columns one after another, and the product for those after a block of them",
     "rows": "rows of a head below those that are rounded",
     "refinement": "scales in closed form, coordinate descent, learned rounding",
+    "search": "tabu search, and refinement of what it finds",
     "starts": "rounding and refinement from other grids",
     "losses": "the objective at the result",
     "references": "RTN and plain GPTQ on the same statistics, for the report",

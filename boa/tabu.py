@@ -21,7 +21,7 @@ WIDTH = 4096
 """Columns that are searched together: what a row has of them stays in cache, or in a GPU's registers."""
 
 
-@stage("search")
+@stage("search", whole=True)
 def improve(
     target: Tensor,
     integers: Tensor,

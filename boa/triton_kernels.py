@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False
-"""`kernels.round_block` and `kernels.descend_block` on a GPU: a program takes some rows through all columns of a block.
+"""`kernels.round_block`, `descend_block` and `search_block` on a GPU: a program takes some rows through all columns.
 
-Both do what the torch form does, in its order and to the last bit: IEEE division, ties to the even integer, and no
+All do what the torch form does, in its order and to the last bit: IEEE division, ties to the even integer, and no
 product fused with a sum. Sums over the rows that H_out ties together are the exception: their order is another.
 
 A tile of rows stays in registers. Its current column is drawn out by a sum that meets one entry and zeros, which is
@@ -65,6 +65,22 @@ def descend_block(
                 **_OPTIONS,
             )  # fmt: skip
     return found, steps
+
+
+def search_block(
+    gradient: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor, levels: int, moves: int, rest: int
+) -> Tensor:
+    """As `kernels.search_block`, float32 on CUDA; a row is held in registers: `tabu.WIDTH` columns at most."""
+    gradient, integers, scale, h_in = (part.contiguous() for part in (gradient, integers, scale, h_in))
+    found = torch.empty_like(integers)
+    heads, rows, width = gradient.shape
+    span = triton.next_power_of_2(width)
+    with torch.cuda.device_of(gradient):
+        _search[(rows, heads)](
+            gradient, integers, scale, h_in, found, rows, width, float(levels), moves, rest, len(h_in), span=span,
+            num_warps=min(max(span // 512, 1), 16), **_OPTIONS,
+        )  # fmt: skip
+    return found
 
 
 def _rows_in_order(tensor: Tensor) -> Tensor:
@@ -189,3 +205,39 @@ def _descend_tied(
         tl.store(found + own + j, tl.where(taken, goal, at), mask=alive)
         tl.store(steps + own + j, d, mask=alive)
         work += h[None, :] * d[:, None]
+
+
+@triton.jit
+def _search(
+    gradient, integers, scale, h_in, found, rows, width, levels, moves, rest, batch, span: tl.constexpr
+):  # fmt: skip
+    b, row, column = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, span)
+    own, inside, far = (b * rows + row) * width, column < width, 1e37
+    h_in += b % batch * width * width
+    g = tl.load(gradient + own + column, mask=inside, other=0.0)
+    at = tl.load(integers + own + column, mask=inside, other=0.0)
+    s = tl.load(scale + own + column, mask=inside, other=0.0)
+    curvature = s * s * tl.load(h_in + column.to(tl.int64) * (width + 1), mask=inside, other=0.0)
+    best, until = at, tl.zeros([span], tl.int32)
+    loss, lowest = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    for move in range(moves):
+        change = 2.0 * s * g
+        free = inside & (until <= move)
+        up = tl.where(free & (at < levels), curvature + change, far)
+        down = tl.where(free & (at > 0.0), curvature - change, far)
+        cost = tl.minimum(up, down)
+        least = tl.min(cost, axis=0, keep_dims=True)
+        # The first column of this cost, and in the last bit whether it rises; one behind them all where none can move.
+        key = tl.min(tl.where(cost == least, 2 * column + (up < down).to(tl.int32), 2 * span), axis=0, keep_dims=True)
+        key = tl.where(least < 0.5 * far, key, 2 * span)
+        place, rise = key // 2, 2.0 * (key % 2) - 1.0
+        here = column == place
+        step = rise * tl.load(scale + own + place, mask=place < width, other=0.0)
+        row_of = h_in + place.to(tl.int64) * width
+        g += step * tl.load(row_of + column, mask=inside & (place < width), other=0.0)
+        at += tl.where(here, rise, 0.0)
+        until = tl.where(here, move + 1 + rest + move * 7 % (rest + 1), until)
+        loss += tl.where(least < 0.5 * far, least, 0.0)
+        best = tl.where(loss < lowest, at, best)
+        lowest = tl.minimum(lowest, loss)
+    tl.store(found + own + column, best, mask=inside)

@@ -93,6 +93,11 @@ class Weights(_Section):
         ge=1,
         description="How often rows are rounded and refined, from grids of other widths; every row keeps its best.",
     )
+    tabu: float = Field(
+        default=0.0,
+        ge=0,
+        description="Moves of a tabu search after refinement, for each input channel of a row; 0: none.",
+    )
     drift: bool = Field(
         default=True, description="Let O and down also make up for what the residual stream has lost before them."
     )

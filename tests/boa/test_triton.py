@@ -99,6 +99,19 @@ def test_tied_rows_move_together_or_alone_or_not_at_all() -> None:
     assert moved([0.1, 0.1, 0.1, 0.1], metric) == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("heads", "shared", "width"), [(1, True, 1), (2, True, 24), (3, False, 17)])
+def test_search_is_the_same(heads: int, shared: bool, width: int) -> None:
+    """Of whole numbers, so that sums in another order are the same."""
+    h_in = (8 * _gram(1 if shared else heads, width, 1).float()).round()
+    h_in = h_in + h_in.transpose(1, 2)
+    q = torch.randint(0, 4, (heads, 5, width), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    scale = 2 ** torch.randint(-1, 2, (heads, 5, width), generator=torch.Generator().manual_seed(4)).float().to(DEVICE)
+    gradient = (4 * _random(heads, 5, width, seed=5) @ h_in).round()
+    given = (_part_of(gradient), _part_of(q), scale, _part_of(h_in), 3, 3 * width)
+    found = triton_kernels.search_block(*given, kernels.REST)
+    assert torch.equal(found, kernels._search_in_torch(*given)) and not torch.equal(found, q)
+
+
 # -- which form is taken ----------------------------------------------------------------------------------------------
 
 
@@ -119,6 +132,10 @@ def test_triton_serves_where_it_agrees(monkeypatch: pytest.MonkeyPatch, caplog: 
         @staticmethod
         def descend_block(*arguments: Any) -> tuple[Tensor, Tensor]:
             return kernels._descend_in_torch(*arguments)
+
+        @staticmethod
+        def search_block(*arguments: Any) -> Tensor:
+            return kernels._search_in_torch(*arguments[:-1])
 
     wrong: Any = Wrong
     monkeypatch.setattr(kernels, "is_compiled", lambda tensor: False)
