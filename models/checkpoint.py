@@ -135,6 +135,8 @@ class Checkpoint:
         if index.is_file() and not (self.folder / SINGLE).is_file():  # in the order that transformers looks
             try:
                 mapping = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not all(isinstance(file, str) for file in mapping.values()):
+                    raise TypeError("a name of a file in it is no text")
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{index} is not a valid index ({error}): download it again.") from error
             for file in sorted(set(mapping.values())):
@@ -234,7 +236,14 @@ class Checkpoint:
                 raise InputError(
                     f"{self.folder} has no tensor {name}, which its config.json asks for: download it again."
                 )
-        blocks = tuple(f"{self.family.layers}.{index}." for index in range(self.config.num_hidden_layers))
+        count, layers = self.config.num_hidden_layers, re.escape(self.family.layers)
+        indices = [int(found[1]) for name in self._where if (found := re.match(rf"{layers}\.(\d+)\.", name))]
+        if max(indices, default=0) >= count:
+            raise InputError(
+                f"{self.folder} holds block {max(indices)}, and num_hidden_layers of its config.json is {count}: "
+                "they do not belong together."
+            )
+        blocks = tuple(f"{self.family.layers}.{index}." for index in range(count))
         for file in self.files:
             with self._open(file) as reader:
                 stored = set(reader.keys())

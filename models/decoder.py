@@ -45,6 +45,8 @@ class Decoder:
         self.device = torch.device(device)
         try:
             self.shape = Shape.of(config)
+            if self.shape.blocks < 1:
+                raise ValueError(f"num_hidden_layers is {self.shape.blocks}")
             with torch.device("meta"):
                 self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
             # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.

@@ -42,7 +42,7 @@ class Rotation(_Section):
         default=False,
         description="Make R4 of blocks of the largest power of two that divides its width, as vLLM can run it.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the random signs of the Hadamard matrices.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the random signs of the Hadamard matrices.")
     seeds: int = Field(
         default=1,
         ge=1,
@@ -233,3 +233,172 @@ class Recipe(_Section):
         description="Seconds that the ranks of torchrun wait for one whose work does not go on, before all end.",
     )
     output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
+
+
+class FieldPath(NamedTuple):
+    """One leaf field of Recipe, as a command line needs it."""
+
+    name: str  # dotted, such as weights.bits
+    annotation: Any
+    default: Any
+    description: str
+
+
+SECTIONS = {
+    name: type(info.default) for name, info in Recipe.model_fields.items() if isinstance(info.default, _Section)
+}
+
+
+def _leaves() -> dict[str, FieldInfo]:
+    leaves: dict[str, FieldInfo] = {}
+    for name, info in Recipe.model_fields.items():
+        if name in SECTIONS:
+            leaves |= {f"{name}.{leaf}": leaf_info for leaf, leaf_info in SECTIONS[name].model_fields.items()}
+        else:
+            leaves[name] = info
+    return leaves
+
+
+def _legal_values(info: FieldInfo) -> str:
+    """Says in words what a field may be, from its annotation and bounds."""
+    options = [part for part in get_args(info.annotation) if part is not NoneType]
+    words: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if get_origin(info.annotation) is Literal:
+        text = f"one of {', '.join(options)}"
+    elif marks := [mark for mark in info.metadata if isinstance(mark, Legal)]:
+        text = marks[0].text
+    else:
+        text = words[options[0] if options else info.annotation]
+    bounds = [
+        f"{word} {getattr(mark, key)}"
+        for mark in info.metadata
+        for key, word in {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}.items()
+        if hasattr(mark, key)
+    ]
+    text = " ".join([text, " and ".join(bounds)]).strip()
+    return f"{text}, or none" if NoneType in get_args(info.annotation) else text
+
+
+def field_paths() -> list[FieldPath]:
+    """All leaf fields of Recipe; the description ends with the legal values and the default."""
+    paths = []
+    for name, info in _leaves().items():
+        default = str(info.default).lower() if isinstance(info.default, bool | NoneType) else str(info.default)
+        # A flag shows by itself that it is true or false, and the text of a choice explains each of its values.
+        kinds = {info.annotation, *get_args(info.annotation)}
+        implied = get_origin(info.annotation) is Literal or not kinds.isdisjoint((bool, str, Path, tuple[str, ...]))
+        note = f"default {default}" if implied else f"{_legal_values(info)}; default {default}"
+        paths.append(FieldPath(name, info.annotation, info.default, f"{info.description} ({note})"))
+    return paths
+
+
+def value_of(recipe: Recipe, name: str) -> Any:
+    """The value of a leaf field by its dotted name."""
+    section, _, leaf = name.rpartition(".")
+    return getattr(getattr(recipe, section) if section else recipe, leaf)
+
+
+def _unknown(name: str) -> str:
+    """The sentence about a field that Recipe has not."""
+    if name in SECTIONS:
+        return f"{name} must be a section with fields such as {name}.{next(iter(SECTIONS[name].model_fields))}"
+    known = list(_leaves())
+    close = [path for path in known if path.endswith(f".{name}")] or difflib.get_close_matches(name, known, 1)
+    hint = f"perhaps {' or '.join(close)}" if close else "`rotoboa quantize --help` lists the fields"
+    return f"there is no field {name} ({hint})"
+
+
+def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Validates `base`, as read from YAML, after setting `overrides`, which map dotted names to values.
+
+    Raises InputError, in one sentence, for all unknown fields and illegal values together.
+    """
+    flat: dict[str, Any] = {}
+    doubled: list[str] = []
+    for key, value in base.items():
+        found: dict[str, Any] = {}
+        if key in SECTIONS and isinstance(value, Mapping):
+            found = {f"{key}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+        elif key not in SECTIONS or value is not None:  # a section whose lines are all commented out is None
+            found = {str(key): value}
+        doubled += [name for name in found if name in flat]
+        flat |= found
+    flat |= overrides or {}
+
+    leaves = _leaves()
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name in leaves:
+            section, _, leaf = name.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    complaints = [f"{name} is given twice, with its section and within it" for name in doubled]
+    complaints += [_unknown(name) for name in flat if name not in leaves]
+    try:
+        recipe = Recipe.model_validate(nested)
+    except ValidationError as error:
+        for item in error.errors():
+            name, given = ".".join(str(part) for part in item["loc"]), item["input"]
+            shown = given if isinstance(given, str) and given else repr(given)
+            complaints.append(f"{name} is {shown} but must be {_legal_values(leaves[name])}")
+    if complaints:
+        raise InputError(f"The recipe cannot be used: {'; '.join(complaints)}.")
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """YAML with every field; `build_recipe` of what it parses to gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("rotoboa.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The text of a recipe that comes with the package, or of a file."""
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        return (resources.files("rotoboa.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        names = recipe_names()
+        close = difflib.get_close_matches(name_or_path, names, 1)
+        hint = f"perhaps {close[0]}; " if close else ""
+        raise InputError(f"There is no recipe '{name_or_path}': {hint}use one of {', '.join(names)}, or a .yaml file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"The recipe {name_or_path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The recipe {name_or_path} cannot be read: it is not UTF-8 text.") from error
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """Reads a recipe by name or path, without validating its fields: `build_recipe` does, once overrides are set."""
+    text = recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
+        raise InputError(f"The recipe {name_or_path}{line} is not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"The recipe {name_or_path}, line 1, must hold fields such as `model: tiny`, not a {kind}.")
+    return content

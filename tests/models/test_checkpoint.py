@@ -159,7 +159,7 @@ def test_index_that_names_the_wrong_shard(save_llama: Save, tmp_path: Path) -> N
     assert f"has no tensor {name}, which the index says it has" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_damaged_index(copied: Path, content: str) -> None:
     (copied / SINGLE).rename(copied / "model-00001-of-00001.safetensors")
     (copied / INDEX).write_text(content)
@@ -190,6 +190,7 @@ def test_unknown_tensor_of_a_block(copied: Path, change_tensors: Change) -> None
         ({"vocab_size": 2049}, "has shape (2048, 64), and config.json asks for (2049, 64)"),
         ({"num_key_value_heads": 4}, "_proj.weight has shape (32, 64), and config.json asks for (64, 64)"),
         ({"num_hidden_layers": 3}, "has no tensor model.layers.2."),
+        ({"num_hidden_layers": 1}, "holds block 1, and num_hidden_layers of its config.json is 1: they do not belong"),
     ],
 )
 def test_config_of_other_sizes(copied: Path, change_config: Change, changes: dict[str, Any], words: str) -> None:
@@ -233,8 +234,16 @@ def test_damaged_config(copied: Path, content: str) -> None:
     assert "config.json cannot be read (" in refusal(copied)
 
 
-@pytest.mark.parametrize("changes", [{"rope_parameters": {"rope_type": "unheard"}}, {"num_attention_heads": 0}])
-def test_config_of_no_model(copied: Path, change_config: Change, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "unheard"}},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": -1},
+    ],
+)
+def test_config_of_no_model(copied: Path, changes: dict[str, Any]) -> None:
     change_config(copied, **changes)
     with pytest.raises(InputError, match=r"config\.json.*: download it again\.$"):
         Decoder(Checkpoint(copied).config)

@@ -83,6 +83,7 @@ def test_none_as_text_unsets_optional_fields_alone() -> None:
         ("calibration.sequence_length", 1, "an integer at least 2, or none"),
         ("weights.starts", 0, "an integer at least 1"),
         ("rotation.r1", "perhaps", "true or false"),
+        ("rotation.seed", 2**32, "an integer at least 0 and below 4294967296"),
         ("model", "", "text"),
         ("output", "", "a path, or none"),
         ("weights.bits", {"q": 4}, "2 to 8"),
@@ -110,6 +111,14 @@ def test_unknown_fields_are_named_with_the_closest_one() -> None:
     assert "cache must be a section with fields such as cache.key_bits" in message
     assert "qqq (`rotoboa quantize --help`" in message and "no field 7" in message
     assert "weights.bits is 1" in message  # all of it at once
+
+
+def test_a_field_written_in_two_ways_is_given_twice() -> None:
+    for base in (
+        {"weights.bits": 3, "weights": {"bits": 2}},
+        {"weights": {"bits": 2, "rows": 4}, "weights.bits": 3},
+    ):
+        assert "weights.bits is given twice, with its section and within it" in complaint(base, {})
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
