@@ -156,6 +156,11 @@ def resolve_model(name: str) -> ResolvedModel:
     raise InputError(_unknown(name))
 
 
+def resolves_to_folder(name: str) -> bool:
+    """Whether `resolve_model` gives a local folder for this name, from the current directory."""
+    return name in BY_NAME or Path(name).expanduser().is_dir()
+
+
 def _unknown(name: str) -> str:
     matches = difflib.get_close_matches(name.lower(), list(BY_NAME), n=3)
     close = f"use {' or '.join(matches)}, " if matches else "use "

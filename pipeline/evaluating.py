@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..boa.ranks import Ranks
 from ..errors import InputError
-from .checks import check_length, length_of
+from ..models.aliases import resolves_to_folder
 from .distributed import joined
-from .job import prepare
+from .job import Job, check_length, checkpoint_checksums, evaluation_sets, evaluation_windows, length_of, prepare
 from .measure import loaded, perplexities, sizes
 from .progress import Progress
 from .recipe_values import split_names
@@ -81,9 +81,12 @@ def _evaluate(
     first = ranks.rank == 0
     folder = followed(ranks, RunFolder.open(run) if first else None, run)
     report = _read_report(run / REPORT) if first else {}
-    recipe = shared_recipe(ranks, run).model_copy(update={"output": run})
+    recipe = shared_recipe(ranks, run)
+    recipe = recipe.model_copy(update={"output": run, "model": _model_of(recipe.model, folder.manifest)})
     job = prepare(recipe, device, ranks)
     check_alike(job)
+    if first:
+        _check_checkpoint(job, folder, progress)
     length = sequence_length or length_of(recipe, job.model, job.decoder)
     check_length(length, job.decoder, job.model, "--sequence-length")
     asked = tasks_of(job, split_names(tasks), tasks_path)
@@ -110,6 +113,36 @@ def _evaluate(
         "sizes": sizes(job, folder),
         "memory": loaded(job, length),
     }
+
+
+def _model_of(name: str, manifest: Mapping[str, Any]) -> str:
+    """The model of a run: a folder that was given by a relative path is found from elsewhere too."""
+    folder = manifest.get("checkpoint_folder")
+    return name if folder is None or resolves_to_folder(name) else str(folder)
+
+
+def _check_checkpoint(job: Job, folder: RunFolder, progress: Progress) -> None:
+    """Check that the checkpoint is still what the run was made of: its weights, config and tokenizer.
+
+    Raises:
+        InputError: it is not, and divergence would be from another model.
+    """
+    known = folder.manifest["identity"].get("checkpoint")
+    if known is None:
+        return
+    found = checkpoint_checksums(job, folder.manifest.get("files", {}), progress)
+    weights = {file.name for file in job.checkpoint.files}
+    changed = [
+        name
+        for name, entry in found.items()
+        if entry["sha256"] != known.get(name)
+        and (name in weights or name == "config.json" or name.startswith("tokenizer"))
+    ]
+    if changed:
+        raise InputError(
+            f"{job.checkpoint.folder} is not the checkpoint any more that {folder.path} was made of, with another "
+            f"{', '.join(changed)}: bring that back, or quantize this one in another --output."
+        )
 
 
 def _read_report(path: Path) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
             text={name: tokens_checksum(text) for name, text in texts.items()},
         )
         folder.manifest["files"] = files
+        if job.model.is_local:  # a relative name means another folder, or a hub id, from elsewhere
+            folder.manifest["checkpoint_folder"] = str(job.checkpoint.folder.resolve())
         folder.finished_blocks()
     job.go_on(folder.manifest.get("seconds", {}))
     folder.clock = job.spent

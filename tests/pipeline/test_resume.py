@@ -205,6 +205,18 @@ def test_resume_takes_the_recipe_of_the_run(recipe: Recipe, tmp_path: Path, inte
     assert "holds this very run, finished" in refused()
 
 
+def test_a_relative_model_is_no_hub_id_from_elsewhere(
+    recipe: Recipe, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    run = interrupted(recipe.model_copy(update={"model": "owner/name"}), "write_native", monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = CliRunner().invoke(app, ["quantize", "--resume", str(run), "--quiet"])
+    assert result.exit_code == 2 and "is the folder 'owner/name', which is not there from here" in result.stderr
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["quantize", "--resume", str(tmp_path)])
     assert result.exit_code == 2 and "is no folder of a run: it has no manifest.json" in result.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rotoboa
@@ -127,6 +128,223 @@ def test_what_evaluate_refuses(finished: Finished, tmp_path: Path) -> None:
     (copy / "blocks" / "00001.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"00001\.safetensors is missing or damaged"):
         evaluating.evaluate(copy)
+
+
+def test_evaluating_needs_the_checkpoint_that_the_run_was_made_of(
+    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given by a relative path, it is found from another folder too; changed, it is named."""
+    model = Path(shutil.copytree(llama, tmp_path / "some" / "model"))
+    monkeypatch.chdir(tmp_path)
+    changes = {"model": "some/model", "output": tmp_path / "run", "weights.method": "rtn"}
+    report = rotoboa.quantize(make_recipe("w4a16", changes))
+    monkeypatch.chdir(tmp_path / "some")
+    assert evaluating.evaluate(tmp_path / "run")["perplexity"] == report["perplexity"]
+    written = (tmp_path / "run" / "report.json").read_bytes()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].mul_(-1)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"is not the checkpoint any more .* with another model\.safetensors: bring"):
+        evaluating.evaluate(tmp_path / "run")
+    assert (tmp_path / "run" / "report.json").read_bytes() == written
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def two_bits(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Perplexities of the embedded model in 2 bits, with the settings that are the default."""
+    changes = {"output": tmp_path_factory.mktemp("runs") / "run", "calibration.samples": 16, "weights.grid": "diagonal"}
+    return perplexities(rotoboa.quantize(make_recipe("w2a16", changes)))
+
+
+def test_two_bits_are_better_than_rounding_to_nearest(two_bits: dict[str, float]) -> None:
+    assert two_bits["full_precision"] < two_bits["quantized"] < two_bits["rtn"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 8), (2, None), (3, 16), (4, 32), (8, None)])
+def test_methods_bits_and_groups(
+    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, method: str, bits: int, group: int | None
+) -> None:
+    changes = {
+        "weights.method": method,
+        "weights.bits": bits,
+        "weights.group_size": group,
+        "evaluation.baseline": False,
+    }
+    report = rotoboa.quantize(make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "run", **changes}))
+    measured = perplexities(report)
+    assert list(measured) == ["full_precision", "quantized"] and "evaluate rtn" not in report["seconds"]
+    (divergence,) = report["divergence"].values()
+    assert list(divergence) == ["kl", "top1"]
+    if bits == 8:
+        assert measured["quantized"] == pytest.approx(measured["full_precision"], rel=0.02)
+        assert divergence["kl"] < 0.01 and divergence["top1"] > 0.9
+    tensors = load_file(tmp_path / "run" / "blocks" / "00001.safetensors")
+    assert tensors["mlp.down_proj.qweight"].shape == (64, packed_width(96, bits))
+    assert tensors["mlp.down_proj.scale"].shape == tensors["mlp.down_proj.zero"].shape == (64, 96 // (group or 96))
+    assert tensors["mlp.down_proj.scale"].dtype == torch.float16
+    assert int(tensors["mlp.down_proj.zero"].max()) < 2**bits
+    with torch.no_grad():
+        assert rotoboa.load(tmp_path / "run")[0](torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_losses_fall_with_bits_and_methods(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    def loss(method: str, bits: int) -> float:
+        output = tmp_path / f"{method}{bits}"
+        changes = {"weights.method": method, "weights.bits": bits, "model": str(llama), "output": output}
+        rotoboa.quantize(make_recipe("w4a16", changes))
+        first = json.loads((output / "manifest.json").read_text())["blocks"][0]["layers"]
+        return float(first["self_attn.q_proj"]["loss"])
+
+    losses = {(method, bits): loss(method, bits) for method in ("rtn", "gptq", "boa") for bits in (2, 4)}
+    for method in ("rtn", "gptq", "boa"):
+        assert 0 < losses[method, 4] < losses[method, 2] < 1
+    for bits in (2, 4):
+        assert losses["boa", bits] < losses["gptq", bits] < losses["rtn", bits]
+
+
+def test_symmetric_grids_have_their_zero_in_the_middle(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    changes = {"weights.symmetric": True, "weights.bits": 3, "model": str(llama), "output": tmp_path}
+    rotoboa.quantize(make_recipe("w4a16", changes))
+    tensors = load_file(tmp_path / "blocks" / "00000.safetensors")
+    assert all((tensor == 4).all() for name, tensor in tensors.items() if name.endswith("zero"))
+
+
+# -- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_the_same_bytes(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
+    recipe, report = finished
+    again = rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "run"}))
+    assert model_files(tmp_path / "run") == model_files(output_of(recipe))
+    assert again["perplexity"] == report["perplexity"]
+
+
+def test_seeds_matter(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
+    recipe, _ = finished
+    ours = model_files(output_of(recipe))["blocks/00001.safetensors"]
+    for section in ("rotation", "calibration"):
+        part = getattr(recipe, section).model_copy(update={"seed": 1})
+        output = tmp_path / section
+        rotoboa.quantize(recipe.model_copy(update={"output": output, section: part}))
+        assert model_files(output)["blocks/00001.safetensors"] != ours
+
+
+@pytest.mark.parametrize("moment", ["first block", "second block", "block written", "export", "evaluation"])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    finished: tuple[Recipe, dict[str, Any]], tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, report = finished
+    recipe = recipe.model_copy(update={"output": tmp_path / "run"})
+    calls = 0
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    def second_call(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return interrupt() if calls == 2 else original(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if moment == "first block":
+            patch.setattr(BlockQuantizer, "run", interrupt)
+        elif moment == "second block":
+            patch.setattr(BlockQuantizer, "_mlp_half", second_call(BlockQuantizer._mlp_half))
+        elif moment == "block written":
+            # The block's file is there, its line in the manifest is not.
+            save = RunFolder.save
+            patch.setattr(
+                RunFolder, "save", lambda self: interrupt() if len(self.manifest["blocks"]) == 2 else save(self)
+            )
+        elif moment == "export":
+            patch.setattr(stages, "write_native", interrupt)
+        else:
+            patch.setattr(stages, "perplexities", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rotoboa.quantize(recipe)
+    done = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert "finished" not in done
+    assert len(done["blocks"]) == {"first block": 0, "second block": 1, "block written": 1}.get(moment, 2)
+    assert not (tmp_path / "run" / "report.json").exists()
+    kept = written(recipe, len(done["blocks"]))
+    resumed = rotoboa.quantize(recipe)
+    assert model_files(tmp_path / "run") == model_files(output_of(finished[0]))
+    assert resumed["perplexity"] == report["perplexity"]
+    assert written(recipe, len(done["blocks"])) == kept  # not made again
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights.bits": 2, "weights.group_size": 16, "weights.starts": 3},
+        {"weights.bits": 3, "weights.symmetric": True, "weights.grid": "hessian"},
+        {"weights.method": "rtn", "activations.bits": 4},
+        {"weights.drift": False, "weights.sequential": False, "rotation.r4": True},
+    ],
+)
+def test_other_settings_interrupted(
+    llama: Path, make_recipe: MakeRecipe, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "whole", **changes})
+    whole = rotoboa.quantize(recipe)
+    recipe = recipe.model_copy(update={"output": tmp_path / "parts"})
+    write = RunFolder.write_block
+
+    def interrupt(self: RunFolder, index: int, *rest: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_block", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rotoboa.quantize(recipe)
+    assert rotoboa.quantize(recipe)["perplexity"] == whole["perplexity"]
+    assert model_files(tmp_path / "parts") == model_files(tmp_path / "whole")
+
+
+def test_a_killed_process_ends_with_the_same_bytes(finished: tuple[Recipe, dict[str, Any]], tmp_path: Path) -> None:
+    recipe, _ = finished
+    recipe = recipe.model_copy(update={"output": tmp_path / "run"})
+    code = (
+        "import os, signal, sys\n"
+        "import rotoboa\n"
+        "from rotoboa.pipeline.recipe import build_recipe, load_recipe\n"
+        "from rotoboa.pipeline import run, stages\n"
+        "write = run.write_tensors\n"
+        "def killed(path, tensors):\n"
+        "    if path.name.startswith('00001'):\n"
+        "        path.with_name('.' + path.name + '.tmp').write_bytes(b'half of it')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    write(path, tensors)\n"
+        "run.write_tensors = killed\n"
+        "stages.quantize(build_recipe(load_recipe(sys.argv[1]), {'output': sys.argv[2]}))\n"
+    )
+    source = output_of(finished[0]) / "recipe.yaml"
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "run")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are in another order with another number
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == 1
+    rotoboa.quantize(recipe)
+    assert model_files(tmp_path / "run") == model_files(output_of(finished[0]))
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_a_finished_run_is_refused(finished: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, _ = finished
+    before = model_files(output_of(recipe))
+    with pytest.raises(InputError, match="holds this very run, finished: see it with `rotoboa inspect"):
+        rotoboa.quantize(recipe)
+    assert model_files(output_of(recipe)) == before
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
