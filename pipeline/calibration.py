@@ -183,17 +183,18 @@ def _download(path: str, *arguments: str, **options: object) -> list[str]:
 
 def _read_file(name: str) -> list[str]:
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    suffix = path.suffix.lower()
     if not path.is_file():
-        if path.suffix in TEXT_SUFFIXES or name.startswith((os.sep, ".", "~")):
+        if suffix in TEXT_SUFFIXES or name.startswith((os.sep, ".", "~")):
             raise InputError(f"Dataset file '{name}' does not exist; check the path, or use {POSSIBLE}.")
         raise InputError(f"Dataset '{name}' is unknown; use {POSSIBLE}.")
-    if path.suffix not in TEXT_SUFFIXES:
+    if suffix not in TEXT_SUFFIXES:
         raise InputError(f"Dataset file '{name}' is neither .txt nor .jsonl; rename or convert it.")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Dataset file '{name}' cannot be read as UTF-8 text ({error}); check the file.") from error
-    if path.suffix not in LINE_SUFFIXES:
+    if suffix not in LINE_SUFFIXES:
         return [content]
     # Not splitlines: it would also break at U+2028 and the like, which JSON allows inside a string.
     lines = enumerate(content.split("\n"), start=1)

@@ -125,6 +125,13 @@ def test_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
         load_texts(str(path), "calibration")
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.TXT", "words"), ("a.JSONL", '{"text": "words"}')])
+def test_capital_suffixes_and_byte_order_marks(name: str, content: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(content, encoding="utf-8-sig")
+    assert load_texts(str(file), "calibration") == ["words"]
+
+
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xff\xfe")
