@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 MODEL  ?= tiny
 RECIPE ?= w4a4kv4
-RUN    ?= runs/$(notdir $(MODEL))-$(basename $(notdir $(RECIPE)))
+RUN    ?= runs/$(notdir $(MODEL:%/=%))-$(basename $(notdir $(RECIPE)))
 ARGS   ?=
 GPUS   ?= 1
 
@@ -27,10 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN on GPUS (ARGS: any option of `rotoboa quantize`)
-	$(RANKS) quantize --model $(MODEL) --recipe $(RECIPE) --output $(RUN) $(ARGS)
+	$(RANKS) quantize --model "$(MODEL)" --recipe "$(RECIPE)" --output "$(RUN)" $(ARGS)
 
 evaluate: $(STAMP)  ## measure the finished run in RUN again on GPUS (ARGS: --dataset, --tasks, ...)
-	$(RANKS) evaluate $(RUN) $(ARGS)
+	$(RANKS) evaluate "$(RUN)" $(ARGS)
 
 test: $(STAMP)  ## run the tests, a process with one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
