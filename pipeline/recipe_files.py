@@ -22,11 +22,15 @@ def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     Raises InputError, in one sentence, for all unknown fields and illegal values together.
     """
     flat: dict[str, Any] = {}
+    doubled: list[str] = []
     for key, value in base.items():
+        found: dict[str, Any] = {}
         if key in SECTIONS and isinstance(value, Mapping):
-            flat |= {f"{key}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+            found = {f"{key}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
         elif key not in SECTIONS or value is not None:  # a section whose lines are all commented out is None
-            flat[str(key)] = value
+            found = {str(key): value}
+        doubled += [name for name in found if name in flat]
+        flat |= found
     flat |= overrides or {}
 
     nested: dict[str, Any] = {}
@@ -34,7 +38,8 @@ def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
         if name in LEAVES:
             section, _, leaf = name.rpartition(".")
             (nested.setdefault(section, {}) if section else nested)[leaf] = value
-    complaints = [unknown_field(name) for name in flat if name not in LEAVES]
+    complaints = [f"{name} is given twice, with its section and within it" for name in doubled]
+    complaints += [unknown_field(name) for name in flat if name not in LEAVES]
     try:
         recipe = Recipe.model_validate(nested)
     except ValidationError as error:

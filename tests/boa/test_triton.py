@@ -169,15 +169,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rotoboa.boa import triton_kernels as kernels
 
-for name, tile in (("_round", 4), ("_descend", 4), ("_descend_tied", 32)):
+WHOLE = ("rows", "width", "batch", "moves", "rest")
+for name, fixed in (
+    ("_round", {"tile": 4}), ("_descend", {"tile": 4, "batch": 1}), ("_descend_tied", {"tile": 32}), ("_search", {})
+):
     function = getattr(kernels, name)
-    fixed = {"tile": tile, "span": 32} | ({"batch": 1} if name == "_descend" else {})
+    fixed = {"span": 32, **fixed}
     def kind(argument):
         if argument in fixed:
             return "constexpr"
         if argument == "levels":
             return "fp32"
-        return "i32" if argument[-2:] in ("_b", "_r") or argument in ("rows", "width", "batch") else "*fp32"
+        return "i32" if argument[-2:] in ("_b", "_r") or argument in WHOLE else "*fp32"
     source = ASTSource(function, {argument: kind(argument) for argument in function.arg_names}, fixed)
     options = {"num_warps": 1, **kernels._OPTIONS}
     print(name, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
@@ -189,8 +192,8 @@ def test_compiled_code_divides_exactly_and_fuses_nothing(tmp_path: Any) -> None:
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    codes = re.split(r"^(?=_round|_descend)", done.stdout, flags=re.MULTILINE)[1:]
-    assert len(codes) == 3
+    codes = re.split(r"^(?=_round|_descend|_search)", done.stdout, flags=re.MULTILINE)[1:]
+    assert len(codes) == 4
     for code in codes:
         assert "mul.f32" in code or "mul.rn.f32" in code
         assert not re.search(r"\bfma\.|\bmad\.\w+\.f32|div\.(full|approx)", code)
