@@ -58,11 +58,18 @@ def _resumed(run: Path, recipe: str | None, changes: dict[str, Any]) -> Recipe:
     """The recipe of an unfinished run; InputError where options ask for another one."""
     if recipe is not None:
         raise InputError(f"--resume takes the recipe of {run}: leave out --recipe, or leave out --resume.")
-    read_json(run, "manifest.json")
+    manifest = read_json(run, "manifest.json")
 
+    from ..models.aliases import resolves_to_folder
     from .run import SAME_BYTES, recipe_of
 
     kept = recipe_of(run).model_copy(update={"output": run})
+    folder = manifest.get("checkpoint_folder")
+    if folder is not None and not resolves_to_folder(kept.model):
+        raise InputError(
+            f"the model of {run} is the folder '{kept.model}', which is not there from here (it was {folder}): "
+            "resume where the run was started, or bring the folder back."
+        )
     wanted = build_recipe(kept.model_dump(mode="json"), changes)
     changed = sorted(
         name

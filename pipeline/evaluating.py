@@ -14,8 +14,10 @@ from torch import Tensor
 from ..boa.ranks import Ranks
 from ..errors import InputError
 from ..models.aliases import resolves_to_folder
+from .checks import check_length, length_of
 from .distributed import joined
-from .job import Job, check_length, checkpoint_checksums, evaluation_sets, evaluation_windows, length_of, prepare
+from .identity import checkpoint_checksums
+from .job import Job, prepare
 from .measure import loaded, perplexities, sizes
 from .progress import Progress
 from .recipe_values import split_names

@@ -243,7 +243,7 @@ def test_damaged_config(copied: Path, content: str) -> None:
         {"num_hidden_layers": -1},
     ],
 )
-def test_config_of_no_model(copied: Path, changes: dict[str, Any]) -> None:
+def test_config_of_no_model(copied: Path, change_config: Change, changes: dict[str, Any]) -> None:
     change_config(copied, **changes)
     with pytest.raises(InputError, match=r"config\.json.*: download it again\.$"):
         Decoder(Checkpoint(copied).config)

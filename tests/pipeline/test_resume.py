@@ -206,11 +206,11 @@ def test_resume_takes_the_recipe_of_the_run(recipe: Recipe, tmp_path: Path, inte
 
 
 def test_a_relative_model_is_no_hub_id_from_elsewhere(
-    recipe: Recipe, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, llama: Path, interrupted: Interrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(llama, tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
-    run = interrupted(recipe.model_copy(update={"model": "owner/name"}), "write_native", monkeypatch)
+    run = interrupted(recipe.model_copy(update={"model": "owner/name"}), stages, "write_native")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     result = CliRunner().invoke(app, ["quantize", "--resume", str(run), "--quiet"])
