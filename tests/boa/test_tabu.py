@@ -102,7 +102,7 @@ def test_the_global_minimum_of_small_rows(monkeypatch: pytest.MonkeyPatch) -> No
     inner = (dequantize(q, start.scale, start.zero) - target) @ objective.h_in
     tabu.search(inner, q, start.scale, objective.h_in, None, 3, 8.0)
     after = int((losses(q) <= least * SLACK).sum())
-    assert before < 45 and after >= 60
+    assert before < 45 and after > 55
 
 
 @KINDS

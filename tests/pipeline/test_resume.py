@@ -146,7 +146,7 @@ def test_unchanged_files_are_not_read_again(
     recipe: Recipe, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(recipe, stages, "write_native")
-    monkeypatch.setattr("rotoboa.pipeline.job.checksum", lambda file: pytest.fail(f"{file} was read"))
+    monkeypatch.setattr("rotoboa.pipeline.identity.checksum", lambda file: pytest.fail(f"{file} was read"))
     rotoboa.quantize(recipe)
 
 
