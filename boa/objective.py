@@ -50,6 +50,11 @@ class Objective:
     damping: float = 0.0
     memo: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def dead(self) -> Tensor:
+        """The channels that are never active in the quantized stream, (B, c); to be asked of what is not damped."""
+        return self.h_in.diagonal(dim1=-2, dim2=-1) <= 0
+
     def check(self) -> None:
         """Find NaN and Inf where they come in.
 

@@ -126,11 +126,11 @@ def quantize(
 
     if settings.method in LAYERWISE:
         objective = replace(objective, h_out=None)
-    # A channel that calibration never saw active says nothing, and must not widen its row's grid.
-    dead = objective.h_in.diagonal(dim1=-2, dim2=-1) <= 0
-    weight = weight.masked_fill(dead[:, None], 0)
+    # A channel that the quantized stream never saw active says nothing, and must not widen its row's grid. What its
+    # weights put out in the other stream is for the others to make up for: they are in the target, and then go.
+    dead = objective.dead[:, None]
     objective = objective.damped(settings.damping)
-    target = objective.target(weight, settings.alpha)
+    target = objective.target(weight, settings.alpha).masked_fill(dead, 0)
     best = _round_and_refine(target, objective, settings, grid)
     if settings.starts > 1:
         best = _restart(best, target, objective, settings)
