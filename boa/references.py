@@ -24,7 +24,7 @@ def reference_losses(
     """The objective at the result, at plain GPTQ's and at RTN's, relative to that at a zero weight.
 
     It is tr(H_out E H_in E^T) with E = Q - W*, damped and its target shifted as the run's own method has it, whatever
-    the reference itself goes by.
+    the reference itself goes by. What it does not see, channels that are never active, counts for none of them.
 
     Args:
         weight: (heads, r, c), projections stacked.
@@ -51,9 +51,14 @@ def reference_sums(
         "rtn": quantize(weight, None, replace(plain, method="rtn")),
     }
     damped = objective.damped(settings.damping)  # after what takes memory of its own
-    target = damped.target(weight, settings.alpha)
+    # Errors of channels and rows that the objective does not see count nothing; once damped, it would see them.
+    unseen = objective.dead[:, None]
+    if objective.h_out is not None:
+        unseen = unseen | (objective.h_out.diagonal(dim1=-2, dim2=-1) <= 0)[..., None]
+    target = damped.target(weight, settings.alpha).masked_fill(unseen, 0)  # a copy: it may be the weight itself
 
     def loss(error: Tensor) -> Tensor:
+        error.masked_fill_(unseen, 0)
         return (damped.gradient(error) * error).sum(-1)[0] if by_rows else damped.loss(error)
 
     return {**{name: loss(part.dequantize() - target) for name, part in found.items()}, "whole": loss(target)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotoboa.boa.objective import Objective
-from rotoboa.boa.references import PLAIN, reference_losses
+from rotoboa.boa.references import PLAIN, reference_losses, reference_sums, relative_losses
 from rotoboa.boa.rounding import Quantized, Settings, quantize
 
 HEADS, ROWS, COLUMNS = 3, 4, 16
@@ -50,3 +50,31 @@ def test_reference_losses() -> None:
         for name, value in losses.items():
             assert value == pytest.approx(loss(rounded[name], weight, goal, heads), rel=1e-4)
         assert losses["quantized"] < losses["gptq"] < losses["rtn"]
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_what_the_objective_does_not_see_counts_nothing(by_rows: bool) -> None:
+    """Weights of dead channels, which RTN keeps and the others drop, and rows that nothing reads."""
+    draw = torch.Generator().manual_seed(0)
+    heads = 1 if by_rows else HEADS
+    x, y = torch.randn(COLUMNS, 64, generator=draw), torch.randn(heads, ROWS, 32, generator=draw)
+    x[3] = 0
+    y[0, 1] = 0
+    goal = Objective((x @ x.T)[None], None if by_rows else y @ y.transpose(1, 2))
+    weight = torch.randn(heads, ROWS, COLUMNS, generator=draw)
+    weight[..., 3] *= 10
+    weight[0, 1] *= 10
+    settings = replace(SETTINGS, bits=8, damping=1e-6)
+    result, kept = quantize(weight, goal, settings), weight.clone()
+    sums = reference_sums(weight, goal, settings, result, by_rows=by_rows)
+    (found,) = relative_losses(sums, [ROWS if by_rows else heads])
+
+    def true(error: torch.Tensor) -> float:
+        """tr(H_out E X X^T E^T), without damping."""
+        written = (error @ x).double()
+        out = torch.eye(ROWS, dtype=torch.float64) if goal.h_out is None else goal.h_out.double()
+        return float((out @ written * written).sum())
+
+    assert found["quantized"] == pytest.approx(true(result.dequantize() - weight) / true(weight), rel=1e-3)
+    assert found["quantized"] < found["rtn"] < 1e-3
+    assert torch.equal(weight, kept)
