@@ -111,12 +111,15 @@ class ChannelFold(AttentionHalf, MlpHalf):
         ]
 
     def _term(self, name: str, objective: Objective, heads: int) -> Term:
+        unread = objective.unread
         try:
             objective.check()
             objective = objective.damped(self.settings.damping)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         weight = self._weight(name).unflatten(0, (heads, -1))
+        if unread is not None:  # such rows ask nothing of the scales; damped, they would
+            weight = weight.masked_fill(unread[..., None], 0)
         h_out = None if objective.h_out is None else objective.h_out.to(weight.dtype)
         return Term(weight, Objective(objective.h_in.to(weight.dtype), h_out))
 

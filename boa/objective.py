@@ -55,6 +55,11 @@ class Objective:
         """The channels that are never active in the quantized stream, (B, c); to be asked of what is not damped."""
         return self.h_in.diagonal(dim1=-2, dim2=-1) <= 0
 
+    @property
+    def unread(self) -> Tensor | None:
+        """The rows whose output nothing reads, (heads, r); None where H_out is the identity. Of what is not damped."""
+        return None if self.h_out is None else self.h_out.diagonal(dim1=-2, dim2=-1) <= 0
+
     def check(self) -> None:
         """Find NaN and Inf where they come in.
 
@@ -129,7 +134,8 @@ def is_finite(tensor: Tensor) -> bool:
 def damp(h: Tensor, fraction: float) -> Tensor:
     """`h` (B, n, n) in float64 with `fraction` of its mean diagonal added, ten times more at each failed Cholesky.
 
-    A channel that is never active (zero diagonal) gets the mean diagonal, so that it is left alone by compensation.
+    A channel that is never active (zero diagonal) gets the mean diagonal, so that it is left alone by compensation. A
+    matrix of nothing but zeros becomes the identity.
 
     Raises:
         ValueError: `h` is not finite.
@@ -145,7 +151,9 @@ def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
     if not is_finite(h):
         raise ValueError("its Hessian holds NaN or Inf")
     original = diagonal.clone()
-    mean = original.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    mean = original.mean(-1, keepdim=True)
+    # The identity where there is nothing at all: steps are divided by both diagonals, whose product must not vanish.
+    mean.masked_fill_(mean < torch.finfo(torch.float32).tiny, 1)
     dead = original <= 0
     used = torch.full_like(mean, fraction)
     while True:

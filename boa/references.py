@@ -52,9 +52,9 @@ def reference_sums(
     }
     damped = objective.damped(settings.damping)  # after what takes memory of its own
     # Errors of channels and rows that the objective does not see count nothing; once damped, it would see them.
-    unseen = objective.dead[:, None]
-    if objective.h_out is not None:
-        unseen = unseen | (objective.h_out.diagonal(dim1=-2, dim2=-1) <= 0)[..., None]
+    unseen, unread = objective.dead[:, None], objective.unread
+    if unread is not None:
+        unseen = unseen | unread[..., None]
     target = damped.target(weight, settings.alpha).masked_fill(unseen, 0)  # a copy: it may be the weight itself
 
     def loss(error: Tensor) -> Tensor:
