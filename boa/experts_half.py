@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,20 @@ GROUP = 8  # experts that ranks solve together: each has an objective in memory
 POOL = 8  # tokens that an expert with too few of its own is calibrated on, in multiples of the hidden size
 
 
+class Tokens(NamedTuple):
+    """Tokens of an expert, in order: their numbers, routing weights p, and p over the sum of a token's, (n, 1)."""
+
+    rows: Tensor
+    p: Tensor
+    share: Tensor
+
+
 class ExpertsHalf(Workspace):
     """Every expert by itself, on the tokens that the quantized stream routes to it.
 
-    A token counts by the square of its routing weight p, since the expert's output is multiplied by p; all of a token's
-    experts together make up for what the residual stream has lost, each by its p. An expert with fewer tokens than
+    A token counts by the square of its routing weight p, since the expert's output is multiplied by p. All of a token's
+    experts together make up for what the residual stream has lost, each for its part of their weights, which need not
+    sum to 1: for D to be in the sum of p y, an expert's y has D over that of p. An expert with fewer tokens than
     input channels, whose Hessian has no full rank, is calibrated on tokens of the whole layer instead, spread evenly
     over the text and alike in weight: `fallbacks` names it.
     """
@@ -46,80 +56,72 @@ class ExpertsHalf(Workspace):
             inputs, downs = ({i: self._total(InputStatistics) for i in routed} for _ in range(2))
             seen = {}
             if self.done is None:
-                seen = {i: self._calibrated_on(i, int(counts[i]), *routed[i], full.shape[1]) for i in routed}
-            for i, (rows, p) in seen.items():
-                self._add_inputs(inputs[i], flat_full, flat_quantized, rows, p, full.shape[1])
+                seen = {i: self._calibrated_on(i, int(counts[i]), routed[i], full.shape[1]) for i in routed}
+            for i, tokens in seen.items():
+                self._add_inputs(inputs[i], flat_full, flat_quantized, tokens, full.shape[1])
             self._solve(*(Pending([*names[i][:2]], layer_objective(inputs[i]), [1, 1]) for i in routed))
-            for i, (rows, p) in seen.items():
-                self._add_downs(i, downs[i], flat_full, flat_quantized, rows, p, full.shape[1])
+            for i, tokens in seen.items():
+                self._add_downs(i, downs[i], flat_full, flat_quantized, tokens, full.shape[1])
             downs_of = [(name, downs[i]) for i, (*_, name) in names.items()]
             self._solve(*(Pending([n], layer_objective(total, self._weight(n)), [1]) for n, total in downs_of))
-            for i, (token, p) in routed.items():
-                self._run_expert(i, flat_added, flat_full, flat_quantized, token, p, full.shape[1])
+            for i, tokens in routed.items():
+                self._run_expert(i, flat_added, flat_full, flat_quantized, tokens, full.shape[1])
         for stream, what in ((full, moved), (quantized, added)):
             for part, more in zip(stream.split(self.batch), what.split(self.batch), strict=True):
                 part += more
                 self.release()
 
-    def _routed(self, i: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of this rank that go to expert `i`, and their weights."""
-        token, place = torch.where(index == i)
-        return token, weights[token, place, None]
+    def _routed(self, i: int, index: Tensor, weights: Tensor) -> Tokens:
+        """The tokens of this rank that go to expert `i`."""
+        rows, place = torch.where(index == i)
+        p = weights[rows, place, None]
+        return Tokens(rows, p, p / weights[rows].sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny))
 
-    def _calibrated_on(self, i: int, count: int, token: Tensor, p: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _calibrated_on(self, i: int, count: int, routed: Tokens, length: int) -> Tokens:
         """What expert `i`, which `count` tokens of all ranks go to, is calibrated on: of this rank's tokens which."""
         if count >= self.shape.hidden:
-            return token, p
-        rows, p, total = self._pool(length)
+            return routed
+        tokens, total = self._pool(length)
         self.fallbacks.update(dict.fromkeys(self.family.expert(i), count))
         if self.ranks.rank == 0:
             logger.warning("expert %d saw %d tokens: calibrated on %d of all", i, count, total)
-        return rows, p
+        return tokens
 
     def _add_inputs(
-        self, total: Total[InputStatistics], full: Tensor, quantized: Tensor, rows: Tensor, p: Tensor, length: int
+        self, total: Total[InputStatistics], full: Tensor, quantized: Tensor, tokens: Tokens, length: int
     ) -> None:
         """Statistics of gate and up; both streams are (tokens, hidden)."""
         t = self.transforms
-        for number, _, hf, hq, scale in self._rows(full, quantized, rows, p, length):
+        for number, part, hf, hq in self._rows(full, quantized, tokens, length):
             xf, xq = t.gate_up.rotate(self._norm(hf)), t.gate_up(self._norm(hq))
             stream = hf if self.settings.token_weights else None
-            total.at(number).add(xf * scale, xq * scale, stream=stream)
+            total.at(number).add(xf * part.p, xq * part.p, stream=stream)
         total.start()
 
     def _add_downs(
-        self,
-        i: int,
-        total: Total[InputStatistics],
-        full: Tensor,
-        quantized: Tensor,
-        rows: Tensor,
-        p: Tensor,
-        length: int,
+        self, i: int, total: Total[InputStatistics], full: Tensor, quantized: Tensor, tokens: Tokens, length: int
     ) -> None:
         """Statistics of the down projection of expert `i`."""
-        for number, _, hf, hq, scale in self._rows(full, quantized, rows, p, length):
-            self._add_down(i, total.at(number), hf, hq, scale)
+        for number, part, hf, hq in self._rows(full, quantized, tokens, length):
+            self._add_down(i, total.at(number), hf, hq, part)
         total.start()
 
-    def _run_expert(
-        self, i: int, added: Tensor, full: Tensor, quantized: Tensor, token: Tensor, p: Tensor, length: int
-    ) -> None:
+    def _run_expert(self, i: int, added: Tensor, full: Tensor, quantized: Tensor, tokens: Tokens, length: int) -> None:
         """Add what the quantized expert `i` puts out."""
         t, expert = self.transforms, self._expert(self.quantized, i)
-        for _, rows, _, hq, scale in self._rows(full, quantized, token, p, length):
-            y = expert.down_proj(t.down(expert.inside(t.gate_up(self._norm(hq))))) * scale
-            added.index_add_(0, rows, y.to(added))
+        for _, part, _, hq in self._rows(full, quantized, tokens, length):
+            y = expert.down_proj(t.down(expert.inside(t.gate_up(self._norm(hq))))) * part.p
+            added.index_add_(0, part.rows, y.to(added))
 
-    def _add_down(self, i: int, downs: InputStatistics, hf: Tensor, hq: Tensor, scale: Tensor) -> None:
+    def _add_down(self, i: int, downs: InputStatistics, hf: Tensor, hq: Tensor, part: Tokens) -> None:
         """Statistics of the down projection of expert `i`, whose gate and up are quantized; all (tokens, ...)."""
         t, full, quantized = self.transforms, self._expert(self.full, i), self._expert(self.quantized, i)
         exact = t.down.rotate(full.inside(t.gate_up.rotate(self._norm(hf))))
         given = t.down(quantized.inside(t.gate_up(self._norm(hq))))
-        wanted = full.down_proj(exact)
+        wanted = full.down_proj(exact) * part.p
         if self.settings.drift:
-            wanted += hf - hq
-        downs.add(None, given * scale, wanted * scale, stream=hf if self.settings.token_weights else None)
+            wanted += (hf - hq) * part.share
+        downs.add(None, given * part.p, wanted, stream=hf if self.settings.token_weights else None)
 
     def _route(self, full: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the full-precision experts add to their stream, as large as that; the quantized stream's routing.
@@ -151,27 +153,32 @@ class ExpertsHalf(Workspace):
         return normed
 
     def _rows(
-        self, full: Tensor, quantized: Tensor, rows: Tensor, p: Tensor, length: int
-    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        """Some tokens, in order, those of a batch of sequences at a time, perhaps none: its number, which tokens, both
-        streams where blocks compute, and routing weights.
+        self, full: Tensor, quantized: Tensor, tokens: Tokens, length: int
+    ) -> Iterator[tuple[int, Tokens, Tensor, Tensor]]:
+        """Those of a batch of sequences at a time, perhaps none: its number, which tokens, with weights where blocks
+        compute, and both streams there.
         """
         device, starts = self.decoder.device, range(0, self.own, self.batch)
         inside = torch.searchsorted(
-            rows, torch.tensor(starts[1:], dtype=torch.int64, device=rows.device) * length
+            tokens.rows, torch.tensor(starts[1:], dtype=torch.int64, device=tokens.rows.device) * length
         ).tolist()
-        for start, part, weight in zip(starts, rows.tensor_split(inside), p.tensor_split(inside), strict=True):
-            number = self._number(slice(start, None))
-            yield number, part, full[part].to(device), quantized[part].to(device), weight.to(device)
+        parts = zip(*(whole.tensor_split(inside) for whole in tokens), strict=True)
+        for start, (rows, p, share) in zip(starts, parts, strict=True):
+            part = Tokens(rows, p.to(device), share.to(device))
+            yield self._number(slice(start, None)), part, full[rows].to(device), quantized[rows].to(device)
             self.release()
 
-    def _pool(self, length: int) -> tuple[Tensor, Tensor, int]:
-        """Tokens of the whole layer spread evenly: which of this rank's, weights that are alike, how many in all."""
+    def _pool(self, length: int) -> tuple[Tokens, int]:
+        """Tokens of the whole layer spread evenly: which of this rank's, with weights that are alike; how many in all.
+
+        Each counts as if it went to one expert alone.
+        """
         tokens, first = self.count * length, self.first * length
         count = min(tokens, POOL * self.shape.hidden)
         rows = torch.linspace(0, tokens - 1, count).long() - first
         rows = rows[(rows >= 0) & (rows < self.own * length)]
-        return rows, torch.ones(len(rows), 1, dtype=self.decoder.dtype), count
+        alike = torch.ones(len(rows), 1, dtype=self.decoder.dtype)
+        return Tokens(rows, alike, alike), count
 
     def _search_experts(self, sample: Tensor | None) -> None:
         """Clip ratios of the experts' inputs, one for all of them at each of both sites."""
