@@ -195,7 +195,10 @@ class ExpertsHalf(Workspace):
 
         if x is not None:
             self._experts(self.full)(self.transforms.gate_up(x), *self._choose(x), run)
-        metric = torch.stack([self._weight(name).T @ self._weight(name) for name in f.downs]).mean(0)
+        metric = torch.zeros(2 * [self.shape.ffn], dtype=self.decoder.dtype, device=self.decoder.device)
+        for weight in map(self._weight, f.downs):
+            metric.addmm_(weight.T, weight)
+        metric /= len(f.downs)
         chosen = search_clip(site.quantizer, torch.cat(seen) if seen else None, metric, self._sum_now)
         self.transforms = self.transforms.with_input("down", type(site)(site.rotation, chosen))
 

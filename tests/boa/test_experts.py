@@ -6,15 +6,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rotoboa.boa import experts_half
+from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.block import BlockQuantizer
 from rotoboa.boa.experts_half import ExpertsHalf
+from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.workspace import capture
 from rotoboa.models.decoder import Decoder
 
 from .small_block import PLAIN, QUICK, Solved, make_decoder, run_block
 
-HIDDEN, EXPERTS = 16, 4
+HIDDEN, FFN, EXPERTS = 16, 12, 4
 
 
 class Mixture(NamedTuple):
@@ -29,7 +33,7 @@ class Mixture(NamedTuple):
 @pytest.fixture
 def mixture() -> Mixture:
     """A block of Qwen3 with two of four experts for each token, whose weights are not made to sum to 1."""
-    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": 12, "head_dim": 8, "num_experts": EXPERTS}
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "head_dim": 8, "num_experts": EXPERTS}
     decoder = make_decoder("qwen3_moe", num_experts_per_tok=2, norm_topk_prob=False, mlp_only_layers=[], **sizes)
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, like in decoder.empty_block(0).state_dict().items():
@@ -85,3 +89,27 @@ def test_a_token_that_hardly_goes_anywhere(
     monkeypatch.setattr(ExpertsHalf, "_choose", choose)
     for asked, expected in _down_goals(mixture, 12, solved):
         torch.testing.assert_close(asked, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_metric_of_the_clip_ratio_of_experts(mixture: Mixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over experts of W^T W, of which no more than one is held beside the sum."""
+    seen: list[Tensor] = []
+
+    def search(quantizer: DynamicQuantizer, x: Tensor | None, metric: Tensor, total: Any) -> DynamicQuantizer:
+        seen.append(metric)
+        return quantizer
+
+    class NoStacks(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            assert not isinstance(made, Tensor) or made.shape[1:] != (FFN, FFN), f"{function} holds several of W^T W"
+            return made
+
+    monkeypatch.setattr(experts_half, "search_clip", search)
+    transforms = OnlineTransforms(down=InputTransform(quantizer=DynamicQuantizer(4, True, 0.9)))
+    solver = BlockQuantizer(mixture.decoder, mixture.block, QUICK, transforms, search_inputs=True)
+    with NoStacks():
+        solver._search_experts(None)
+    weights = [mixture.block.get_parameter(f"{name}.weight").double() for name in mixture.decoder.family.downs]
+    expected = torch.stack([weight.T @ weight for weight in weights]).mean(0)
+    torch.testing.assert_close(seen[0].double(), expected, rtol=1e-5, atol=1e-6)
