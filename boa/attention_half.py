@@ -50,7 +50,7 @@ class AttentionHalf(Workspace):
         layerwise = self.settings.method in LAYERWISE
         for span, hf, hq in self._batches(full, quantized):
             xf, xq = t.qkv.rotate(norm(hf)), t.qkv(norm(hq))
-            attended[span] = self._attend(self.full, xf, exact)
+            attended[span] = wanted = self._attend(self.full, xf, exact)
             if self.done is None:
                 n = self._number(span)
                 inputs.at(n).add(*self._weighted(norms, n, xf, xq))
@@ -64,7 +64,7 @@ class AttentionHalf(Workspace):
                     grams.start()
                     inputs.start()  # all of which goes on while the values' are collected
                 if not self.settings.sequential:
-                    self._add_values(values, span, xq, attended[span], seen)
+                    self._add_values(values, span, xq, wanted, seen)
         queries = Pending(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, norms, full.shape[1]),
