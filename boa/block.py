@@ -37,7 +37,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
         ranks: the processes that quantize the block together, each with some of the sequences.
 
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
-    loss of each, `objectives` what `reference_losses` finds of each where `references` are asked for, `damping` that of
+    loss of each, `objectives` what `relative_losses` finds of each where `references` are asked for, `damping` that of
     the projections whose Hessian needed more than the settings say, `quantized` the block with dequantized weights,
     `transforms` the clip ratios that were chosen, `fallbacks` the projections of experts that saw too few tokens,
     with their number, `channel_scales` what Z-Fold found by site, and `folded` the norms and biases that it changed;

@@ -37,7 +37,7 @@ class GridSettings:
 
     bits: int
     symmetric: bool = False
-    method: str = "hessian"
+    method: str = "diagonal"
 
     @property
     def levels(self) -> int:

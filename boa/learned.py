@@ -69,13 +69,8 @@ def slope_(h: Tensor) -> Tensor:
     return h.sub_(0.5).square_().sub_((0.5 + MARGIN) ** 2).div_(-STRETCH).masked_fill_(cut, 0)
 
 
-def penalty(h: Tensor, beta: float) -> Tensor:
-    """1 - |2 h - 1|^beta, summed: what AdaRound adds to the objective."""
-    return (1 - (2 * h - 1).abs() ** beta).sum()
-
-
 def penalty_slope(h: Tensor, beta: float) -> Tensor:
-    """d penalty / dh = -2 beta |2 h - 1|^(beta - 1) sign(2 h - 1)."""
+    """Of what AdaRound adds to the objective, 1 - |2 h - 1|^beta, by h: -2 beta |2 h - 1|^(beta - 1) sign(2 h - 1)."""
     around = h.mul(2).sub_(1)
     return around.abs().pow_(beta - 1).copysign_(around).mul_(-2 * beta)
 

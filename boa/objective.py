@@ -131,20 +131,16 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
-def damp(h: Tensor, fraction: float) -> Tensor:
+def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
     """`h` (B, n, n) in float64 with `fraction` of its mean diagonal added, ten times more at each failed Cholesky.
 
-    A channel that is never active (zero diagonal) gets the mean diagonal, so that it is left alone by compensation. A
-    matrix of nothing but zeros becomes the identity.
+    Each matrix has its own fraction, whatever it is beside; the largest is returned too. A channel that is never active
+    (zero diagonal) gets the mean diagonal, so that it is left alone by compensation. A matrix of nothing but zeros
+    becomes the identity.
 
     Raises:
         ValueError: `h` is not finite.
     """
-    return _damp(h, fraction)[0]
-
-
-def _damp(h: Tensor, fraction: float) -> tuple[Tensor, float]:
-    """`damp`, and the largest fraction that was needed: each matrix has its own, whatever it is beside."""
     h = h.to(torch.float64, copy=True)
     symmetrize(h)
     diagonal = h.diagonal(dim1=-2, dim2=-1)

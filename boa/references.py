@@ -18,10 +18,11 @@ PLAIN: dict[str, Any] = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 
 """As published: full-range grids, columns in their order, no residual compensation, no refinement."""
 
 
-def reference_losses(
-    weight: Tensor, objective: Objective, settings: Settings, result: Quantized, heads: Sequence[int]
-) -> list[dict[str, float]]:
-    """The objective at the result, at plain GPTQ's and at RTN's, relative to that at a zero weight.
+@stage("references", whole=True)
+def reference_sums(
+    weight: Tensor, objective: Objective, settings: Settings, result: Quantized, *, by_rows: bool = False
+) -> dict[str, Tensor]:
+    """The objective at the result, at plain GPTQ's, at RTN's and at a zero weight.
 
     It is tr(H_out E H_in E^T) with E = Q - W*, damped and its target shifted as the run's own method has it, whatever
     the reference itself goes by. What it does not see, channels that are never active, counts for none of them.
@@ -31,19 +32,11 @@ def reference_losses(
         objective: of all of them, as it was collected.
         settings: of the run.
         result: what the run made of them.
-        heads: how many heads each projection has.
+        by_rows: of one head whose rows are independent, by row.
 
     Returns:
-        For each projection `quantized`, `gptq` and `rtn`.
+        `NAMES` and, of a zero weight, `whole`: (heads,), or (r,) of the only head.
     """
-    return relative_losses(reference_sums(weight, objective, settings, result), heads)
-
-
-@stage("references", whole=True)
-def reference_sums(
-    weight: Tensor, objective: Objective, settings: Settings, result: Quantized, *, by_rows: bool = False
-) -> dict[str, Tensor]:
-    """The sums of `reference_losses`: `NAMES` and, of a zero weight, `whole`; (heads,), or (r,) of the only head."""
     plain = replace(settings, **PLAIN)
     found = {
         "quantized": result,

@@ -84,17 +84,16 @@ class _Rounded:
 
 
 @exact_products()
-def channel_scales(
-    terms: Sequence[Term], settings: Settings, tie: Tensor | None = None, rounds: int = ROUNDS
-) -> ChannelScales:
+def channel_scales(terms: Sequence[Term], settings: Settings, tie: Tensor | None = None) -> ChannelScales:
     """The scales of the input channels that `terms` share.
+
+    Integers are made anew `ROUNDS` times, on the grids that least squares leave. The first grids are searched, at the
+    better of two starts: 1, and the size of the columns.
 
     Args:
         terms: projections that read the same input; their relative losses add up.
         settings: of the rounding; refinement and further starts are left out here.
         tie: (c,), which parameter each channel takes; None: each its own.
-        rounds: how often integers are made anew on the grids that least squares leave. The first grids are searched,
-            at the better of two starts: 1, and the size of the columns.
     """
     quick = replace(settings, method="boa", alpha=0.0, refine=1, starts=1)
     columns = terms[0].weight.shape[-1]
@@ -114,7 +113,7 @@ def channel_scales(
     best = now = min(plain, other, key=lambda found: found.loss)
     without = plain.loss
     del plain, other
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         before = list(now.levels)
         factor = alternate(now.terms, now.levels, tie, settings.group_size or columns)
         zeta = now.zeta * factor
@@ -148,7 +147,7 @@ def column_scales(terms: Sequence[Term], tie: Tensor) -> Tensor:
     return found / found.log().mean().exp()
 
 
-def alternate(terms: Sequence[Term], levels: list[Tensor], tie: Tensor, group: int, steps: int = STEPS) -> Tensor:
+def alternate(terms: Sequence[Term], levels: list[Tensor], tie: Tensor, group: int) -> Tensor:
     """Least squares in turn for zeta and for the scales of rows, integers kept; the loss never rises.
 
     Args:
@@ -161,7 +160,7 @@ def alternate(terms: Sequence[Term], levels: list[Tensor], tie: Tensor, group: i
         What zeta is multiplied by, (parameters,).
     """
     zeta = torch.ones(int(tie.max()) + 1, dtype=levels[0].dtype, device=tie.device)
-    for _ in range(steps):
+    for _ in range(STEPS):
         step = zeta_step(terms, levels, tie)
         zeta = zeta * step
         for i, term in enumerate(terms):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotoboa.boa.objective import Objective, damp
+from rotoboa.boa.objective import Objective
 from rotoboa.boa.refine import refine
 from rotoboa.boa.rounding import Quantized, Settings, quantize
 
@@ -33,7 +33,7 @@ def damped_gram(batch: int, size: int, seed: int) -> Tensor:
     """What the kernels are given the factor of: of float32 vectors, damped in float64."""
     x = random(batch, 2 * size, size, seed=seed, dtype=torch.float32)
     x = x + 0.5 * x[..., :1]
-    return damp(x.transpose(1, 2) @ x, 0.01)
+    return Objective(x.transpose(1, 2) @ x).damped(0.01).h_in
 
 
 def problem(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotoboa.boa import grid
 from rotoboa.boa.grid import GridSettings, round_to, search, snap
+from rotoboa.boa.rounding import Settings
 
 ROWS, COLUMNS = 12, 16
 METHODS = ["diagonal", "hessian"]
@@ -214,3 +215,7 @@ def test_compiled_costs_are_those_of_the_errors(rows: int, columns: int, shared:
     # A quotient that is a tie in one precision may not be one in the other.
     near = (found - expected).abs() <= 1e-5 * expected
     assert near.double().mean() > 0.99
+
+
+def test_what_is_not_said_is_what_the_solver_has() -> None:
+    assert GridSettings(3) == Settings(3).grid_settings

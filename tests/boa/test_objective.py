@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa import objective
-from rotoboa.boa.objective import Objective, damp, inverse_factor, symmetrize
+from rotoboa.boa.objective import Objective, inverse_factor, symmetrize
 from rotoboa.boa.statistics import InputStatistics
 
 from .problems import problem, random, random_gram
@@ -95,7 +95,11 @@ def test_how_many_hessians_are_held() -> None:
     assert damped < 2.5 and target < 2.5 and inverse < 3.5
 
 
-# damp
+# damping
+
+
+def damp(h: Tensor, fraction: float) -> Tensor:
+    return Objective(h).damped(fraction).h_in
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 1.0])

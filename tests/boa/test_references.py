@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotoboa.boa.objective import Objective
-from rotoboa.boa.references import PLAIN, reference_losses, reference_sums, relative_losses
+from rotoboa.boa.references import PLAIN, reference_sums, relative_losses
 from rotoboa.boa.rounding import Quantized, Settings, quantize
 
 HEADS, ROWS, COLUMNS = 3, 4, 16
@@ -43,7 +43,7 @@ def test_reference_losses() -> None:
         "gptq": quantize(weight, goal, replace(plain, method="gptq")),
         "rtn": quantize(weight, None, replace(plain, method="rtn")),
     }
-    found = reference_losses(weight, goal, SETTINGS, result, [2, 1])
+    found = relative_losses(reference_sums(weight, goal, SETTINGS, result), [2, 1])
     assert len(found) == 2
     for losses, heads in zip(found, (slice(0, 2), slice(2, 3)), strict=True):
         assert list(losses) == list(rounded)
