@@ -87,24 +87,14 @@ def last_states(
 
 
 @torch.no_grad()
-def scores(tokens: Tensor, states: States, original: States | None = None) -> tuple[float, Divergence | None]:
-    """Perplexity of a model, and its divergence from the original where that is given.
-
-    Perplexity is exp of the mean negative log-likelihood of every token but the first of its window. Windows do not
-    see each other, as in the papers' protocol (GPTQ, QuaRot, BoA). The divergence is the KL divergence and the top-1
-    agreement that llama.cpp's `perplexity` reports.
+def part_sums(tokens: Tensor, states: States, original: States | None = None) -> list[tuple[float, float, float]]:
+    """Sums over tokens of log-likelihood, of KL from the original and of equal top-1, in parts of a window.
 
     Args:
         tokens: (windows, length).
         states: the model's, over these tokens.
-        original: those of the model that it was made from, over the same tokens.
+        original: those of the model that it was made from, over the same tokens; without it the latter two are 0.
     """
-    return summary(part_sums(tokens, states, original), tokens.numel() - len(tokens), original is not None)
-
-
-@torch.no_grad()
-def part_sums(tokens: Tensor, states: States, original: States | None = None) -> list[tuple[float, float, float]]:
-    """What `scores` are means of, in parts of a window: sums over tokens of log-likelihood, KL and equal top-1."""
     found = []
     for window, part, ids in _parts(tokens):
         predicted = states.log_probabilities(window, part)
@@ -120,7 +110,17 @@ def part_sums(tokens: Tensor, states: States, original: States | None = None) ->
 
 
 def summary(sums: Iterable[Sequence[float]], count: int, diverged: bool) -> tuple[float, Divergence | None]:
-    """`scores` from the `part_sums` of all windows, in order, whoever found them; `count` tokens were predicted."""
+    """Perplexity of a model, and its divergence from the original where the sums have that.
+
+    Perplexity is exp of the mean negative log-likelihood of every token but the first of its window. Windows do not
+    see each other, as in the papers' protocol (GPTQ, QuaRot, BoA). The divergence is the KL divergence and the top-1
+    agreement that llama.cpp's `perplexity` reports.
+
+    Args:
+        sums: the `part_sums` of all windows, in order, whoever found them.
+        count: how many tokens were predicted.
+        diverged: whether the original was given.
+    """
     likelihood, kl, same = (sum(column) for column in zip(*sums, strict=True))
     mean = -likelihood / count
     perplexity = math.exp(mean) if mean < 700 else math.inf if mean < math.inf else mean

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import rotoboa
-from rotoboa.eval.perplexity import Divergence, States, last_states, scores
+from rotoboa.eval.perplexity import Divergence, States, last_states
 from rotoboa.export.checkpoint import read_ends
 from rotoboa.export.native import packed_block
 from rotoboa.models.aliases import TINY_FOLDER
@@ -20,6 +20,8 @@ from rotoboa.models.ends import Ends
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.job import prepare
 from rotoboa.pipeline.run import RunFolder, recipe_of
+
+from .scoring import scores
 
 
 def states(hidden: Tensor, head: Tensor) -> States:

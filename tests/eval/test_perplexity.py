@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rotoboa.eval.perplexity import BlockFunction, States, last_states, part_sums, scores, summary
+from rotoboa.eval.perplexity import BlockFunction, States, last_states, part_sums, summary
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
+
+from .scoring import scores
 
 
 def tokens(windows: int, length: int, vocabulary: int = 2048) -> Tensor:

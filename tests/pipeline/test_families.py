@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.boa.attention import NAME
-from rotoboa.eval.perplexity import last_states, scores
+from rotoboa.eval.perplexity import last_states, part_sums, summary
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 from rotoboa.pipeline.exporting import open_finished
@@ -64,9 +64,8 @@ def test_perplexity_is_that_of_transformers(checkpoints: Callable[[str], Path], 
     decoder, ends = Decoder(checkpoint.config, attention=NAME), checkpoint.ends()
     checkpoint.check(decoder.shapes)
     blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
-    found, _ = scores(
-        windows, last_states(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=2)
-    )
+    states = last_states(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=2)
+    found, _ = summary(part_sums(windows, states), windows.numel() - len(windows), False)
     model = _original(folder)
     with torch.no_grad():
         losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
