@@ -32,7 +32,11 @@ class _Seen:
 
 
 class ChannelFold(AttentionHalf, MlpHalf):
-    """The scales follow from the full-precision block and stream alone, so a resumed run finds the same again."""
+    """The scales follow from the full-precision block and stream alone, so a resumed run finds the same again.
+
+    Where channels share a scale, CUDA sums their parts in any order (`index_add_` is atomic there), and finds the same
+    but for the last bits unless torch's deterministic algorithms are on.
+    """
 
     def _fold(self, full: Tensor) -> None:
         """Choose the scales of the sites in `settings.zfold` and fold them into both versions of the block."""

@@ -1,6 +1,7 @@
 """Objectives collected while calibration text runs through a block, in two streams: full precision and quantized.
 
-Sums are over all tokens of all sequences, in float32 per batch and float32 or wider across batches.
+Sums are over all tokens of all sequences, in float32 per batch; across batches `totals` has them in float64, and in
+float32 where a run is deterministic.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class AttentionStatistics:
     Attributes:
         keys, queries: (key heads, head_dim, head_dim): K^T K, and Q^T Q summed over each key head's query heads, after
             RoPE and with R3 taken out again.
-        value_h_in: (key heads, c, c): X_q A_q^T A_q X_q^T, summed so; blocks above the diagonal are not filled in.
+        value_h_in: (key heads, c, c): X_q A_q^T A_q X_q^T, summed so; before `mirrored`, blocks above the diagonal
+            say nothing.
         value_drift: (key heads, head_dim, c): (W X_f A_f^T - W X_q A_q^T) A_q X_q^T, summed so.
     """
 
