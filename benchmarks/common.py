@@ -20,6 +20,7 @@ PLAIN: dict[str, Any] = {
     "weights.token_weights": False,
     "weights.refine": 0,
     "weights.starts": 1,
+    "weights.tabu": 0,
     "weights.head": 0.0,
     "weights.act_order": False,
     "activations.search": False,

@@ -22,7 +22,7 @@ from rotoboa.pipeline.counting_run import Plan
 from rotoboa.pipeline.counting_run import block as counted
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
-PLAIN_ROUNDING = {"weights.refine": 0, "weights.starts": 1}
+PLAIN_ROUNDING = {"weights.refine": 0, "weights.starts": 1, "weights.tabu": 0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "w2a16": ("w2a16", {}),
     "w2a16 without refinement": ("w2a16", PLAIN_ROUNDING),

@@ -46,6 +46,7 @@ LARGE: dict[str, Any] = {
 CHEAP = {
     "weights.refine": 0,
     "weights.starts": 1,
+    "weights.tabu": 0,
     "weights.grid": "minmax",
     "activations.search": False,
     "cache.search": False,

@@ -24,6 +24,7 @@ CHEAP: dict[str, Any] = {
     "weights.grid": "minmax",
     "weights.refine": 0,
     "weights.starts": 1,
+    "weights.tabu": 0,
     "calibration.samples": 4,
     "calibration.sequence_length": 64,
     "evaluation.windows": 4,

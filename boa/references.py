@@ -14,7 +14,7 @@ from .rounding import Quantized, Settings, quantize
 from .stopwatch import stage
 
 NAMES = ("quantized", "gptq", "rtn")
-PLAIN: dict[str, Any] = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 1, "act_order": False}
+PLAIN: dict[str, Any] = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 1, "tabu": 0.0, "act_order": False}
 """As published: full-range grids, columns in their order, no residual compensation, no refinement."""
 
 

@@ -51,8 +51,8 @@ class Settings:
     damping: float = 0.01
     alpha: float = 1.0
     refine: int = 8
-    starts: int = 5
-    tabu: float = 0.0
+    starts: int = 3
+    tabu: float = 2.0
     drift: bool = True
     token_weights: bool = False
     sequential: bool = False

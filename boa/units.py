@@ -53,7 +53,9 @@ class Problem:
         heads, rows, columns = self.weight.shape
         if settings.method == "rtn":
             return float(self.weight.numel())
-        products = settings.starts * (1 + 3 * settings.refine) + 4
+        products: float = settings.starts * (1 + 3 * settings.refine) + 4
+        if settings.tabu:  # its moves are slower than products
+            products += 3 * settings.refine + 20 * settings.tabu
         outer = 0 if self.objective.h_out is None else heads * rows**3
         return float(products * heads * rows * columns**2 + 2 * len(self.objective.h_in) * columns**3 + outer)
 

@@ -95,7 +95,7 @@ def channel_scales(terms: Sequence[Term], settings: Settings, tie: Tensor | None
         settings: of the rounding; refinement and further starts are left out here.
         tie: (c,), which parameter each channel takes; None: each its own.
     """
-    quick = replace(settings, method="boa", alpha=0.0, refine=1, starts=1)
+    quick = replace(settings, method="boa", alpha=0.0, refine=1, starts=1, tabu=0.0)
     columns = terms[0].weight.shape[-1]
     tie = torch.arange(columns) if tie is None else tie
     tie = tie.to(terms[0].weight.device)

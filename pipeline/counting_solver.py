@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..boa.grid import SHRINKS
 from ..boa.references import PLAIN as REFERENCE
 from ..boa.rounding import COLUMN_BLOCK, Settings
+from ..boa.tabu import WIDTH
 from .counting import (
     DOUBLE,
     FLOAT,
@@ -22,6 +23,7 @@ from .counting import (
     moved,
 )
 
+TABU = 8  # operations on a column in a move of tabu search, whose row stays in cache
 GRID, GRID_MOVES = 13, 16  # operations of a weight on a candidate grid; how often its error crosses to memory
 LEARNED = 40  # operations of a weight in a step of learned rounding, beside its products
 STEP = 8  # operations of a weight that is rounded, or moved by coordinate descent, beside its products
@@ -147,6 +149,20 @@ def refinement(p: Problem, settings: Settings) -> Work:
     return before + k * sweep + (k + 1) * scales
 
 
+def tabu(p: Problem, settings: Settings) -> Work:
+    """Products before and after, 2 R c^2 each, and in cache `TABU` operations on each column of a row for each move.
+
+    Columns are taken `tabu.WIDTH` at a time, each part with moves of its own. H_out: 2 r R c for the gradients.
+    """
+    if not settings.tabu:
+        return Work()
+    weights, width = p.all_rows * p.columns, min(WIDTH, p.columns)
+    found = Work(4 * weights * p.columns, elements=TABU * settings.tabu * weights * width) + moved(weights, 6)
+    if p.tied:
+        found += Work(2 * p.rows * weights)
+    return found + refinement(p, settings)
+
+
 def learning(p: Problem, settings: Settings) -> Work:
     """The gradient of the objective in each step, and `LEARNED` on a weight; brecq has none by layer."""
     if settings.method not in ("adaround", "aespa"):
@@ -155,7 +171,7 @@ def learning(p: Problem, settings: Settings) -> Work:
     return settings.iterations * step + refinement(p, settings)
 
 
-def losses(p: Problem, times: int = 3) -> Work:
+def losses(p: Problem, times: int) -> Work:
     """tr(H_out E H_in E^T): 2 R c^2, and 2 r R c with H_out."""
     one = linear(p.all_rows, p.columns, p.columns)
     return times * (one + Work(2 * p.rows * p.all_rows * p.columns) if p.tied else one)
@@ -192,5 +208,6 @@ def solve(p: Problem, settings: Settings) -> dict[str, Work]:
         "rows": rows(q, settings),
         "refinement": refinement(q, settings) + learning(q, settings),
         "starts": starts(q, settings),
-        "losses": losses(p),
+        "search": tabu(q, settings),
+        "losses": losses(p, 5 if settings.tabu else 3),
     }

@@ -89,12 +89,12 @@ class Weights(_Section):
     )
     refine: int = Field(default=8, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
     starts: int = Field(
-        default=5,
+        default=3,
         ge=1,
         description="How often rows are rounded and refined, from grids of other widths; every row keeps its best.",
     )
     tabu: float = Field(
-        default=0.0,
+        default=2.0,
         ge=0,
         description="Moves of a tabu search after refinement, for each input channel of a row; 0: none.",
     )

@@ -35,6 +35,7 @@ QUICK = {
     "weights.grid": "minmax",
     "weights.refine": 1,
     "weights.starts": 1,
+    "weights.tabu": 0,
     "weights.rows": 8,
     "calibration.samples": 4,
     "calibration.sequence_length": 64,

@@ -16,6 +16,7 @@ SMALL = {
     "calibration.sequence_length": 64,
     "evaluation.windows": 8,
     "weights.starts": 1,
+    "weights.tabu": 0,
     "weights.refine": 0,
     "weights.rows": 16,
     "weights.grid": "minmax",

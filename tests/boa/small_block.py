@@ -29,7 +29,7 @@ SHAPES = {
     LLAMA.up: (FFN, HIDDEN),
     LLAMA.down: (HIDDEN, FFN),
 }
-QUICK = Settings(bits=4, refine=1, starts=1)
+QUICK = Settings(bits=4, refine=1, starts=1, tabu=0)
 
 Solved = list[tuple[Tensor, Objective]]  # weights and objectives, one problem after another
 

@@ -99,7 +99,7 @@ def test_the_quantized_copy_shares_weights_until_they_are_replaced() -> None:
 
 def test_values_without_the_output_projection() -> None:
     """aespa's own objective of the values; whatever comes before them is as it was."""
-    settings = Settings(bits=2, method="aespa", refine=1, starts=1, iterations=20)
+    settings = Settings(bits=2, method="aespa", refine=1, starts=1, tabu=0, iterations=20)
     with_output, without = (run_small(replace(settings, value_output=on)).solver.results for on in (True, False))
     for name in (LLAMA.query, LLAMA.key):
         assert torch.equal(with_output[name].integers, without[name].integers)
@@ -110,7 +110,7 @@ def test_values_without_the_output_projection() -> None:
 @pytest.mark.parametrize(("method", "start"), [("aespa", "boa"), ("adaround", "gptq")])
 def test_learned_rounding_lowers_the_loss_of_every_layer(method: str, start: str, transforms: OnlineTransforms) -> None:
     """In the first layers, whose statistics no earlier choice of integers has changed."""
-    settings = Settings(bits=2, refine=2, starts=1, iterations=200, learning_rate=0.05)
+    settings = Settings(bits=2, refine=2, starts=1, tabu=0, iterations=200, learning_rate=0.05)
     learned, plain = (run_small(replace(settings, method=name), transforms).solver.losses for name in (method, start))
     assert list(learned) == list(LLAMA.projections)
     before, after = (losses[LLAMA.query] + losses[LLAMA.key] for losses in (plain, learned))

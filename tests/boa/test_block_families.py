@@ -23,7 +23,7 @@ from .small_block import Ran, Solved, block_tensors, forward, run_block
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"]
 MIXTURES = ["mixtral", "qwen3_moe"]
-SETTINGS = Settings(bits=4, refine=1, starts=1)
+SETTINGS = Settings(bits=4, refine=1, starts=1, tabu=0)
 SEQUENCES, LENGTH, HIDDEN = 3, 24, 32
 EVERYTHING = {"r1": True, "r2": True, "r3": True, "r4": True}
 

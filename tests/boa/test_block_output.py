@@ -28,7 +28,7 @@ from .small_block import (
 )
 
 SEQUENCES, LENGTH = 6, 40
-SETTINGS = Settings(bits=2, method="brecq", refine=1, starts=1, iterations=80, learning_rate=0.05)
+SETTINGS = Settings(bits=2, method="brecq", refine=1, starts=1, tabu=0, iterations=80, learning_rate=0.05)
 
 
 def _streams(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 24, "num_key_value_heads": 2, "word_embed_proj_dim": HIDDEN, "dropout": 0.0},
     "gemma2": {"head_dim": 8, "sliding_window": 9},
 }
-QUICK = Settings(bits=2, refine=1, starts=1, zfold=SITES)
+QUICK = Settings(bits=2, refine=1, starts=1, tabu=0, zfold=SITES)
 
 
 def _decoder(name: str) -> Decoder:

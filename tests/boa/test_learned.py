@@ -89,7 +89,7 @@ def test_beside() -> None:
 @pytest.mark.parametrize("group", [None, 4])
 def test_gradient_against_autograd_and_differences(group: int | None, heads: int, shared: bool, h_out: bool) -> None:
     """Of the objective, written as the trace it is, and the regulariser."""
-    settings = Settings(bits=2, group_size=group, starts=1, refine=2)
+    settings = Settings(bits=2, group_size=group, starts=1, tabu=0, refine=2)
     target, start, objective = _start(heads, shared, h_out, settings)
     relaxed = _relaxed(target, start, objective, 2)
     scale, zero = (part.double().repeat_interleave(group or 16, -1) for part in (start.scale, start.zero))
@@ -134,7 +134,7 @@ def test_gradient_against_autograd_and_differences(group: int | None, heads: int
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_start_is_what_no_step_rounds_to(bits: int, symmetric: bool, heads: int, shared: bool, h_out: bool) -> None:
     """Its integers are among the two of each weight, the nearer one; both are on the grid."""
-    settings = Settings(bits=bits, symmetric=symmetric, starts=1, refine=2)
+    settings = Settings(bits=bits, symmetric=symmetric, starts=1, tabu=0, refine=2)
     target, start, objective = _start(heads, shared, h_out, settings)
     relaxed = _relaxed(target, start, objective, bits)
     assert relaxed.base.min() >= 0 and relaxed.base.max() <= 2**bits - 2
@@ -158,7 +158,7 @@ def test_the_start_is_what_no_step_rounds_to(bits: int, symmetric: bool, heads: 
 def test_never_worse(method: str, start: str, group: int | None, heads: int, shared: bool, h_out: bool) -> None:
     """By row or by head; and on the whole better than a start that is refined as far as it goes."""
     weight, objective = _problem(heads, shared, h_out)
-    settings = Settings(bits=2, group_size=group, method=start, iterations=200, learning_rate=0.05)
+    settings = Settings(bits=2, group_size=group, method=start, tabu=0, iterations=200, learning_rate=0.05)
     first = quantize(weight, objective, settings)
     result = quantize(weight, objective, replace(settings, method=method))
     judged = objective.damped(settings.damping)
@@ -175,7 +175,7 @@ def test_never_worse(method: str, start: str, group: int | None, heads: int, sha
 def test_without_refinement(h_out: bool) -> None:
     """Learned rounding and closed-form scales alone."""
     weight, objective = _problem(3, True, h_out)
-    settings = Settings(bits=2, method="boa", refine=0, starts=1, iterations=200, learning_rate=0.05)
+    settings = Settings(bits=2, method="boa", refine=0, starts=1, tabu=0, iterations=200, learning_rate=0.05)
     first = quantize(weight, objective, settings)
     result = quantize(weight, objective, replace(settings, method="aespa"))
     assert first.loss is not None and result.loss is not None and result.loss < 0.9 * first.loss
@@ -184,7 +184,7 @@ def test_without_refinement(h_out: bool) -> None:
 @pytest.mark.parametrize("h_out", [False, True])
 def test_rescale(h_out: bool) -> None:
     """The scales that refinement ends with, where it moves no integer."""
-    target, start, objective = _start(2, True, h_out, Settings(bits=3, refine=50, starts=1))
+    target, start, objective = _start(2, True, h_out, Settings(bits=3, refine=50, starts=1, tabu=0))
     wide = (start.scale.double() * 1.1).half().double()
     scale = rescale(target, start.integers, wide, start.zero, objective)
     losses = [
@@ -197,7 +197,7 @@ def test_rescale(h_out: bool) -> None:
 
 def test_heads_are_problems_of_their_own() -> None:
     """Learned together or one after another: the same integers."""
-    target, start, objective = _start(3, False, True, Settings(bits=2, starts=1, refine=2))
+    target, start, objective = _start(3, False, True, Settings(bits=2, starts=1, tabu=0, refine=2))
     parts = (target, start.integers, start.scale.double(), start.zero.double())
     together = learn(*parts, objective, 2, SHORT)
     for i in range(3):
@@ -209,7 +209,7 @@ def test_heads_are_problems_of_their_own() -> None:
 
 def test_rows_are_problems_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few of them are learned at a time."""
-    target, start, objective = _start(3, True, False, Settings(bits=2, starts=1, refine=2))
+    target, start, objective = _start(3, True, False, Settings(bits=2, starts=1, tabu=0, refine=2))
     arguments = (target, start.integers, start.scale.double(), start.zero.double(), objective, 2, SHORT)
     whole = learn(*arguments)
     monkeypatch.setattr("rotoboa.boa.learned._CHUNK", {"cpu": 5 * 16})
@@ -218,7 +218,7 @@ def test_rows_are_problems_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_learned_is_settled() -> None:
     """At the end of the schedule hardly a variable is between its integers: rounding them changes little."""
-    target, start, objective = _start(1, True, False, Settings(bits=2, starts=1, refine=2))
+    target, start, objective = _start(1, True, False, Settings(bits=2, starts=1, tabu=0, refine=2))
     relaxed, learning = _relaxed(target, start, objective, 2), Learning(iterations=600, rate=0.05)
     optimizer = torch.optim.Adam([relaxed.v], lr=learning.rate)
     for iteration in range(learning.iterations):
@@ -233,7 +233,7 @@ def test_dead_channels_and_zero_rows() -> None:
     h_in = objective.h_in.clone()
     h_in[:, 3], h_in[:, :, 3] = 0, 0
     weight[0, 2] = 0
-    settings = Settings(bits=2, method="aespa", iterations=50, starts=1, refine=2)
+    settings = Settings(bits=2, method="aespa", iterations=50, starts=1, tabu=0, refine=2)
     result = quantize(weight, Objective(h_in), settings).dequantize()
     assert result.isfinite().all() and not result[..., 3].any() and not result[0, 2].any()
     nothing = quantize(weight.float(), Objective(torch.zeros_like(h_in)), settings)
@@ -242,7 +242,7 @@ def test_dead_channels_and_zero_rows() -> None:
 
 def test_start_equals_refined_input() -> None:
     """`refine` of what was learned keeps the promise of both: the objective only falls."""
-    target, start, objective = _start(2, True, True, Settings(bits=2, starts=1, refine=2))
+    target, start, objective = _start(2, True, True, Settings(bits=2, starts=1, tabu=0, refine=2))
     arguments = (start.scale.double(), start.zero.double())
     integers = learn(target, start.integers, *arguments, objective, 2, SHORT)
     refined = Quantized(*refine(target, integers, *arguments, objective, 2, rounds=4))

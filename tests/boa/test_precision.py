@@ -57,7 +57,7 @@ def test_which_part_of_a_block_computes_how(with_cuda: None, monkeypatch: pytest
     monkeypatch.setattr(InputStatistics, "add", watched("statistics", InputStatistics.add))
     monkeypatch.setattr(InputStatistics, "objective", watched("solver", InputStatistics.objective))
     monkeypatch.setattr(workspace, "solve", watched("solver", workspace.solve))
-    run_small(Settings(bits=4, refine=0, starts=1))
+    run_small(Settings(bits=4, refine=0, starts=1, tabu=0))
     assert seen == {"statistics": {"high"}, "solver": {"highest"}}
 
 

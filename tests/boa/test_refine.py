@@ -40,7 +40,7 @@ def test_error_compensation_is_improved_too(bits: int, group: int | None, h_out:
     losses = torch.zeros(2, dtype=torch.float64)
     for seed in range(3):
         target, objective = damped_problem(2, 8, 24, h_out=h_out, seed=seed)
-        settings = Settings(bits=bits, group_size=group, refine=0, starts=1, damping=0.0, rows=1)
+        settings = Settings(bits=bits, group_size=group, refine=0, starts=1, tabu=0, damping=0.0, rows=1)
         start = quantize(target, objective, settings)
         refined = refine_from(start, target, objective, bits, 4)
         pair = [dense_losses(result, target, objective) for result in (start, refined)]

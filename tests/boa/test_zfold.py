@@ -14,7 +14,7 @@ from rotoboa.boa.zfold import Term, alternate, channel_scales, column_scales, ro
 HEADS, ROWS, COLUMNS = 3, 4, 8
 TIE = torch.tensor([0, 1, 0, 1, 2, 3, 2, 3])
 EACH = torch.arange(COLUMNS)
-QUICK = Settings(bits=2, refine=1, starts=1, rows=2)
+QUICK = Settings(bits=2, refine=1, starts=1, tabu=0, rows=2)
 
 
 def _psd(*shape: int, seed: int) -> Tensor:
@@ -128,7 +128,7 @@ def test_planted_scales_are_found(group: int | None, tied: bool) -> None:
     tie = torch.arange(32) if not tied else torch.arange(16).view(2, 1, 8).expand(-1, 2, -1).flatten()
     weight, zeta = _planted(tie, 0.5)
     objective = Objective(_psd(1, 32, 32, seed=4).float()).damped(0.01)
-    settings = Settings(bits=2, group_size=group, refine=1, starts=1)
+    settings = Settings(bits=2, group_size=group, refine=1, starts=1, tabu=0)
     found = channel_scales([Term(weight, objective)], settings, tie)
     assert found.loss < 0.25 * found.without
     correlation = torch.corrcoef(torch.stack([found.zeta.log(), zeta.log()]))[0, 1]

@@ -120,16 +120,17 @@ def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyP
     # Rounds in which nothing moves are left out; W_O^T W_O and the pull-back of H_out are not counted. In torch's form
     # of a sweep the sums over tied rows, counted as elements, are products.
     assert 0.8 * exact["refinement"] <= found["refinement"] <= 1.1 * exact["refinement"]
+    assert 0.8 * exact["search"] <= found["search"] <= 1.1 * exact["search"]
     assert 0.8 * exact["starts"] <= found["starts"] <= 1.1 * exact["starts"]
     assert exact["losses"] <= found["losses"] <= 1.1 * exact["losses"]
     assert found["references"] == pytest.approx(exact["references"], rel=0.01)
 
 
 def test_fewer_levers_are_counted_less() -> None:
-    settings = Settings(3, starts=1, refine=0, method="gptq", alpha=0.0, group_size=32)
+    settings = Settings(3, starts=1, tabu=0, refine=0, method="gptq", alpha=0.0, group_size=32)
     sizes, found = real(settings, 2, 32)
     counted = counting_run.block(sizes, Plan(settings, 2, 32, 2, Online(), references=True))
-    for name in ("refinement", "starts"):
+    for name in ("refinement", "starts", "search"):
         assert found.get(name, 0) == counted[name].products == 0
     assert found["columns"] == counted["columns"].products
     assert found["factors"] == counted["factors"].products > 0 < counted["factors"].wide
