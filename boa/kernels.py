@@ -161,7 +161,7 @@ def _search_in_torch(
         up, down = up.masked_fill(rests | (at >= levels), torch.inf), down.masked_fill(rests | (at <= 0), torch.inf)
         cost, place = torch.minimum(up, down).min(-1, keepdim=True)
         moves_on = cost.isfinite()
-        rise = torch.where(up.gather(-1, place) < down.gather(-1, place), 1.0, -1.0).to(g.dtype) * moves_on
+        rise = (2 * (up.gather(-1, place) < down.gather(-1, place)).to(g.dtype) - 1) * moves_on
         at.scatter_add_(-1, place, rise)
         g += rise * scale.gather(-1, place) * h_in[rows.expand(len(g), -1) if len(h_in) > 1 else 0, place[..., 0]]
         until.scatter_(-1, place, torch.where(moves_on, rest_until(move), until.gather(-1, place)).to(torch.int32))

@@ -76,17 +76,16 @@ def refine(
     if independent:
         target, integers, scale, zero = (part.flatten(0, 1)[None] for part in (target, integers, scale, zero))
     q = integers.to(target.dtype)
-    error = dequantize(q, scale, zero) - target
     targets = target @ h_in if scale.shape[-1] == 1 else None
-    whole = _State(q, scale.clone(), zero, error @ h_in, targets)
+    whole = _State(q, scale.clone(), zero, (dequantize(q, scale, zero) - target) @ h_in, targets)
     rows, alive = whole, torch.arange(q.shape[1], device=q.device)
     for _ in range(rounds):
         scaled = _update_scales(rows, h_in, h_out)
         moved = sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1)
-        if not (scaled | moved).any():
+        changes = scaled | moved
+        if not changes.any():
             break
-        changed = (scaled | moved)[0].nonzero()[:, 0]
-        if independent and len(changed) < _ALIVE * rows.q.shape[1]:
+        if independent and len(changed := changes[0].nonzero()[:, 0]) < _ALIVE * rows.q.shape[1]:
             if rows is not whole:
                 whole.put(alive, rows)
             rows, alive = rows.rows(changed), alive[changed]
@@ -188,5 +187,5 @@ def sweep(
             inner[..., start:stop], q[..., start:stop], scale[..., groups], h_in[:, start:stop, start:stop], h_out, top
         )
         moved |= (d != 0).any(-1)
-        inner += d @ h_in[:, start:stop]
+        inner.baddbmm_(d, h_in[:, start:stop].expand(len(inner), -1, -1))  # with no product of its own in memory
     return moved

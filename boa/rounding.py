@@ -292,8 +292,10 @@ def round_columns(
         scale[..., g], zero[..., g] = search(current[..., span], h_in[:, span, span], settings)
 
     if grid is None and not ahead:
-        for g in range(groups):
-            choose(g, weight)
+        parts = weight.unflatten(-1, (groups, group)).transpose(1, 2).flatten(0, 1)
+        blocks = h_in.unflatten(2, (groups, group)).unflatten(1, (groups, group)).diagonal(dim1=1, dim2=3)
+        found_grids = search(parts, blocks.permute(0, 3, 1, 2).flatten(0, 1), settings)
+        scale, zero = (part.unflatten(0, (batch, groups)).transpose(1, 2).contiguous() for part in found_grids)
     work = weight.clone() if order is None else weight.gather(2, order[:, None].expand_as(weight))
     group_of = torch.arange(columns, device=weight.device).div(group, rounding_mode="floor").expand(batch, -1)
     if order is not None:

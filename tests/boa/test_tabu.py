@@ -125,7 +125,7 @@ def test_a_search_lowers_the_loss_and_carries_the_error_along(
 @KINDS
 def test_a_search_never_ends_worse(heads: int, shared: bool, h_out: bool) -> None:
     target, objective = damped_problem(heads, 8, 32, shared=shared, h_out=h_out)
-    weight, settings = target.float(), Settings(bits=2, rows=4, starts=2)
+    weight, settings = target.float(), Settings(bits=2, rows=4, starts=2, tabu=0)
     before = quantize(weight, objective, settings)
     after = quantize(weight, objective, Settings(**{**vars(settings), "tabu": 2.0}))
     assert before.loss is not None and after.loss is not None
