@@ -164,8 +164,8 @@ def _search_in_torch(
         rise = (2 * (up.gather(-1, place) < down.gather(-1, place)).to(g.dtype) - 1) * moves_on
         at.scatter_add_(-1, place, rise)
         g += rise * scale.gather(-1, place) * h_in[rows.expand(len(g), -1) if len(h_in) > 1 else 0, place[..., 0]]
-        until.scatter_(-1, place, torch.where(moves_on, rest_until(move), until.gather(-1, place)).to(torch.int32))
-        loss += torch.where(moves_on, cost, 0)
+        until.scatter_(-1, place, until.gather(-1, place).masked_fill(moves_on, rest_until(move)))
+        loss += cost.masked_fill(~moves_on, 0)
         better = loss < lowest
         best, lowest = torch.where(better, at, best), torch.where(better, loss, lowest)
     return best
