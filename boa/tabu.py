@@ -65,7 +65,8 @@ def search(inner: Tensor, q: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor 
     for start in range(0, columns, WIDTH):
         span = slice(start, min(start + WIDTH, columns))
         groups = torch.arange(span.start, span.stop, device=q.device).div(size, rounding_mode="floor")
-        steps, within, count = scale[..., groups], h_in[:, span, span], round(moves * (span.stop - start))
+        steps, count = scale[..., groups], round(moves * (span.stop - start))
+        within = h_in[:, span, span].contiguous()  # once, not for each row
         for row in [slice(None)] if h_out is None else [slice(r, r + 1) for r in range(rows)]:
             gradient = inner[:, row, span]
             if h_out is not None:
