@@ -17,11 +17,13 @@ from rotoboa.boa import block as block_module
 from rotoboa.boa import kernels
 from rotoboa.boa.compiled import COLUMNS
 from rotoboa.boa.precision import quick_products
+from rotoboa.boa.tabu import WIDTH
 from rotoboa.pipeline.counting import Sizes
 from rotoboa.pipeline.counting_run import Plan
 from rotoboa.pipeline.counting_run import block as counted
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
+MOVES = 256  # of a tabu search that is timed
 PLAIN_ROUNDING = {"weights.refine": 0, "weights.starts": 1, "weights.tabu": 0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "w2a16": ("w2a16", {}),
@@ -112,6 +114,30 @@ def _descent(bench: Bench, heads: int, rows: int, *, tied: bool) -> dict[str, An
     return _compare(bench, "Triton" if triton else "torch", compiled, kernels._descend_in_torch, given)
 
 
+def _search(bench: Bench) -> dict[str, Any]:
+    """`MOVES` moves of as many rows as fill the device, of whole numbers: sums in another order are the same."""
+    width = min(WIDTH, bench.decoder.shape.hidden)
+    rows = (
+        4 * torch.cuda.get_device_properties(bench.device).multi_processor_count if bench.device.type == "cuda" else 4
+    )
+    x = bench.random(1, 32, width).round()
+    h_in = x.transpose(1, 2) @ x + torch.eye(width, device=bench.device)
+    gradient = (4 * bench.random(1, rows, width)).round()
+    given = (gradient, torch.full_like(gradient, 2.0), torch.ones_like(gradient), h_in, 3, MOVES)
+    triton = _triton() if gradient.is_cuda else None
+
+    def found(*arguments: Any) -> tuple[Tensor, Tensor]:
+        q = triton.search_block(*arguments, kernels.REST) if triton else kernels.search_block(*arguments)
+        return q, q
+
+    def in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
+        q = kernels._search_in_torch(*arguments)
+        return q, q
+
+    form = "Triton" if triton else "compiled" if kernels.is_compiled(gradient) else "torch"
+    return _compare(bench, form, found, in_torch, given)
+
+
 KERNELS: dict[str, Step] = {
     "columns, few rows": lambda b: _columns(b, 4 * (b.decoder.shape.query_heads + b.decoder.shape.key_heads)),
     "columns, many rows": lambda b: _columns(b, 2 * b.decoder.shape.ffn),
@@ -119,6 +145,7 @@ KERNELS: dict[str, Step] = {
     "descent, rows tied by H_out": lambda b: _descent(
         b, b.decoder.shape.query_heads + b.decoder.shape.key_heads, b.decoder.shape.head_dim, tied=True
     ),
+    "tabu search": _search,
 }
 
 

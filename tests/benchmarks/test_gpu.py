@@ -24,7 +24,7 @@ def test_every_step(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "gpu.json").read_text())
     assert (figures["skipped"], figures["failed"]) == ([], {})
     assert set(figures["products"]) == {"float32", "tf32", "bfloat16", "float64"}
-    assert len(figures["kernels"]) == 4
+    assert len(figures["kernels"]) == 5
     assert all(found["equal to the last bit"] and found["seconds"] > 0 for found in figures["kernels"].values())
     assert set(figures["cases"]) == {"w2a16", "w2a16 without refinement", "w4a4kv4"}
     full, plain = figures["cases"]["w2a16"], figures["cases"]["w2a16 without refinement"]
