@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from . import tabu
+from .columns import descending, permute, round_columns
 from .grid import GridSettings, round_to, search, snap
-from .kernels import round_block
 from .learned import Learning, improve
 from .objective import Objective, inverse_factor
 from .refine import refine
 from .stopwatch import stage
 
-COLUMN_BLOCK = 128
 LAYERWISE = ("rtn", "gptq", "adaround")
 """Methods that know a layer by its inputs alone: X X^T for values too."""
 
@@ -221,11 +220,11 @@ def _compensate(
     """
     heads, rows, columns = target.shape
     group = settings.group_size or columns
-    order = _descending(objective.h_in, target.dtype) if settings.act_order else None
+    order = descending(objective.h_in, target.dtype) if settings.act_order else None
     upper = objective.once(
         ("upper", settings.act_order),
         lambda: inverse_factor(  # which takes what it is given for its own
-            (objective.h_in if order is None else _permute(objective.h_in, order)).double()
+            (objective.h_in if order is None else permute(objective.h_in, order)).double()
         ).to(target.dtype),
     )
     h_in = objective.h_in.to(target.dtype)
@@ -253,75 +252,3 @@ def _compensate(
             solved = torch.linalg.solve_triangular(lower[:, start:stop, start:stop], error, upper=False)
             work[:, stop:] -= lower[:, stop:, start:stop] @ solved
     return Quantized(integers, scale, zero)
-
-
-@stage("columns")
-def round_columns(
-    weight: Tensor,
-    h_in: Tensor,
-    upper: Tensor,
-    order: Tensor | None,
-    group: int,
-    settings: GridSettings,
-    grid: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns left to right (or in `order`), each rounding error spread over the columns that come after.
-
-    Args:
-        weight: (B, R, c) targets; not modified.
-        h_in: (B, c, c) damped Hessian, in the order of the weight's columns.
-        upper: (B, c, c), U^T U = H_in^-1, in `order` where one is given.
-        order: (B, c) permutation of the columns, or None. With an order every grid is chosen beforehand; without one,
-            a group's grid is chosen when its first column is reached, from the columns as compensated so far.
-        group: columns that share a scale.
-        grid: scale and zero (B, R, c / group) to round to; None searches them.
-
-    Returns:
-        integers (B, R, c) uint8, scale and zero (B, R, c / group).
-    """
-    batch, rows, columns = weight.shape
-    groups = columns // group
-    ahead = grid is None and order is None and groups > 1
-    if grid is None:
-        scale, zero = (weight.new_empty(batch, rows, groups) for _ in range(2))
-    else:
-        scale, zero = grid
-
-    def choose(g: int, current: Tensor) -> None:
-        span = slice(g * group, (g + 1) * group)
-        scale[..., g], zero[..., g] = search(current[..., span], h_in[:, span, span], settings)
-
-    if grid is None and not ahead:
-        parts = weight.unflatten(-1, (groups, group)).transpose(1, 2).flatten(0, 1)
-        blocks = h_in.unflatten(2, (groups, group)).unflatten(1, (groups, group)).diagonal(dim1=1, dim2=3)
-        found_grids = search(parts, blocks.permute(0, 3, 1, 2).flatten(0, 1), settings)
-        scale, zero = (part.unflatten(0, (batch, groups)).transpose(1, 2).contiguous() for part in found_grids)
-    work = weight.clone() if order is None else weight.gather(2, order[:, None].expand_as(weight))
-    group_of = torch.arange(columns, device=weight.device).div(group, rounding_mode="floor").expand(batch, -1)
-    if order is not None:
-        group_of = group_of.gather(1, order)
-    found = torch.empty_like(work)
-    width = group if ahead else COLUMN_BLOCK
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        if ahead:
-            choose(start // group, work)
-        pick = group_of[:, None, start:stop].expand(-1, rows, -1)
-        found[..., start:stop], errors = round_block(
-            work[..., start:stop], upper[:, start:stop, start:stop], scale.gather(2, pick), zero.gather(2, pick),
-            settings.levels,
-        )  # fmt: skip
-        if stop < columns:
-            work[..., stop:] -= errors @ upper[:, start:stop, stop:]
-    if order is not None:
-        found = torch.empty_like(found).scatter_(2, order[:, None].expand_as(found), found)
-    return found.to(torch.uint8), scale, zero
-
-
-def _descending(h_in: Tensor, dtype: torch.dtype) -> Tensor:
-    return h_in.diagonal(dim1=-2, dim2=-1).to(dtype).argsort(dim=-1, descending=True, stable=True)
-
-
-def _permute(h: Tensor, order: Tensor) -> Tensor:
-    batch = torch.arange(len(h), device=h.device)[:, None, None]
-    return h[batch, order[:, :, None], order[:, None]]

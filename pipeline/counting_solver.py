@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..boa.columns import COLUMN_BLOCK
 from ..boa.grid import SHRINKS
 from ..boa.references import PLAIN as REFERENCE
-from ..boa.rounding import COLUMN_BLOCK, Settings
+from ..boa.rounding import Settings
 from ..boa.tabu import WIDTH
 from .counting import (
     DOUBLE,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotoboa.boa import rounding
+from rotoboa.boa import columns as columns_module
 from rotoboa.boa.grid import round_to, search
 from rotoboa.boa.objective import Objective
 from rotoboa.boa.rounding import Quantized, Settings, quantize
@@ -177,7 +177,7 @@ def test_lazy_updates_change_nothing(
     settings = replace(PLAIN, group_size=group_size, act_order=act_order, rows=4)
     weight, objective = problem(2, 8, 300, h_out=h_out)
     lazy = quantize(weight, objective, settings)
-    monkeypatch.setattr(rounding, "COLUMN_BLOCK", 1)
+    monkeypatch.setattr(columns_module, "COLUMN_BLOCK", 1)
     same(quantize(weight, objective, settings), lazy)
 
 
