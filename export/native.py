@@ -91,7 +91,7 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape, index))
-    if family.layer_norm and spec.r1:
+    if family.layer_norm and spec.r1 and not spec.online_r1:
         fold_layer_norms(model, family)
 
 
