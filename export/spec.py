@@ -117,7 +117,17 @@ class Spec:
             },
             **{
                 name: isinstance(getattr(self, name), bool)
-                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric", "online_r1", "r4_blocks", "heads")
+                for name in (
+                    "symmetric",
+                    "r1",
+                    "r2",
+                    "r3",
+                    "r4",
+                    "activation_symmetric",
+                    "online_r1",
+                    "r4_blocks",
+                    "heads",
+                )
             },
         }
         legal["clips"] = self.clips is None or (

@@ -72,7 +72,9 @@ class Moments:
 
 
 @torch.no_grad()
-def moments(decoder: Decoder, block: nn.Module, hidden: Tensor, names: tuple[str, ...], batch: int) -> dict[str, Tensor]:
+def moments(
+    decoder: Decoder, block: nn.Module, hidden: Tensor, names: tuple[str, ...], batch: int
+) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
     seen = Moments(decoder.family, block, names)
     for part in hidden.split(batch):
@@ -96,8 +98,8 @@ def scales(
         tie = ties(shape, site)
         if tie is not None:
             energy, moment = (torch.zeros(int(tie.max()) + 1).double().index_add_(0, tie, x) for x in (energy, moment))
-        chosen[site] = absorbable({n: t.double().cpu() for n, t in tensors.items() if _of_norm(n, family)}, family, site,
-                                  balance(energy, moment))  # fmt: skip
+        norms = {name: tensor.double().cpu() for name, tensor in tensors.items() if name in _norms(family)}
+        chosen[site] = absorbable(norms, family, site, balance(energy, moment))
     return chosen
 
 
@@ -114,5 +116,5 @@ def balance(energy: Tensor, moment: Tensor) -> Tensor:
     return torch.where(alive, t, 1.0)
 
 
-def _of_norm(name: str, family: Family) -> bool:
-    return name in (f"{family.attention_norm}.weight", f"{family.mlp_norm}.weight")
+def _norms(family: Family) -> tuple[str, str]:
+    return f"{family.attention_norm}.weight", f"{family.mlp_norm}.weight"

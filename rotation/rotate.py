@@ -16,9 +16,9 @@ norm's weight, which for a Hadamard Q and a D that is no multiple of I it is for
 changes rms(y). So the stream stays.
 
 R1 online: the stream stays, and Q turns what the readers get behind the norm: (D x^) Q, against W Q. That costs two
-Hadamard transforms of hidden a block, and rounds in another metric than R1 merged. Merged, inputs are rounded as x^ Q and
-every channel has the same noise, which W D then multiplies by the norm's weight: where D is far from constant, channels
-that it silences set the scale, and those that it amplifies drown. Behind the norm the noise is that of D x^.
+Hadamard transforms of hidden a block, and rounds in another metric than R1 merged. Merged, inputs are rounded as x^ Q
+and every channel has the same noise, which W D then multiplies by the norm's weight: where D is far from constant,
+channels that it silences set the scale, and those that it amplifies drown. Behind the norm the noise is that of D x^.
 
 The diagonal of `balance` stands before a site's rotations, in the norm or the layer that makes the site's input.
 """
@@ -114,7 +114,7 @@ class Rotations:
             for name in (name for names in readers(family).values() for name in names):
                 if self.turned or name != family.router:  # a router reads the norm's output before it is turned
                     _rotate_inputs(block, name, self.r1)
-        if self.turned:
+        if self.r1 is not None and self.turned:
             if family.layer_norm:
                 remove_mean(block, family)
             for name in (family.output, *family.downs):
