@@ -22,7 +22,7 @@ from real_page import RECIPES, Subject, document, picture
 from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline.calibration import load_texts
 from rotoboa.pipeline.job import prepare
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe_files import build_recipe
 from rotoboa.pipeline.run import write_json, write_text
 
 NAMES = ("RTN", "GPTQ", "BoA", "TurboBoA", "aespa", "default")
@@ -73,7 +73,7 @@ def judge(
     Raises:
         InputError: the model or a text cannot be used.
     """
-    job = prepare(build_recipe({}, {**subject.changes("w4a16"), **wanted[0].changes}))
+    job = prepare(build_recipe({}, subject.changes("w4a16")))
     load_texts(subject.calibrate, "calibration")
     load_texts(subject.text, job.recipe.evaluation.split)
     prints, file = subject.prints(cases(RECIPES, METHODS, TRANSFORMS, seeds)), HERE / f"{name}.json"
