@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 MODEL  ?= tiny
 RECIPE ?= w4a4kv4
+TEXT   ?=
+CALIBRATE ?=
 RUN    ?= runs/$(notdir $(MODEL:%/=%))-$(basename $(notdir $(RECIPE)))
 ARGS   ?=
 GPUS   ?= 1
@@ -11,7 +13,7 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods verify memory ranks \
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify memory ranks \
 	speed limits clean
 .DEFAULT_GOAL := help
 
@@ -53,11 +55,14 @@ accuracy: $(STAMP)  ## the accuracy of the defaults on the embedded model, three
 runtime: $(STAMP)  ## speed and memory of exported models on this machine (ARGS: --threads 1, ...)
 	$(BIN)/python benchmarks/runtime.py $(ARGS)
 
-ablation: $(STAMP)  ## what each lever is worth, in benchmarks/ablation.md (about an hour on two cores)
-	$(BIN)/python benchmarks/ablation.py $(ARGS)
+ablation: $(STAMP)  ## what each lever is worth, in benchmarks/ablation.md (an hour on two cores); MODEL, TEXT, CALIBRATE
+	$(BIN)/python benchmarks/ablation.py --model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
 
 methods: $(STAMP)  ## the methods of the field side by side, in benchmarks/methods.md (28 runs: hours on two cores)
 	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+real: $(STAMP)  ## methods times recipes on MODEL, measured on TEXT, by CALIBRATE: benchmarks/real-MODEL.md (ARGS: --quick)
+	$(BIN)/python benchmarks/real.py --model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
 
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py

@@ -1,8 +1,10 @@
-"""What each lever is worth: the embedded model with one lever of a recipe turned the other way at a time.
+"""What each lever is worth: a model with one lever of a recipe turned the other way at a time.
 
-    python benchmarks/ablation.py --jobs 2      writes ablation.md beside this file
+    python benchmarks/ablation.py --jobs 2                               writes ablation.md beside this file
+    python benchmarks/ablation.py --model M --text T --calibrate C       writes ablation-M.md
 
-Judged on text that is neither calibrated on nor reported: the validation split of the training modules. The mean KL
+The embedded model is judged on text that is neither calibrated on nor reported: the validation split of the training
+modules. Another model takes the quick setting, and the texts that are given: not the one to report. The mean KL
 divergence of the next token from full precision tells settings apart that perplexity cannot. Finished cases are kept
 in ablation.json, so that an interrupted run goes on and a later one adds seeds; those whose settings are not those of
 today's recipes are measured again, and `--fresh` drops all.
@@ -10,22 +12,19 @@ today's recipes are measured again, and `--fresh` drops all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import HERE, measure
+from common import HERE, QUICK, command_of, content, file_name, fingerprint, measure, shown, side_by_side
 
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.run import write_text
 
 RECIPES = ("w2a16", "w3a16", "w4a4kv4", "w2a4kv4")
 SETTING: dict[str, Any] = {"evaluation.split": "validation", "evaluation.windows": 64}
@@ -36,7 +35,7 @@ OTHER_MODEL = {
     "evaluation.dataset": "stdlib",
     "calibration.sequence_length": 512,
 }
-"""A model that was trained like the embedded one is judged on the same text."""
+"""A model that was trained like the embedded one is judged on the same text, where no other is given."""
 DEFAULT = "default"
 LEVERS: dict[str, dict[str, tuple[Any, Any]]] = {
     "residual compensation": {"weights.alpha": (1.0, 0.0)},
@@ -80,17 +79,29 @@ def is_on(recipe: str, lever: str) -> bool:
     return states.pop()
 
 
-def fingerprint(recipe: str, changes: dict[str, Any]) -> str:
-    """Of the settings that a case runs with: one that was measured under other defaults is another case."""
-    fields = {**SETTING, "calibration.samples": SAMPLES[recipe], **changes}
-    settings = build_recipe(load_recipe(recipe), fields).model_dump_json(exclude={"model", "output"})
-    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+def setting_of(recipe: str, model: str, text: str | None, calibrate: str | None) -> dict[str, Any]:
+    """What all cases of a recipe have alike, by field.
+
+    Raises:
+        typer.BadParameter: one of the texts is missing.
+    """
+    own = {**SETTING, "calibration.samples": SAMPLES[recipe]}
+    if not text and not calibrate:
+        return own if model == "tiny" else {**own, **OTHER_MODEL, "model": model}
+    if not text or not calibrate:
+        raise typer.BadParameter("give both --text and --calibrate (make ablation MODEL=... TEXT=... CALIBRATE=...)")
+    return {**QUICK, "model": model, "evaluation.dataset": text, "calibration.dataset": calibrate}
 
 
-def _one(model: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
+def print_of(recipe: str, setting: dict[str, Any], changes: dict[str, Any]) -> str:
+    """Of what a case runs with: one that was measured under other defaults, or on another text, is another case."""
+    given = [setting[key] for key in ("model", "calibration.dataset", "evaluation.dataset") if key in setting]
+    return fingerprint(build_recipe(load_recipe(recipe), {**setting, **changes}), *map(content, given))
+
+
+def _one(recipe: str, setting: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(1)
-    where = {} if model == "tiny" else {**OTHER_MODEL, "model": model}
-    report = measure(recipe, {**SETTING, "calibration.samples": SAMPLES[recipe], **where, **changes})
+    report = measure(recipe, {**setting, **changes})
     (perplexity,), (divergence,) = report["perplexity"].values(), report["divergence"].values()
     return {
         "kl": divergence["kl"],
@@ -138,48 +149,52 @@ def table(recipe: str, results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def _said(setting: dict[str, Any]) -> str:
+    fields = {key: value for key, value in setting.items() if key not in ("model", "calibration.samples")}
+    return ", ".join(f"{key} {shown(value) if isinstance(value, str) else value}" for key, value in fields.items())
+
+
 def main(
     seeds: Annotated[int, typer.Option(help="Calibration seeds, from 0 on.")] = 3,
     jobs: Annotated[int, typer.Option(help="Cases measured side by side, each on one thread.")] = 2,
     model: Annotated[str, typer.Option(help="Another model than the embedded one.")] = "tiny",
+    text: Annotated[str | None, typer.Option(help="Text that such a model is judged on.")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Text that such a model is calibrated on.")] = None,
     recipes: Annotated[str, typer.Option(help="Which recipes, separated by commas.")] = ",".join(RECIPES),
-    name: Annotated[str, typer.Option(help="Name of the files that are written.")] = "ablation",
-    title: Annotated[str, typer.Option(help="What the tables are of.")] = "the embedded model",
+    name: Annotated[str | None, typer.Option(help="Name of the files that are written.")] = None,
+    title: Annotated[str | None, typer.Option(help="What the tables are of.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure every case again.")] = False,
 ) -> None:
     """Measure what is missing and write the tables."""
+    name = name or ("ablation" if model == "tiny" else file_name("ablation", model))
+    title = title or ("the embedded model" if model == "tiny" else shown(model))
     kept = HERE / f"{name}.json"
     results: dict[str, dict[str, Any]] = {}
     if kept.is_file() and not fresh:
         results = json.loads(kept.read_text(encoding="utf-8"))
     chosen = recipes.split(",")
+    setting = {recipe: setting_of(recipe, model, text, calibrate) for recipe in chosen}
     missing = {
-        f"{recipe} | {case} | {seed}": (recipe, {**changes, "calibration.seed": seed})
+        f"{recipe} | {case} | {seed}": (recipe, setting[recipe], {**changes, "calibration.seed": seed})
         for seed in range(seeds)
         for recipe in chosen
         for case, changes in cases(recipe).items()
     }
-    prints = {key: fingerprint(*value) for key, value in missing.items()}
+    prints = {key: print_of(*value) for key, value in missing.items()}
     results = {key: found for key, found in results.items() if found.get("recipe") == prints.get(key)}
     missing = {key: value for key, value in missing.items() if key not in results}
-    started = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_one, model, *value): key for key, value in missing.items()}
-        for number, future in enumerate(as_completed(waiting), 1):
-            results[waiting[future]] = {**future.result(), "recipe": prints[waiting[future]]}
-            kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            left = (time.monotonic() - started) / number * (len(missing) - number)
-            print(f"{number} of {len(missing)}, {left / 60:.0f} min left: {waiting[future]} "
-                  f"KL {results[waiting[future]]['kl']:.4f}", flush=True)  # fmt: skip
-    settings = ", ".join(f"{key} {value}" for key, value in SETTING.items())
-    command = "make ablation" if model == "tiny" else f'make ablation ARGS="--model MODEL --name {name} ..."'
-    text = [
+    for key, found, far in side_by_side(_one, missing, jobs, alone=False):
+        results[key] = {**found, "recipe": prints[key]}
+        write_text(kept, json.dumps(results, indent=1) + "\n")
+        print(f"{far}{key} KL {found['kl']:.4f}", flush=True)
+    samples = [f"{recipe} {setting[recipe]['calibration.samples']}" for recipe in chosen]
+    document = [
         f"# Ablation: {title}",
         "",
-        f"Made by `{command}`.",
+        f"Made by `{command_of('ablation', model, text, calibrate)}`.",
         "One lever at a time is turned against the recipe's default; differences are paired",
-        f"by seed, ± is their standard deviation. Setting: {settings}.",
-        f"Calibration sequences: {', '.join(f'{name} {SAMPLES[name]}' for name in chosen)}.",
+        f"by seed, ± is their standard deviation. Setting: {_said(setting[chosen[0]])}.",
+        f"Calibration sequences: {', '.join(samples)}.",
         "KL is the mean divergence of the next token's distribution from full precision, in nats: lower is better. A",
         "positive `off - on` says that the lever helps.",
         f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "
@@ -187,8 +202,8 @@ def main(
         "",
     ]
     for recipe in chosen:
-        text += table(recipe, results)
-    Path(HERE / f"{name}.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+        document += table(recipe, results)
+    Path(HERE / f"{name}.md").write_text("\n".join(document).rstrip() + "\n", encoding="utf-8")
     print(f"wrote {name}.md")
 
 

@@ -1,13 +1,19 @@
-"""Runs of the embedded model for benchmarks: a recipe and changes to it, measured in a temporary folder."""
+"""Runs for benchmarks: a recipe and changes to it, measured in a temporary folder, one case after another."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import rotoboa
+from rotoboa.pipeline.recipe import Recipe
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +33,20 @@ PLAIN: dict[str, Any] = {
     "cache.search": False,
 }
 """GPTQ as published: no residual compensation, no refinement, columns in their order."""
+QUICK: dict[str, Any] = {
+    "calibration.samples": 8,
+    "calibration.sequence_length": 1024,
+    "evaluation.windows": 8,
+    "evaluation.split": "validation",
+}
+"""To choose by on a real model, in minutes a run; of data sets with splits the one that is not reported."""
+STYLE = (
+    "<style>:root{--ink:#1b2027;--faint:#b9c0c9;--series-0:#0b6bb5;--series-1:#c2500a;--series-2:#6b7280;"
+    "--series-3:#00805f;--series-4:#9a4d8e;--series-5:#8a6d00}"
+    "@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--faint:#59616b;--series-0:#5fb4f0;--series-1:#f0975a;"
+    "--series-2:#a3abb6;--series-3:#43c79d;--series-4:#d79acb;--series-5:#d9bb4a}}</style>"
+)
+"""A picture by itself has no page to take its colours from: those of the report."""
 
 
 def measure(recipe: str, changes: Mapping[str, Any] | None = None, *, device: str | None = None) -> dict[str, Any]:
@@ -46,3 +66,63 @@ def perplexity(report: Mapping[str, Any], which: str = "quantized") -> float:
 def ratio(report: Mapping[str, Any]) -> float:
     """Seconds of quantization over those of one plain forward pass over the calibration set, in the same run."""
     return float(report["seconds"]["quantize"] / report["plain_forward_seconds"])
+
+
+def side_by_side(
+    function: Callable[..., Any], cases: Mapping[str, tuple[Any, ...]], jobs: int, *, alone: bool = True
+) -> Iterator[tuple[str, Any, str]]:
+    """What `function` gives for the arguments of each case, as it is done: its key, the result, and how far all is.
+
+    Args:
+        function: a function of a module.
+        cases: its arguments, by key.
+        jobs: how many run at a time.
+        alone: each in a process of its own, so that its peak of memory is not that of an earlier one.
+    """
+    started, tasks = time.monotonic(), 1 if alone else None
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=tasks) as pool:
+        waiting = {pool.submit(function, *arguments): key for key, arguments in cases.items()}
+        for number, future in enumerate(as_completed(waiting), 1):
+            left = (time.monotonic() - started) / number * (len(cases) - number)
+            yield waiting[future], future.result(), f"{number} of {len(cases)}, {left / 60:.0f} min left: "
+
+
+def fingerprint(settings: Recipe, *more: str) -> str:
+    """Of all that a recipe sets but the names of model, output and texts; `more` says what those hold."""
+    names: Any = {"model": True, "output": True, "calibration": {"dataset"}, "evaluation": {"dataset"}}
+    fields = settings.model_dump_json(exclude=names)
+    return hashlib.sha256("\n".join([fields, *more]).encode()).hexdigest()[:16]
+
+
+def content(name: str) -> str:
+    """What a text or model is, wherever it lies: a checksum of a file, or of a folder's config and sizes, or a name."""
+    path = Path(name)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if not path.is_dir():
+        return name
+    sizes = [f"{file.name} {file.stat().st_size}" for file in sorted(path.glob("*.safetensors"))]
+    config = path / "config.json"
+    return hashlib.sha256("\n".join([config.read_text() if config.is_file() else "", *sizes]).encode()).hexdigest()[:16]
+
+
+def shown(name: str) -> str:
+    """A text or model in a document: of a path the last part alone, which says nothing of the machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def command_of(target: str, model: str, text: str | None, calibrate: str | None) -> str:
+    """What a person types for a benchmark's files."""
+    given = {"MODEL": model if model != "tiny" else None, "TEXT": text, "CALIBRATE": calibrate}
+    return " ".join([f"make {target}", *(f"{key}={shown(name)}" for key, name in given.items() if name)])
+
+
+def file_name(kind: str, model: str) -> str:
+    """The name, without its end, of the files of a benchmark on `model`, a folder or hub name."""
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).name)}"
+
+
+def standalone(drawing: str, width: int = 720) -> str:
+    """A chart's drawing as a document of its own."""
+    head, rest = drawing.split(">", 1)
+    return f'{head} width="{width}">{STYLE}{rest}\n'

@@ -10,18 +10,18 @@ goes on, and `--fresh` measures all again.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from common import HERE, PLAIN, measure, perplexity
+from common import HERE, PLAIN, measure, perplexity, side_by_side, standalone
 
 from rotoboa.eval.charts import Chart, legend, log_scale, span
 
@@ -31,12 +31,6 @@ PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1
 SETTING: dict[str, Any] = {"calibration.samples": 64}
 """Half of a recipe's calibration sequences: all of it takes about an hour."""
 UNROTATED = {"rotation.r1": False, "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
-STYLE = (
-    "<style>:root{--ink:#1b2027;--faint:#b9c0c9;--series-0:#0b6bb5;--series-1:#c2500a}"
-    "@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--faint:#59616b;--series-0:#5fb4f0;--series-1:#f0975a}}"
-    "</style>"
-)
-"""A picture by itself has no page to take its colours from."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +115,10 @@ def cases(recipes: tuple[str, ...], seeds: int) -> list[Case]:
 
 
 def run(case: Case, threads: int, extra: dict[str, Any]) -> dict[str, float]:
-    """Measure one case in this process; on one thread seconds are the processor's, whatever else runs."""
+    """Measure one case in this process; on one thread seconds are the processor's, whatever else runs; 0: on all."""
     if threads == 1:
         time.perf_counter = time.process_time
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     report = measure(case.recipe, {**SETTING, **case.changes, **extra})
     (divergence,) = report["divergence"].values()
     return {
@@ -133,6 +127,7 @@ def run(case: Case, threads: int, extra: dict[str, Any]) -> dict[str, float]:
         "kl": divergence["kl"],
         "seconds": report["seconds"]["quantize"],
         "memory": report["peak_memory_bytes"]["host"],
+        "size": report["sizes"]["quantized"],
     }
 
 
@@ -140,7 +135,8 @@ def mean(results: dict[str, dict[str, float]], recipe: str, method: str, transfo
     """The figures of a cell over the seeds that are measured; None where there are none."""
     prefix = f"{recipe} | {method} | {transform} | "
     found = [result for key, result in results.items() if key.startswith(prefix)]
-    return {name: sum(r[name] for r in found) / len(found) for name in found[0]} if found else None
+    shared = [name for name in found[0] if all(name in r for r in found)] if found else []
+    return {name: sum(r[name] for r in found) / len(found) for name in shared} or None
 
 
 def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
@@ -161,8 +157,8 @@ def table(recipe: str, results: dict[str, dict[str, float]]) -> list[str]:
     return [*lines, ""]
 
 
-def settings() -> list[str]:
-    """Markdown: how each method is set, as options of `rotoboa quantize`."""
+def settings(names: Iterable[str] = tuple(METHODS)) -> list[str]:
+    """Markdown: how each of these methods is set, as options of `rotoboa quantize`."""
 
     def option(field: str, value: Any) -> str:
         if isinstance(value, bool):
@@ -170,7 +166,8 @@ def settings() -> list[str]:
         return f"--{field} {value}"
 
     lines = ["## Settings", "", "| method | source | options beside the recipe's |", "|---|---|---|"]
-    for name, method in METHODS.items():
+    for name in names:
+        method = METHODS[name]
         given = " ".join(option(field, value) for field, value in method.changes.items())
         source = f"arXiv {method.source}" if method.source else ""
         lines.append(f"| {name} | {source} | {f'`{given}`' if given else 'none'} |")
@@ -204,9 +201,7 @@ def picture(results: dict[str, dict[str, float]], recipes: tuple[str, ...]) -> s
             log_scale(axes.xaxis, low, high * 1.2)
             axes.set_title(f"{recipe}: perplexity above that in full precision, {full:.2f}", loc="left")
         legend(chart, chart.axes[0])
-    drawing = chart.svg("Perplexity of the methods of the field on the embedded model")
-    head, rest = drawing.split(">", 1)
-    return f'{head} width="720">{STYLE}{rest}\n'
+    return standalone(chart.svg("Perplexity of the methods of the field on the embedded model"))
 
 
 def summary(results: dict[str, dict[str, float]], recipes: tuple[str, ...] = RECIPES) -> str:
@@ -274,18 +269,11 @@ def main(
     results: dict[str, dict[str, float]] = {}
     if kept.is_file() and not fresh:
         results = json.loads(kept.read_text(encoding="utf-8"))
-    missing = [case for case in cases(chosen, seeds) if case.method in wanted and case.key not in results]
-    started = time.monotonic()
-    # A process has one case: its peak of memory is not that of an earlier one.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = {pool.submit(run, case, threads, {}): case for case in missing}
-        for number, future in enumerate(as_completed(waiting), 1):
-            case, found = waiting[future], future.result()
-            results[case.key] = found
-            kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            left = (time.monotonic() - started) / number * (len(missing) - number)
-            print(f"{number} of {len(missing)}, {left / 60:.0f} min left: {case.key}: perplexity "
-                  f"{found['perplexity']:.2f}, {found['seconds']:.0f} s", flush=True)  # fmt: skip
+    missing = {case.key: case for case in cases(chosen, seeds) if case.method in wanted and case.key not in results}
+    for key, found, far in side_by_side(run, {key: (case, threads, {}) for key, case in missing.items()}, jobs):
+        results[key] = found
+        kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"{far}{key}: perplexity {found['perplexity']:.2f}, {found['seconds']:.0f} s", flush=True)
     if results:
         write(results, chosen, seeds, HERE, "methods")
         print("wrote methods.md and methods.svg")

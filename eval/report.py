@@ -59,6 +59,8 @@ def page(contents: Contents) -> str:
     words = (
         f"This run beside {others} other{'s' if others > 1 else ''}." if others else "What was measured of this run."
     )
+    if report.get("bos"):
+        words += " Every window of text, in calibration and evaluation, begins with the tokenizer's BOS."
     device, versions = report.get("device", ""), report.get("versions") or {}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return environment.from_string(template).render(

@@ -6,6 +6,7 @@ lm-eval is imported inside the functions: that takes seconds, and most runs have
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import io
 import logging
@@ -127,6 +128,7 @@ def zero_shot(
     limit: int | None = None,
     batch: int = 8,
     ranks: Ranks | None = None,
+    bos: bool = False,
 ) -> dict[str, Score]:
     """What a model reaches on tasks, without examples in its prompt but those that a task itself has.
 
@@ -137,6 +139,7 @@ def zero_shot(
         limit: items of each task, from the first; None: all.
         batch: sequences computed at a time.
         ranks: processes of torch.distributed that call this together; lm-eval gives each its part of the items.
+        bos: begin every prompt with BOS, once; else as the tokenizer does by itself.
 
     Returns:
         A score for each task, by its name; a group has one where lm-eval aggregates it, else each of its tasks has.
@@ -146,7 +149,9 @@ def zero_shot(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        if bos:
+            tokenizer = _with_bos(tokenizer)
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, add_bos_token=bos or None)
         if ranks is not None and ranks.size > 1:
             _share(runner, ranks)
         # Not simple_evaluate, whose rest gathers facts about the machine and its packages: a minute on a slow one.
@@ -160,6 +165,15 @@ def zero_shot(
         members = [] if group is None or name in results else [task.task_name for task in group.get_all_tasks()]
         scores |= {part: results[part] for part in members or [name] if part in results}
     return scores
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself where it begins text with BOS, else a copy that does: lm-eval leaves this to it."""
+    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return tokenizer
+    other = copy.deepcopy(tokenizer)
+    other.add_bos_token = True
+    return other
 
 
 def _share(runner: Any, ranks: Ranks) -> None:

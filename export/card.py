@@ -79,6 +79,7 @@ def write_card(
         kind=_kind(spec),
         perplexity=report.get("perplexity") or {},
         tokens=report.get("tokens") or {},
+        bos=report.get("bos", False),
         original=(report.get("sizes") or {}).get("original"),
         size=sum(files.values()),
         files=files,

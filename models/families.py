@@ -36,6 +36,7 @@ class Family:
         attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
         query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE.
         gate, mlp: "" where the MLP has no gate, no module of its own; `activation` is then what follows `up`.
+        bos: text begins with BOS: without it Gemma's are other models, while papers' figures of the others have none.
         window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
         merged: linear layers that hold several projections.
         experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
@@ -74,6 +75,7 @@ class Family:
     position_offset: int = 0
     scaled_embedding: bool = False
     rope_by_layer: bool = False
+    bos: bool = False
     window: str | None = None
     merged: tuple[Merged, ...] = ()
     experts: str | None = None
@@ -133,6 +135,7 @@ _GEMMA2 = Family(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
     scaled_embedding=True,
+    bos=True,
     window="layers",
     legal={"use_bidirectional_attention": (False, None)},
 )

@@ -77,6 +77,8 @@ def calibration_tokens(
     sequence_length: int,
     seed: int,
     vocab_size: int | None = None,
+    *,
+    bos: bool = False,
 ) -> torch.Tensor:
     """Cut windows at random offsets from the texts laid end to end.
 
@@ -89,6 +91,7 @@ def calibration_tokens(
         sequence_length: tokens per window.
         seed: of the offsets.
         vocab_size: rows of the model's embedding; given, token ids are checked against it.
+        bos: begin each window with bos, and one token of text less; one that begins at a text has its bos already.
 
     Returns:
         int64 (samples, sequence_length).
@@ -104,7 +107,8 @@ def calibration_tokens(
         )
     rng = random.Random(seed)
     offsets = [rng.randint(0, len(tokens) - sequence_length - 1) for _ in range(samples)]
-    return torch.stack([tokens[offset : offset + sequence_length] for offset in offsets])
+    first = tokenizer.bos_token_id if bos else None
+    return torch.stack([_window(tokens, offset, sequence_length, first)[0] for offset in offsets])
 
 
 def evaluation_tokens(
@@ -113,6 +117,8 @@ def evaluation_tokens(
     sequence_length: int,
     limit: int | None = None,
     vocab_size: int | None = None,
+    *,
+    bos: bool = False,
 ) -> torch.Tensor:
     """Cut the texts laid end to end into windows that do not overlap; the incomplete last one is dropped.
 
@@ -122,6 +128,7 @@ def evaluation_tokens(
         sequence_length: tokens per window.
         limit: how many windows to keep, from the first; None keeps all.
         vocab_size: rows of the model's embedding; given, token ids are checked against it.
+        bos: begin each window with bos, and one token of text less; one that begins at a text has its bos already.
 
     Returns:
         int64 (windows, sequence_length).
@@ -131,13 +138,30 @@ def evaluation_tokens(
     """
     enough = None if limit is None else limit * sequence_length
     tokens = _encode(tokenizer, texts, vocab_size, enough)
-    windows = len(tokens) // sequence_length
-    if windows == 0:
+    if len(tokens) < sequence_length:
         raise InputError(
             f"The evaluation text gives {len(tokens)} tokens, and at least {sequence_length} are needed for one "
             "window; give a longer text or a smaller sequence length."
         )
-    return tokens[: windows * sequence_length].view(windows, sequence_length)[:limit]
+    windows: list[torch.Tensor] = []
+    start, first = 0, tokenizer.bos_token_id if bos else None
+    while len(windows) != limit:
+        window, start = _window(tokens, start, sequence_length, first)
+        if len(window) < sequence_length:
+            break
+        windows.append(window)
+    return torch.stack(windows)
+
+
+def _window(tokens: torch.Tensor, start: int, length: int, bos: int | None) -> tuple[torch.Tensor, int]:
+    """The window of tokens (n,) from `start` on, less than `length` where they end, and where the next one starts.
+
+    Given `bos` it begins with that: its own, where a text begins there, else one before `length` - 1 tokens.
+    """
+    window = tokens[start : start + length]
+    if bos is None or window[:1].tolist() == [bos]:
+        return window, start + length
+    return torch.cat([torch.tensor([bos]), window[: length - 1]]), start + length - 1
 
 
 def _encode(

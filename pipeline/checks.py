@@ -1,6 +1,8 @@
-"""Whether a recipe and a model go together: group size, positions, channel scales."""
+"""Whether a recipe and a model go together: group size, positions, channel scales, BOS."""
 
 from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..models.aliases import ResolvedModel
@@ -60,6 +62,22 @@ def check_length(length: int, decoder: Decoder, model: ResolvedModel, option: st
     most = getattr(decoder.config, "max_position_embeddings", None)
     if most and length > most:
         raise InputError(f"{option} {length} is more than the {most} positions of {model.name}: give at most {most}.")
+
+
+def check_bos(recipe: Recipe, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:
+    """Check that there is a BOS where windows of text begin with one.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    if bos_of(recipe, decoder) and tokenizer.bos_token_id is None:
+        why = "bos is true" if recipe.bos else f"{decoder.family.model_type} models begin text with BOS"
+        raise InputError(f"{why}, and the tokenizer of {model.name} has none: give --no-bos, or name its bos_token.")
+
+
+def bos_of(recipe: Recipe, decoder: Decoder) -> bool:
+    """Whether windows of text begin with BOS: as the recipe says, else as the family does."""
+    return decoder.family.bos if recipe.bos is None else recipe.bos
 
 
 def length_of(recipe: Recipe, model: ResolvedModel, decoder: Decoder) -> int:

@@ -30,7 +30,7 @@ def _recipe_options() -> dict[str, inspect.Parameter]:
     for field in field_paths():
         section = field.name.rpartition(".")[0]
         kind = next(part for part in (*get_args(field.annotation), field.annotation) if part is not NoneType)
-        flag = field.annotation is bool
+        flag = kind is bool
         if get_origin(field.annotation) is Literal:
             metavar = "|".join(get_args(field.annotation))
         else:

@@ -109,7 +109,7 @@ def _differences(
         notes.append("other model")
     shared = [dataset for dataset in row["perplexity"] if dataset in first["perplexity"]]
     texts = [set(part["perplexity"]) for part in (row, first)]
-    windows = [(r.get("tokens") or {}).get("evaluation") for r in (report, first_report)]
+    windows = [((r.get("tokens") or {}).get("evaluation"), bool(r.get("bos"))) for r in (report, first_report)]
     splits = [(r["recipe"].get("evaluation") or {}).get("split") for r in (report, first_report)]
     if texts[0] != texts[1]:
         notes.append("other evaluation text")

@@ -84,7 +84,9 @@ def _evaluate(
     folder = followed(ranks, RunFolder.open(run) if first else None, run)
     report = _read_report(run / REPORT) if first else {}
     recipe = shared_recipe(ranks, run)
-    recipe = recipe.model_copy(update={"output": run, "model": _model_of(recipe.model, folder.manifest)})
+    # A run of a release before `bos` had windows without.
+    bos = folder.manifest["identity"].get("bos", False)
+    recipe = recipe.model_copy(update={"output": run, "model": _model_of(recipe.model, folder.manifest), "bos": bos})
     job = prepare(recipe, device, ranks)
     check_alike(job)
     if first:
@@ -111,6 +113,7 @@ def _evaluate(
     return {
         **measured,
         "tokens": {"evaluation": shapes(tokens)},
+        "bos": job.bos,
         "seconds": job.seconds,
         "sizes": sizes(job, folder),
         "memory": loaded(job, length),

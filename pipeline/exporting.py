@@ -150,7 +150,7 @@ def _name(value: str) -> str:
 
 def _public_report(report: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What a report says of the model, without the machine that made it: no times, no memory, no paths."""
-    public = {key: report[key] for key in ("sizes", "versions", "seeds") if key in report}
+    public = {key: report[key] for key in ("sizes", "versions", "seeds", "bos") if key in report}
     measured = {
         key: {_name(dataset): values for dataset, values in (report.get(key) or {}).items()}
         for key in ("perplexity", "divergence")

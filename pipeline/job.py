@@ -23,7 +23,7 @@ from ..models.decoder import Decoder
 from ..rotation.rotate import Rotations
 from . import launch
 from .buffers import Buffers
-from .checks import check_sizes
+from .checks import bos_of, check_bos, check_sizes
 from .distributed import device_name
 from .recipe import Recipe
 from .run import device_of
@@ -51,6 +51,11 @@ class Job:
     def settings(self) -> Settings:
         """Of the rounding, as the recipe has them."""
         return settings_of(self.recipe)
+
+    @property
+    def bos(self) -> bool:
+        """Whether windows of text begin with the tokenizer's BOS."""
+        return bos_of(self.recipe, self.decoder)
 
     @property
     def notices(self) -> list[str]:
@@ -109,6 +114,7 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint.folder} has no tokenizer that can be read: copy its files there.") from error
+    check_bos(recipe, decoder, tokenizer, model)
     rotations = rotations_of(recipe, decoder)
     spec = spec_of(recipe, rotations)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())

@@ -23,7 +23,7 @@ from ..models.shape import Shape
 from ..rotation import hadamard_matrices
 from ..rotation.hadamard import Hadamard
 from .buffers import free_memory
-from .checks import check_sizes, length_of
+from .checks import bos_of, check_sizes, length_of
 from .counting import Sizes, Work
 from .counting_run import Plan, whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
@@ -95,6 +95,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         "calibration": {
             "sequences": recipe.calibration.samples,
             "sequence_length": length,
+            "bos": bos_of(recipe, decoder),
             "tokens": tokens,
             "evaluation_windows": windows,
             **activations,

@@ -28,6 +28,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     costs.add_section()
     sequences = f"{calibration['sequences']:,} x {calibration['sequence_length']:,}"
     costs.add_row("calibration tokens", f"{sequences} = {calibration['tokens']:,}")
+    costs.add_row("windows begin with BOS", "yes" if calibration["bos"] else "no")
     costs.add_row("evaluation windows", _or(calibration["evaluation_windows"], "all"))
     costs.add_row("both streams", human_size(calibration["streams"]))
     costs.add_row("inputs of a layer", human_size(calibration["block"]))

@@ -181,6 +181,8 @@ def result_table(report: Mapping[str, Any]) -> Table:
             table.title = "Perplexity, and divergence from full precision"
             table.add_column("KL (nats)", justify="right")
             table.add_column("same top-1", justify="right")
+    if report.get("bos") and perplexity:
+        table.caption = "Every window of text begins with BOS."
     for key, label in MODELS.items():
         if all(row.get(key) is None for row in perplexity.values()):
             continue

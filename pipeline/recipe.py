@@ -25,7 +25,7 @@ class _Section(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, str) and value.strip().lower() in ("none", "null") and NoneType in get_args(annotation):
             return None
-        switch = annotation is bool or info.field_name in ("zfold", "r1")
+        switch = bool in (annotation, *get_args(annotation)) or info.field_name in ("zfold", "r1")
         if value == "" or (isinstance(value, bool) and not switch):
             raise ValueError("not a value for this field")
         return value
@@ -230,6 +230,11 @@ class Recipe(_Section):
     cache: Cache = Cache()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
+    bos: bool | None = Field(
+        default=None,
+        description="Begin every window of text, in calibration and evaluation, with the tokenizer's BOS; none: as the "
+        "family does, which only Gemma's do.",
+    )
     memory: Annotated[ByteSize | None, Legal("a size such as 12GiB")] = Field(
         default=None,
         ge=0,

@@ -94,6 +94,7 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
         folder.identify(
             checkpoint={name: entry["sha256"] for name, entry in files.items()},
             text={name: tokens_checksum(text) for name, text in texts.items()},
+            bos=job.bos,
         )
         folder.manifest["files"] = files
         if job.model.is_local:  # a relative name means another folder, or a hub id, from elsewhere
@@ -168,6 +169,7 @@ def _run(
         "base": base_of(job.model.name, job.checkpoint.folder),
         **measured,
         "tokens": {"calibration": list(tokens.shape), "evaluation": shapes(windows)},
+        "bos": job.bos,
         "seconds": job.spent(),
         "stages": stage_seconds(blocks),
         "parts": known["parts"],

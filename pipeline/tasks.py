@@ -70,7 +70,9 @@ def task_scores(
     for name, model in _models(job, folder):
         progress.stage(f"tasks {name}", 1)
         with job.timed(f"tasks {name}"):
-            scores = zero_shot(model.eval(), job.tokenizer, tasks, limit=limit, batch=batch, ranks=job.ranks)
+            scores = zero_shot(
+                model.eval(), job.tokenizer, tasks, limit=limit, batch=batch, ranks=job.ranks, bos=job.bos
+            )
         del model
         progress.advance()
         key = name.replace(" ", "_")

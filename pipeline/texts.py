@@ -35,12 +35,12 @@ def evaluation_sets(given: Sequence[str] | None, model: ResolvedModel, option: s
 def calibration_windows(job: Job, dataset: str, length: int) -> Tensor:
     """(samples, length) tokens, by the recipe's number and seed."""
     chosen = job.recipe.calibration
-    texts = load_texts(dataset, "calibration")
-    return calibration_tokens(job.tokenizer, texts, chosen.samples, length, chosen.seed, job.decoder.shape.vocabulary)
+    texts, vocabulary = load_texts(dataset, "calibration"), job.decoder.shape.vocabulary
+    return calibration_tokens(job.tokenizer, texts, chosen.samples, length, chosen.seed, vocabulary, bos=job.bos)
 
 
 def evaluation_windows(job: Job, dataset: str, split: Split, length: int, windows: int | None) -> Tensor:
     """(windows, length) tokens; `windows` None is the model's default number, else that of the papers."""
     texts = load_texts(dataset, split)
     limit = windows or job.model.windows or PAPER_WINDOWS.get(dataset)
-    return evaluation_tokens(job.tokenizer, texts, length, limit, job.decoder.shape.vocabulary)
+    return evaluation_tokens(job.tokenizer, texts, length, limit, job.decoder.shape.vocabulary, bos=job.bos)

@@ -49,9 +49,41 @@ def test_differences_are_paired_by_seed_and_signed_by_the_lever(ablation: Any) -
 
 def test_a_case_of_other_defaults_is_another_case(ablation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = ablation.cases("w2a16")
-    prints = {name: ablation.fingerprint("w2a16", changes) for name, changes in cases.items()}
+    setting = ablation.setting_of("w2a16", "tiny", None, None)
+    prints = {name: ablation.print_of("w2a16", setting, changes) for name, changes in cases.items()}
     assert len(set(prints.values())) == len(cases)
     base = load_recipe("w2a16")
     base["weights"]["token_weights"] = True
     monkeypatch.setattr(ablation, "load_recipe", lambda name: base)
-    assert ablation.fingerprint("w2a16", {}) == prints["tokens weighted"]
+    assert ablation.print_of("w2a16", setting, {}) == prints["tokens weighted"]
+
+
+def test_another_model_has_its_texts_its_setting_and_its_files(
+    ablation: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = ablation.setting_of("w2a16", str(llama), str(text), str(text))
+    assert setting["calibration.samples"] == 8 and setting["evaluation.dataset"] == str(text)
+    with pytest.raises(Exception, match="give both --text and --calibrate"):
+        ablation.setting_of("w2a16", str(llama), str(text), None)
+    other = tmp_path / "text.txt"
+    prints = []
+    for words in (text.read_text(), "other words"):
+        other.write_text(words)
+        changed = {**setting, "evaluation.dataset": str(other), "calibration.dataset": str(other)}
+        prints.append(ablation.print_of("w2a16", changed, {}))
+    assert prints[0] == ablation.print_of("w2a16", setting, {}) != prints[1], "the text counts, not where it lies"
+    measured: list[Any] = []
+
+    def one(functions: Any, missing: dict[str, Any], jobs: int, *, alone: bool) -> Any:
+        for key, value in missing.items():
+            measured.append(value)
+            yield key, {"kl": 0.1, "perplexity": 2.0, "full_precision": 1.0}, ""
+
+    monkeypatch.setattr(ablation, "side_by_side", one)
+    monkeypatch.setattr(ablation, "HERE", tmp_path)
+    for _ in range(2):
+        ablation.main(seeds=1, model=str(llama), text=str(text), calibrate=str(text), recipes="w2a16", name=None)
+    assert len(measured) == len(ablation.cases("w2a16")) and measured[0][1] == setting
+    page = (tmp_path / f"ablation-{llama.name}.md").read_text(encoding="utf-8")
+    assert f"MODEL={llama.name} TEXT=text.txt CALIBRATE=text.txt`" in page and str(llama) not in page
+    assert "calibration.sequence_length 1024" in page and "w2a16 8." in page

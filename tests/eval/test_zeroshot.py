@@ -91,6 +91,33 @@ def test_accuracy_is_that_of_log_likelihoods(llama: Path, folder: Path, batch: i
     assert few["mine_plain"].value == sum(right["acc"][:2]) / 2
 
 
+def test_prompts_begin_with_bos_once(llama: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(llama),
+    )
+    seen: list[torch.Tensor] = []
+    forward = model.forward
+
+    def watched(ids: torch.Tensor, **rest: Any) -> Any:
+        seen.append(ids)
+        return forward(ids, **rest)
+
+    monkeypatch.setattr(model, "forward", watched)
+
+    def prompts(**options: Any) -> tuple[set[bool], int]:
+        seen.clear()
+        zero_shot(model, tokenizer, load_tasks(["mine_plain"], [folder]), batch=1, **options)
+        return {int(ids[0, 0]) == 0 for ids in seen}, max(int((ids == 0).sum()) for ids in seen)
+
+    tokenizer.add_bos_token = False
+    assert prompts() == ({False}, 0)
+    assert prompts(bos=True) == ({True}, 1)
+    assert tokenizer("import")["input_ids"][0] != 0, "the tokenizer of the run stays as it is"
+    tokenizer.add_bos_token = True
+    assert prompts(bos=True) == ({True}, 1)
+
+
 def test_a_group_without_a_score_of_its_own_has_those_of_its_tasks(llama: Path, folder: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     assert set(zero_shot(model, tokenizer, load_tasks(["ours"], [folder]))) == {"mine", "mine_plain"}

@@ -204,6 +204,34 @@ def test_batches_of_texts_join_without_a_seam(tokenizer: Any, monkeypatch: pytes
     assert torch.equal(evaluation_tokens(tokenizer, TEXTS, 32), whole)
 
 
+def test_windows_that_begin_with_bos(tokenizer: Any) -> None:
+    everything, bos = stream(tokenizer, TEXTS), tokenizer.bos_token_id
+    heads = [i for i, token in enumerate(everything) if token == bos]
+    tokens = evaluation_tokens(tokenizer, TEXTS, 32, bos=True)
+    assert set(tokens[:, 0].tolist()) == {bos}
+    # Of one text nothing is lost but its incomplete end, and its own bos is not doubled.
+    one = evaluation_tokens(tokenizer, TEXTS[:1], 32, bos=True)
+    assert one[:, 1:].flatten().tolist() == stream(tokenizer, TEXTS[:1])[1:][: 31 * len(one)]
+    # Between documents a bos stays, and no two follow each other.
+    assert int((tokens == bos).sum()) > len(tokens) and not bool(
+        ((tokens[:, 1:] == bos) & (tokens[:, :-1] == bos)).any()
+    )
+    assert torch.equal(evaluation_tokens(tokenizer, TEXTS, 32, limit=3, bos=True), tokens[:3])
+    second = heads[1]  # a window that begins where a text does
+    assert evaluation_tokens(tokenizer, TEXTS, second, limit=2, bos=True)[:, 0].tolist() == [bos] * 2
+    assert evaluation_tokens(tokenizer, TEXTS, second, limit=2, bos=True)[1].tolist() == everything[second : 2 * second]
+
+
+def test_calibration_windows_that_begin_with_bos_have_the_same_offsets(tokenizer: Any) -> None:
+    plain = calibration_tokens(tokenizer, ["a b\n"] * 400, 40, 32, seed=3)
+    tokens = calibration_tokens(tokenizer, ["a b\n"] * 400, 40, 32, seed=3, bos=True)
+    own = plain[:, 0] == tokenizer.bos_token_id
+    assert own.any() and not own.all()
+    assert torch.equal(tokens[own], plain[own])
+    assert torch.equal(tokens[~own][:, 1:], plain[~own][:, :-1])
+    assert set(tokens[:, 0].tolist()) == {tokenizer.bos_token_id}
+
+
 def test_tokenizer_without_bos() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER, bos_token=None)
     tokens = evaluation_tokens(tokenizer, TEXTS[:1], sequence_length=8)

@@ -21,7 +21,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["w4a4kv4", "w4a4", "w4a16", "w3a16", "w2a16", "w2a4kv4"])
+@pytest.mark.parametrize("name", ["w4a4kv4", "w4a4", "w4a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"])
 def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     assert name in recipe_names()
     recipe = build_recipe(load_recipe(name))

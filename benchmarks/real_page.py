@@ -1,0 +1,163 @@
+"""The page and the picture of the judge (`real.py`), and what it judges."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from common import QUICK, command_of, content, fingerprint, shown, standalone
+from methods import METHODS, TRANSFORMS, Case, mean, settings
+
+from rotoboa.eval.charts import Chart, legend, log_scale, span
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+
+Results = dict[str, dict[str, float]]
+"""Figures by the key of a case."""
+GROUPS = ("w4a16", "w3a16", "w2a16")
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("w4a16", "w3a16", "w2a16", "w4a8", "w4a4", "w4a4kv4")},
+    **{f"{name}-g64": (name, {"weights.group_size": 64}) for name in GROUPS},
+}
+"""By what a table calls them, the recipe of the package and what is changed in it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged.
+
+    Attributes:
+        model: a folder or hub name.
+        text: what perplexity and KL are of.
+        calibrate: what is calibrated on.
+        setting: what all cases have alike, by field.
+    """
+
+    model: str
+    text: str
+    calibrate: str
+    setting: dict[str, Any]
+
+    def changes(self, recipe: str) -> dict[str, Any]:
+        """By field of the recipe, beside those of the method."""
+        texts = {"calibration.dataset": self.calibrate, "evaluation.dataset": self.text}
+        return {"model": self.model, **texts, **RECIPES[recipe][1], **self.setting}
+
+    def prints(self, cases: Iterable[Case]) -> dict[str, str]:
+        """The fingerprint of each case by its key.
+
+        Raises:
+            InputError: a setting is none of a recipe.
+        """
+        contents = [content(name) for name in (self.model, self.text, self.calibrate)]
+        found = {}
+        for case in cases:
+            base = load_recipe(RECIPES[case.recipe][0])
+            found[case.key] = fingerprint(build_recipe(base, {**case.changes, **self.changes(case.recipe)}), *contents)
+        return found
+
+
+def rows(results: Results) -> list[tuple[str, str, str]]:
+    """Method, transform and what a table calls the two, of those that are measured."""
+    kinds = {tuple(key.split(" | ")[1:3]) for key in results}
+    single = len({transform for _, transform in kinds}) == 1
+    return [
+        (name, transform, name if single else f"{name}, {_turned(transform)}")
+        for name in METHODS
+        for transform in TRANSFORMS
+        if (name, transform) in kinds
+    ]
+
+
+def _turned(transform: str) -> str:
+    return "rotated" if transform == "rotation" else "not rotated"
+
+
+def overview(results: Results) -> list[str]:
+    """Markdown: KL, a row for each method and a column for each recipe."""
+    recipes = [recipe for recipe in RECIPES if any(key.startswith(f"{recipe} | ") for key in results)]
+    lines = [f"| KL | {' | '.join(recipes)} |", f"|---|{'---|' * len(recipes)}"]
+    for name, transform, label in rows(results):
+        cells = [mean(results, recipe, name, transform) for recipe in recipes]
+        lines.append(f"| {label} | {' | '.join(_figure(cell['kl']) if cell else '' for cell in cells)} |")
+    return [*lines, ""]
+
+
+def table(recipe: str, results: Results) -> list[str]:
+    """Markdown of one recipe: a row for each method."""
+    lines = [
+        f"## {recipe}",
+        "",
+        "| method | perplexity | KL | size, MiB | seconds | memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, transform, label in rows(results):
+        if cell := mean(results, recipe, name, transform):
+            size, memory = cell["size"] / 2**20, cell["memory"] / 2**20
+            lines.append(
+                f"| {label} | {cell['perplexity']:,.2f} | {_figure(cell['kl'])} | {size:,.1f} "
+                f"| {cell['seconds']:,.0f} | {memory:,.0f} |"
+            )
+    return [*lines, ""] if len(lines) > 4 else []
+
+
+def _figure(kl: float) -> str:
+    return f"{kl:.4f}" if kl < 1 else f"{kl:.2f}"
+
+
+def picture(results: Results, model: str) -> str:
+    """KL by recipe, a mark for each method, with axes for each transform, as an SVG document."""
+    recipes = [recipe for recipe in RECIPES if any(key.startswith(f"{recipe} | ") for key in results)]
+    transforms = [name for name in TRANSFORMS if any(transform == name for _, transform, _ in rows(results))]
+    low, high = span([found["kl"] for found in results.values()])
+    with Chart(height=0.8 + 0.3 * len(recipes), rows=len(transforms)) as chart:
+        for axes, transform in zip(chart.axes, transforms, strict=True):
+            for series, name in enumerate(dict.fromkeys(method for method, _, _ in rows(results))):
+                cells = [(place, mean(results, recipe, name, transform)) for place, recipe in enumerate(recipes)]
+                found = [(place, cell["kl"]) for place, cell in cells if cell]
+                titles = [f"{recipes[place]}, {name}: {kl:.4f}" for place, kl in found]
+                at = [place for place, _ in found]
+                chart.line(axes, [kl for _, kl in found], at, name, series, titles, joined=False)
+            axes.set_yticks(range(len(recipes)), recipes)
+            axes.set_ylim(len(recipes) - 0.5, -0.5)
+            log_scale(axes.xaxis, low, high)
+            axes.set_title(f"KL from full precision, {_turned(transform)}", loc="left")
+        legend(chart, chart.axes[0], columns=3)
+    return standalone(chart.svg(f"KL of the methods of the field on {shown(model)}"))
+
+
+def document(results: Results, subject: Subject, name: str, *, size: int, bos: bool) -> str:
+    """The page: `size` are the bytes of the model's own tensor files, `bos` says whether windows begin with BOS."""
+    setting, first = subject.setting, next(iter(results.values()))
+    length, seeds = setting["calibration.sequence_length"], {key.rpartition(" | ")[2] for key in results}
+    others = {key: value for key, value in setting.items() if key not in QUICK}
+    arguments = " ARGS=--quick" if setting.items() >= QUICK.items() else ""
+    lines = [
+        f"# {shown(subject.model)}: the methods of the field",
+        "",
+        f"Made by `{command_of('real', subject.model, subject.text, subject.calibrate)}{arguments}`. Each method is",
+        "set as its paper has it (below), beside this project's default. Calibrated on",
+        f"{setting['calibration.samples']} sequences of {length:,} tokens of {shown(subject.calibrate)}, seeds: "
+        f"{', '.join(sorted(seeds))}; measured on",
+        f"{setting['evaluation.windows']} windows of {length:,} tokens of {shown(subject.text)}; windows begin "
+        f"{'with' if bos else 'without'} BOS.",
+        *(
+            [f"Changed in every recipe: {', '.join(f'{key} {value}' for key, value in others.items())}."]
+            if others
+            else []
+        ),
+        f"Full precision: perplexity {first['full_precision']:,.3f}, {size / 2**20:,.1f} MiB. Sizes are those of the "
+        "tensor files, embedding and head included;",
+        "seconds those of quantization, memory the peak of the process.",
+        f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, "
+        f"{platform.machine()}.",
+        "",
+        f"![KL by recipe and method]({name}.svg)",
+        "",
+        *overview(results),
+    ]
+    for recipe in RECIPES:
+        lines += table(recipe, results)
+    return "\n".join([*lines, *settings(dict.fromkeys(method for method, _, _ in rows(results)))]).rstrip() + "\n"

@@ -1,0 +1,153 @@
+"""The judge: what it measures, keeps and measures again, on a small model; its page and its picture."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+
+SIZES = {"samples": 2, "windows": 2, "length": 32}
+OFF = ["weights.refine=0", "weights.starts=1", "weights.tabu=0", "weights.grid=minmax"]
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    module = importlib.import_module("real")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    yield module
+    for name in ("real", "real_page", "methods", "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def judged(real: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """judged(recipes="w2a16"): measures in this process; returns the keys that were measured, and what is kept."""
+
+    def here(function: Any, missing: dict[str, Any], jobs: int) -> Any:
+        for key, arguments in missing.items():
+            keys.append(key)
+            yield key, function(*arguments), ""
+
+    monkeypatch.setattr(real, "side_by_side", here)
+    keys: list[str] = []
+
+    def judge(**options: Any) -> tuple[list[str], dict[str, Any]]:
+        keys.clear()
+        given = {
+            **{"model": str(llama), "text": str(text), "calibrate": str(text), "quick": True, **SIZES},
+            **{"seeds": 1, "recipes": "w2a16", "methods": "RTN,default", "transforms": "rotation", "change": OFF},
+            **{"jobs": 1, "threads": 2, "name": None, "fresh": False},
+        }
+        real.main(**{**given, **options})
+        return list(keys), json.loads((tmp_path / f"real-{llama.name}-quick.json").read_text(encoding="utf-8"))
+
+    threads = torch.get_num_threads()
+    yield judge
+    torch.set_num_threads(threads)
+
+
+def test_every_cell_is_a_recipe_of_its_own(real: Any) -> None:
+    cases = real.cases(real.RECIPES, real.NAMES, ["rotation"], 1)
+    assert len(cases) == 9 * 6
+    subject = real.Subject("tiny", "a", "b", dict(real.REPORTED))
+    assert len(set(subject.prints(cases).values())) == 54
+    for label, (name, changes) in real.RECIPES.items():
+        recipe = build_recipe(load_recipe(name), changes)
+        bits = f"w{recipe.weights.bits}a{recipe.activations.bits}" + ("kv4" if recipe.cache.key_bits == 4 else "")
+        assert label == bits + (f"-g{recipe.weights.group_size}" if recipe.weights.group_size else "")
+    recipe = build_recipe({}, subject.changes("w4a16"))
+    assert (recipe.calibration.samples, recipe.calibration.sequence_length, recipe.evaluation.windows) == (16, 2048, 20)
+    assert recipe.calibration.seed == 0 and recipe.evaluation.dataset == ("a",)
+
+
+def test_it_measures_and_goes_on(judged: Any, llama: Path, text: Path, tmp_path: Path) -> None:
+    keys, found = judged()
+    assert keys == ["w2a16 | RTN | rotation | 0", "w2a16 | default | rotation | 0"]
+    assert [cell["case"] for cell in found.values()] == keys
+    for cell in found.values():
+        assert cell["perplexity"] > 1 and cell["kl"] > 0 and cell["seconds"] > 0
+        assert 2**15 < cell["size"] < sum(file.stat().st_size for file in llama.glob("*.safetensors"))
+    assert judged() == ([], found), "nothing is measured again"
+    keys, more = judged(methods="RTN", recipes="w2a16,w4a8")
+    assert keys == ["w4a8 | RTN | rotation | 0"] and len(more) == 3
+    page = (tmp_path / f"real-{llama.name}-quick.md").read_text(encoding="utf-8")
+    assert str(llama) not in page and f"TEXT={text.name}" in page and "windows begin without BOS" in page
+    assert "2 sequences of 32 tokens" in page and "weights.tabu 0" in page and "Full precision: perplexity" in page
+    (kl,) = [cell["kl"] for cell in found.values() if "RTN" in cell["case"]]
+    head, _, *rows = [line for line in page.splitlines() if line.startswith("|")][:4]
+    assert head == "| KL | w2a16 | w4a8 |" and rows[0].startswith("| RTN | ")
+    assert rows[1].startswith("| default |") and rows[1].endswith("|  |"), "the other was not measured"
+    root = ElementTree.fromstring((tmp_path / f"real-{llama.name}-quick.svg").read_text(encoding="utf-8"))
+    titles = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert f"w2a16, RTN: {kl:.4f}" in titles and len(titles) == 3
+
+
+def test_other_settings_are_other_cases(judged: Any, text: Path, tmp_path: Path) -> None:
+    _, first = judged(methods="RTN")
+    keys, found = judged(methods="RTN", change=[*OFF, "weights.damping=0.02"])
+    assert len(keys) == 1 and first.items() < found.items(), "what was measured before is not lost"
+    other = Path(shutil.copy(text, tmp_path / "elsewhere.txt"))
+    assert judged(methods="RTN", text=str(other))[0] == [], "the same text in another place"
+    other.write_text(other.read_text(encoding="utf-8") + "more", encoding="utf-8")
+    assert len(judged(methods="RTN", text=str(other))[0]) == 1
+    assert len(judged(methods="RTN", fresh=True)[0]) == 1
+
+
+def test_a_case_that_cannot_be_does_not_stop_the_others(
+    judged: Any, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exception) as stopped:  # its ffn of 96 is no multiple of 64
+        judged(recipes="w2a16,w2a16-g64", methods="RTN")
+    assert getattr(stopped.value, "exit_code", None) == 1
+    assert "w2a16-g64 | RTN | rotation | 0: weights.group_size 64 does not divide" in capsys.readouterr().err
+    found = json.loads((tmp_path / f"real-{llama.name}-quick.json").read_text(encoding="utf-8"))
+    assert [cell["case"] for cell in found.values()] == ["w2a16 | RTN | rotation | 0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"text": ""},
+            "give a model and its texts: make real MODEL=<folder or hub name> TEXT=<test> CALIBRATE=<text>.",
+        ),
+        ({"text": "absent.txt"}, "Dataset file 'absent.txt' does not exist"),
+        ({"recipes": "w5a5"}, "--recipes w5a5: there are w4a16, w3a16"),
+        ({"methods": "RTN,SmoothQuant"}, "--methods SmoothQuant: there are RTN, GPTQ"),
+        ({"change": ["weights.bits"]}, "--set weights.bits has no value"),
+        ({"change": ["weights.bit=3"]}, "there is no field weights.bit"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    judged: Any, options: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exception) as stopped:
+        judged(**options)
+    error = capsys.readouterr().err
+    assert getattr(stopped.value, "exit_code", None) == 2
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_a_case_is_a_process_of_its_own(llama: Path, text: Path, tmp_path: Path) -> None:
+    """As make runs it, from a copy of the folder, so that its files are not written beside the committed ones."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for file in (Path(__file__).parents[2] / "benchmarks").glob("*.py"):
+        shutil.copy(file, folder)
+    sizes = [word for key, value in SIZES.items() for word in (f"--{key}", str(value))]
+    command = [
+        *(sys.executable, str(folder / "real.py"), "--model", str(llama), "--text", str(text)),
+        *("--calibrate", str(text), "--quick", "--recipes", "w4a8", "--methods", "RTN", "--threads", "1", *sizes),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 of 1, 0 min left: w4a8 | RTN | rotation | 0: perplexity" in done.stdout
+    assert {file.suffix for file in folder.glob("real-*")} == {".md", ".json", ".svg"}
