@@ -26,6 +26,7 @@ class Spec:
         r4_blocks: R4 is of blocks of the largest power of two that divides ffn, where it need not be.
         online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
+        cache_sink: how many positions of the cache, from the first, are not quantized.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
 
@@ -45,6 +46,7 @@ class Spec:
     clips: Sequence[Mapping[str, float]] | None = None
     online_r1: bool = False
     r4_blocks: bool = False
+    cache_sink: int = 0
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
@@ -61,6 +63,7 @@ class Spec:
                 Hadamard.of(shape.head_dim) if self.r3 else None,
                 key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip),
                 value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip),
+                sink=self.cache_sink,
             ),
         )
         return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
@@ -114,6 +117,7 @@ class Spec:
                 for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric", "online_r1", "r4_blocks")
             },
         }
+        legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
         legal["clips"] = self.clips is None or (
             isinstance(self.clips, list)
             and all(isinstance(block, dict) for block in self.clips)
