@@ -27,20 +27,28 @@ NAME = "rotoboa"
 
 @dataclass(frozen=True)
 class AttentionTransform:
-    """What happens to queries, keys and values of one attention layer on their way into the product."""
+    """What happens to queries, keys and values of one attention layer on their way into the product.
+
+    Keys and values of the first `sink` positions are not quantized. Of a padded sequence these are padding, if that
+    is on the left; of a cache that forgets, and is not ours, they are the first that it still holds.
+    """
 
     rotation: Hadamard | None = None
     key: DynamicQuantizer | None = None
     value: DynamicQuantizer | None = None
+    sink: int = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (batch, heads, length, head_dim), after RoPE."""
+        """Each (batch, heads, length, head_dim), after RoPE, from the first position on."""
         query, key = self.rotate(query), self.rotate(key)
-        if self.key is not None:
-            key = self.key(key)
-        if self.value is not None:
-            value = self.value(value)
-        return query, key, value
+        return query, self._rounded(key, self.key), self._rounded(value, self.value)
+
+    def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None) -> Tensor:
+        if quantizer is None:
+            return x
+        if not self.sink:
+            return quantizer(x)
+        return torch.cat([x[..., : self.sink, :], quantizer(x[..., self.sink :, :])], -2)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Queries or keys (..., head_dim), rotated."""

@@ -29,7 +29,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
         batch: sequences computed at a time.
         report: called with each projection's name and its loss relative to that of a zero weight.
         done: results of an earlier run by projection; these are used as they are.
-        search_inputs: choose the clip ratio of each site's activations on the first batch.
+        search_inputs: choose the clip ratio of each site's activations, on tokens of all sequences.
         search_cache: likewise for keys and values.
         empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.

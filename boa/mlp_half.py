@@ -14,10 +14,8 @@ class MlpHalf(Workspace):
     def _mlp_half(self, full: Tensor, quantized: Tensor) -> None:
         f = self.family
         norm = self.full.get_submodule(f.mlp_norm)
-        sample = self._sample(quantized)
-        sample = None if sample is None else norm(sample)
         readers = list(f.mlp_inputs)
-        self._search_input("gate_up", lambda: sample, readers)
+        self._search_input("gate_up", quantized, norm, readers)
         t = self.transforms
         inputs, downs = self._total(InputStatistics), self._total(InputStatistics)
         if self.done is None:
@@ -26,10 +24,10 @@ class MlpHalf(Workspace):
                 inputs.at(self._number(span)).add(xf, xq, stream=hf if self.settings.token_weights else None)
         self._solve(Pending(readers, layer_objective(inputs), [1] * len(readers)))
 
-        def hidden() -> Tensor | None:
-            return None if sample is None else self._mlp_hidden(self.quantized, t.gate_up(sample))
+        def inside(hidden: Tensor) -> Tensor:
+            return self._mlp_hidden(self.quantized, t.gate_up(norm(hidden)))
 
-        self._search_input("down", hidden, [f.down])
+        self._search_input("down", quantized, inside, [f.down])
         t = self.transforms
         given = self.empty(*full.shape[:2], self.shape.ffn, dtype=full.dtype)
         for span, hf, hq in self._batches(full, quantized):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder
-from .clipping import search_clip
+from .clipping import ClipCosts, spread_sequences, spread_tokens
 from .objective import Objective
 from .precision import exact_products
 from .ranks import Ranks
@@ -106,23 +107,63 @@ class Workspace:
         """The number of a batch among those of all ranks."""
         return (self.first + int(span.start)) // self.batch
 
-    def _sample(self, quantized: Tensor) -> Tensor | None:
-        """What this rank has of the first batch of all, which clip ratios are chosen on."""
-        own = quantized[: max(0, self.batch - self.first)]
-        return own.to(self.decoder.device) if len(own) else None
+    def _clip_costs(
+        self, quantized: Tensor, add: Callable[..., None], kinds: int = 1, *, whole: bool = False
+    ) -> list[ClipCosts]:
+        """Of clip ratios, over some tokens of all sequences of all ranks, of which a batch's are held at a time.
+
+        Args:
+            quantized: the stream.
+            add: called with hidden states where blocks compute, and as many costs as there are kinds, to add to.
+            whole: the hidden states are whole sequences, (sequences, length, hidden), and not (tokens, hidden).
+        """
+        totals = [self._total(partial(ClipCosts.on, self.decoder.device)) for _ in range(kinds)]
+        length, first = quantized.shape[1], self.first
+        for start in range(0, self.own, self.batch):
+            costs = [total.at(self._number(slice(start, None))) for total in totals]
+            batch = range(first + start, first + min(start + self.batch, self.own))
+            if whole:
+                some = quantized[[i - first for i in spread_sequences(batch, length, self.count)]]
+            else:
+                tokens = spread_tokens(range(batch.start * length, batch.stop * length), length, self.count)
+                begin = first * length
+                some = quantized.flatten(0, 1)[tokens.start - begin : tokens.stop - begin : tokens.step]
+            if len(some):
+                add(some.to(self.decoder.device), *costs)
+                self.release()
+        return [total.value() for total in totals]
 
     def _sum_now(self, tensor: Tensor) -> None:
         self.ranks.sum([tensor])()
 
-    def _search_input(self, site: str, sample: Callable[[], Tensor | None], readers: list[str]) -> None:
-        """Choose the clip ratio of one site by the output error of the layers that read it."""
+    def _search_input(
+        self,
+        site: str,
+        quantized: Tensor,
+        inputs: Callable[[Tensor], Tensor],
+        readers: list[str],
+        *,
+        whole: bool = False,
+    ) -> None:
+        """Choose the clip ratio of one site by the output error of the layers that read it.
+
+        Args:
+            quantized: the stream that this half of the block reads.
+            inputs: makes the site's input, before its rotation, of hidden states as `_clip_costs` has them.
+        """
         transform: InputTransform = getattr(self.transforms, site)
-        if not self.search_inputs or transform.quantizer is None:
+        quantizer = transform.quantizer
+        if not self.search_inputs or quantizer is None:
             return
-        weights, x = torch.cat([self._weight(name) for name in readers]), sample()
-        rotated = None if x is None else transform.rotate(x).flatten(0, -2)
-        chosen = search_clip(transform.quantizer, rotated, weights.T @ weights, self._sum_now)
-        self.transforms = self.transforms.with_input(site, replace(transform, quantizer=chosen))
+        weights = torch.cat([self._weight(name) for name in readers])
+        metric = weights.T @ weights
+        del weights
+
+        def add(hidden: Tensor, costs: ClipCosts) -> None:
+            costs.add(quantizer, transform.rotate(inputs(hidden)).flatten(0, -2), metric)
+
+        (costs,) = self._clip_costs(quantized, add, whole=whole)
+        self.transforms = self.transforms.with_input(site, replace(transform, quantizer=costs.choose(quantizer)))
 
     def _batches(self, full: Tensor, quantized: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Both streams, `batch` sequences at a time, where blocks compute."""

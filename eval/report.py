@@ -84,6 +84,9 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         "values": bits["values"],
     }
     low = ", ".join(f"{name} in {width} bits" for name, width in widths.items() if width < 16)
+    sink = (recipe.get("cache") or {}).get("sink")  # of older runs there is none
+    if sink and min(bits["keys"], bits["values"]) < 16:
+        low += f", but for the first {sink} positions"
     rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if recipe["rotation"].get(name)]
     turned = f"rotated by {', '.join(rotations)}" if rotations else "not rotated"
     return f"{row['model']}: {low}; {turned}; rounded by {row['method']}."

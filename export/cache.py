@@ -20,7 +20,8 @@ from ..boa.activations import DynamicQuantizer
 from ..boa.attention import AttentionTransform, mark_stored
 from .packing import pack_levels, packed_width, unpack
 
-_STATE = ("keys", "key_spans", "values", "value_spans")
+_SINK = ("sink_keys", "sink_values")
+_PACKED = ("keys", "key_spans", "values", "value_spans")
 
 
 class PackedLayer(DynamicLayer):
@@ -28,7 +29,9 @@ class PackedLayer(DynamicLayer):
 
     `keys` and `values` are (batch, heads, tokens, words) int32; `key_spans` and `value_spans` (batch, heads, tokens, 2)
     hold the smallest and the largest entry of each vector in the model's dtype, from which its scale and zero point
-    follow (`DynamicQuantizer.grid`). Without a quantizer, vectors are kept as they are and have no span.
+    follow (`DynamicQuantizer.grid`). Without a quantizer, vectors are kept as they are and have no span. Those of the
+    transform's `sink` first positions are kept as they are in `sink_keys` and `sink_values`, and are not among these.
+    Positions are those of the cache: of a sequence padded on the left the first ones are padding.
 
     Args:
         transform: of the attention module, whose quantizers and rotation these are.
@@ -39,6 +42,8 @@ class PackedLayer(DynamicLayer):
         self.transform = transform
         self.key_spans: Tensor | None = None
         self.value_spans: Tensor | None = None
+        self.sink_keys: Tensor | None = None  # none are kept where there is no sink
+        self.sink_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty cache for states of these sizes."""
@@ -46,43 +51,58 @@ class PackedLayer(DynamicLayer):
         self.sizes = {"key": key_states.shape[-1], "value": value_states.shape[-1]}
         self.keys, self.key_spans = _store(key_states[:, :, :0], self.transform.key)
         self.values, self.value_spans = _store(value_states[:, :, :0], self.transform.value)
+        if self.transform.sink:
+            self.sink_keys, self.sink_values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys after RoPE and values, (batch, heads, new, head_dim); returns all of them, dequantized."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = (
-            *_store(self.transform.rotate(key_states), self.transform.key),
-            *_store(value_states, self.transform.value),
-        )
-        for name, tensor in zip(_STATE, new, strict=True):
+        key_states = self.transform.rotate(key_states)
+        sink = max(0, self.transform.sink - self.get_seq_length())
+        if sink:
+            self._append(_SINK, (key_states[:, :, :sink], value_states[:, :, :sink]))
+            key_states, value_states = key_states[:, :, sink:], value_states[:, :, sink:]
+        key, value = self.transform.key, self.transform.value
+        self._append(_PACKED, (*_store(key_states, key), *_store(value_states, value)))
+        keys = _read(self.keys, self.key_spans, key, self.sizes["key"], self.dtype)
+        values = _read(self.values, self.value_spans, value, self.sizes["value"], self.dtype)
+        if self.sink_keys is not None and self.sink_values is not None:
+            keys, values = torch.cat([self.sink_keys, keys], 2), torch.cat([self.sink_values, values], 2)
+        return mark_stored(keys), values
+
+    def _append(self, names: Sequence[str], new: Sequence[Tensor | None]) -> None:
+        for name, tensor in zip(names, new, strict=True):
             if tensor is not None:
                 setattr(self, name, torch.cat([getattr(self, name), tensor], 2))
-        key = _read(self.keys, self.key_spans, self.transform.key, self.sizes["key"], self.dtype)
-        value = _read(self.values, self.value_spans, self.transform.value, self.sizes["value"], self.dtype)
-        return mark_stored(key), value
 
     @property
     def bytes(self) -> int:
         """What this layer holds."""
-        state = (getattr(self, name) for name in _STATE)
+        state = (getattr(self, name) for name in (*_SINK, *_PACKED))
         return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor is not None)
 
     def get_seq_length(self) -> int:
         """Tokens."""
-        return int(self.keys.shape[2]) if self.is_initialized else 0
+        return self._sinks() + int(self.keys.shape[2]) if self.is_initialized else 0
+
+    def _sinks(self) -> int:
+        """Tokens that are kept as they are."""
+        return 0 if self.sink_keys is None else int(self.sink_keys.shape[2])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; transformers gives a number that is not positive."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        if tokens_to_remove < 0:
-            self._change(lambda tensor: tensor[:, :, :tokens_to_remove])
+        if tokens_to_remove < 0 and self.is_initialized:
+            packed, sinks = self.keys.shape[2], self._sinks()
+            self._change(lambda tensor: tensor[:, :, : max(0, packed + tokens_to_remove)], _PACKED)
+            self._change(lambda tensor: tensor[:, :, : max(0, sinks + min(0, packed + tokens_to_remove))], _SINK)
 
     def reset(self) -> None:
         """Forget everything."""
-        for name in _STATE:
+        for name in (*_SINK, *_PACKED):
             setattr(self, name, None)
         self.is_initialized = False
 
@@ -106,8 +126,8 @@ class PackedLayer(DynamicLayer):
         """Move it back."""
         self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in _STATE:
+    def _change(self, change: Callable[[Tensor], Tensor], names: Sequence[str] = (*_SINK, *_PACKED)) -> None:
+        for name in names:
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
@@ -115,8 +135,9 @@ class PackedLayer(DynamicLayer):
 class PackedSlidingLayer(PackedLayer):
     """The cache of a layer whose tokens see the `window` last ones: the `window` - 1 last are kept between calls.
 
-    Lengths and masks are those of transformers' `DynamicSlidingWindowLayer`. Assisted decoding, which takes tokens
-    back, calls `activate_past_recording` first; all are kept then until the next `crop`.
+    The first positions leave the window as any other, kept as they are or not. Lengths and masks are those of
+    transformers' `DynamicSlidingWindowLayer`. Assisted decoding, which takes tokens back, calls
+    `activate_past_recording` first; all are kept then until the next `crop`.
     """
 
     is_sliding = True
@@ -173,10 +194,12 @@ class PackedSlidingLayer(PackedLayer):
         self.cumulative_length = 0
 
     def _keep(self) -> None:
-        most = self.sliding_window - 1
-        if self.is_initialized and self.keys.shape[2] > most:
+        sinks = self._sinks()
+        gone = sinks + self.keys.shape[2] - (self.sliding_window - 1) if self.is_initialized else 0
+        if gone > 0:
             # A copy: of a view, what is forgotten would stay in memory.
-            self._change(lambda tensor: tensor[:, :, tensor.shape[2] - most :].clone())
+            self._change(lambda tensor: tensor[:, :, min(gone, sinks) :].clone(), _SINK)
+            self._change(lambda tensor: tensor[:, :, max(0, gone - sinks) :].clone(), _PACKED)
 
 
 def _store(x: Tensor, quantizer: DynamicQuantizer | None) -> tuple[Tensor, Tensor | None]:

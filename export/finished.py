@@ -172,7 +172,8 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, r4: bool 
     if spec.activation_bits < 16 and not activations:
         online.append(f"{spec.activation_bits}-bit activations")
     if spec.key_bits < 16 or spec.value_bits < 16:
-        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values")
+        sink = f", its first {spec.cache_sink} positions in 16 bits" if spec.cache_sink else ""
+        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}")
     if online:
         raise InputError(
             f"the run needs {' and '.join(online)}, which {name} cannot hold and its readers would leave out: "

@@ -27,6 +27,7 @@ class Spec:
         online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
         heads: the input of O has an online rotation over all heads.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
+        cache_sink: how many positions of the cache, from the first, are not quantized.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
 
@@ -47,6 +48,7 @@ class Spec:
     online_r1: bool = False
     r4_blocks: bool = False
     heads: bool = False
+    cache_sink: int = 0
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
@@ -63,6 +65,7 @@ class Spec:
                 Hadamard.of(shape.head_dim) if self.r3 else None,
                 key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip),
                 value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip),
+                sink=self.cache_sink,
             ),
         )
         return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
@@ -130,6 +133,7 @@ class Spec:
                 )
             },
         }
+        legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
         legal["clips"] = self.clips is None or (
             isinstance(self.clips, list)
             and all(isinstance(block, dict) for block in self.clips)

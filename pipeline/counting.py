@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from ..boa.clipping import RATIOS
+from ..boa.clipping import RATIOS, TOKENS
 from ..boa.experts_half import POOL
 from ..models.decoder import Decoder
 from ..models.shape import Shape
@@ -260,10 +260,10 @@ def value_statistics(s: Shape, sequences: float, length: int, window: int | None
     return sequences * (Work(products, elements=SOFTMAX * heads * seen / stride) + moved(moves, 1))
 
 
-def clip_search(sizes: Sizes, online: Online, length: int, batch: int) -> Work:
-    """9 ratios on n tokens of a batch: 2 n c^2 each, and the metrics W^T W, 2 r c^2."""
-    s, n = sizes.shape, batch * length
-    tries, work = len(RATIOS), Work()
+def clip_search(sizes: Sizes, online: Online, sequences: float, length: int, every: float) -> Work:
+    """9 ratios, and none, on n tokens of `sequences` of all, which are `every`: 2 n c^2 each, and W^T W, 2 r c^2."""
+    s, n = sizes.shape, min(every * length, TOKENS) * sequences / every
+    tries, work = len(RATIOS) + 1, Work()
     experts = max(s.experts, 1)
     if online.search_activations and online.activations:
         readers = {

@@ -174,6 +174,12 @@ class Cache(_Section):
     search: bool = Field(
         default=True, description="Search the clip ratios of every block on calibration text, in place of clip."
     )
+    sink: int = Field(
+        default=0,
+        ge=0,
+        description="Positions of the cache, from the first, that stay in 16 bits: keys and values of a sequence's "
+        "first tokens are unlike all others.",
+    )
 
 
 class Calibration(_Section):

@@ -20,8 +20,8 @@ from .counting_solver import Problem, problems, references, solve
 from .footprint import footprint
 from .machines import Machine
 
-SHARED = ("rotation", "clip search")  # every rank does all of it
-STATISTICS = ("forward", "input statistics", "head statistics", "value statistics")
+SHARED = ("rotation",)  # every rank does all of it
+STATISTICS = ("forward", "clip search", "input statistics", "head statistics", "value statistics")
 LEVEL = 1  # bytes of an integer as it is exchanged
 
 

@@ -53,5 +53,6 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip,
+        cache_sink=recipe.cache.sink,
         online_r1=rotations.online_r1,
     )

@@ -1,5 +1,6 @@
 """Attention with a window and with capped logits, and the probabilities that values are weighed by."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from rotoboa.boa.attention import Seen, attention_forward, capped_attention, causal_probabilities
+from rotoboa.boa.activations import DynamicQuantizer
+from rotoboa.boa.attention import AttentionTransform, Seen, attention_forward, capped_attention, causal_probabilities
+from rotoboa.rotation.hadamard import Hadamard
 
 from .problems import random
 from .toy_attention import attention_module
@@ -56,6 +59,19 @@ def test_probabilities(window: int | None, softcap: float | None, monkeypatch: p
         for index in range(BATCH):
             found = causal_probabilities(seen, index, start, stop).view(HEADS, stop - start, stop)
             torch.testing.assert_close(found, probabilities[index, :, start:stop, :stop], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sink", [0, 1, 5, LENGTH, 40])
+def test_keys_and_values_of_the_first_positions_are_not_rounded(sink: int) -> None:
+    query, key, value = _inputs()
+    rotation, quantizer = Hadamard.of(SIZE), DynamicQuantizer(2, False, 0.9)
+    found = AttentionTransform(rotation, quantizer, replace(quantizer, clip=0.8), sink)(query, key, value)
+    assert torch.equal(found[0], rotation.apply(query))
+    for part, exact, clip in ((found[1], rotation.apply(key), 0.9), (found[2], value, 0.8)):
+        for position in range(LENGTH):
+            one = exact[:, :, position]
+            expected = one if position < sink else replace(quantizer, clip=clip)(one)
+            assert torch.equal(part[:, :, position], expected)
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotoboa.boa import experts_half
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.clipping import ClipCosts
 from rotoboa.boa.experts_half import ExpertsHalf
 from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.workspace import capture
@@ -95,9 +95,9 @@ def test_metric_of_the_clip_ratio_of_experts(mixture: Mixture, monkeypatch: pyte
     """The mean over experts of W^T W, of which no more than one is held beside the sum."""
     seen: list[Tensor] = []
 
-    def search(quantizer: DynamicQuantizer, x: Tensor | None, metric: Tensor, total: Any) -> DynamicQuantizer:
+    def add(self: ClipCosts, quantizer: DynamicQuantizer, x: Tensor, metric: Tensor) -> None:
+        assert x.shape == (2 * 2 * 24, FFN), "two experts for each token of a batch"
         seen.append(metric)
-        return quantizer
 
     class NoStacks(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,11 +105,15 @@ def test_metric_of_the_clip_ratio_of_experts(mixture: Mixture, monkeypatch: pyte
             assert not isinstance(made, Tensor) or made.shape[1:] != (FFN, FFN), f"{function} holds several of W^T W"
             return made
 
-    monkeypatch.setattr(experts_half, "search_clip", search)
+    monkeypatch.setattr(ClipCosts, "add", add)
     transforms = OnlineTransforms(down=InputTransform(quantizer=DynamicQuantizer(4, True, 0.9)))
     solver = BlockQuantizer(mixture.decoder, mixture.block, QUICK, transforms, search_inputs=True)
-    with NoStacks():
-        solver._search_experts(None)
+    _, quantized = mixture.streams(6)
+    solver.batch = 2
+    solver._share(6)
+    with NoStacks(), torch.no_grad():
+        solver._search_experts(quantized)
+    assert len(seen) == 3
     weights = [mixture.block.get_parameter(f"{name}.weight").double() for name in mixture.decoder.family.downs]
     expected = torch.stack([weight.T @ weight for weight in weights]).mean(0)
     torch.testing.assert_close(seen[0].double(), expected, rtol=1e-5, atol=1e-6)

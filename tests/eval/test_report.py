@@ -98,7 +98,14 @@ def test_the_page_holds_the_figures(html: str) -> None:
     for block in range(3):  # the numbers of the losses stand under their chart
         assert f"<td>{block}</td><td>down_proj</td><td>0.007</td><td>0.014</td><td>0.05</td>" in text
     assert "Inputs of down, block 1" in text, "the spikiest block is the one that is shown"
-    assert "R1, R2, R3, R4" in text
+    assert "R1, R2, R3, R4" in text and "first 4 positions" not in text
+
+
+def test_the_sink_of_the_cache_is_named() -> None:
+    report = copy.deepcopy(REPORT)
+    report["recipe"]["cache"]["sink"] = 4
+    low = "keys in 4 bits, values in 4 bits, but for the first 4 positions; rotated"
+    assert low in page(contents(report=report))
 
 
 def test_names_are_text_and_no_markup(html: str) -> None:

@@ -1,6 +1,7 @@
 """Models with the packed cache compute what they compute without one, whoever made the cache and however it is fed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kv4": {"cache.key_bits": 4, "cache.value_bits": 4},
     "k2v3": {"cache.key_bits": 2, "cache.value_bits": 3},
     "k8v16": {"cache.key_bits": 8, "cache.value_bits": 16},
+    "kv3, sink of 3": {"cache.key_bits": 3, "cache.value_bits": 3, "cache.sink": 3},
+    "k4v16, sink of 15": {"cache.key_bits": 4, "cache.value_bits": 16, "cache.sink": 15},
 }
 Load = Callable[..., PreTrainedModel]
 
@@ -120,8 +123,9 @@ def test_generate_stores_packed_integers(load: Load, setting: str) -> None:
     assert torch.equal(result.sequences, slowly(model, prompt, 16))
     assert packed(result.past_key_values) and result.past_key_values.get_seq_length() == 12 + 16 - 1
     stored = result.past_key_values.layers[0]
-    words = 16 * SETTINGS[setting]["cache.key_bits"] // 32
-    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27, words)
+    words = -(-16 * SETTINGS[setting]["cache.key_bits"] // 32)
+    sink = SETTINGS[setting].get("cache.sink", 0)
+    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27 - sink, words)
 
 
 def test_four_bits_an_entry(load: Load) -> None:
@@ -165,6 +169,19 @@ def test_drafts_of_prompt_lookup_are_cropped(load: Load) -> None:
     assert torch.equal(assisted.sequences, model.generate(prompt, **options).sequences)
 
 
+def test_a_prompt_shorter_than_the_sink(load: Load) -> None:
+    """Nothing is rounded before the sink is full, and tokens that are taken back leave room in it."""
+    model, tokens = load("k4v16, sink of 15"), ids(2, 20)
+    expected, mine = logits(model, tokens, use_cache=False), DynamicCache()
+    logits(model, tokens[:, :9], past_key_values=mine)
+    assert all(layer.keys.shape[2] == 0 and layer.sink_keys.shape[2] == 9 for layer in mine.layers)
+    logits(model, tokens[:, 9:17], past_key_values=mine)
+    mine.crop(-5)
+    assert mine.get_seq_length() == 12
+    found = logits(model, tokens[:, 12:], past_key_values=mine)
+    assert (found - expected[:, 12:]).abs().max() < 1e-5 * expected.std()
+
+
 @pytest.fixture
 def sliding() -> MistralForCausalLM:
     """Two blocks with a window of 5 and quantizers of 4 bits, in float64, without a packed cache yet."""
@@ -190,15 +207,19 @@ def sliding() -> MistralForCausalLM:
 
 @pytest.mark.parametrize("steps", [[7, 1, 1, 4, 1, 6], [1] * 20, [4, 1, 15], [20]])
 @pytest.mark.parametrize("kept", [True, False], ids=["every token", "window"])
-def test_sliding_window(sliding: MistralForCausalLM, kept: bool, steps: list[int]) -> None:
+@pytest.mark.parametrize("sink", [0, 2, 6])
+def test_sliding_window(sliding: MistralForCausalLM, kept: bool, steps: list[int], sink: int) -> None:
     """Where the cache is not made from a config every token is kept, and the mask hides those the window has passed."""
     tokens = ids(2, 20) % 64
+    for block in sliding.model.layers:
+        set_attention(block.self_attn, replace(block.self_attn.rotoboa_transform, sink=sink))
     expected = logits(sliding, tokens, use_cache=False)
     use_packed_cache(sliding.model, "layers", "self_attn")
     mine = DynamicCache() if kept else DynamicCache(config=sliding.config)
     found = torch.cat([logits(sliding, part, past_key_values=mine) for part in tokens.split(steps, 1)], 1)
     assert {type(layer) for layer in mine.layers} == {PackedLayer if kept else PackedSlidingLayer}
-    assert mine.get_seq_length() == 20 and {layer.keys.shape[2] for layer in mine.layers} == {20 if kept else 4}
+    sizes = {(layer.keys.shape[2], 0 if not sink else layer.sink_keys.shape[2]) for layer in mine.layers}
+    assert mine.get_seq_length() == 20 and sizes == {(20 - sink, sink) if kept else (4, 0)}
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 

@@ -100,6 +100,22 @@ def test_sequences_and_tokens_are_chosen() -> None:
     assert torch.equal(layer.update(key, value)[0], simulated(how, key, value)[0])
 
 
+@pytest.mark.parametrize("sink", [1, 4, 7, 20])
+@pytest.mark.parametrize("steps", [[9], [1] * 9, [3, 1, 0, 5]])
+def test_the_first_positions_are_kept_as_they_are(sink: int, steps: list[int]) -> None:
+    how, (key, value) = replace(transform(3, 16), sink=sink), states(9, 16)
+    plain, layer = replace(how, key=None, value=None), PackedLayer(how)
+    for new in zip(key.split(steps, 2), value.split(steps, 2), strict=True):
+        found = layer.update(*new)
+    rounded, exact = (other(key, key, value) for other in (replace(how, sink=0), plain))
+    for i, part in ((1, found[0]), (2, found[1])):
+        torch.testing.assert_close(part[:, :, :sink], exact[i][:, :, :sink], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(part[:, :, sink:], rounded[i][:, :, sink:], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(part, how(key, key, value)[i], rtol=1e-6, atol=1e-6)
+    vectors, kept = BATCH * HEADS, min(sink, 9)
+    assert layer.bytes == 2 * vectors * (kept * 16 * 4 + (9 - kept) * (2 * 4 + 2 * 4))
+
+
 def test_crop_wants_the_number_of_tokens_to_remove() -> None:
     with pytest.raises(ValueError, match="as a negative number"):
         PackedLayer(transform(4, 16)).crop(3)

@@ -52,6 +52,8 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
     active = card(tmp_path, "compressed-tensors", Spec(bits=4, symmetric=True, activation_bits=8))[1]
     assert "max |x| / 127.5" in active and "W4A8" in active
     assert "import rotoboa" in card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4))[1]
+    sink = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=3, cache_sink=2))[1]
+    assert "| keys and values | 4 and 3 bits, of the first 2 positions 16 |" in sink
     assert "gguf_file=" in card(tmp_path, "gguf", Spec(bits=4, symmetric=True))[1]
     assert "GPTQModel" in card(tmp_path, "gptq", Spec(bits=4))[1]
 

@@ -54,6 +54,8 @@ def test_another_format_version_is_refused(broken: Path) -> None:
         ({"symmetric": "no"}, "symmetric is 'no'"),
         ({"clips": [{"qkv": 2}, {}]}, "clips is [{'qkv': 2}, {}]"),
         ({"clips": 0.9}, "clips is 0.9"),
+        ({"cache_sink": -1}, "cache_sink is -1"),
+        ({"cache_sink": True}, "cache_sink is True"),
     ],
 )
 def test_a_damaged_config_is_refused(broken: Path, changes: dict[str, Any], words: str) -> None:

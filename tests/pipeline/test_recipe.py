@@ -79,6 +79,7 @@ def test_none_as_text_unsets_optional_fields_alone() -> None:
         ("weights.damping", float("nan"), "a number above 0 and below 1"),
         ("weights.alpha", 1.5, "a number at least 0 and at most 1"),
         ("cache.clip", 0, "a number above 0 and at most 1"),
+        ("cache.sink", -1, "an integer at least 0"),
         ("calibration.samples", 1.5, "an integer at least 1"),
         ("calibration.sequence_length", 1, "an integer at least 2, or none"),
         ("weights.starts", 0, "an integer at least 1"),
