@@ -26,6 +26,7 @@ class Spec:
         r4_blocks: R4 is of blocks of the largest power of two that divides ffn, where it need not be.
         online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
+        activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
 
@@ -45,11 +46,14 @@ class Spec:
     clips: Sequence[Mapping[str, float]] | None = None
     online_r1: bool = False
     r4_blocks: bool = False
+    activation_group: int | None = None
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this shape; None: before any search."""
-        quantizer = DynamicQuantizer.of(self.activation_bits, self.activation_symmetric, self.activation_clip)
+        quantizer = DynamicQuantizer.of(
+            self.activation_bits, self.activation_symmetric, self.activation_clip, self.activation_group
+        )
         plain = InputTransform(quantizer=quantizer)
         read = InputTransform(Hadamard.of(shape.hidden), quantizer) if self.online_r1 else plain
         transforms = OnlineTransforms(
@@ -100,7 +104,10 @@ class Spec:
         """The first field whose value has no meaning, in words; empty where all have."""
         legal = {
             "bits": self.bits in range(2, 9),
-            "group_size": self.group_size is None or (isinstance(self.group_size, int) and self.group_size > 0),
+            **{
+                name: getattr(self, name) is None or (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
+                for name in ("group_size", "activation_group")
+            },
             **{
                 name: getattr(self, name) in (*range(2, 9), 16)
                 for name in ("activation_bits", "key_bits", "value_bits")
