@@ -81,7 +81,8 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         "keys": bits["keys"],
         "values": bits["values"],
     }
-    low = ", ".join(f"{name} in {width} bits" for name, width in widths.items() if width < 16)
+    ways = {"activations": f" by token in groups of {row['activation_group']}"} if row["activation_group"] else {}
+    low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
     rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if recipe["rotation"].get(name)]
     turned = f"rotated by {', '.join(rotations)}" if rotations else "not rotated"
     return f"{row['model']}: {low}; {turned}; rounded by {row['method']}."
