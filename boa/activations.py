@@ -12,6 +12,8 @@ from torch import Tensor
 class DynamicQuantizer:
     """Quantizes each vector along the last dimension by itself: a token's activation, or a token's key in one head.
 
+    With `group_size`, which must divide n, each group of so many of its neighbouring numbers by itself.
+
     | symmetric | levels | scale |
     |---|---|---|
     | yes | -2^(b-1) .. 2^(b-1) - 1 | clip * max abs / (2^(b-1) - 1) |
@@ -23,17 +25,22 @@ class DynamicQuantizer:
     bits: int
     symmetric: bool = True
     clip: float = 1.0
+    group_size: int | None = None
 
     @classmethod
-    def of(cls, bits: int, symmetric: bool, clip: float) -> DynamicQuantizer | None:
+    def of(cls, bits: int, symmetric: bool, clip: float, group_size: int | None = None) -> DynamicQuantizer | None:
         """The quantizer of a recipe; None at 16 bits, which leave values as they are."""
-        return cls(bits, symmetric, clip) if bits < 16 else None
+        return cls(bits, symmetric, clip, group_size) if bits < 16 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Round `x` (..., n) to its levels and back, in its own dtype; the scale is computed in float32 or wider."""
-        wide = _wide(x)
+        wide = self.vectors(_wide(x))
         scale, zero = self.grid(self.span(wide))
-        return self.values(self.levels(wide, scale, zero), scale, zero, x.dtype)
+        return self.values(self.levels(wide, scale, zero), scale, zero, x.dtype).reshape(x.shape)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """What has a scale each, along the last dimension: (..., n) as it is, or (..., groups, group_size), a view."""
+        return x if self.group_size is None else x.unflatten(-1, (-1, self.group_size))
 
     def span(self, x: Tensor) -> Tensor:
         """What the grid of each vector follows from, in x's dtype: (..., 1) max abs, or (..., 2) min and max."""

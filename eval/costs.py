@@ -129,7 +129,8 @@ def _bits(row: Row) -> float:
 def _kind(row: Row) -> str:
     bits = row["bits"]
     cache = "" if min(bits["keys"], bits["values"]) == 16 else f"KV{min(bits['keys'], bits['values'])}"
-    return f"{row['method']} A{bits['activations']}{cache}"
+    groups = f" in {row['activation_group']}s " if row["activation_group"] and bits["activations"] < 16 else ""
+    return f"{row['method']} A{bits['activations']}{groups}{cache}".rstrip()
 
 
 def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Picture:

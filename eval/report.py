@@ -83,7 +83,8 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         "keys": bits["keys"],
         "values": bits["values"],
     }
-    low = ", ".join(f"{name} in {width} bits" for name, width in widths.items() if width < 16)
+    ways = {"activations": f" by token in groups of {row['activation_group']}"} if row["activation_group"] else {}
+    low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
     sink = (recipe.get("cache") or {}).get("sink")  # of older runs there is none
     if sink and min(bits["keys"], bits["values"]) < 16:
         low += f", but for the first {sink} positions"

@@ -73,6 +73,11 @@ def check(run: Finished) -> None:
         )
     if not spec.activation_symmetric:
         raise InputError(f"{NAME} takes symmetric dynamic activations, and these are not: use --format native.")
+    if spec.r4 and spec.activation_group:
+        raise InputError(
+            f"{NAME} with R4 is for vLLM alone, which takes activations per token and not in groups of "
+            f"{spec.activation_group}: quantize with --activations.group_size none, or use --format native."
+        )
     clip = stock_clip(spec.activation_bits)
     found = {spec.activation_clip} if spec.clips is None else _input_clips(spec)
     if any(abs(value - clip) > 1e-6 for value in found):
@@ -126,7 +131,8 @@ def quantization_config(spec: Spec, family: Family, shape: Shape) -> dict[str, A
             num_bits=spec.activation_bits,
             type=QuantizationType.INT,
             symmetric=True,
-            strategy=QuantizationStrategy.TOKEN,
+            strategy=QuantizationStrategy.GROUP if spec.activation_group else QuantizationStrategy.TOKEN,
+            group_size=spec.activation_group,
             dynamic=True,
         )
     # The format is set: what the library infers for quantized activations is another one, without packing.

@@ -170,7 +170,8 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, r4: bool 
     if spec.r4 and not r4:
         online.append("R4 (an online rotation before down)")
     if spec.activation_bits < 16 and not activations:
-        online.append(f"{spec.activation_bits}-bit activations")
+        groups = f" in groups of {spec.activation_group}" if spec.activation_group else ""
+        online.append(f"{spec.activation_bits}-bit activations{groups}")
     if spec.key_bits < 16 or spec.value_bits < 16:
         sink = f", its first {spec.cache_sink} positions in 16 bits" if spec.cache_sink else ""
         online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}")

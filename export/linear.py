@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,8 @@ from .packing import packed_width, planes, unpack
 
 _CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
 _CHUNK_ELSEWHERE = 1 << 24
+_COLUMNS = 128  # least of a product of integers by group: with fewer, scaling the sums costs what the products save
+_SLOW_INTEGERS = ("NO AVX", "AVX2")  # processors where oneDNN has no kernel: 25 times a float product's time, as seen
 
 
 class QuantizedLinear(nn.Module):
@@ -26,11 +27,13 @@ class QuantizedLinear(nn.Module):
     | activations | weights | computed |
     |---|---|---|
     | symmetric, 8 bits or fewer | one scale a row | int8 x int8 in int32, scales applied to the sums |
+    | such, in groups | one scale a row, or groups that they divide or that divide them | so by group, or as below |
     | any other | any | a part of the weight at a time becomes floats, and is dropped |
 
-    Sums of products of integers are exact, so the first differs from the second, which is what is simulated, by the
-    rounding of floats alone. Groups of columns are dequantized since integers were no faster there (a product for each
-    group). What is left after a call is of the size of its output.
+    Sums of products of integers are exact, so the first two differ from the last, which is what is simulated, by the
+    rounding of floats alone. Integers are taken where they are fast (`fast_integers`), by group on processors alone and
+    of 128 columns or more, and not of groups of weights by themselves: a product for each was no faster there. What is
+    left after a call is of the size of its output.
     """
 
     qweight: Tensor
@@ -55,9 +58,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", torch.ones(outputs, groups, dtype=torch.float16))
         self.register_buffer("zero", torch.zeros(outputs, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
-        # Values a byte where they are used in the order of `planes`, which whole words of a group have; else 1.
-        whole_words = groups == 1 or inputs // groups * bits % 32 == 0
-        self._planes = 8 // bits if bits in (2, 4) and whole_words else 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay float16.
@@ -85,26 +85,37 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def counts(self, quantizer: DynamicQuantizer | None, device: torch.device) -> bool:
-        """Whether products are taken of integers; on a CPU they are slow without oneDNN and dot products of bytes."""
-        fast = device.type == "cuda" or (device.type == "cpu" and torch.backends.mkldnn.is_available() and has_dots())
-        if quantizer is None or not fast:
+        """Whether products are taken of integers."""
+        if quantizer is None or not quantizer.symmetric or quantizer.bits > 8 or not fast_integers(device.type):
             return False
-        return quantizer.symmetric and quantizer.bits <= 8 and self.scale.shape[1] == 1
+        inputs, weights = self.in_features // (quantizer.group_size or self.in_features), self.scale.shape[1]
+        if inputs == 1:
+            return weights == 1
+        groups = max(inputs, weights)
+        nested = groups % min(inputs, weights) == 0
+        return nested and self.in_features // groups >= _COLUMNS and device.type == "cpu"
 
     def _from_integers(self, x: Tensor, quantizer: DynamicQuantizer) -> Tensor:
-        """(T, in) -> (T, out): sum_c q_c (I_c - z) = sum_c q_c I_c - z sum_c q_c, times both scales."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        """(T, in) -> (T, out): sum_c q_c (I_c - z) = sum_c q_c I_c - z sum_c q_c by group, times both scales."""
+        wide = quantizer.vectors(x if x.dtype == torch.float64 else x.float())
         scale, zero = quantizer.grid(quantizer.span(wide))
-        levels = quantizer.levels(wide, scale, zero).to(torch.int8)
-        total = levels.sum(1, keepdim=True, dtype=torch.int32)
-        levels = self._ordered(levels).flatten(1)
+        levels = quantizer.levels(wide, scale, zero).to(torch.int8).flatten(1)
+        scale, late = scale.reshape(len(x), -1), self.scale.shape[1] == 1
+        groups = max(scale.shape[1], self.scale.shape[1])
+        scale = _each(scale, groups)[..., None]
+        levels = self._ordered(levels, groups).transpose(0, 1).contiguous()
+        total = levels.sum(2, keepdim=True, dtype=torch.int32)
         parts = []
         for rows in self._parts(x.device):
-            integers, zero = self._integers(rows).flatten(1), self.zero[rows, 0].to(torch.int32)
+            integers, zero = self._integers(rows, groups), _each(self.zero[rows], groups).to(torch.int32)
             if self.bits == 8:  # int8 holds 0 .. 255 less 128
                 integers, zero = integers.bitwise_xor_(128), zero - 128
-            sums = integer_product(levels, integers.view(torch.int8)).addcmul_(total, zero[None], value=-1)
-            part = sums.to(wide.dtype).mul_(scale).mul_(self.scale[rows, 0])
+            integers = integers.view(torch.int8).transpose(0, 1).contiguous()
+            products = map(_product, levels, integers, total, zero, scale)
+            if late:
+                part = reduce(Tensor.add_, products).mul_(self.scale[rows, 0])
+            else:
+                part = reduce(Tensor.add_, map(Tensor.mul_, products, _each(self.scale[rows], groups)))
             parts.append((part if self.bias is None else part.add_(self.bias[rows])).to(x.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -112,12 +123,13 @@ class QuantizedLinear(nn.Module):
         """(T, in) -> (T, out) in the dtype of x."""
         dtype = x.dtype
         # One scale a row is applied to the sums, which would overflow float16.
-        late = self.scale.shape[1] == 1 and dtype != torch.float16
+        groups = self.scale.shape[1]
+        late = groups == 1 and dtype != torch.float16
         wide = torch.float32 if dtype == torch.bfloat16 and not late else dtype
-        x = self._ordered(x).flatten(1)
+        x = self._ordered(x, groups).flatten(1)
         parts = []
         for rows in self._parts(x.device):
-            integers, zero = self._integers(rows), self.zero[rows, :, None]
+            integers, zero = self._integers(rows, groups), self.zero[rows, :, None]
             # Below 8 bits the difference fits int8, whose bits are those of the uint8 one.
             weight = integers.sub_(zero).view(torch.int8).to(wide) if self.bits < 8 else integers.to(wide).sub_(zero)
             if not late:
@@ -128,19 +140,24 @@ class QuantizedLinear(nn.Module):
             parts.append(part if self.bias is None else part.add_(self.bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _ordered(self, x: Tensor) -> Tensor:
+    def _planes(self, groups: int) -> int:
+        """Values a byte where they are used in the order of `planes`, which whole words of a group have; else 1."""
+        whole_words = groups == 1 or self.in_features // groups * self.bits % 32 == 0
+        return 8 // self.bits if self.bits in (2, 4) and whole_words else 1
+
+    def _ordered(self, x: Tensor, groups: int) -> Tensor:
         """Columns of x (T, in) in the order of `_integers`: (T, groups, columns)."""
-        groups = self.scale.shape[1]
-        if self._planes == 1:
+        count = self._planes(groups)
+        if count == 1:
             return x.unflatten(1, (groups, -1))
         padding = self.qweight.shape[1] * 32 // self.bits - self.in_features
         x = nn.functional.pad(x, (0, padding)) if padding else x
-        return x.unflatten(1, (groups, -1, self._planes)).transpose(-1, -2).flatten(2)
+        return x.unflatten(1, (groups, -1, count)).transpose(-1, -2).flatten(2)
 
-    def _integers(self, rows: slice) -> Tensor:
+    def _integers(self, rows: slice, groups: int) -> Tensor:
         """0 .. 2^bits - 1 of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number."""
-        words, groups = self.qweight[rows], self.scale.shape[1]
-        if self._planes == 1:
+        words = self.qweight[rows]
+        if self._planes(groups) == 1:
             return unpack(words, self.bits, self.in_features).unflatten(1, (groups, -1))
         return planes(words.reshape(len(words) * groups, -1), self.bits).view(len(words), groups, -1)
 
@@ -154,12 +171,22 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.scale.shape[1]}"
 
 
+def _each(part: Tensor, groups: int) -> Tensor:
+    """What (n, fewer groups) has for each of `groups`: (groups, n)."""
+    return part.repeat_interleave(groups // part.shape[1], 1).T
+
+
+def _product(levels: Tensor, integers: Tensor, total: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
+    """One group: levels (T, c) times integers (out, c) less zero (out), exact, times scale (T, 1); in its dtype."""
+    return integer_product(levels, integers).addcmul_(total, zero, value=-1).to(scale.dtype).mul_(scale)
+
+
 @cache
-def has_dots() -> bool:
-    """Whether this processor multiplies and adds bytes at once; x86 without it is 30 times slower than in floats."""
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.9 has not
-    names = ("avx512_vnni", "avx_vnni", "amx_int8")
-    return found.get("architecture") != "x86_64" or any(found.get(name) for name in names)
+def fast_integers(device: str) -> bool:
+    """Whether int8 x int8 is at least as fast as floats on a type of device; a processor needs AVX-512's or ARM's."""
+    if device == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() not in _SLOW_INTEGERS
+    return device == "cuda"
 
 
 def integer_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Spec:
         heads: the input of O has an online rotation over all heads.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         cache_sink: how many positions of the cache, from the first, are not quantized.
+        activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
 
@@ -49,11 +50,14 @@ class Spec:
     r4_blocks: bool = False
     heads: bool = False
     cache_sink: int = 0
+    activation_group: int | None = None
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this shape; None: before any search."""
-        quantizer = DynamicQuantizer.of(self.activation_bits, self.activation_symmetric, self.activation_clip)
+        quantizer = DynamicQuantizer.of(
+            self.activation_bits, self.activation_symmetric, self.activation_clip, self.activation_group
+        )
         plain = InputTransform(quantizer=quantizer)
         read = InputTransform(Hadamard.of(shape.hidden), quantizer) if self.online_r1 else plain
         transforms = OnlineTransforms(
@@ -109,7 +113,10 @@ class Spec:
         """The first field whose value has no meaning, in words; empty where all have."""
         legal = {
             "bits": self.bits in range(2, 9),
-            "group_size": self.group_size is None or (isinstance(self.group_size, int) and self.group_size > 0),
+            **{
+                name: getattr(self, name) is None or (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
+                for name in ("group_size", "activation_group")
+            },
             **{
                 name: getattr(self, name) in (*range(2, 9), 16)
                 for name in ("activation_bits", "key_bits", "value_bits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
+from itertools import product
 
 from ..errors import InputError
 from ..models.aliases import ResolvedModel
@@ -17,15 +18,17 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     Raises:
         InputError: they do not.
     """
-    shape, group = decoder.shape, recipe.weights.group_size
+    shape = decoder.shape
     widths = {"hidden size": shape.hidden, "attention width": shape.query_heads * shape.head_dim, "ffn size": shape.ffn}
-    for name, width in widths.items():
+    groups = {
+        "weights.group_size": (recipe.weights.group_size, "channel"),
+        "activations.group_size": (recipe.activations.group_size, "token"),
+    }
+    for (field, (group, whole)), (name, width) in product(groups.items(), widths.items()):
         if group and width % group:
             fitting = [g for g in (32, 64, 128, 16, 8) if all(w % g == 0 for w in widths.values())]
-            hint = f"one of {', '.join(map(str, fitting))}" if fitting else "none (one scale per channel)"
-            raise InputError(
-                f"weights.group_size {group} does not divide the {name} {width} of {model.name}: give {hint}."
-            )
+            hint = f"one of {', '.join(map(str, fitting))}" if fitting else f"none (one scale per {whole})"
+            raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
 

@@ -38,10 +38,10 @@ def comparison(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str,
     """A row for each run, from its folder and its report.json; what a report lacks is None or empty.
 
     Returns:
-        Dictionaries with `run`, `model`, `method`, `group_size`, `bits` (`weights`, `activations`, `keys`, `values`,
-        and `per_weight`, scales and zero points included), `sizes` in bytes, `perplexity` by data set and model,
-        `divergence` by data set, `tasks`, `seconds`, `plain_forward_seconds`, `peak_memory_bytes`, and `notes`: what
-        is not the same as in the first run, and so makes figures incomparable.
+        Dictionaries with `run`, `model`, `method`, `group_size`, `activation_group`, `bits` (`weights`, `activations`,
+        `keys`, `values`, and `per_weight`, scales and zero points included), `sizes` in bytes, `perplexity` by data set
+        and model, `divergence` by data set, `tasks`, `seconds`, `plain_forward_seconds`, `peak_memory_bytes`, and
+        `notes`: what is not the same as in the first run, and so makes figures incomparable.
 
     Raises:
         InputError: a report is not one that this release reads.
@@ -67,6 +67,7 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
         "model": str(report["model"]),
         "method": str(recipe["weights"]["method"]),
         "group_size": recipe["weights"]["group_size"],
+        "activation_group": recipe["activations"].get("group_size"),
         "bits": {
             "weights": int(recipe["weights"]["bits"]),
             "activations": int(recipe["activations"]["bits"]),
@@ -180,6 +181,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
         ("K", lambda row: f"{row['bits']['keys']}"),
         ("V", lambda row: f"{row['bits']['values']}"),
         ("group", lambda row: f"{row['group_size'] or ''}"),
+        ("group of A", lambda row: f"{row['activation_group'] or ''}"),
         ("bits per weight", lambda row: _cell(row["bits"]["per_weight"], "{:.2f}")),
         ("size", lambda row: _size(row["sizes"].get("quantized"))),
         ("original size", lambda row: _size(row["sizes"].get("original"))),

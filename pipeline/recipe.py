@@ -154,6 +154,11 @@ class Activations(_Section):
     """Activations (inputs of linear layers, quantized per token as the model runs)."""
 
     bits: Bits = Field(default=16, description="Bits of an activation.")
+    group_size: int | None = Field(
+        default=None,
+        ge=8,
+        description="Channels of a token that share a scale, after online rotations; none: all of them.",
+    )
     symmetric: bool = Field(default=True, description="Quantize without a zero point.")
     clip: float = Field(
         default=0.9, gt=0, le=1, description="Part of a token's range that the grid covers; the rest is clipped."

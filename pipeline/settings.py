@@ -50,6 +50,7 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         activation_bits=recipe.activations.bits,
         activation_symmetric=recipe.activations.symmetric,
         activation_clip=recipe.activations.clip,
+        activation_group=recipe.activations.group_size,
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip,

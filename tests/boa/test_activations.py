@@ -142,6 +142,33 @@ def test_error_is_at_most_half_a_step(symmetric: bool) -> None:
         assert (token - y).abs().max() <= scale * (0.5 if symmetric else 1.0) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("symmetric", "clip"), MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_each_group_has_its_own_scale(dtype: torch.dtype, symmetric: bool, clip: float) -> None:
+    x = _tokens()[:20].view(2, 10, 24).to(dtype)
+    for group in (1, 3, 8, 12):
+        y = DynamicQuantizer(4, symmetric, clip, group)(x)
+        assert y.shape == x.shape and y.dtype == dtype
+        parts = [DynamicQuantizer(4, symmetric, clip)(part) for part in x.split(group, -1)]
+        assert torch.equal(y, torch.cat(parts, -1))
+    whole = DynamicQuantizer(4, symmetric, clip)(x)
+    assert torch.equal(DynamicQuantizer(4, symmetric, clip, 24)(x), whole) and not torch.equal(y, whole)
+
+
+def test_groups_of_what_is_not_contiguous() -> None:
+    x, quantizer = _tokens().view(4, 10, 24), DynamicQuantizer(4, group_size=8)
+    assert torch.equal(quantizer(x.transpose(0, 1)), quantizer(x).transpose(0, 1))
+    assert torch.equal(quantizer(x.mT[..., :8]), quantizer(x.mT[..., :8].contiguous()))
+    assert quantizer(x[:0]).shape == (0, 10, 24)
+
+
+def test_groups_that_do_not_divide_are_an_error() -> None:
+    with pytest.raises(RuntimeError):
+        DynamicQuantizer(4, group_size=7)(_tokens())
+
+
 def test_sixteen_bits_are_none() -> None:
     assert DynamicQuantizer.of(16, True, 0.9) is None
+    assert DynamicQuantizer.of(16, True, 0.9, 8) is None
     assert DynamicQuantizer.of(4, False, 0.95) == DynamicQuantizer(4, False, 0.95)
+    assert DynamicQuantizer.of(4, False, 0.95, 8) == DynamicQuantizer(4, False, 0.95, 8)

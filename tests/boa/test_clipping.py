@@ -49,6 +49,17 @@ def test_costs_are_the_definition(heads: int | None, tokens: int, bits: int, sym
         assert chosen.clip == RATIOS[expected.index(min(expected))]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [4, 8, 16])
+def test_groups_keep_their_size(group: int, symmetric: bool) -> None:
+    """One ratio for all groups, by the error of all of them together."""
+    x, reader = random(40, 16, seed=1) ** 3, random(8, 16, seed=11)
+    chosen = search_clip(DynamicQuantizer(3, symmetric, 0.5, group), x, reader.T @ reader)
+    assert chosen.group_size == group
+    costs = {ratio: _cost(DynamicQuantizer(3, symmetric, ratio, group), x, reader) for ratio in RATIOS}
+    assert costs[chosen.clip] == min(costs.values())
+
+
 def test_metric_matters() -> None:
     """Only one channel is read: an outlier in it must be kept whole, and an outlier elsewhere given up."""
     x = random(50, 16) * 0.1

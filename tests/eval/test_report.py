@@ -108,6 +108,16 @@ def test_the_sink_of_the_cache_is_named() -> None:
     assert low in page(contents(report=report))
 
 
+def test_the_page_says_what_shares_a_scale(html: str) -> None:
+    assert "activations in 4 bits, keys in 4 bits" in html and "boa A4KV4" in html
+    report = copy.deepcopy(REPORT)
+    report["recipe"]["activations"]["group_size"] = 64
+    rows = comparison([(Path("runs/mine"), report)])
+    grouped = page(contents(report=report, rows=rows, columns=table(rows)))
+    assert "activations in 4 bits by token in groups of 64, keys in 4 bits" in grouped
+    assert "boa A4 in 64sKV4" not in grouped and "boa A4 in 64s KV4" in grouped
+
+
 def test_names_are_text_and_no_markup(html: str) -> None:
     assert "<b>other" not in html and "&lt;b&gt;other &amp; $x$" in html
 

@@ -51,6 +51,13 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
     assert "dequantize" not in symmetric
     active = card(tmp_path, "compressed-tensors", Spec(bits=4, symmetric=True, activation_bits=8))[1]
     assert "max |x| / 127.5" in active and "W4A8" in active
+    assert "| 8 bits, dynamic, per token |" in active and "rounded per token with the scale" in active
+    grouped = Spec(bits=4, symmetric=True, activation_bits=8, activation_group=64)
+    active = card(tmp_path, "compressed-tensors", grouped)[1]
+    assert "| 8 bits, dynamic, per token in groups of 64 |" in active
+    assert "rounded per token in groups of 64 channels with the scale max |x| / 127.5" in active
+    assert "vllm serve" not in active and "no scheme for groups of them: use transformers" in active
+    assert "\n\n\n" not in active
     assert "import rotoboa" in card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4))[1]
     sink = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=3, cache_sink=2))[1]
     assert "| keys and values | 4 and 3 bits, of the first 2 positions 16 |" in sink

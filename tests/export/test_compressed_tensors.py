@@ -44,6 +44,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
                        "activations.search": False}, 1e-5),
     "w4a4": ("w4a16", {"weights.symmetric": True, "activations.bits": 4, "activations.clip": 14 / 15,
                        "activations.search": False}, 1e-5),
+    "w4 groups a4 groups": ("w4a16", {"weights.symmetric": True, "weights.group_size": 32, "activations.bits": 4,
+                                      "activations.clip": 14 / 15, "activations.search": False,
+                                      "activations.group_size": 32}, 1e-5),
 }  # fmt: skip
 
 LOAD = """
@@ -120,15 +123,18 @@ def test_tensors_are_those_of_the_description(bits: int, groups: int) -> None:
         compress(result, bits, symmetric=True)
 
 
+@pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int) -> None:
+def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int, group: int | None) -> None:
     x = torch.randn(3, 50, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
-    arguments = QuantizationArgs(num_bits=bits, symmetric=True, strategy="token", dynamic=True)
+    strategy = "group" if group else "token"
+    arguments = QuantizationArgs(num_bits=bits, symmetric=True, strategy=strategy, group_size=group, dynamic=True)
     module = nn.Linear(96, 1)
     module.quantization_status = QuantizationStatus.FROZEN
     theirs = forward_quantize(module, x, "input", arguments)
-    assert torch.equal(DynamicQuantizer(bits, True, stock_clip(bits))(x), theirs)
-    assert not torch.equal(DynamicQuantizer(bits, True, 0.9)(x), theirs)
+    assert torch.equal(DynamicQuantizer(bits, True, stock_clip(bits), group)(x), theirs)
+    assert not torch.equal(DynamicQuantizer(bits, True, 0.9, group)(x), theirs)
+    assert not torch.equal(DynamicQuantizer(bits, True, stock_clip(bits), 48)(x), theirs)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +147,8 @@ def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True}, r"cannot hold clip .*--activations\.clip 0\.99"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.symmetric": False},
          "takes symmetric dynamic activations"),
+        ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.group_size": 32, "rotation.r4": True,
+                   "rotation.r4_blocks": True}, "per token and not in groups of 32.* --activations.group_size none"),
     ],
 )  # fmt: skip
 def test_what_stock_readers_would_compute_wrongly_is_refused(

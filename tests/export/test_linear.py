@@ -1,6 +1,7 @@
 """The packed layer against its dequantized weight in float64, on both of its ways."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,14 @@ from rotoboa.export.packing import pack
 from rotoboa.rotation.hadamard import Hadamard
 
 ALL_BITS = range(2, 9)
+FAST_INTEGERS = linear.fast_integers
 ACTIVATIONS = [None, DynamicQuantizer(4, clip=0.9), DynamicQuantizer(8), DynamicQuantizer(4, False, 0.95)]
+
+
+@pytest.fixture(autouse=True)
+def _integers_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways are tested on any processor."""
+    monkeypatch.setattr(linear, "fast_integers", lambda device: True)
 
 
 def layer(
@@ -76,6 +84,54 @@ def test_groups_equal_the_simulation(bits: int, group: int, quantizer: DynamicQu
     module = layer(96, 24, bits, group_size=group, transform=InputTransform(None, quantizer))
     x = tokens(6, 96)
     assert ways(module, x) == "floats"
+    expected = simulated(module, x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "activations"), [(2, 4), (3, 2), (4, 4), (4, 8), (5, 3), (8, 8)])
+def test_groups_of_activations_equal_the_simulation(
+    bits: int, activations: int, symmetric: bool, clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One scale a row; groups of weights as wide, wider, narrower; and such as neither divides."""
+    monkeypatch.setattr(linear, "_COLUMNS", 8)
+    for group, weights in ((16, None), (16, 16), (8, 24), (24, 8), (12, 12), (96, 16), (96, None), (32, 24)):
+        quantizer = DynamicQuantizer(activations, symmetric, clip, group)
+        module = layer(96, 24, bits, group_size=weights, transform=InputTransform(None, quantizer))
+        x = tokens(2, 3, 96)
+        by_integers = symmetric and (group, weights) not in ((96, 16), (32, 24))
+        assert ways(module, x) == ("integers" if by_integers else "floats")
+        expected = simulated(module, x)
+        torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+        flat = replace(module.transform, quantizer=replace(quantizer, group_size=None))
+        assert group == 96 or (flat(x) @ module.dequantize(torch.float64).T - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [None, 128])
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_of_activations_in_parts(
+    group: int, weights: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_CHUNK", {"cpu": 16 * 384})
+    quantizer = DynamicQuantizer(4, True, 0.9, group)
+    module = layer(384, 50, 4, group_size=weights, transform=InputTransform(Hadamard.of(384), quantizer)).to(dtype)
+    x = tokens(6, 384).to(dtype)
+    assert ways(module, x) == ("integers" if group == 128 else "floats")
+    expected = simulated(module, x)
+    assert (module(x).double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize(("capability", "fast"), [("AVX2", False), ("NO AVX", False), ("AVX512", True)])
+def test_processors_without_fast_integers_compute_from_floats(
+    capability: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "fast_integers", FAST_INTEGERS.__wrapped__)
+    module, x = layer(64, 10, 4, transform=InputTransform(None, DynamicQuantizer(4))), tokens(5, 64)
+    assert ways(module, x) == ("integers" if fast else "floats")
     expected = simulated(module, x)
     torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 

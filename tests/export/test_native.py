@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import rotoboa
 from rotoboa.boa.attention import NAME
 from rotoboa.errors import InputError
+from rotoboa.export import linear
 from rotoboa.export.linear import QuantizedLinear
 from rotoboa.export.native import packed_block
 from rotoboa.export.spec import Spec
@@ -36,6 +37,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "cache.key_bits": 2,
             "cache.value_bits": 3,
         },
+    ),
+    "w3g8 a4g32": (
+        "w4a4kv4",
+        {"weights.bits": 3, "weights.group_size": 8, "activations.group_size": 32, "activations.symmetric": True},
     ),
     "w8a8 symmetric": ("w4a4", {"weights.bits": 8, "weights.symmetric": True, "activations.bits": 8}),
     "w8a16 unrotated": ("w4a16", {"weights.bits": 8, "rotation.r1": False, "rotation.r2": False}),
@@ -97,11 +102,13 @@ def test_embedded_model_computes_what_was_measured(tiny_run: Path) -> None:
     assert (logits(load(tiny_run), ids) - streamed_logits(tiny_run, ids)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("setting", ["w4a4kv4", "w8a8 symmetric"])
+@pytest.mark.parametrize("setting", ["w4a4kv4", "w8a8 symmetric", "w3g8 a4g32"])
 def test_integers_give_the_logits_of_the_simulation(runs: Runs, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer does to rounding (test_linear); an activation on the edge of two levels then moves a token more."""
     model, ids = load(runs(setting)), tokens(4, 60)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    monkeypatch.setattr(linear, "fast_integers", lambda device: True)
+    monkeypatch.setattr(linear, "_COLUMNS", 8)
     assert all(layer.counts(layer.transform.quantizer, ids.device) for layer in layers)
     found = logits(model, ids)
     monkeypatch.setattr(QuantizedLinear, "counts", lambda *_: False)

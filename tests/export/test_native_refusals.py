@@ -51,6 +51,8 @@ def test_another_format_version_is_refused(broken: Path) -> None:
         ({"key_bits": 1}, "key_bits is 1"),
         ({"activation_clip": 0}, "activation_clip is 0"),
         ({"group_size": -1}, "group_size is -1"),
+        ({"activation_group": 0}, "activation_group is 0"),
+        ({"activation_group": "x"}, "activation_group is 'x'"),
         ({"symmetric": "no"}, "symmetric is 'no'"),
         ({"clips": [{"qkv": 2}, {}]}, "clips is [{'qkv': 2}, {}]"),
         ({"clips": 0.9}, "clips is 0.9"),

@@ -118,6 +118,12 @@ def test_group_size_that_does_not_divide(user: User) -> None:
     assert "weights.group_size is 4 but must be an integer at least 8, or none" in user.refused(
         "--weights.group_size", "4"
     )
+    message = user.refused("--activations.bits", "4", "--activations.group_size", "64")
+    assert "activations.group_size 64 does not divide the ffn size 96" in message
+    assert message.endswith("give one of 32, 16, 8.")
+    assert "activations.group_size is 4 but must be an integer at least 8" in user.refused(
+        "--activations.group_size", "4"
+    )
 
 
 @pytest.mark.parametrize("bits", ["1", "9", "16", "four", "4.5", "-4"])

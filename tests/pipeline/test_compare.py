@@ -69,11 +69,13 @@ def test_json_holds_the_figures_of_the_report() -> None:
 
 
 def test_csv_has_a_column_for_each_figure_and_a_line_for_each_run() -> None:
-    other = changed(model='a, "b"', recipe__weights__group_size=64, perplexity__c4={"quantized": 7.5})
+    groups = {"recipe__weights__group_size": 64, "recipe__activations__group_size": 32}
+    other = changed(model='a, "b"', perplexity__c4={"quantized": 7.5}, **groups)
     first, second = csv.DictReader(io.StringIO(render(rows(REPORT, other), "csv")))
     assert float(first["perplexity.stdlib.quantized"]) == 13.25 and first["perplexity.c4.quantized"] == ""
     assert second["perplexity.c4.quantized"] == "7.5" and second["model"] == 'a, "b"'
     assert (first["group_size"], second["group_size"]) == ("", "64")
+    assert (first["activation_group"], second["activation_group"]) == ("", "32")
     assert second["notes"] == "other model; other evaluation text"
     assert list(first)[:4] == ["run", "model", "method", "group_size"] and list(first)[-1] == "notes"
 

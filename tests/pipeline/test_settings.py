@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 import rotoboa
 from rotoboa.export.packing import packed_width
+from rotoboa.pipeline.exporting import open_finished
 from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.run import RunFolder
+from rotoboa.pipeline.verifying import run_logits
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -53,6 +56,35 @@ def test_methods_bits_and_groups(
     assert int(tensors["mlp.down_proj.zero"].max()) < 2**bits
     with torch.no_grad():
         assert rotoboa.load(tmp_path / "run")[0](torch.arange(20)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("model", "group", "symmetric"), [("llama", 64, False), ("tiny", 16, True)])
+def test_groups_of_activations(
+    save_llama: Callable[..., Path], make_recipe: MakeRecipe, tmp_path: Path, model: str, group: int, symmetric: bool
+) -> None:
+    """Calibrated, searched, saved and loaded in groups; and nearer to the original than by token."""
+    if model == "llama":
+        model = str(save_llama(tmp_path / "llama", hidden_size=256, intermediate_size=192))
+    changes = {
+        "model": model,
+        "weights.bits": 8,
+        "activations.bits": 3,
+        "activations.symmetric": symmetric,
+        "rotation.r4": True,
+        "evaluation.baseline": False,
+    }
+    ids, divergences = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1)), {}
+    for size in (None, group):
+        run = tmp_path / str(size)
+        report = rotoboa.quantize(make_recipe("w4a16", {**changes, "activations.group_size": size, "output": run}))
+        (divergence,) = report["divergence"].values()
+        divergences[size] = divergence["kl"]
+    spec = json.loads((run / "model" / "config.json").read_text())["quantization_config"]
+    assert spec["activation_group"] == group and set(spec["clips"][0]) == {"qkv", "output", "gate_up", "down"}
+    with torch.no_grad():
+        logits = rotoboa.load(run, dtype=torch.float32)[0](ids).logits
+    torch.testing.assert_close(logits, run_logits(open_finished(RunFolder.open(run)), ids), rtol=1e-4, atol=1e-4)
+    assert divergences[group] < divergences[None]
 
 
 def test_losses_fall_with_bits_and_methods(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
