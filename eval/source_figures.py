@@ -19,28 +19,29 @@ def kl_by_source(entries: Mapping[str, Mapping[str, Any]], title: str = "KL with
         title: of the picture; no other on a page may have it.
     """
     names = known(entries.values())
-    low, high = span([entry["kl"][name] for entry in entries.values() for name in names if name in entry["kl"]], 1.6)
+    low, high = span([entry["kl"][name] for entry in entries.values() for name in names if name in entry["kl"]], 1.4)
     with Chart(height=0.7 + 0.26 * len(names)) as chart:
         axes = chart.axes[0]
         for series, (label, entry) in enumerate(entries.items()):
             have = [(i, entry["kl"][name]) for i, name in enumerate(names) if entry["kl"].get(name, 0) > 0]
             titles = [f"{LABELS[names[i]]}, {label}: {kl:.4f}" for i, kl in have]
-            at = [i + 0.5 * ((series + 0.5) / len(entries) - 0.5) for i, _ in have]
+            at = [i + 0.7 * ((series + 0.5) / len(entries) - 0.5) for i, _ in have]
             chart.line(axes, [kl for _, kl in have], at, label, series, titles, joined=False)
             if len(entries) == 1:
                 for place, kl in have:
                     axes.annotate(f"{kl:.3g}", (kl, place), (6, 0), textcoords="offset points", va="center", fontsize=7)
         axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
-        log_scale(axes.xaxis, low, high)
-        axes.set_xlabel("mean KL of the next token from full precision, nats")
+        log_scale(axes.xaxis, low, high * 1.6)  # room for the last figure
+        axes.set_xlabel("KL from full precision, nats")
         if len(entries) > 1:
             legend(chart, axes)
     cells = [
         [f"{entry['kl'][name]:.4f}" if name in entry["kl"] else "" for entry in entries.values()] for name in names
     ]
     rows = [[LABELS[name], *own] for name, own in zip(names, cells, strict=True)]
-    text = f"All else in full precision. {' '.join(dict.fromkeys(map(measured_on, entries.values())))}"
+    measured = " ".join(dict.fromkeys(measured_on(entry) for entry in entries.values()))
+    text = f"Mean over next tokens, all else in full precision. {measured}"
     return Picture(title, chart.svg(title), text, ["alone", *entries], rows)
 
 

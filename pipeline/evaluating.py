@@ -15,6 +15,7 @@ from ..boa.ranks import Ranks
 from ..errors import InputError
 from ..models.aliases import resolves_to_folder
 from .checks import check_length, length_of
+from .counting_run import SOURCE_WINDOWS
 from .distributed import joined
 from .identity import checkpoint_checksums
 from .job import Job, prepare
@@ -23,7 +24,7 @@ from .progress import Progress
 from .recipe_values import split_names
 from .run import REPORT, RunFolder, write_json
 from .sharing import check_alike, followed, shared_ends, shared_recipe, shared_tokens
-from .sources import WINDOWS, measure_sources
+from .sources import measure_sources
 from .tasks import task_scores, tasks_of
 from .texts import evaluation_sets, evaluation_windows
 
@@ -108,7 +109,7 @@ def _evaluate(
     ends, measured = shared_ends(job, folder), dict[str, dict[str, Any]]()
     if sources:
         job.rotations = job.rotations.reseeded(folder.manifest.get("rotation_seed", recipe.rotation.seed))
-        measured["sources"] = measure_sources(job, folder, tokens, ends, progress, windows or WINDOWS)
+        measured["sources"] = measure_sources(job, folder, tokens, ends, progress, windows or SOURCE_WINDOWS)
         tokens = tokens if dataset else {}
     measured |= perplexities(job, folder, tokens, ends, progress)
     if asked:

@@ -16,6 +16,7 @@ from ..export.native import prepare_block
 from ..models.ends import Ends
 from ..models.families import Family
 from .buffers import trim
+from .counting_run import SOURCE_WINDOWS
 from .ends import rotated_ends
 from .job import Job
 from .overlap import for_rotation
@@ -23,7 +24,6 @@ from .progress import Progress
 from .run import RunFolder
 from .sharing import own_windows, shared_block
 
-WINDOWS = 4  # of text, at most, where nobody asks for more: every block runs twice for each source
 PACKED = ("weights", "all")  # sources that run the run's own weights
 
 
@@ -51,7 +51,7 @@ def only(transforms: OnlineTransforms, source: str | None) -> OnlineTransforms:
 
 @torch.no_grad()
 def measure_sources(
-    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: Ends, progress: Progress, most: int = WINDOWS
+    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: Ends, progress: Progress, most: int = SOURCE_WINDOWS
 ) -> dict[str, Any]:
     """KL from full precision with one quantizer on alone, and what each adds to the residual stream of each block.
 
