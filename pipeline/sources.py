@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..boa.attention import set_attention
 from ..boa.transforms import INPUT_SITES, OnlineTransforms
 from ..eval.perplexity import States, part_sums, summary
-from ..export.native import prepare_block
+from ..export.native import unpack_block
 from ..models.ends import Ends
 from ..models.families import Family
 from .buffers import trim
@@ -146,8 +146,7 @@ class _Walk:
         del original
         exact = exact_block(self.job, index, tensors)
         transforms = self.job.spec.transforms(compute.shape, index)
-        empty = prepare_block(compute.empty_block(index), family, self.job.spec, transforms)
-        quantized = compute.block(index, packed, empty)
+        quantized = unpacked_block(self.job, index, packed)
         for start in range(0, len(self.own), self.batch):
             span = slice(start, start + self.batch)
             before = self.streams["exact"][span].to(compute.device)
@@ -168,8 +167,28 @@ class _Walk:
 
 def exact_block(job: Job, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     """Block `index`, of the checkpoint's `tensors`, rotated and in full precision; `switch` says what runs online."""
+    compute = job.decoder
+    near = for_rotation(tensors, compute.device)
+    return _hooked(compute.block(index, job.rotations.rotate_block(near, compute.family, index)), compute.family)
+
+
+def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module:
+    """Block `index` with the weights of the run as floats; `switch` says what runs online.
+
+    Packed layers would take products of integers, which differ in the rounding of floats alone, and which a processor
+    without instructions for them is many times slower at.
+    """
     compute, family = job.decoder, job.decoder.family
-    block = compute.block(index, job.rotations.rotate_block(for_rotation(tensors, compute.device), family, index))
+    empty = compute.empty_block(index)
+    columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
+    results = unpack_block(packed, family, job.spec.bits, columns)
+    parts = {f"{name}.{part}" for name in results for part in ("qweight", "scale", "zero")}
+    others = {name: tensor for name, tensor in packed.items() if name not in parts}
+    weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
+    return _hooked(compute.block(index, others | weights), family)
+
+
+def _hooked(block: nn.Module, family: Family) -> nn.Module:
     for name in family.sites:
         block.get_submodule(name).register_forward_pre_hook(_transformed)
     return block
@@ -181,7 +200,7 @@ def _transformed(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def switch(block: nn.Module, family: Family, transforms: OnlineTransforms) -> None:
-    """Put transforms on a block of `exact_block` or of packed layers, in place."""
+    """Put transforms on a block of `exact_block` or `unpacked_block`, in place."""
     for name, transform in transforms.by_projection(family).items():
         block.get_submodule(name).transform = transform  # type: ignore[assignment]
     set_attention(block.get_submodule(family.attention), transforms.attention)

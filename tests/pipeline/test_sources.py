@@ -52,7 +52,7 @@ def test_all_together_is_the_run_and_none_is_full_precision(measured: tuple[Path
     found = report["sources"]
     assert list(found["kl"]) == list(found["blocks"]) == SOURCES
     assert found["dataset"] == str(text) and found["tokens"] == [4, 64]
-    assert found["kl"]["all"] == kl_of(report)
+    assert found["kl"]["all"] == pytest.approx(kl_of(report), rel=0.01)  # by floats, as packed layers do by integers
     assert 0 <= found["exact"] < 0.05 * min(found["kl"].values())  # embedding and head are rotated in bfloat16
     assert all(found["kl"][name] < found["kl"]["all"] for name in SOURCES[:-1])
     assert all(len(errors) == 2 and min(errors) > 1e-6 for errors in found["blocks"].values())
@@ -122,7 +122,7 @@ def test_what_is_not_quantized_is_no_source(llama: Path, make_recipe: MakeRecipe
     report = rotoboa.quantize(make_recipe("w2a16", {"model": str(llama), "output": tmp_path / "weights", **CHEAP}))
     found = report["sources"]
     assert list(found["kl"]) == list(found["blocks"]) == ["weights", "all"]
-    assert found["kl"]["weights"] == found["kl"]["all"] == kl_of(report)
+    assert found["kl"]["weights"] == found["kl"]["all"] == pytest.approx(kl_of(report), rel=1e-4)
     assert found["blocks"]["weights"] == found["blocks"]["all"]
     changes = {"model": str(llama), "output": tmp_path / "keys", "cache.key_bits": 2, "weights.bits": 8}
     report = rotoboa.quantize(make_recipe("w4a16", {**changes, **CHEAP}))
@@ -143,7 +143,7 @@ def test_families(save_family: Callable[..., Path], make_recipe: MakeRecipe, tmp
     found = report["sources"]
     assert list(found["kl"]) == SOURCES
     assert found["exact"] < 1e-4 < min(found["kl"].values())
-    assert found["kl"]["all"] == kl_of(report)
+    assert found["kl"]["all"] == pytest.approx(kl_of(report), rel=0.02)
 
 
 # -- when it is measured ----------------------------------------------------------------------------------------------
