@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import yaml
 
-from . import costs, figures
+from . import costs, figures, source_figures
 from .figures import Layer, Picture
 
 
@@ -54,7 +54,7 @@ def page(contents: Contents) -> str:
     """The page as HTML text."""
     template = resources.files("rotoboa.eval").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    sections = [_runs(contents), _activations(contents), _losses(contents), _costs(contents)]
+    sections = [_runs(contents), _activations(contents), _losses(contents), _sources(contents), _costs(contents)]
     report, others = contents.report, len(contents.rows) - 1
     words = (
         f"This run beside {others} other{'s' if others > 1 else ''}." if others else "What was measured of this run."
@@ -163,6 +163,17 @@ def _losses(contents: Contents) -> Section:
         )
     pictures = [figures.losses_by_projection(contents.layers), figures.losses_by_block(contents.layers)]
     return Section("Loss of each layer", words, pictures)
+
+
+def _sources(contents: Contents) -> Section:
+    found = contents.report.get("sources")
+    if not found:
+        return Section("Sources", [], [])
+    words = [
+        "What each quantizer costs alone: weights, the inputs of each kind of layer, keys, values. They do not add up."
+    ]
+    pictures = [source_figures.kl_by_source({"this run": found}), source_figures.errors_by_block(found)]
+    return Section("Where the loss comes from", words, pictures)
 
 
 def _costs(contents: Contents) -> Section:

@@ -12,7 +12,7 @@ from ..errors import InputError
 from .cli_command import Device, facts_table, print_tables
 from .cli_recipe import DEFAULT_RECIPE, RecipeName, overrides, with_recipe_options
 from .files import read_json
-from .progress import cost_table, loss_table, result_table, task_table
+from .progress import cost_table, loss_table, result_table, source_table, task_table
 from .recipe_files import build_recipe, load_recipe
 
 
@@ -78,6 +78,6 @@ def _inspect_run(run: Path, as_json: bool) -> None:
     if not report:
         typer.echo("There is no report: the run is not finished.")
         return
-    print_tables(result_table(report), task_table(report), cost_table(report))
+    print_tables(result_table(report), task_table(report), source_table(report), cost_table(report))
     if raised := report.get("raised_damping"):
         print_tables(facts_table("raised damping", raised))

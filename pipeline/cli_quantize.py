@@ -12,7 +12,7 @@ from . import launch
 from .cli_command import Device, Quiet, print_tables
 from .cli_recipe import DEFAULT_RECIPE, RecipeName, overrides, with_recipe_options
 from .files import read_json
-from .progress import Progress, cost_table, result_table, task_table
+from .progress import Progress, cost_table, result_table, source_table, task_table
 from .recipe import Recipe
 from .recipe_fields import value_of
 from .recipe_files import build_recipe, load_recipe
@@ -50,7 +50,7 @@ def quantize(
         report = stages.quantize(run, device=device, progress=progress)
     if launch.rank() > 0:
         return
-    print_tables(result_table(report), task_table(report), cost_table(report))
+    print_tables(result_table(report), task_table(report), source_table(report), cost_table(report))
     typer.echo(f"The run is in {run.output}")
 
 

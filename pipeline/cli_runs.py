@@ -11,7 +11,7 @@ from ..errors import InputError
 from . import launch
 from .cli_command import Device, Quiet, Run, print_tables
 from .files import read_json
-from .progress import Progress, result_table, task_table
+from .progress import Progress, result_table, source_table, task_table
 
 
 def evaluate(
@@ -38,6 +38,14 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="INT", help="Items of a task. (default all)")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="INT", help="Sequences of a task at a time.")] = 8,
+    sources: Annotated[
+        bool,
+        typer.Option(
+            "--sources",
+            help="Measure what each quantizer costs alone, on at most 4 windows of the first text, or --windows of it. "
+            "Perplexity is then only measured where --dataset is given.",
+        ),
+    ] = False,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -56,12 +64,13 @@ def evaluate(
             tasks_path=tasks_path,
             limit=limit,
             batch=batch_size,
+            sources=sources,
             device=device,
             progress=progress,
         )
     if launch.rank() > 0:
         return
-    print_tables(result_table(report), task_table(report))
+    print_tables(result_table(report), task_table(report), source_table(report))
 
 
 def compare(

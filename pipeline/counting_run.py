@@ -29,6 +29,8 @@ from .counting_solver import grid_search, problems, references, solve
 from .recipe import Recipe
 from .settings import settings_of
 
+SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,6 +47,7 @@ class Plan:
         head: whether the output layer is moved.
         windows: of `length` tokens that are evaluated; 0 for none.
         baseline: whether RTN is evaluated too.
+        sources: quantizers that are measured alone, and all together; 0 for none.
     """
 
     settings: Settings
@@ -58,6 +61,7 @@ class Plan:
     head: bool = False
     windows: int = 0
     baseline: bool = True
+    sources: int = 0
     all_samples: int | None = None
 
     @classmethod
@@ -84,7 +88,13 @@ class Plan:
             head=bool(weights.head) and weights.method != "rtn",
             windows=windows or 0,
             baseline=recipe.evaluation.baseline,
+            sources=_sources(recipe) if recipe.evaluation.sources else 0,
         )
+
+
+def _sources(recipe: Recipe) -> int:
+    inputs = 4 if recipe.activations.bits < 16 else 0
+    return 2 + inputs + (recipe.cache.key_bits < 16) + (recipe.cache.value_bits < 16)
 
 
 def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]:
@@ -132,13 +142,20 @@ def head(sizes: Sizes, tokens: float) -> Work:
 
 
 def evaluation(sizes: Sizes, run: Plan) -> Work:
-    """Full precision, RTN where it is asked for, and the result: a pass and the logits, those of the first again."""
+    """Full precision, RTN where it is asked for, and the result: a pass and the logits, those of the first again.
+
+    Sources, where they are asked for.
+    """
     s, tokens = sizes.shape, run.windows * run.length
     if not tokens:
         return Work()
     models = 3 if run.baseline else 2
     logits = linear(tokens, s.vocabulary, s.hidden) + moved(tokens * s.vocabulary, 8)
     work = models * plain(sizes, run.windows, run.length) + (2 * models - 1) * logits
+    if run.sources:  # each twice, for KL and by block, beside the original and the rotated model
+        windows = min(run.windows, SOURCE_WINDOWS)
+        work += (2 + 2 * run.sources) * plain(sizes, windows, run.length)
+        work += 2 * (1 + run.sources) * (windows / run.windows) * logits
     if run.baseline:
         work += s.blocks * total(p.count * grid_search(p, run.settings) for p in problems(sizes))
     return work

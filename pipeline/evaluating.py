@@ -15,6 +15,7 @@ from ..boa.ranks import Ranks
 from ..errors import InputError
 from ..models.aliases import resolves_to_folder
 from .checks import check_length, length_of
+from .counting_run import SOURCE_WINDOWS
 from .distributed import joined
 from .identity import checkpoint_checksums
 from .job import Job, prepare
@@ -23,6 +24,7 @@ from .progress import Progress
 from .recipe_values import split_names
 from .run import REPORT, RunFolder, write_json
 from .sharing import check_alike, followed, shared_ends, shared_recipe, shared_tokens
+from .sources import measure_sources
 from .tasks import task_scores, tasks_of
 from .texts import evaluation_sets, evaluation_windows
 
@@ -37,10 +39,11 @@ def evaluate(
     tasks_path: Path | None = None,
     limit: int | None = None,
     batch: int = 8,
+    sources: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a finished run on texts, or on zero-shot tasks; returns a report of what was measured.
+    """Measure a finished run on texts, by source, or on zero-shot tasks; returns a report of what was measured.
 
     What the run's report.json does not have yet is added to it: other texts, and tasks. What was cut short by
     `windows`, `sequence_length` or `limit` is not.
@@ -54,6 +57,8 @@ def evaluate(
         tasks_path: folder of task files that `tasks` may name; without `tasks`, all of them.
         limit: items of a task; None: all.
         batch: sequences of a task computed at a time.
+        sources: measure what each quantizer costs alone, on the first of the texts: as `measure_sources`. Without
+            `dataset`, no perplexity is measured beside it.
         device: where to compute; None: CUDA where it is, else the CPU.
         progress: told of each step.
 
@@ -62,7 +67,7 @@ def evaluate(
     """
     with joined(device=device, again="run the same command again") as ranks:
         return _evaluate(
-            ranks, run, dataset, windows, sequence_length, tasks, tasks_path, limit, batch, device,
+            ranks, run, dataset, windows, sequence_length, tasks, tasks_path, limit, batch, sources, device,
             progress or Progress(quiet=True),
         )  # fmt: skip
 
@@ -77,6 +82,7 @@ def _evaluate(
     tasks_path: Path | None,
     limit: int | None,
     batch: int,
+    sources: bool,
     device: str | None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -96,13 +102,18 @@ def _evaluate(
     asked = tasks_of(job, split_names(tasks), tasks_path)
     split, most = recipe.evaluation.split, windows or recipe.evaluation.windows
     tokens: dict[str, Tensor] = {}
-    if dataset or not asked:
+    if dataset or sources or not asked:
         chosen = evaluation_sets(split_names(dataset) or recipe.evaluation.dataset, job.model, "--dataset")
         tokens = {
             name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most)) for name in chosen
         }
     job.spec = replace(job.spec, clips=folder.clips())
-    measured: dict[str, dict[str, Any]] = perplexities(job, folder, tokens, shared_ends(job, folder), progress)
+    ends, measured = shared_ends(job, folder), dict[str, dict[str, Any]]()
+    if sources:
+        job.rotations = job.rotations.reseeded(folder.manifest.get("rotation_seed", recipe.rotation.seed))
+        measured["sources"] = measure_sources(job, folder, tokens, ends, progress, windows or SOURCE_WINDOWS)
+        tokens = tokens if dataset else {}
+    measured |= perplexities(job, folder, tokens, ends, progress)
     if asked:
         measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
     if not first:
@@ -166,7 +177,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _add(report: dict[str, Any], measured: Mapping[str, dict[str, Any]], windows: Mapping[str, Any]) -> None:
-    """Add the texts that a report has not, and tasks."""
+    """Add the texts that a report has not, its sources where it has none, and tasks."""
     new = [dataset for dataset in windows if dataset not in report["perplexity"]]
     for name in ("perplexity", "divergence"):
         report[name] = report.get(name, {}) | {dataset: measured[name][dataset] for dataset in new}
@@ -174,6 +185,8 @@ def _add(report: dict[str, Any], measured: Mapping[str, dict[str, Any]], windows
         known = report.get("tokens", {}).get("evaluation")
         of_new = {dataset: windows[dataset] for dataset in new}
         report["tokens"]["evaluation"] = (known if isinstance(known, dict) else {}) | of_new
+    if "sources" in measured and "sources" not in report:
+        report["sources"] = measured["sources"]
     if "tasks" in measured:
         others = {name: found for name, found in report.get("tasks", {}).items() if name != "average"}
         report["tasks"] = {**others, **measured["tasks"]}

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from ..eval import source_tables
+
 MODELS = {"full_precision": "full precision", "rtn": "RTN, no rotation", "quantized": "quantized"}
 
 
@@ -215,6 +217,19 @@ def task_table(report: Mapping[str, Any]) -> Table:
         average = name == "average"
         metric = "" if average else found["metric"]
         table.add_row(name, metric, *cells, style="bold" if average else None)
+    return table
+
+
+def source_table(report: Mapping[str, Any]) -> Table:
+    """What each quantizer costs alone, where `report["sources"]` has it."""
+    sources: Mapping[str, Any] | None = report.get("sources")
+    table = Table(title="Where the loss comes from: each quantizer alone", title_justify="left")
+    for number, title in enumerate(source_tables.COLUMNS):
+        table.add_column(title, justify="right" if number else "left")
+    for row in source_tables.rows(sources) if sources else ():
+        table.add_row(*row, style="bold" if row[0] == source_tables.LABELS["all"] else None)
+    table.caption = source_tables.BY_BLOCK
+    table.caption_justify = "left"
     return table
 
 

@@ -225,6 +225,11 @@ class Evaluation(_Section):
     references: bool = Field(
         default=True, description="Also measure the loss that RTN and plain GPTQ have in each layer, for the report."
     )
+    sources: bool = Field(
+        default=False,
+        description="Also measure what each quantizer costs alone: weights, the inputs of each kind of layer, keys and "
+        "values, all else in full precision, on at most 4 windows of the first text.",
+    )
     report: bool = Field(default=True, description="Write report.html, with the activations before and after rotation.")
 
 

@@ -49,6 +49,7 @@ from .recipe_files import recipe_to_yaml
 from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .sharing import check_alike, followed, own_share, shared_ends, shared_tokens
+from .sources import measure_sources
 from .tasks import task_scores, tasks_of
 from .texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
 
@@ -158,6 +159,10 @@ def _run(
             ranks.tell()  # wait for it
     ends = shared_ends(job, folder)
     measured = perplexities(job, folder, windows, ends, progress)
+    if recipe.evaluation.sources:
+        if "sources" not in known:
+            folder.keep(sources=measure_sources(job, folder, windows, ends, progress))
+        measured["sources"] = known["sources"]
     if tasks:
         measured["tasks"] = task_scores(job, folder, tasks, progress)
     peak, blocks = peak_so_far(job, folder), known["blocks"]

@@ -35,6 +35,13 @@ REPORT: dict[str, Any] = {
     "python": "3.11",
     "versions": {"torch": "2.13"},
     "recipe": build_recipe(load_recipe("w4a4kv4")).model_dump(mode="json"),
+    "sources": {
+        "kl": {"weights": 0.03125, "qkv": 0.0105, "keys": 0.0, "all": 0.0625},
+        "exact": 2e-5,
+        "blocks": {name: [1e-3, 3.21e-3, 2e-3] for name in ("weights", "qkv", "keys", "all")},
+        "dataset": "stdlib",
+        "tokens": [4, 2048],
+    },
 }
 
 
@@ -91,12 +98,15 @@ def test_the_page_holds_the_figures(html: str) -> None:
     for title in (
         "Activations before and after rotation",
         "Loss of each layer",
+        "Where the loss comes from",
         "Where the bits went",
         "Where the seconds went",
     ):
         assert title in text
     for block in range(3):  # the numbers of the losses stand under their chart
         assert f"<td>{block}</td><td>down_proj</td><td>0.007</td><td>0.014</td><td>0.05</td>" in text
+    assert "<td>inputs of Q, K, V</td><td>0.0105</td>" in text and "4 windows of 2,048 tokens" in text
+    assert "<td>1</td><td>3.21e-03</td><td>3.21e-03</td><td>3.21e-03</td><td>3.21e-03</td>" in text
     assert "Inputs of down, block 1" in text, "the spikiest block is the one that is shown"
     assert "R1, R2, R3, R4" in text and "first 4 positions" not in text
 
@@ -134,7 +144,7 @@ def test_the_page_stands_alone(html: str) -> None:
 
 def test_charts_are_named_and_take_their_colours_from_the_page(html: str) -> None:
     drawn = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(drawn) == 13
+    assert len(drawn) == 15
     used = set()
     for svg in drawn:
         assert 'role="img"' in svg and re.search(r'aria-label="[^"]+"', svg)
@@ -151,10 +161,10 @@ def test_the_same_page_twice(html: str) -> None:
 
 def test_what_was_not_measured_has_no_section() -> None:
     bare = copy.deepcopy(REPORT)
-    del bare["tasks"], bare["divergence"]
+    del bare["tasks"], bare["divergence"], bare["sources"]
     rows = comparison([(Path("one"), bare)])
     text = page(contents(report=bare, rows=rows, columns=table(rows), layers=[], activations={}, storage={}))
-    for words in ("Activations", "Loss of each", "Zero-shot", "KL divergence", "bits went"):
+    for words in ("Activations", "Loss of each", "Zero-shot", "KL divergence", "bits went", "loss comes from"):
         assert words not in text
     assert "the only run with this model" in text
 

@@ -225,12 +225,15 @@ def test_evaluate(stages: Stages, tmp_path: Path) -> None:
         "windows": 7,
         "sequence_length": 64,
         "batch": 8,
+        "sources": False,
     }
     more = ("--tasks", "piqa,mine", "--tasks-path", str(tmp_path), "--limit", "5", "--batch-size", "2", "--quiet")
     assert call("evaluate", str(tmp_path), *more).exit_code == 0
     options = stages.calls[1][1]
     assert options["tasks"] == "piqa,mine" and options["tasks_path"] == tmp_path
     assert options["limit"] == 5 and options["batch"] == 2 and options["dataset"] is None
+    assert call("evaluate", str(tmp_path), "--sources", "--quiet").exit_code == 0
+    assert stages.calls[2][1]["sources"] is True
     assert call("evaluate", str(tmp_path), "--windows", "0").exit_code == 2
 
 

@@ -97,6 +97,7 @@ def test_more_work_takes_longer(llama: Path, make_recipe: MakeRecipe, monkeypatc
     assert seconds(weights__method="adaround") > seconds(weights__method="gptq")
     assert seconds(weights__method="aespa", weights__iterations=100) < seconds(weights__method="aespa")
     assert seconds(evaluation__baseline=False) < base
+    assert seconds(evaluation__sources=True) > base
     assert seconds(weights__method="rtn") < seconds(weights__method="gptq")
 
 
