@@ -100,7 +100,8 @@ def _evaluate(
             name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most)) for name in chosen
         }
     job.spec = replace(job.spec, clips=folder.clips())
-    measured: dict[str, dict[str, Any]] = perplexities(job, folder, tokens, shared_ends(job, folder), progress)
+    ends = shared_ends(job, folder)
+    measured: dict[str, dict[str, Any]] = perplexities(job, folder, tokens, ends, progress)
     if asked:
         measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
     if not first:
@@ -113,7 +114,7 @@ def _evaluate(
         "tokens": {"evaluation": shapes(tokens)},
         "seconds": job.seconds,
         "sizes": sizes(job, folder),
-        "memory": loaded(job, length),
+        "memory": loaded(job, length, tied=ends.tied),
     }
 
 

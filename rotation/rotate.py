@@ -72,6 +72,11 @@ class Rotations:
             online_r1=online_r1 and r1,
         )
 
+    @property
+    def turned(self) -> bool:
+        """Whether the residual stream is turned, and with it embedding and output layer, the norms folded."""
+        return self.r1 is not None and not self.online_r1
+
     def reseeded(self, seed: int) -> Rotations:
         """The same rotations, their signs drawn from another seed; those that run online have none."""
         r1 = self.r1 if self.r1 is None or self.online_r1 else Hadamard.of(self.shape.hidden, seed)
