@@ -50,6 +50,7 @@ def write_native(
     spec: Spec,
     groups: Iterable[dict[str, Tensor]],
     *,
+    tied: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `folder` as a checkpoint that transformers loads after `import rotoboa`.
@@ -58,10 +59,11 @@ def write_native(
         folder: made new; what an interrupted export left there is replaced.
         source: the full-precision checkpoint, for its config and tokenizer.
         groups: tensors by their full names, a decoder block at a time; shards are filled in this order.
+        tied: embedding and head are one, and `groups` have no head.
         shard_bytes: the most bytes of one tensor file.
     """
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    config["tie_word_embeddings"] = False  # the two are rotated differently
+    config["tie_word_embeddings"] = tied  # where rotated, the two are different
     if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
         config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
     config["quantization_config"] = {"quant_method": METHOD, **spec.to_dict()}
@@ -125,7 +127,9 @@ def read_ends(folder: Path, family: Family) -> Ends:
     Raises:
         InputError: some of it is missing, or a file is damaged.
     """
+    tied = is_tied(folder)
     names, large = set(Ends.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
+    names -= {f"{family.head}.weight"} if tied else set()
     found: dict[str, Tensor | StoredMatrix] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -139,9 +143,23 @@ def read_ends(folder: Path, family: Family) -> Ends:
                     )
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
-    if missing := Ends.missing(family, found):
+    if missing := Ends.missing(family, found, tied=tied):
         raise InputError(f"{folder} lacks {', '.join(missing)}: run the recipe again.")
     return Ends.of(family, found)
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether embedding and head of a model folder are one, by its config.json.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} cannot be read ({error}): run the recipe or export it again."
+        ) from error
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

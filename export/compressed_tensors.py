@@ -227,7 +227,8 @@ def inspect(folder: Path) -> None:
             for part, size in expected.items():
                 check_shape(folder, f"{family.layers}.{index}.{name}.{part}", size, found)
     check_shape(folder, f"{family.embedding}.weight", (shape.vocabulary, shape.hidden), found)
-    check_shape(folder, f"{family.head}.weight", (shape.vocabulary, shape.hidden), found)
+    if not config.get("tie_word_embeddings"):
+        check_shape(folder, f"{family.head}.weight", (shape.vocabulary, shape.hidden), found)
     check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
     if f"{family.layers}.{shape.blocks}.{family.down}.weight_packed" in found:
         raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")

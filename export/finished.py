@@ -113,8 +113,8 @@ class Finished:
             stored: the tensors that a format has for one projection, by the last part of their names; None: ours.
         """
         f = self.family
-        first, last = self.ends().split(f)
-        yield first
+        ends = self.ends()
+        yield ends.before(f)
         for index in range(self.shape.blocks):
             if stored is None:
                 tensors = self.block(index)
@@ -123,7 +123,7 @@ class Finished:
                 for name, result in quantized.items():
                     tensors |= {f"{name}.{part}": tensor for part, tensor in stored(result).items()}
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
-        yield last
+        yield ends.after(f)
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:

@@ -130,8 +130,7 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     ffn = padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads}
     ends = run.ends()
-    embedding, norm, head = ends.embedding[:], ends.norm, ends.head[:]
-    yield _dense("token_embd.weight", embedding)
+    yield _dense("token_embd.weight", ends.embedding[:])
     factors = rope_factors(run)
     if factors is not None:
         yield _dense("rope_freqs.weight", factors)
@@ -150,8 +149,9 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
             if part in (f.gate, f.up):
                 wide = torch.nn.functional.pad(wide, (0, ffn - s.ffn))
             yield _dense(f"blk.{index}.{names[part]}.{kind}", wide.float())
-    yield _dense("output_norm.weight", norm.float())
-    yield _dense("output.weight", head)
+    yield _dense("output_norm.weight", ends.norm.float())
+    if not ends.tied:  # llama.cpp takes the embedding where there is none
+        yield _dense("output.weight", ends.head[:])
 
 
 def _dense(name: str, tensor: Tensor) -> tuple[str, Array, GGMLQuantizationType]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from gguf import GGUFReader
 
 from ..errors import InputError
+from .checkpoint import is_tied
 
 _PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm")
 
@@ -28,7 +29,10 @@ def inspect(folder: Path) -> Path:
     except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError, MemoryError) as error:
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"{file} is not a whole GGUF file of a llama ({what}): copy or export it again.") from error
-    for name, shape in _expected(sizes).items():
+    expected = _expected(sizes)
+    if is_tied(folder):
+        del expected["output.weight"]
+    for name, shape in expected.items():
         if name not in found:
             raise InputError(f"{file} has no tensor {name}: copy or export it again.")
         if found[name] != shape:

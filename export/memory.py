@@ -24,7 +24,7 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int, *, tied: bool = False) -> dict[str, Any]:
     """Bytes of the model and of the cache of one sequence, packed and as the original has them in bfloat16.
 
     The model is made as the loader makes it, but without data. The cache of a block is filled with `tokens` random
@@ -34,6 +34,7 @@ def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int) -> dic
         decoder: of the original model.
         dtype: of the checkpoint, which is that of the loaded model.
         tokens: length of the sequence.
+        tied: embedding and head of the packed model are one, as they are in the original.
 
     Returns:
         {"model": {"bfloat16": ..., "quantized": ...}, "cache": {"tokens": ..., "bfloat16": ..., "quantized": ...}}
@@ -42,7 +43,7 @@ def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int) -> dic
         "bfloat16": _cache_bytes(decoder, None, REFERENCE, tokens),
         "quantized": _cache_bytes(decoder, spec, dtype, tokens),
     }
-    original, packed = _skeleton(decoder, REFERENCE, tied=True), _skeleton(decoder, dtype, tied=False)
+    original, packed = _skeleton(decoder, REFERENCE, tied=True), _skeleton(decoder, dtype, tied=tied)
     prepare_model(packed, decoder.family, decoder.shape, spec)
     return {
         "model": {"bfloat16": model_bytes(original), "quantized": model_bytes(packed)},

@@ -141,7 +141,7 @@ class RotoboaQuantizer(HfQuantizer):
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
         prepare_model(model, family, shape, spec)
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and spec.r1 and not spec.online_r1:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
         if kwargs.get("checkpoint_files"):
             _check_files(model, [Path(file) for file in kwargs["checkpoint_files"]])
@@ -188,7 +188,10 @@ def _check_files(model: nn.Module, files: list[Path]) -> None:
                 found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
+    tied: Any = getattr(model, "all_tied_weights_keys", {})
     for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
         if name not in found:
             raise InputError(f"{files[0].parent} has no tensor {name}: copy or export it again.")
         if found[name] != tuple(tensor.shape):

@@ -127,13 +127,14 @@ def stock_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Ten
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"no model can be made of {folder / 'config.json'} ({error}): export it again.") from error
-    expected = model.state_dict()
+    tied = dict(model.all_tied_weights_keys)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, tensor in expected.items():
         check_shape(folder, name, tuple(tensor.shape), shapes)
     if surplus := set(state) - set(expected):
         raise InputError(f"{folder} has a tensor {min(surplus)}, which its config.json has not: export it again.")
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({**state, **{name: state[source] for name, source in tied.items()}}, assign=True)
     rotary = model.model.rotary_emb  # its frequencies follow from the config, and are not on the meta device's side
     model.model.rotary_emb = type(rotary)(config=model.config)
     return model.eval()

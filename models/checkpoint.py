@@ -282,11 +282,11 @@ class Checkpoint:
 
     def ends(self) -> Ends:
         """All that is outside the blocks, embedding and head not read yet."""
-        family = self.family
+        family, embedding, head = self.family, self.embedding(), self.head()
         return Ends(
-            self.embedding(),
+            embedding,
             self.final_norm(),
-            self.head(),
+            embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
             norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else None,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Ends:
     Attributes:
         embedding: (vocabulary, hidden); like `head` a tensor, or rows that are read when they are asked for.
         norm: (hidden,), the final norm's stored weight.
-        head: (vocabulary, hidden).
+        head: (vocabulary, hidden); the embedding itself where the two are tied.
         positions: (positions + offset, hidden), learned ones, as stored; None with RoPE.
         norm_bias: (hidden,), of a LayerNorm.
         head_bias: (vocabulary,), what the final norm's bias becomes when it is folded into the head.
@@ -32,6 +32,11 @@ class Ends:
     norm_bias: Tensor | None = None
     head_bias: Tensor | None = None
 
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix, which is stored once."""
+        return self.head is self.embedding
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Ends:
         """The same with `function` of every tensor that is there, whole."""
         return Ends(**{name: function(tensor[:]) for name, tensor in vars(self).items() if tensor is not None})
@@ -42,26 +47,32 @@ class Ends:
         return replace(self, embedding=self.embedding[index], head=self.head[index], head_bias=bias)
 
     def named(self, family: Family) -> dict[str, Tensor]:
-        """Those that are there, whole, by their full names in a checkpoint."""
-        names = _names(family)
-        return {names[field]: tensor[:] for field, tensor in vars(self).items() if tensor is not None}
+        """Those that are there, whole, by their full names in a checkpoint, which has no tied head."""
+        return {**self.before(family), **self.after(family)}
 
-    def split(self, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`named`, in two: what comes before the blocks and what comes after them."""
-        names, named = _names(family), self.named(family)
-        first = {names[field] for field in ("embedding", "positions") if field in names}
-        return {n: t for n, t in named.items() if n in first}, {n: t for n, t in named.items() if n not in first}
+    def before(self, family: Family) -> dict[str, Tensor]:
+        """Of `named` what comes before the blocks."""
+        return self._named(family, ("embedding", "positions"))
+
+    def after(self, family: Family) -> dict[str, Tensor]:
+        """Of `named` what comes after the blocks."""
+        return self._named(family, ("norm", "norm_bias", *([] if self.tied else ["head"]), "head_bias"))
+
+    def _named(self, family: Family, fields: Sequence[str]) -> dict[str, Tensor]:
+        names = _names(family)
+        return {names[field]: getattr(self, field)[:] for field in fields if getattr(self, field) is not None}
 
     @classmethod
-    def missing(cls, family: Family, found: Mapping[str, object]) -> list[str]:
-        """Full names of the tensors that every model of the family has, and `found` has not."""
-        fields = ["embedding", "norm", "head", *(["positions"] if family.positions else [])]
+    def missing(cls, family: Family, found: Mapping[str, object], *, tied: bool = False) -> list[str]:
+        """Full names of the tensors that every model of the family has, and `found` has not; `tied`: without a head."""
+        fields = ["embedding", "norm", *([] if tied else ["head"]), *(["positions"] if family.positions else [])]
         return [name for field, name in _names(family).items() if field in fields and name not in found]
 
     @classmethod
     def of(cls, family: Family, found: Mapping[str, Any]) -> Ends:
-        """From tensors by their full names; see `missing`."""
-        return cls(**{field: found[name] for field, name in _names(family).items() if name in found})
+        """From tensors by their full names; see `missing`. Where there is no head, it is the embedding."""
+        fields = {field: found[name] for field, name in _names(family).items() if name in found}
+        return cls(**{"head": fields["embedding"], **fields})
 
     @staticmethod
     def names(family: Family) -> list[str]:

@@ -71,6 +71,7 @@ class Sizes:
         routed: experts that a token goes to; 1 without experts.
         windows: of each block how many tokens a token sees; None: all before it.
         online_r1: whether R1 runs online, as families with post norms have it.
+        tied: whether embedding and head of the finished model are one matrix.
     """
 
     shape: Shape
@@ -78,6 +79,7 @@ class Sizes:
     routed: int = 1
     windows: tuple[int | None, ...] = ()
     online_r1: bool = False
+    tied: bool = False
 
     @classmethod
     def of(cls, decoder: Decoder) -> Sizes:

@@ -27,7 +27,7 @@ from .counting import (
 )
 from .counting_solver import grid_search, problems, references, solve
 from .recipe import Recipe
-from .settings import settings_of
+from .settings import moves_head, settings_of
 
 SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each
 
@@ -67,7 +67,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, length: int, windows: int | None) -> Plan:
         """That of a recipe, on sequences of `length` tokens; `windows` None is not counted."""
-        weights, rotation, cache = recipe.weights, recipe.rotation, recipe.cache
+        rotation, cache = recipe.rotation, recipe.cache
         bits = recipe.activations.bits, min(cache.key_bits, cache.value_bits)
         return cls(
             settings_of(recipe),
@@ -85,7 +85,7 @@ class Plan:
             r1=rotation.r1 != "none",
             r2=rotation.r2,
             references=recipe.evaluation.references,
-            head=bool(weights.head) and weights.method != "rtn",
+            head=moves_head(recipe),
             windows=windows or 0,
             baseline=recipe.evaluation.baseline,
             sources=_sources(recipe) if recipe.evaluation.sources else 0,

@@ -127,7 +127,7 @@ def _evaluate(
         "bos": job.bos,
         "seconds": job.seconds,
         "sizes": sizes(job, folder),
-        "memory": loaded(job, length),
+        "memory": loaded(job, length, tied=ends.tied),
     }
 
 

@@ -15,6 +15,7 @@ from .counting import DOUBLE, FLOAT, Sizes
 from .counting_run import Plan
 from .counting_solver import Problem, problems
 from .job import Job
+from .settings import changed_ends, stays_tied
 
 # Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
 PROCESS = 700 * 2**20
@@ -55,9 +56,9 @@ def activation_bytes(shape: Shape, tokens: int, method: str) -> dict[str, int]:
     return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * shape.query_width, mlp)}
 
 
-def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int) -> int:
-    """What lies in files while a run works: activations beyond the budget, and embedding and head."""
-    return max(0, activations - budget) + 2 * shape.vocabulary * shape.hidden * itemsize
+def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int, changed: int = 2) -> int:
+    """What lies in files while a run works: activations beyond the budget, and `changed` of embedding and head."""
+    return max(0, activations - budget) + changed * shape.vocabulary * shape.hidden * itemsize
 
 
 def disk_bytes(job: Job, tokens: int) -> int:
@@ -65,9 +66,11 @@ def disk_bytes(job: Job, tokens: int) -> int:
     s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
     weights = s.hidden * (2 * s.query_width + 2 * s.key_width + 3 * s.ffn * max(s.experts, 1))
     scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_width))
-    model = s.blocks * (weights * job.spec.bits // 8 + scales) + 2 * s.vocabulary * s.hidden * itemsize
+    ends = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
+    model = s.blocks * (weights * job.spec.bits // 8 + scales) + ends * s.vocabulary * s.hidden * itemsize
     activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
-    return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize) + OTHERS
+    changed = changed_ends(job.recipe, job.rotations)
+    return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
 
 
 def collected(p: Problem) -> float:
@@ -123,5 +126,5 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, i
         rotation=(itemsize + 2 * DOUBLE + FLOAT) * weights,
         forward=both + moving + max(statistics.values()),
         solver=both + solved,
-        evaluation=FLOAT * weights + ends * (FLOAT + 2 * itemsize) + max(logits, window),
+        evaluation=FLOAT * weights + ends * (FLOAT + (1 if sizes.tied else 2) * itemsize) + max(logits, window),
     )

@@ -27,7 +27,7 @@ from .checks import bos_of, check_bos, check_sizes
 from .distributed import device_name
 from .recipe import Recipe
 from .run import device_of
-from .settings import rotations_of, settings_of, spec_of
+from .settings import moves_head, rotations_of, settings_of, spec_of
 
 
 @dataclass
@@ -60,12 +60,18 @@ class Job:
     @property
     def notices(self) -> list[str]:
         """What a user should know of how the recipe was carried out, a sentence each."""
-        if not self.rotations.online_r1:
-            return []
-        return [
-            f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into the "
-            "weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
-        ]
+        notices = []
+        if self.rotations.online_r1:
+            notices.append(
+                f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into "
+                "the weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
+            )
+        if self.decoder.config.tie_word_embeddings and not self.rotations.turned and moves_head(self.recipe):
+            notices.append(
+                "weights.head moves the output layer away from the embedding that it was tied to, and both are stored; "
+                "with weights.head 0 they stay one."
+            )
+        return notices
 
     def release(self) -> None:
         """Called after each batch: what lies in files need not stay in memory, and this rank is at work."""

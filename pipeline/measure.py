@@ -167,9 +167,9 @@ def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
     return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files)}
 
 
-def loaded(job: Job, tokens: int) -> dict[str, Any]:
-    """Bytes that the loaded model holds, and its cache of `tokens` tokens, beside those in bfloat16."""
-    return memory(job.decoder, job.spec, job.checkpoint.dtype, tokens)
+def loaded(job: Job, tokens: int, *, tied: bool) -> dict[str, Any]:
+    """Bytes that the loaded model holds, `tied` or not, and its cache of `tokens` tokens, beside those in bfloat16."""
+    return memory(job.decoder, job.spec, job.checkpoint.dtype, tokens, tied=tied)
 
 
 def bits_per_weight(job: Job, folder: RunFolder) -> float:

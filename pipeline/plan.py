@@ -31,6 +31,7 @@ from .machines import Machine, calibrated, measured, published
 from .recipe import Recipe
 from .run import device_of
 from .scaling import Estimate, device_memory, estimate
+from .settings import changed_ends, rotations_of, stays_tied
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
@@ -71,15 +72,19 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         for name, tensor in decoder.shapes.items()
         if name.removesuffix(".weight").endswith(decoder.family.projections) and len(tensor) == 2
     }
-    sizes = _sizes(recipe, decoder, projections, itemsize)
+    rotations = rotations_of(recipe, decoder)
+    tied = stays_tied(recipe, rotations, decoder)
+    ends = decoder.shape.vocabulary * decoder.shape.hidden
+    sizes = _sizes(recipe, decoder, projections, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
-    counted, run = Sizes.of(decoder), Plan.of(recipe, length, windows)
+    counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
     found = {
         "model": {
             "name": model.name,
             "architecture": decoder.family.model_type,
-            "parameters": sum(tensor.numel() for tensor in decoder.shapes.values()),
+            "parameters": sum(tensor.numel() for tensor in decoder.shapes.values())
+            - ends * bool(decoder.config.tie_word_embeddings),
             "quantized_parameters": sum(tensor.numel() for tensor in projections.values()),
             "blocks": shape.blocks,
             "hidden": shape.hidden,
@@ -100,7 +105,9 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
             "evaluation_windows": windows,
             **activations,
             "memory": budget,
-            "spilled": spilled_bytes(shape, sum(activations.values()), budget, itemsize),
+            "spilled": spilled_bytes(
+                shape, sum(activations.values()), budget, itemsize, changed_ends(recipe, rotations)
+            ),
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
@@ -212,7 +219,7 @@ def _rotations(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
 
 
 def _sizes(
-    recipe: Recipe, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int
+    recipe: Recipe, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int, tied: bool
 ) -> dict[str, int | float]:
     """Bytes of the exported tensors, and the bits that a quantized weight takes, scales and zero points included."""
     packed = weights = 0
@@ -221,6 +228,6 @@ def _sizes(
         packed += rows * (4 * packed_width(columns, recipe.weights.bits) + 3 * groups)
         weights += rows * columns
     others = sum(tensor.numel() for name, tensor in decoder.shapes.items() if name not in projections)
-    if f"{decoder.family.head}.weight" not in decoder.shapes:
-        others += decoder.shape.vocabulary * decoder.shape.hidden  # tied: the two are rotated differently
+    if tied:
+        others -= decoder.shape.vocabulary * decoder.shape.hidden  # the model names it twice
     return {"quantized": packed + others * itemsize, "bits_per_weight": 8 * packed / weights}

@@ -34,6 +34,21 @@ def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
     )
 
 
+def moves_head(recipe: Recipe) -> bool:
+    """Whether the output layer is moved to make up for errors."""
+    return recipe.weights.head > 0 and recipe.weights.method != "rtn"
+
+
+def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
+    """Whether embedding and head of the finished model are one matrix: they were, and neither is changed."""
+    return bool(decoder.config.tie_word_embeddings) and not rotations.turned and not moves_head(recipe)
+
+
+def changed_ends(recipe: Recipe, rotations: Rotations) -> int:
+    """How many of embedding and head are changed, and lie in files while a run works."""
+    return 2 if rotations.turned else int(moves_head(recipe))
+
+
 def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
     rotation = recipe.rotation

@@ -152,7 +152,7 @@ def _run(
         with job.timed("export"):
             if ranks.rank == 0:
                 temporary = folder.path / ".model.tmp"
-                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends))
+                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends), tied=ends.tied)
                 shutil.rmtree(folder.path / "model", ignore_errors=True)
                 temporary.replace(folder.path / "model")
                 folder.keep(model=folder.model_files())
@@ -181,7 +181,7 @@ def _run(
         "plain_forward_seconds": known["plain_forward_seconds"],
         "peak_memory_bytes": peak,
         "sizes": sizes(job, folder),
-        "memory": loaded(job, tokens.shape[1]),
+        "memory": loaded(job, tokens.shape[1], tied=ends.tied),
         "bits_per_weight": bits_per_weight(job, folder),
         "raised_damping": raised_damping(blocks),
         "versions": known["identity"]["versions"],
@@ -203,10 +203,9 @@ def _run(
 
 def _groups(job: Job, folder: RunFolder, ends: Ends) -> Iterator[dict[str, Tensor]]:
     f = job.decoder.family
-    first, last = ends.split(f)
-    yield first
+    yield ends.before(f)
     job.buffers.release()
     for index in range(job.decoder.shape.blocks):
         job.ranks.tick()
         yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in folder.read_block(index).items()}
-    yield last
+    yield ends.after(f)

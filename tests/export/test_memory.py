@@ -30,7 +30,7 @@ def config(**changes: Any) -> LlamaConfig:
 @pytest.mark.parametrize(("bits", "group", "dtype"), [(4, None, torch.bfloat16), (2, 32, torch.float32)])
 def test_model(bits: int, group: int | None, dtype: torch.dtype, tied: bool) -> None:
     decoder = Decoder(config(tie_word_embeddings=tied), attention=NAME)
-    found = memory(decoder, Spec(bits, group), dtype, 8)["model"]
+    found, one = (memory(decoder, Spec(bits, group), dtype, 8, tied=stays)["model"] for stays in (False, tied))
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
     weights = sum(outputs * inputs for outputs, inputs in shapes) * BLOCKS
     scales = sum(outputs * (inputs // (group or inputs)) for outputs, inputs in shapes) * BLOCKS
@@ -39,6 +39,7 @@ def test_model(bits: int, group: int | None, dtype: torch.dtype, tied: bool) -> 
     assert found["bfloat16"] == 2 * (weights + norms + ends * (1 if tied else 2)) + frequencies
     packed = weights * bits // 8 + 3 * scales
     assert found["quantized"] == packed + dtype.itemsize * (norms + 2 * ends) + frequencies
+    assert one["quantized"] == found["quantized"] - (dtype.itemsize * ends if tied else 0)
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (2, 3), (8, 16), (16, 16)])

@@ -1,6 +1,8 @@
 """Embedding and head on their way through a run: by rows, with the values they have as a whole."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,32 @@ def test_rotated_by_rows(
     found, family = rotated_ends(job), job.decoder.family
     whole = job.rotations.rotate_ends(job.checkpoint.ends(), family).map(lambda tensor: tensor.to(torch.bfloat16))
     assert len(spans(whole.head)) > 10
-    named, expected = found.named(family), whole.named(family)
+    named, expected = (
+        found.named(family) | {"head": found.head[:]},
+        replace(whole, head=whole.embedding if found.tied else whole.head).named(family) | {"head": whole.head[:]},
+    )
     assert named.keys() == expected.keys()
     assert all(torch.equal(named[key], expected[key]) for key in named)
     size = sum(matrix[:].numel() * 2 for matrix in (found.embedding, found.head))
-    assert job.buffers.spilled == size and job.buffers.held == 0  # both lie in files
+    assert job.buffers.held == 0
+    if r1 and not family.post_norms:
+        assert job.buffers.spilled == size  # both lie in files
+    else:
+        assert job.buffers.spilled == 0 and isinstance(found.embedding, StoredMatrix)  # those of the checkpoint
+        assert found.tied == job.checkpoint.config.tie_word_embeddings == (name != "llama")
+
+
+@pytest.mark.parametrize("r1", [True, False])
+def test_a_head_of_another_dtype_gets_that_of_the_embedding(
+    llama: Path, make_recipe: MakeRecipe, change_tensors: Callable[..., Path], tmp_path: Path, r1: bool
+) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    noise = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": noise}))
+    job = job_of(make_recipe, folder, **{"rotation.r1": r1})
+    found = rotated_ends(job)
+    assert found.head[:].dtype == found.embedding[:].dtype == torch.bfloat16
+    assert torch.equal(found.head[:], noise.bfloat16()) != r1
 
 
 def test_what_does_not_fit_is_named(save_family: Callable[..., Path], make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -58,6 +81,8 @@ class _Huge:
 
     def __init__(self, rotations: Any) -> None:
         self.rotations = rotations
+
+    turned = True
 
     def rotate_ends(self, ends: Any, family: Any) -> Any:
         rotated = self.rotations.rotate_ends(ends, family)
