@@ -13,7 +13,7 @@ from .activations import DynamicQuantizer
 from .stopwatch import stage
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-TOKENS = 8192
+TOKENS = 4096
 """How many tokens a clip ratio is chosen on, at most, or whole sequences with no fewer: spread over all of the text."""
 
 
@@ -87,7 +87,7 @@ def spread_tokens(tokens: range, length: int, count: int) -> range:
         length: of a sequence.
         count: of all sequences.
 
-    Example: of 4 sequences of 4,096 tokens every third, not every second, which would see even positions alone.
+    Example: of 4 sequences of 2,048 tokens every third, not every second, which would see even positions alone.
     """
     step = max(1, -(-count * length // TOKENS))
     while math.gcd(step, length) > 1:
@@ -98,7 +98,7 @@ def spread_tokens(tokens: range, length: int, count: int) -> range:
 def spread_sequences(sequences: range, length: int, count: int) -> Iterator[int]:
     """Those of a batch of `sequences`, numbered through all `count`, that have `TOKENS` tokens together, and no fewer.
 
-    Example: of 32 sequences of 2,048 tokens 0, 8, 16 and 24.
+    Example: of 32 sequences of 2,048 tokens 0 and 16.
     """
     some = min(count, -(-TOKENS // length))
     return (i for i in (k * count // some for k in range(some)) if i in sequences)

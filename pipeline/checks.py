@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
 from itertools import product
+
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..models.aliases import ResolvedModel

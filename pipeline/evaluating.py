@@ -14,6 +14,7 @@ from torch import Tensor
 from ..boa.ranks import Ranks
 from ..errors import InputError
 from ..models.aliases import resolves_to_folder
+from .balancing import read_scales
 from .checks import check_length, length_of
 from .counting_run import SOURCE_WINDOWS
 from .distributed import joined
@@ -111,6 +112,8 @@ def _evaluate(
     ends, measured = shared_ends(job, folder), dict[str, dict[str, Any]]()
     if sources:
         job.rotations = job.rotations.reseeded(folder.manifest.get("rotation_seed", recipe.rotation.seed))
+        if recipe.rotation.scale:
+            read_scales(job, run)
         measured["sources"] = measure_sources(job, folder, tokens, ends, progress, windows or SOURCE_WINDOWS)
         tokens = tokens if dataset else {}
     measured |= perplexities(job, folder, tokens, ends, progress)

@@ -6,9 +6,9 @@ neither factor and spreads the channels; over t the product is least where
 
     t_j = (|W_j|^2 / E x_j^2)^(1/4),
 
-W_j the columns of all layers that read the site together: Cauchy-Schwarz on sum_j |W_j|^2 / t_j^2 * sum_j t_j^2 E x_j^2.
-SmoothQuant (arXiv 2211.10438) has maxima in the place of root mean squares, and alpha 1/2. t goes into what makes the
-site's input, at no cost as the model runs: see `channels`.
+W_j the columns of all layers that read the site together (Cauchy-Schwarz on the two sums over j). SmoothQuant (arXiv
+2211.10438) has maxima in the place of root mean squares, and alpha 1/2. t goes into what makes the site's input, at no
+cost as the model runs: see `channels`.
 """
 
 from __future__ import annotations

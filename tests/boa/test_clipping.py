@@ -54,7 +54,7 @@ def test_costs_are_the_definition(heads: int | None, tokens: int, bits: int, sym
 def test_groups_keep_their_size(group: int, symmetric: bool) -> None:
     """One ratio for all groups, by the error of all of them together."""
     x, reader = random(40, 16, seed=1) ** 3, random(8, 16, seed=11)
-    chosen = search_clip(DynamicQuantizer(3, symmetric, 0.5, group), x, reader.T @ reader)
+    chosen = _choose(DynamicQuantizer(3, symmetric, 0.5, group), (x, reader.T @ reader))
     assert chosen.group_size == group
     costs = {ratio: _cost(DynamicQuantizer(3, symmetric, ratio, group), x, reader) for ratio in RATIOS}
     assert costs[chosen.clip] == min(costs.values())
