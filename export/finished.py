@@ -162,7 +162,9 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, r4: bool 
     """
     online = []
     if spec.online_r1:
-        online.append("R1 (an online rotation before q, k, v, gate and up, whose outputs are normed)")
+        online.append("R1 online (a rotation before q, k, v, gate and up)")
+    if spec.heads:
+        online.append("a rotation over all heads (online, before O)")
     if spec.r3:
         online.append("R3 (an online rotation of queries and keys)")
     if spec.r4 and not r4:

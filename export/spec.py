@@ -25,6 +25,7 @@ class Spec:
         r1, r2: folded into the weights, for information; r3, r4: online Hadamards of head_dim and ffn.
         r4_blocks: R4 is of blocks of the largest power of two that divides ffn, where it need not be.
         online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
+        heads: the input of O has an online rotation over all heads.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         clips: clip ratios by block and site where they were searched; None: those above everywhere.
     """
@@ -45,6 +46,7 @@ class Spec:
     clips: Sequence[Mapping[str, float]] | None = None
     online_r1: bool = False
     r4_blocks: bool = False
+    heads: bool = False
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
@@ -54,7 +56,7 @@ class Spec:
         read = InputTransform(Hadamard.of(shape.hidden), quantizer) if self.online_r1 else plain
         transforms = OnlineTransforms(
             qkv=read,
-            output=plain,
+            output=InputTransform(self.heads_of(shape), quantizer),
             gate_up=read,
             down=InputTransform(self.r4_of(shape), quantizer),
             attention=AttentionTransform(
@@ -65,9 +67,18 @@ class Spec:
         )
         return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
 
+    @property
+    def turned(self) -> bool:
+        """Whether the residual stream itself is rotated, embedding and head with it."""
+        return self.r1 and not self.online_r1
+
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
         return Hadamard.of(shape.ffn, powers=self.r4_blocks) if self.r4 else None
+
+    def heads_of(self, shape: Shape) -> Hadamard | None:
+        """The online Hadamard of O's input."""
+        return Hadamard.across(shape.query_heads, shape.head_dim) if self.heads else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
@@ -111,7 +122,17 @@ class Spec:
             },
             **{
                 name: isinstance(getattr(self, name), bool)
-                for name in ("symmetric", "r1", "r2", "r3", "r4", "activation_symmetric", "online_r1", "r4_blocks")
+                for name in (
+                    "symmetric",
+                    "r1",
+                    "r2",
+                    "r3",
+                    "r4",
+                    "activation_symmetric",
+                    "online_r1",
+                    "r4_blocks",
+                    "heads",
+                )
             },
         }
         legal["clips"] = self.clips is None or (

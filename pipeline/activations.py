@@ -21,7 +21,7 @@ class ActivationProfile:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.sequences = job, SEQUENCES
         self.before, self.after = (Outliers(job.decoder.shape.blocks) for _ in range(2))
 
     def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:

@@ -34,10 +34,12 @@ def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     Raises:
         InputError: there is none, or the method has no objective to find them by.
     """
-    sites, rotation = recipe.weights.zfold or (), recipe.rotation
+    sites, rotation, family = recipe.weights.zfold or (), recipe.rotation, decoder.family
     if sites and recipe.weights.method == "rtn":
         raise InputError("weights.zfold finds its scales by an objective, and method rtn has none: choose another.")
-    reasons = {site: obstacle(decoder.family, decoder.config, site, r1=rotation.r1, r4=rotation.r4) for site in SITES}
+    online = rotation.r1 == "online" or (rotation.r1 == "merged" and family.post_norms)
+    on = {"online_r1": online, "heads": rotation.heads, "r4": rotation.r4}
+    reasons = {site: obstacle(family, decoder.config, site, **on) for site in SITES}
     stopped = {site: reasons[site] for site in sites if reasons[site]}
     if stopped:
         can = ",".join(site for site in sites if site not in stopped)

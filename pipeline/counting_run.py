@@ -78,7 +78,7 @@ class Plan:
                 search_activations=recipe.activations.search,
                 search_cache=cache.search,
             ),
-            r1=rotation.r1,
+            r1=rotation.r1 != "none",
             r2=rotation.r2,
             references=recipe.evaluation.references,
             head=moves_head(recipe),

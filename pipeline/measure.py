@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
 from ..models.decoder import Decoder
 from ..models.ends import Ends
-from .activations import SEQUENCES, ActivationProfile
 from .buffers import trim
 from .files import tensor_sizes
 from .job import Job
@@ -32,14 +31,23 @@ from .run import RunFolder
 from .sharing import own_share, own_windows, shared_block
 
 
-def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: ActivationProfile | None = None) -> float:
+class Onlooker(Protocol):
+    """Sees the blocks of the plain forward pass, and the stream of the first `sequences` of all."""
+
+    sequences: int
+
+    def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
+        """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
+
+
+def plain_forward(job: Job, tokens: Tensor, progress: Progress, onlookers: Sequence[Onlooker] = ()) -> float:
     """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to.
 
-    `profile` sees each block on the way; its seconds do not count. Of several ranks the slowest counts.
+    `onlookers` see each block on the way; their seconds do not count. Of several ranks the slowest counts.
     """
     progress.stage("plain forward pass", job.decoder.shape.blocks)
     compute, share = job.decoder, own_share(job, len(tokens))
-    tokens = tokens[share.start : max(share.stop, SEQUENCES if profile is not None else 0)]
+    tokens = tokens[share.start : max(share.stop, *(onlooker.sequences for onlooker in onlookers), 0)]
     ends = job.checkpoint.ends()
     hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
     for part, ids in zip(
@@ -51,8 +59,9 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, profile: Activat
         for index in range(compute.shape.blocks):
             tensors = job.checkpoint.block(index)
             block = compute.block(index, tensors)
-            if profile is not None:
-                profile.add(index, tensors, block, hidden)
+            for onlooker in onlookers:
+                onlooker.add(index, tensors, block, hidden)
+                job.ranks.tick()
             start = time.perf_counter()
             for part in hidden.split(job.recipe.calibration.batch):
                 part.copy_(compute.run(block, part.to(compute.device)))
@@ -94,7 +103,9 @@ def _perplexities(
     compute, checkpoint = job.decoder, job.checkpoint
     share = own_windows(job, len(windows))
     own = windows[share.start : share.stop]
-    transforms = replace(job.spec, online_r1=False, r3=False, r4=False, clips=None).transforms(compute.shape)
+    transforms = replace(job.spec, online_r1=False, heads=False, r3=False, r4=False, clips=None).transforms(
+        compute.shape
+    )
     perplexity: dict[str, float] = {}
     divergence: dict[str, Any] = {}
 

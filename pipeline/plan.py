@@ -192,16 +192,20 @@ def construction(rotation: Hadamard) -> str:
 
 
 def _rotations(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
+    where = "residual stream, folded" if recipe.rotation.r1 == "merged" else "inputs behind the norms, online"
     places = {
-        "r1": (recipe.rotation.r1, shape.hidden, "residual stream, folded"),
+        "r1": (recipe.rotation.r1 != "none", shape.hidden, where),
         "r2": (recipe.rotation.r2, shape.head_dim, "values of each head, folded"),
         "r3": (recipe.rotation.r3, shape.head_dim, "queries and keys, online"),
+        "heads": (recipe.rotation.heads, shape.query_width, "input of O, over all heads, online"),
         "r4": (recipe.rotation.r4, shape.ffn, "input of down, online"),
     }
     found = {}
     for name, (wanted, size, place) in places.items():
         if wanted:
             rotation = Hadamard.of(size, powers=name == "r4" and recipe.rotation.r4_blocks)
+            if name == "heads":
+                rotation = Hadamard.across(shape.query_heads, shape.head_dim)
             found[name] = {
                 "where": place,
                 "size": size,

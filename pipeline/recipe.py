@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
-from .recipe_values import Bits, Legal, Names, Sites, WeightBits
+from .recipe_values import Bits, Legal, Names, Placement, Sites, WeightBits
 
 
 class _Section(BaseModel):
@@ -25,7 +25,7 @@ class _Section(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, str) and value.strip().lower() in ("none", "null") and NoneType in get_args(annotation):
             return None
-        switch = annotation is bool or info.field_name == "zfold"
+        switch = annotation is bool or info.field_name in ("zfold", "r1")
         if value == "" or (isinstance(value, bool) and not switch):
             raise ValueError("not a value for this field")
         return value
@@ -34,13 +34,26 @@ class _Section(BaseModel):
 class Rotation(_Section):
     """Rotation (orthogonal matrices that spread outliers over the channels)."""
 
-    r1: bool = Field(default=True, description="Rotate the residual stream. Free at run time.")
+    r1: Placement = Field(
+        default="merged",
+        description="Where R1 stands, which spreads outliers over the hidden channels. merged: in the residual stream, "
+        "free at run time (QuaRot); online: behind the norms, a Hadamard transform at the inputs of q, k, v and of "
+        "gate and up, which rounds what the layers read; none: nowhere.",
+    )
     r2: bool = Field(default=True, description="Rotate the values of each head, between V and O. Free at run time.")
     r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
     r4: bool = Field(default=False, description="Rotate the input of down, online: for low-bit activations.")
     r4_blocks: bool = Field(
         default=False,
         description="Make R4 of blocks of the largest power of two that divides its width, as vLLM can run it.",
+    )
+    heads: bool = Field(
+        default=False, description="Rotate the input of O over all heads, online, as QuaRot does: for low-bit inputs."
+    )
+    scale: bool = Field(
+        default=False,
+        description="Balance the channels of every input against the weights that read them, before it is rotated. "
+        "Free at run time.",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the random signs of the Hadamard matrices.")
     seeds: int = Field(

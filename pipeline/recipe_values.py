@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -42,6 +42,15 @@ Names = Annotated[
     AfterValidator(_check_names),
     Legal("a name, or several with commas between them or as a list, each once"),
 ]
+
+
+def _placement(value: Any) -> Any:
+    """Recipes of before the placement was a choice say true or false."""
+    value = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return {True: "merged", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Placement = Annotated[Literal["merged", "online", "none"], BeforeValidator(_placement)]
 SITES = ("qkv", "output", "gate_up", "down")  # those of rotation.channels, which needs torch
 
 

@@ -25,7 +25,7 @@ def choose_seed(job: Job, tokens: Tensor, progress: Progress) -> int:
     """
     rotation = job.recipe.rotation
     candidates = range(rotation.seed, rotation.seed + rotation.seeds)
-    if len(candidates) == 1 or not (rotation.r1 or rotation.r2):
+    if len(candidates) == 1 or not (job.rotations.turned or rotation.r2):
         return rotation.seed
     progress.stage("choose the rotation", len(candidates))
     costs = {}

@@ -13,7 +13,7 @@ def settings_of(recipe: Recipe) -> Settings:
     """Of the rounding."""
     grid = recipe.weights.grid
     if grid == "auto":
-        grid = "diagonal" if recipe.rotation.r1 else "hessian"
+        grid = "hessian" if recipe.rotation.r1 == "none" else "diagonal"
     fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
     return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
 
@@ -23,13 +23,14 @@ def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
     rotation = recipe.rotation
     return Rotations.of(
         decoder.shape,
-        r1=rotation.r1,
+        r1=rotation.r1 != "none",
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
         seed=rotation.seed,
-        online_r1=decoder.family.post_norms,
+        online_r1=rotation.r1 == "online" or decoder.family.post_norms,
+        heads=rotation.heads,
     )
 
 
@@ -55,11 +56,12 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         bits=recipe.weights.bits,
         group_size=recipe.weights.group_size,
         symmetric=recipe.weights.symmetric,
-        r1=rotation.r1,
+        r1=rotation.r1 != "none",
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
+        heads=rotation.heads,
         activation_bits=recipe.activations.bits,
         activation_symmetric=recipe.activations.symmetric,
         activation_clip=recipe.activations.clip,

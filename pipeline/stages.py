@@ -19,6 +19,7 @@ from ..eval.zeroshot import Tasks
 from ..export.checkpoint import write_native
 from ..models.ends import Ends
 from .activations import ACTIVATIONS, ActivationProfile
+from .balancing import Balance, read_scales
 from .checks import length_of
 from .distributed import joined, shared_by
 from .ends import corrected_head, rotated_ends
@@ -127,11 +128,17 @@ def _run(
     seed = known["rotation_seed"]
     job.rotations = job.rotations.reseeded(seed)
     if "plain_forward_seconds" not in known:
-        profile = ActivationProfile(job) if recipe.evaluation.report and ranks.rank == 0 else None
-        seconds = plain_forward(job, tokens, progress, profile)
+        first = ranks.rank == 0
+        balance = Balance(job, tokens.shape[1]) if recipe.rotation.scale and first else None
+        profile = ActivationProfile(job) if recipe.evaluation.report and first else None
+        seconds = plain_forward(job, tokens, progress, [part for part in (balance, profile) if part is not None])
+        if balance is not None:
+            balance.write(folder.path)
         if profile is not None:
             write_tensors(folder.path / ACTIVATIONS, profile.tensors())
         folder.keep(plain_forward_seconds=seconds)
+    if recipe.rotation.scale:
+        read_scales(job, folder.path)
     if ranks.tell(ranks.rank == 0 and folder.is_exported()):
         job.spec = replace(job.spec, clips=folder.clips())
     else:

@@ -25,10 +25,12 @@ from ..models.shape import Shape
 SITES = ("qkv", "output", "gate_up", "down")
 
 
-def obstacle(family: Family, config: Any, site: str, *, r1: bool, r4: bool) -> str:
+def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: bool, r4: bool) -> str:
     """Why no layer can take the scales of `site` under these rotations, as a clause; empty where one can."""
-    if site in ("qkv", "gate_up") and r1 and family.post_norms:
-        return f"R1 runs online between the norm and {_short(family, site)} in families with post norms"
+    if site in ("qkv", "gate_up") and online_r1:
+        return f"R1 runs online between the norm and {_short(family, site)}"
+    if site == "output" and heads:
+        return f"a rotation over all heads runs online between {family.value} and {family.output}"
     if site in ("gate_up", "down") and family.experts:
         return f"experts, which share a norm with their router, are not scaled ({_short(family, site)})"
     if site == "down" and r4:
@@ -45,13 +47,27 @@ def _short(family: Family, site: str) -> str:
 
 
 def readers(family: Family, site: str) -> tuple[str, ...]:
-    """The projections whose input channels `site` scales."""
+    """The layers whose input channels `site` scales; of a mixture's norm its router is one too, the last.
+
+    A `site` may be the name of one expert's down projection, which alone reads what that expert makes.
+    """
+    if site in family.downs:
+        return (site,)
     return {
         "qkv": (family.query, family.key, family.value),
         "output": (family.output,),
-        "gate_up": family.mlp_inputs,
+        "gate_up": (*family.mlp_inputs, *([family.router] if family.router else [])),
         "down": family.downs,
     }[site]
+
+
+def _before(family: Family, site: str) -> str:
+    """The norm or the projection that takes the scales of `site`."""
+    if family.experts and site in family.downs:
+        return family.expert(family.downs.index(site))[1]
+    return {
+        "qkv": family.attention_norm, "output": family.value, "gate_up": family.mlp_norm, "down": family.up
+    }[site]  # fmt: skip
 
 
 def ties(shape: Shape, site: str) -> Tensor | None:
@@ -95,13 +111,11 @@ def scale_channels(
     for name in readers(family, site):
         weight = tensors[f"{name}.weight"]
         changed[f"{name}.weight"] = weight / columns.to(weight)
+    name = _before(family, site)
+    weight = tensors[f"{name}.weight"]
     if site in ("qkv", "gate_up"):
-        name = family.attention_norm if site == "qkv" else family.mlp_norm
-        weight = tensors[f"{name}.weight"]
         changed[f"{name}.weight"] = (weight + family.norm_offset) * zeta.to(weight) - family.norm_offset
     else:
-        name = family.value if site == "output" else family.up
-        weight = tensors[f"{name}.weight"]
         changed[f"{name}.weight"] = weight * zeta.to(weight)[:, None]
     if (bias := tensors.get(f"{name}.bias")) is not None:
         changed[f"{name}.bias"] = bias * zeta.to(bias)

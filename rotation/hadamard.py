@@ -98,6 +98,8 @@ class Hadamard:
     """Order of the base matrix; 1 for a power of two."""
     seed: int | None = None
     """Seed of the random signs of the rows; None for no signs."""
+    width: int = 1
+    """Neighbours that move together: H stands for H kron I_width, which mixes vectors of `width` (heads)."""
 
     @classmethod
     def of(cls, size: int, seed: int | None = None, *, powers: bool = False) -> Hadamard:
@@ -117,10 +119,22 @@ class Hadamard:
             _log.warning(text, size, size // order, order)
         return cls(size, order, base, seed)
 
+    @classmethod
+    def across(cls, heads: int, head_dim: int) -> Hadamard:
+        """The rotation that mixes `heads` vectors of `head_dim` laid end to end (QuaRot, arXiv 2404.00456, section 4).
+
+        H_heads kron I_head_dim where a construction reaches the number of heads; else the Hadamard matrix of the whole
+        width, which mixes the channels of a head too, and exists for numbers of heads such as 9 or 14.
+        """
+        order, base = _plan(heads, False)
+        if order < heads:
+            return cls.of(heads * head_dim)
+        return cls(heads * head_dim, order, base, width=head_dim)
+
     @property
     def blocks(self) -> int:
         """Number of equal diagonal blocks; 1 unless no construction reaches `size`."""
-        return self.size // self.order
+        return self.size // (self.order * self.width)
 
     @property
     def factors(self) -> list[int]:
@@ -144,6 +158,7 @@ class Hadamard:
         while block.shape[0] < self.order:
             block = torch.kron(block, _factor(2, 1.0, dtype, where))
         dense = torch.kron(torch.eye(self.blocks, dtype=dtype, device=where), block / math.sqrt(self.order))
+        dense = torch.kron(dense, torch.eye(self.width, dtype=dtype, device=where))
         return self.signs(dtype, where)[:, None] * dense
 
     def apply(self, x: Tensor) -> Tensor:
@@ -168,7 +183,12 @@ class Hadamard:
             signs = None if self.seed is None else _signs(self.size, self.seed, y.dtype, x.device)
             if signs is not None and not transposed:
                 y = y * signs
-            y = self._blocks_times(y, transposed).reshape(x.shape)
+            if self.width > 1:
+                y = y.reshape(-1, self.size // self.width, self.width).transpose(1, 2).contiguous()
+            y = self._blocks_times(y, transposed)
+            if self.width > 1:
+                y = y.reshape(-1, self.width, self.size // self.width).transpose(1, 2)
+            y = y.reshape(x.shape)
             if signs is not None and transposed:
                 y = y * signs
             return y.to(x.dtype)

@@ -47,15 +47,15 @@ def site_inputs(
         decoder: runs the block.
         block: the block; folded and rotated where `rotations` are given.
         hidden: (batch, length, hidden), the residual stream at its start; not changed.
-        rotations: those of a rotated block, whose online ones (R1 with post norms, R4) turn the inputs as it runs. R3
-            is left out: it changes nothing but queries and keys.
+        rotations: those of a rotated block, whose online ones (R1 behind the norm, heads, R4) turn the inputs as it
+            runs. R3 is left out: it changes nothing but queries and keys.
     """
     family = decoder.family
     read = {family.query: "qkv", family.output: "output", family.gate or family.up: "gate_up", family.down: "down"}
     online: dict[str, Hadamard | None] = {}
     if rotations is not None:
         r1 = rotations.r1 if rotations.online_r1 else None
-        by_site = {"qkv": r1, "gate_up": r1, "down": rotations.r4}
+        by_site = {"qkv": r1, "output": rotations.heads, "gate_up": r1, "down": rotations.r4}
         online = {name: by_site.get(site) for name, site in family.sites.items()}
     found: dict[str, Tensor] = {}
 

@@ -6,18 +6,26 @@
 | R2 | values and the input of the output projection, per head | none, folded |
 | R3 | queries and keys after RoPE, per head | a Hadamard transform of head_dim |
 | R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
+| heads | input of the output projection, over all heads | a Hadamard transform of the number of heads |
 
 With orthogonal Q, a row vector x becomes x Q: a layer that reads it gets W Q, a layer that writes it Q^T W.
 
 Post norms (Gemma 2 and 3): a branch adds `D y / rms(y)` to the stream, D the norm's weight. A rotated stream would
 need `Q^T D y / rms(y)`. Writing `P y` for y leaves rms(y) as it is, but then `Q^T D P^T` must be diagonal to be a
 norm's weight, which for a Hadamard Q and a D that is no multiple of I it is for no P; folding D into the layer before
-changes rms(y). So the stream stays, and Q turns what the readers get: x^ Q, online, against W Q. That is exact, costs
-two Hadamard transforms of hidden a block, and the projections see the same inputs as with a rotated stream.
+changes rms(y). So the stream stays.
+
+R1 online: the stream stays, and Q turns what the readers get behind the norm: (D x^) Q, against W Q. That costs two
+Hadamard transforms of hidden a block, and rounds in another metric than R1 merged. Merged, inputs are rounded as x^ Q
+and every channel has the same noise, which W D then multiplies by the norm's weight: where D is far from constant,
+channels that it silences set the scale, and those that it amplifies drown. Behind the norm the noise is that of D x^.
+
+The diagonal of `balance` stands before a site's rotations, in the norm or the layer that makes the site's input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +34,7 @@ from torch import Tensor
 from ..models.ends import Ends
 from ..models.families import Family
 from ..models.shape import Shape
+from .channels import scale_channels
 from .fold import fold_norms, readers, remove_mean
 from .hadamard import Hadamard
 
@@ -35,6 +44,7 @@ class Rotations:
     """Which rotations a model has; None where one is off. R2 has its own signs in every block.
 
     `online_r1`: R1 turns the inputs of q, k, v, gate and up as the model runs, as families with post norms need it.
+    `heads` mixes the heads before the output projection, online. `scales` of each block by site, from `balance`.
     """
 
     shape: Shape
@@ -44,6 +54,8 @@ class Rotations:
     r4: Hadamard | None = None
     seed: int = 0
     online_r1: bool = False
+    heads: Hadamard | None = None
+    scales: Sequence[Mapping[str, Tensor]] | None = None
 
     @classmethod
     def of(
@@ -57,6 +69,7 @@ class Rotations:
         seed: int = 0,
         online_r1: bool = False,
         r4_blocks: bool = False,
+        heads: bool = False,
     ) -> Rotations:
         """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for those that run online.
 
@@ -70,11 +83,12 @@ class Rotations:
             r4=Hadamard.of(shape.ffn, powers=r4_blocks) if r4 else None,
             seed=seed,
             online_r1=online_r1 and r1,
+            heads=Hadamard.across(shape.query_heads, shape.head_dim) if heads else None,
         )
 
     @property
     def turned(self) -> bool:
-        """Whether the residual stream is turned, and with it embedding and output layer, the norms folded."""
+        """Whether the residual stream itself is rotated, and the norms are folded into the layers that read them."""
         return self.r1 is not None and not self.online_r1
 
     def reseeded(self, seed: int) -> Rotations:
@@ -87,24 +101,30 @@ class Rotations:
         return Hadamard.of(self.shape.head_dim, seed=1_000_003 * (self.seed + 1) + index) if self.r2 else None
 
     def rotate_block(self, block: dict[str, Tensor], family: Family, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index`, norms folded and rotated, in float64. Names are those inside the block.
+        """The tensors of block `index`, scaled, folded and rotated, in float64. Names are those inside the block.
 
-        Where no rotation of the residual stream is asked for, the norms stay as they are.
+        Where the residual stream is not turned, the norms stay but for their scales.
         """
         block = {name: tensor.to(torch.float64) for name, tensor in block.items()}
-        if self.r1 is not None:
+        for site, scale in ({} if self.scales is None else self.scales[index]).items():
+            block |= scale_channels(block, family, self.shape, site, scale)
+        if self.turned:
             fold_norms(block, family)
+        if self.r1 is not None:
             for name in (name for names in readers(family).values() for name in names):
-                _rotate_inputs(block, name, self.r1)
+                if self.turned or name != family.router:  # a router reads the norm's output before it is turned
+                    _rotate_inputs(block, name, self.r1)
+        if self.r1 is not None and self.turned:
             if family.layer_norm:
                 remove_mean(block, family)
-            if not self.online_r1:
-                for name in (family.output, *family.downs):
-                    _rotate_outputs(block, name, self.r1)
+            for name in (family.output, *family.downs):
+                _rotate_outputs(block, name, self.r1)
         r2 = self.values(index)
         if r2 is not None:
             _rotate_outputs(block, family.value, r2)
             _rotate_inputs(block, family.output, r2)
+        if self.heads is not None:
+            _rotate_inputs(block, family.output, self.heads)
         if self.r4 is not None:
             for name in family.downs:
                 _rotate_inputs(block, name, self.r4)
@@ -121,7 +141,7 @@ class Rotations:
             for part in (ends.embedding, ends.head, ends.norm, ends.positions, ends.norm_bias)
         )
         assert embedding is not None and head is not None and norm is not None
-        if self.r1 is None or self.online_r1:
+        if not self.turned:
             return Ends(embedding, norm, head, positions=positions, norm_bias=bias)
         if family.layer_norm:
             embedding, positions = (None if s is None else s - s.mean(-1, keepdim=True) for s in (embedding, positions))
@@ -137,8 +157,9 @@ class Rotations:
 
     def rotate_stream(self, hidden: Tensor, family: Family) -> Tensor:
         """The residual stream (..., hidden) of the model as it is between two blocks of the rotated model."""
-        if self.r1 is None or self.online_r1:
+        if not self.turned:
             return hidden
+        assert self.r1 is not None
         return self.r1.apply(hidden - hidden.mean(-1, keepdim=True) if family.layer_norm else hidden)
 
     def rotate_embedding(self, embedding: Tensor) -> Tensor:

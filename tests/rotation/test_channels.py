@@ -57,14 +57,16 @@ def test_a_norm_takes_what_bfloat16_holds(family: Family) -> None:
 
 def test_what_stands_in_between_is_named() -> None:
     relu, gelu = SimpleNamespace(activation_function="relu"), SimpleNamespace(activation_function="gelu")
-    on = {"r1": True, "r4": True}
-    off = {"r1": True, "r4": False}
+    off = {"online_r1": False, "heads": False, "r4": False}
+    on, behind = {**off, "r4": True}, {**off, "online_r1": True}
     assert [site for site in SITES if obstacle(LLAMA, SimpleNamespace(), site, **off)] == []
     assert obstacle(LLAMA, SimpleNamespace(), "down", **on) == "R4 runs online between mlp.up_proj and mlp.down_proj"
     assert [site for site in SITES if obstacle(OPT, relu, site, **off)] == []
     assert obstacle(OPT, gelu, "down", **off).startswith("gelu stands between fc1 and fc2")
-    assert [site for site in SITES if obstacle(GEMMA, SimpleNamespace(), site, **off)] == ["qkv", "gate_up"]
-    assert "post norms" in obstacle(GEMMA, SimpleNamespace(), "gate_up", **off)
+    assert [site for site in SITES if obstacle(GEMMA, SimpleNamespace(), site, **behind)] == ["qkv", "gate_up"]
+    assert "R1 runs online" in obstacle(GEMMA, SimpleNamespace(), "gate_up", **behind)
+    assert "all heads" in obstacle(LLAMA, SimpleNamespace(), "output", **{**off, "heads": True})
     mixtral = replace(FAMILIES["mixtral"], expert_count=2)
     assert [site for site in SITES if obstacle(mixtral, SimpleNamespace(), site, **off)] == ["gate_up", "down"]
     assert readers(OPT, "gate_up") == ("fc1",)
+    assert readers(mixtral, "gate_up")[-1] == mixtral.router

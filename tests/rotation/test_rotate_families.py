@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rotoboa.models.decoder import Decoder
 from rotoboa.models.ends import Ends
 from rotoboa.models.families import FAMILIES, family_for
 from rotoboa.models.layout import split_modules
+from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations
 
@@ -50,23 +52,33 @@ def _logits(
     choice: dict[str, bool],
     *,
     online: bool = True,
+    scale: bool = False,
     fold: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = lambda tensors, index: tensors,
 ) -> Tensor:
     """After rotation, block by block; `online` False leaves out what runs online, `fold` changes a block."""
     config = model.config
     decoder = Decoder(config, attention=NAME, dtype=torch.float64)
     family, shape = decoder.family, decoder.shape
-    rotations = Rotations.of(shape, **choice, seed=3, online_r1=family.post_norms)
+    rotations = Rotations.of(shape, **{"online_r1": family.post_norms, **choice}, seed=3)
     state = split_modules_state(model, decoder)
     ends = rotations.rotate_ends(Ends.of(family, state), family)
     hidden = decoder.embed(ends, _tokens())
+    plain = decoder.embed(Ends.of(family, state), _tokens())
+    found: list[dict[str, Tensor]] = []
+    if scale:
+        rotations = replace(rotations, scales=found)
     for index in range(shape.blocks):
         prefix = f"{family.layers}.{index}."
         tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        original = decoder.block(index, tensors)
+        names = balanced_sites(family, config, folded=rotations.turned)
+        found.append(scales(tensors, family, shape, moments(decoder, original, plain, names, 1)))
+        assert all(float((t - 1).abs().max()) > 0.05 for t in found[-1].values()) and set(found[-1]) <= set(names)
+        plain = decoder.run(original, plain)
         block = decoder.block(index, fold(rotations.rotate_block(tensors, family, index), index))
         if online:
             set_attention(block.get_submodule(family.attention), AttentionTransform(rotations.r3))
-            sites = {"down": rotations.r4}
+            sites = {"down": rotations.r4, "output": rotations.heads}
             if rotations.online_r1:
                 sites |= {"qkv": rotations.r1, "gate_up": rotations.r1}
             for name, site in family.sites.items():
@@ -102,6 +114,31 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
 
 def _model(family_model: Callable[..., nn.Module], name: str) -> nn.Module:
     return family_model(name, attention=NAME).double()
+
+
+ONLINE = {**ALL, "online_r1": True, "heads": True}
+
+
+@pytest.mark.parametrize(
+    ("choice", "scale"),
+    [
+        ({**NONE, "r1": True, "online_r1": True}, False),
+        ({**NONE, "heads": True}, False),
+        (NONE, True),
+        ({**ALL, "heads": True}, True),
+        (ONLINE, True),
+    ],
+    ids=["online", "heads", "scale", "merged", "all"],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_stay_behind_the_norms(
+    family_model: Callable[..., nn.Module], name: str, choice: dict[str, bool], scale: bool
+) -> None:
+    model = _model(family_model, name)
+    expected = _expected(model)
+    assert (_logits(model, choice, scale=scale) - expected).abs().max() < EXACT
+    if choice["r1"]:  # what runs online is needed
+        assert (_logits(model, choice, scale=scale, online=False) - expected).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -164,7 +201,8 @@ def test_channel_scales_change_nothing(
     model = _model(family_model, name)
     decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
     family, shape = decoder.family, decoder.shape
-    reasons = {site: obstacle(family, model.config, site, r1=choice["r1"], r4=choice["r4"]) for site in SITES}
+    on = {"online_r1": choice["r1"] and family.post_norms, "heads": False, "r4": choice["r4"]}
+    reasons = {site: obstacle(family, model.config, site, **on) for site in SITES}
     stopped = {site for site, reason in reasons.items() if reason}
     online_r1 = {"qkv", "gate_up"} if family.post_norms and choice["r1"] else set()
     assert stopped == online_r1 | ({"gate_up", "down"} if family.experts else {"down"} if choice["r4"] else set())
