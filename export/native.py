@@ -91,7 +91,7 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape, index))
-    if family.layer_norm and spec.r1 and not spec.online_r1:
+    if family.layer_norm and spec.turned:
         fold_layer_norms(model, family)
 
 
@@ -141,7 +141,7 @@ class RotoboaQuantizer(HfQuantizer):
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
         prepare_model(model, family, shape, spec)
-        if config.tie_word_embeddings and spec.r1 and not spec.online_r1:
+        if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
         if kwargs.get("checkpoint_files"):
             _check_files(model, [Path(file) for file in kwargs["checkpoint_files"]])

@@ -74,6 +74,11 @@ class Spec:
         )
         return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
 
+    @property
+    def turned(self) -> bool:
+        """Whether the residual stream itself is rotated, embedding and head with it."""
+        return self.r1 and not self.online_r1
+
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
         return Hadamard.of(shape.ffn, powers=self.r4_blocks) if self.r4 else None

@@ -61,7 +61,7 @@ class Job:
     def notices(self) -> list[str]:
         """What a user should know of how the recipe was carried out, a sentence each."""
         notices = []
-        if self.rotations.online_r1:
+        if self.rotations.online_r1 and self.recipe.rotation.r1 == "merged":
             notices.append(
                 f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into "
                 "the weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."

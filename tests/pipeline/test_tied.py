@@ -26,9 +26,9 @@ from rotoboa.pipeline.verifying import run_logits, verify
 
 MakeRecipe = Callable[..., Any]
 SaveFamily = Callable[..., Path]
-OFF = {"rotation.r1": False}
+OFF, ONLINE = {"rotation.r1": False}, {"rotation.r1": "online"}
 # Post norms keep the stream from being turned, whatever the recipe says.
-TIED: dict[str, dict[str, Any]] = {"llama-biases": OFF, "qwen2": OFF, "opt": OFF, "gemma2": {}, "gemma3_text": {}}
+TIED: dict[str, dict[str, Any]] = {"llama-biases": OFF, "qwen2": ONLINE, "opt": OFF, "gemma2": {}, "gemma3_text": {}}
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
 
 
