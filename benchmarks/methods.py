@@ -30,7 +30,7 @@ PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1
 """BoA as published; `PLAIN` is GPTQ so."""
 SETTING: dict[str, Any] = {"calibration.samples": 64}
 """Half of a recipe's calibration sequences: all of it takes about an hour."""
-UNROTATED = {"rotation.r1": False, "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
+UNROTATED = {"rotation.r1": "none", "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,19 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     sink = (recipe.get("cache") or {}).get("sink")  # of older runs there is none
     if sink and min(bits["keys"], bits["values"]) < 16:
         low += f", but for the first {sink} positions"
-    rotations = [name.upper() for name in ("r1", "r2", "r3", "r4") if recipe["rotation"].get(name)]
-    turned = f"rotated by {', '.join(rotations)}" if rotations else "not rotated"
+    turned = _turned(recipe["rotation"])
     return f"{row['model']}: {low}; {turned}; rounded by {row['method']}."
+
+
+def _turned(rotation: Mapping[str, Any]) -> str:
+    """The rotations of a recipe in words; of older runs r1 is true or false."""
+    names = (
+        ["R1 behind the norms" if rotation["r1"] == "online" else "R1"] if rotation["r1"] not in (False, "none") else []
+    )
+    names += [name.upper() for name in ("r2", "r3", "r4") if rotation.get(name)]
+    names += ["heads"] if rotation.get("heads") else []
+    turned = f"rotated by {', '.join(names)}" if names else "not rotated"
+    return f"channels balanced, {turned}" if rotation.get("scale") else turned
 
 
 def _tiles(contents: Contents) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ from ..models.aliases import ResolvedModel
 from ..models.decoder import Decoder
 from ..rotation.channels import SITES, obstacle
 from .recipe import Recipe
+from .settings import is_r1_online
 
 
 def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
@@ -43,8 +44,7 @@ def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     sites, rotation, family = recipe.weights.zfold or (), recipe.rotation, decoder.family
     if sites and recipe.weights.method == "rtn":
         raise InputError("weights.zfold finds its scales by an objective, and method rtn has none: choose another.")
-    online = rotation.r1 == "online" or (rotation.r1 == "merged" and family.post_norms)
-    on = {"online_r1": online, "heads": rotation.heads, "r4": rotation.r4}
+    on = {"online_r1": is_r1_online(recipe, family), "heads": rotation.heads, "r4": rotation.r4}
     reasons = {site: obstacle(family, decoder.config, site, **on) for site in SITES}
     stopped = {site: reasons[site] for site in sites if reasons[site]}
     if stopped:

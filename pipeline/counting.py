@@ -70,7 +70,7 @@ class Sizes:
         gated: whether the MLP has a gate beside up.
         routed: experts that a token goes to; 1 without experts.
         windows: of each block how many tokens a token sees; None: all before it.
-        online_r1: whether R1 runs online, as families with post norms have it.
+        post_norms: whether a branch is normed before it is added, so that R1 cannot be merged and runs online.
         tied: whether embedding and head of the finished model are one matrix.
     """
 
@@ -78,7 +78,7 @@ class Sizes:
     gated: bool = True
     routed: int = 1
     windows: tuple[int | None, ...] = ()
-    online_r1: bool = False
+    post_norms: bool = False
     tied: bool = False
 
     @classmethod
@@ -108,8 +108,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Online:
-    """What runs beside the layers: rotations, and the bits of activations and cache below 16 or not."""
+    """What runs beside the layers: rotations, and the bits of activations and cache below 16 or not.
 
+    `r1` is where the recipe has it.
+    """
+
+    r1: str = "merged"
+    heads: bool = False
     r3: bool = False
     r4: bool = False
     activations: bool = False
@@ -212,8 +217,10 @@ def streams(
         work += 2 * hadamard(tokens * heads, s.head_dim)
     if online.r4:
         work += 2 * hadamard(active, s.ffn)
-    if sizes.online_r1:
+    if online.r1 == "online" or (online.r1 == "merged" and sizes.post_norms):
         work += 7 * hadamard(tokens, s.hidden)
+    if online.heads:
+        work += 2 * hadamard(tokens, s.query_width)
     if online.activations:
         work += moved(tokens * (4 * s.hidden + s.query_width) + active * s.ffn, QUANTIZER)
     if online.cache:
@@ -281,14 +288,16 @@ def clip_search(sizes: Sizes, online: Online, sequences: float, length: int, eve
     return work
 
 
-def rotation(sizes: Sizes, *, r1: bool, r2: bool, r4: bool) -> Work:
-    """In float64: R1 on one side of every matrix, R2 on one side of V and O, R4 on one side of down."""
+def rotation(sizes: Sizes, *, r1: bool, r2: bool, r4: bool, heads: bool = False) -> Work:
+    """In float64: R1 on one side of every matrix, R2 on one side of V and O, heads of O alone, R4 of down."""
     s, work = sizes.shape, Work(bytes=2 * DOUBLE * sizes.block_weights)
     experts = max(s.experts, 1)
     if r1:
         work += hadamard(sizes.block_weights / s.hidden, s.hidden, wide=True)
     if r2:
         work += hadamard((s.key_width + s.query_width) * s.hidden / s.head_dim, s.head_dim, wide=True)
+    if heads:
+        work += hadamard(s.hidden, s.query_width, wide=True)
     if r4:
         work += hadamard(experts * s.hidden, s.ffn, wide=True)
     return work

@@ -75,6 +75,8 @@ class Plan:
             length,
             recipe.calibration.batch,
             Online(
+                rotation.r1,
+                rotation.heads,
                 rotation.r3,
                 rotation.r4,
                 activations=bits[0] < 16,
@@ -104,7 +106,7 @@ def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]
         (run.all_samples or samples) * length, s.query_heads // s.key_heads, s.hidden, settings.value_rows
     )
     found = {
-        "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4),
+        "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4, heads=run.online.heads),
         "forward": streams(sizes, samples, length, run.online, window, settings.sequential),
         "clip search": clip_search(sizes, run.online, samples, length, run.all_samples or samples),
         "input statistics": input_statistics(sizes, samples, length, run.batch),

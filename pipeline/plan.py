@@ -18,6 +18,7 @@ from ..export.packing import packed_width
 from ..models.aliases import resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
+from ..models.families import Family
 from ..models.remote import Remote
 from ..models.shape import Shape
 from ..rotation import hadamard_matrices
@@ -31,7 +32,7 @@ from .machines import Machine, calibrated, measured, published
 from .recipe import Recipe
 from .run import device_of
 from .scaling import Estimate, device_memory, estimate
-from .settings import changed_ends, rotations_of, stays_tied
+from .settings import changed_ends, is_r1_online, rotations_of, stays_tied
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
@@ -95,7 +96,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
             "vocabulary": shape.vocabulary,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
         },
-        "rotations": _rotations(recipe, shape),
+        "rotations": _rotations(recipe, decoder.family, shape),
         "sizes": {"original": checkpoint.bytes, **sizes},
         "calibration": {
             "sequences": recipe.calibration.samples,
@@ -192,8 +193,9 @@ def construction(rotation: Hadamard) -> str:
     return text if rotation.blocks == 1 else f"{rotation.blocks} blocks, each {text}"
 
 
-def _rotations(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
-    where = "residual stream, folded" if recipe.rotation.r1 == "merged" else "inputs behind the norms, online"
+def _rotations(recipe: Recipe, family: Family, shape: Shape) -> dict[str, dict[str, Any]]:
+    online = is_r1_online(recipe, family)
+    where = "inputs of q, k, v, gate and up, online" if online else "residual stream, folded"
     places = {
         "r1": (recipe.rotation.r1 != "none", shape.hidden, where),
         "r2": (recipe.rotation.r2, shape.head_dim, "values of each head, folded"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..boa.rounding import Settings
 from ..export.spec import Spec
 from ..models.decoder import Decoder
+from ..models.families import Family
 from ..rotation.rotate import Rotations
 from .recipe import Recipe
 
@@ -18,6 +19,11 @@ def settings_of(recipe: Recipe) -> Settings:
     return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
 
 
+def is_r1_online(recipe: Recipe, family: Family) -> bool:
+    """Whether R1 stands behind the norms; families with post norms cannot have it merged."""
+    return recipe.rotation.r1 == "online" or (recipe.rotation.r1 == "merged" and family.post_norms)
+
+
 def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
     """R1 to R4 for a decoder."""
     rotation = recipe.rotation
@@ -29,7 +35,7 @@ def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
         seed=rotation.seed,
-        online_r1=rotation.r1 == "online" or decoder.family.post_norms,
+        online_r1=is_r1_online(recipe, decoder.family),
         heads=rotation.heads,
     )
 

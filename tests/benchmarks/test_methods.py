@@ -37,7 +37,7 @@ def test_every_cell_is_a_recipe_of_its_own(methods: Any) -> None:
     for case in cases:
         recipe = recipes[case.key]
         rotated = load_recipe(case.recipe)["rotation"]
-        assert recipe.rotation.r1 == recipe.rotation.r2 == (case.transform == "rotation")
+        assert (recipe.rotation.r1 != "none") == recipe.rotation.r2 == (case.transform == "rotation")
         assert recipe.rotation.r4 == (case.transform == "rotation" and rotated["r4"])
         plain = recipe.weights.starts == 1 and recipe.weights.head == 0 and not recipe.activations.search
         assert plain == (case.method != "default")
@@ -55,7 +55,7 @@ def test_table(methods: Any, results: dict[str, dict[str, float]]) -> None:
     # Seeds of a cell are 32 apart: the first cell has 13 and 45.
     assert rows[0][:2] == ["| RTN", "none"] and rows[0][4:] == ["29.00", "0.1600", "26", "1024 |"]
     text = methods.document(results, methods.RECIPES, 2)
-    assert "--weights.method aespa" in text and "--no-weights.value_output" in text and "--no-rotation.r1" in text
+    assert "--weights.method aespa" in text and "--no-weights.value_output" in text and "--rotation.r1 none" in text
 
 
 def test_picture(methods: Any, results: dict[str, dict[str, float]], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_python_m_rotoboa() -> None:
 
 def test_quantize_builds_the_recipe_and_prints_the_report(stages: Stages) -> None:
     result = call(
-        *("quantize", "--recipe", "w2a16", "--weights.bits", "3", "--rotation.r1", "--no-rotation.r2"),
+        *("quantize", "--recipe", "w2a16", "--weights.bits", "3", "--rotation.r1", "online", "--no-rotation.r2"),
         *("--weights.group_size", "none", "--calibration.samples", "5", "--device", "cpu", "--quiet"),
     )
     assert result.exit_code == 0, result.output
@@ -139,7 +139,7 @@ def test_quantize_builds_the_recipe_and_prints_the_report(stages: Stages) -> Non
     assert isinstance(recipe, Recipe) and isinstance(options["progress"], Progress)
     assert options["device"] == "cpu" and options["progress"].quiet
     assert (recipe.weights.bits, recipe.weights.group_size, recipe.calibration.samples) == (3, None, 5)
-    assert recipe.rotation.r1 and not recipe.rotation.r2 and recipe.activations.bits == 16
+    assert recipe.rotation.r1 == "online" and not recipe.rotation.r2 and recipe.activations.bits == 16
     assert recipe.output == Path("runs/tiny-w2a16")
     for words in ("99.000", "10.500", "12.0 s", "1 MiB", "runs/tiny-w2a16"):
         assert words in result.stdout

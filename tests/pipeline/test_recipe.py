@@ -29,7 +29,7 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     cache = 4 if "kv4" in name else 16
     assert (recipe.cache.key_bits, recipe.cache.value_bits) == (cache, cache)
     # Online rotations are worth their cost only where what they smooth is quantized.
-    assert recipe.rotation.r1 and recipe.rotation.r2
+    assert recipe.rotation.r1 == "merged" and recipe.rotation.r2
     assert recipe.rotation.r3 == (cache == 4) and recipe.rotation.r4 == (recipe.activations.bits < 16)
 
 
@@ -48,7 +48,7 @@ def test_overrides_win_and_text_becomes_numbers() -> None:
         {"weights.bits": "2", "weights.damping": "1e-2", "rotation.r1": False, "output": "a/b", "model": "x/y"},
     )
     assert (recipe.weights.bits, recipe.weights.rows, recipe.weights.damping) == (2, 2, 0.01)
-    assert recipe.output == Path("a/b") and recipe.model == "x/y" and not recipe.rotation.r1
+    assert recipe.output == Path("a/b") and recipe.model == "x/y" and recipe.rotation.r1 == "none"
     assert recipe.cache.clip == 1 and recipe.evaluation.baseline
 
 
@@ -83,7 +83,8 @@ def test_none_as_text_unsets_optional_fields_alone() -> None:
         ("calibration.samples", 1.5, "an integer at least 1"),
         ("calibration.sequence_length", 1, "an integer at least 2, or none"),
         ("weights.starts", 0, "an integer at least 1"),
-        ("rotation.r1", "perhaps", "true or false"),
+        ("rotation.r1", "perhaps", "one of merged, online, none"),
+        ("rotation.r2", "perhaps", "true or false"),
         ("rotation.seed", 2**32, "an integer at least 0 and below 4294967296"),
         ("model", "", "text"),
         ("output", "", "a path, or none"),
