@@ -37,13 +37,14 @@ from ..boa.rounding import Quantized
 from ..errors import InputError
 from ..models.families import Family, family_of
 from ..models.shape import Shape
+from ..rotation.hadamard import Hadamard
 from .checkpoint import SHARD_BYTES, write_checkpoint
 from .finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
 from .reading import check_shape, read_config, read_shapes
 from .spec import Spec
 
 NAME = "compressed-tensors"
-VLLM_ALONE = "R4 is online: for vLLM alone, not transformers"  # short enough to be quoted whole
+VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
 
 
 def stock_clip(bits: int) -> float:
@@ -62,7 +63,7 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, NAME)
-    refuse_online(spec, NAME, activations=True, r4=True)
+    refuse_online(spec, NAME, activations=True, inputs=True)
     transforms(spec, run.family, run.shape)
     if spec.activation_bits == 16:
         return
@@ -73,9 +74,9 @@ def check(run: Finished) -> None:
         )
     if not spec.activation_symmetric:
         raise InputError(f"{NAME} takes symmetric dynamic activations, and these are not: use --format native.")
-    if spec.r4 and spec.activation_group:
+    if (spec.r4 or spec.online_r1) and spec.activation_group:
         raise InputError(
-            f"{NAME} with R4 is for vLLM alone, which takes activations per token and not in groups of "
+            f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "
             f"{spec.activation_group}: quantize with --activations.group_size none, or use --format native."
         )
     clip = stock_clip(spec.activation_bits)
@@ -93,22 +94,31 @@ def _input_clips(spec: Spec) -> set[float]:
 
 
 def transforms(spec: Spec, family: Family, shape: Shape) -> TransformConfig | None:
-    """R4 as vLLM runs it, by Sylvester's Hadamard matrix of down's width or of equal blocks of it; None without R4.
+    """R1 and R4 where they are online, as vLLM runs them: Sylvester's Hadamard matrix of a layer's inputs, or of equal
+    blocks of them. None where neither is.
 
     Raises:
-        InputError: the run's R4 is another matrix.
+        InputError: the run has another matrix.
     """
-    hadamard = spec.r4_of(shape)
-    if hadamard is None:
-        return None
-    if hadamard.base != 1:
-        raise InputError(
-            f"the run needs R4 of width {shape.ffn}, no power of two, and {NAME} can express Sylvester's Hadamard "
-            "matrices alone: quantize with --rotation.r4_blocks, or use --format native."
-        )
-    blocks = hadamard.order if hadamard.blocks > 1 else None
-    online = TransformArgs(targets=[f"re:.*{family.down}$"], location="input")
-    return TransformConfig(config_groups={"R4": TransformScheme(type="hadamard", head_dim=blocks, apply=[online])})
+    groups = {}
+    for name, (hadamard, layers) in _online(spec, family, shape).items():
+        if hadamard.base != 1:
+            other = "--rotation.r4_blocks" if name == "R4" else "--rotation.r1 merged"
+            raise InputError(
+                f"the run needs {name} of width {hadamard.size}, no power of two, and {NAME} can express Sylvester's "
+                f"Hadamard matrices alone: quantize with {other}, or use --format native."
+            )
+        blocks = hadamard.order if hadamard.blocks > 1 else None
+        online = TransformArgs(targets=[f"re:.*{layer}$" for layer in layers], location="input")
+        groups[name] = TransformScheme(type="hadamard", head_dim=blocks, apply=[online])
+    return TransformConfig(config_groups=groups) if groups else None
+
+
+def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamard, tuple[str, ...]]]:
+    """What turns the inputs of layers as the model runs, and whose."""
+    r1, r4 = Hadamard.of(shape.hidden) if spec.online_r1 else None, spec.r4_of(shape)
+    found = {"R1": (r1, (family.query, family.key, family.value, *family.mlp_inputs)), "R4": (r4, family.downs)}
+    return {name: (hadamard, layers) for name, (hadamard, layers) in found.items() if hadamard is not None}
 
 
 def quantization_config(spec: Spec, family: Family, shape: Shape) -> dict[str, Any]:
@@ -175,10 +185,10 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
     yield from run.groups(lambda result: compress(result, run.spec.bits, run.spec.symmetric))
-    if (r4 := run.spec.r4_of(run.shape)) is not None:
-        # One matrix for all blocks, which share it in vLLM; its kernel does without, its plain product does not.
-        matrix = deterministic_hadamard_matrix(r4.order, torch.bfloat16)
-        yield {f"{run.family.layers}.0.{run.family.down}.R4_input.weight": matrix}
+    for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
+        # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
+        matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)
+        yield {f"{run.family.layers}.0.{layer}.{name}_input.weight": matrix}
 
 
 def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:

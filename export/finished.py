@@ -152,22 +152,22 @@ def refuse_layout(family: Family, name: str) -> None:
         )
 
 
-def refuse_online(spec: Spec, name: str, *, activations: bool = False, r4: bool = False) -> None:
+def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: bool = False) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
 
-    `activations` and `r4` say that the format holds these.
+    `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers.
 
     Raises:
         InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
     """
     online = []
-    if spec.online_r1:
+    if spec.online_r1 and not inputs:
         online.append("R1 online (a rotation before q, k, v, gate and up)")
     if spec.heads:
         online.append("a rotation over all heads (online, before O)")
     if spec.r3:
         online.append("R3 (an online rotation of queries and keys)")
-    if spec.r4 and not r4:
+    if spec.r4 and not inputs:
         online.append("R4 (an online rotation before down)")
     if spec.activation_bits < 16 and not activations:
         groups = f" in groups of {spec.activation_group}" if spec.activation_group else ""

@@ -115,8 +115,8 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
         if found.shape != expected.shape:
             shapes = f"{tuple(found.shape)}, and the run {tuple(expected.shape)}"
             raise RunError(f"{export}: {reader} gives logits of shape {shapes}: export it again.")
-        if finished.spec.r4 and record.format == compressed_tensors.NAME:
-            reader += ", R4 by compressed-tensors"
+        if record.format == compressed_tensors.NAME and (finished.spec.r4 or finished.spec.online_r1):
+            reader += ", rotations by compressed-tensors"
         difference = float((found - expected).abs().max())
         agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
         results.append(Verified(record.format, reader, difference, deviation, agreement, limit if judged else None))

@@ -173,7 +173,7 @@ def test_r4_is_written_for_vllm_and_kept_from_transformers(
     changes = {"rotation.r4": True, "rotation.r4_blocks": True, "weights.symmetric": True}
     run = cheap_run("w4a16", changes, {"intermediate_size": width})
     export = exporting.export(run, "compressed-tensors", output=tmp_path / "export")
-    with pytest.raises(Exception, match="R4 is online: for vLLM alone, not transformers"):
+    with pytest.raises(Exception, match="rotated online: for vLLM alone, not transformers"):
         AutoModelForCausalLM.from_pretrained(export)
     (group,) = json.loads((export / "config.json").read_text())["quantization_config"]["transform_config"][
         "config_groups"
@@ -188,7 +188,22 @@ def test_r4_is_written_for_vllm_and_kept_from_transformers(
     assert torch.equal(matrix / order**0.5, Hadamard.of(order).matrix())
     assert "With vLLM alone" in (export / "README.md").read_text()
     (result,) = verify(export)  # the stock model, and the rotation as the format's own library runs it
-    assert result.difference < 1e-4 and result.reader == "transformers, R4 by compressed-tensors"
+    assert result.difference < 1e-4 and result.reader == "transformers, rotations by compressed-tensors"
+
+
+def test_r1_behind_the_norms_is_written_for_vllm(cheap_run: Runs, opened_run: Opened, tmp_path: Path) -> None:
+    changes = {"rotation.r1": "online", "rotation.scale": True, "weights.symmetric": True}
+    export = exporting.export(cheap_run("w4a16", changes), "compressed-tensors", output=tmp_path / "export")
+    with pytest.raises(Exception, match="rotated online"):
+        AutoModelForCausalLM.from_pretrained(export)
+    config = json.loads((export / "config.json").read_text())["quantization_config"]["transform_config"]
+    (applied,) = config["config_groups"]["R1"]["apply"]
+    layers = ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    assert applied["targets"] == [f"re:.*{layer}_proj$" for layer in layers] and applied["location"] == "input"
+    (result,) = verify(export)
+    assert result.difference < 1e-4
+    with pytest.raises(InputError, match="a rotation over all heads .*online, before O.*, which compressed-tensors"):
+        compressed_tensors.write(opened_run("w4a16", {**changes, "rotation.heads": True}), tmp_path / "heads")
 
 
 def weights(config: dict[str, Any]) -> dict[str, Any]:
