@@ -21,6 +21,7 @@ from .distributed import joined
 from .identity import checkpoint_checksums
 from .job import Job, prepare
 from .measure import loaded, perplexities, sizes
+from .placing import settle
 from .progress import Progress
 from .recipe_values import split_names
 from .run import REPORT, RunFolder, write_json
@@ -111,6 +112,7 @@ def _evaluate(
     job.spec = replace(job.spec, clips=folder.clips())
     ends, measured = shared_ends(job, folder), dict[str, dict[str, Any]]()
     if sources:
+        settle(job, folder.manifest.get("r1_noise"))
         job.rotations = job.rotations.reseeded(folder.manifest.get("rotation_seed", recipe.rotation.seed))
         if recipe.rotation.scale:
             read_scales(job, run)

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
+from ..rotation.hadamard import Hadamard
 from ..rotation.rotate import Rotations
 from . import launch
 from .buffers import Buffers
@@ -45,12 +46,13 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    found: list[str] = field(default_factory=list)
     _running: dict[str, float] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
         """Of the rounding, as the recipe has them."""
-        return settings_of(self.recipe)
+        return settings_of(self.recipe, self.rotations)
 
     @property
     def bos(self) -> bool:
@@ -60,7 +62,7 @@ class Job:
     @property
     def notices(self) -> list[str]:
         """What a user should know of how the recipe was carried out, a sentence each."""
-        notices = []
+        notices = list(self.found)
         if self.rotations.online_r1 and self.recipe.rotation.r1 == "merged":
             notices.append(
                 f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into "
@@ -72,6 +74,11 @@ class Job:
                 "with weights.head 0 they stay one."
             )
         return notices
+
+    def place_r1(self, r1: Hadamard | None) -> None:
+        """Have R1 merged, or nowhere, whatever the recipe says."""
+        self.rotations = replace(self.rotations, r1=r1, online_r1=False)
+        self.spec = replace(self.spec, r1=r1 is not None, online_r1=False)
 
     def release(self) -> None:
         """Called after each batch: what lies in files need not stay in memory, and this rank is at work."""

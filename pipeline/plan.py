@@ -18,11 +18,11 @@ from ..export.packing import packed_width
 from ..models.aliases import resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
-from ..models.families import Family
 from ..models.remote import Remote
 from ..models.shape import Shape
 from ..rotation import hadamard_matrices
 from ..rotation.hadamard import Hadamard
+from ..rotation.rotate import Rotations
 from .buffers import free_memory
 from .checks import bos_of, check_sizes, length_of
 from .counting import Sizes, Work
@@ -32,7 +32,7 @@ from .machines import Machine, calibrated, measured, published
 from .recipe import Recipe
 from .run import device_of
 from .scaling import Estimate, device_memory, estimate
-from .settings import changed_ends, is_r1_online, rotations_of, stays_tied
+from .settings import changed_ends, rotations_of, stays_tied
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
@@ -96,7 +96,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
             "vocabulary": shape.vocabulary,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
         },
-        "rotations": _rotations(recipe, decoder.family, shape),
+        "rotations": _rotations(recipe, rotations, shape),
         "sizes": {"original": checkpoint.bytes, **sizes},
         "calibration": {
             "sequences": recipe.calibration.samples,
@@ -193,11 +193,10 @@ def construction(rotation: Hadamard) -> str:
     return text if rotation.blocks == 1 else f"{rotation.blocks} blocks, each {text}"
 
 
-def _rotations(recipe: Recipe, family: Family, shape: Shape) -> dict[str, dict[str, Any]]:
-    online = is_r1_online(recipe, family)
-    where = "inputs of q, k, v, gate and up, online" if online else "residual stream, folded"
+def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, dict[str, Any]]:
+    where = "inputs of q, k, v, gate and up, online" if rotations.online_r1 else "residual stream, folded"
     places = {
-        "r1": (recipe.rotation.r1 != "none", shape.hidden, where),
+        "r1": (rotations.r1 is not None, shape.hidden, where),
         "r2": (recipe.rotation.r2, shape.head_dim, "values of each head, folded"),
         "r3": (recipe.rotation.r3, shape.head_dim, "queries and keys, online"),
         "heads": (recipe.rotation.heads, shape.query_width, "input of O, over all heads, online"),

@@ -38,7 +38,8 @@ class Rotation(_Section):
         default="merged",
         description="Where R1 stands, which spreads outliers over the hidden channels. merged: in the residual stream, "
         "free at run time (QuaRot); online: behind the norms, a Hadamard transform at the inputs of q, k, v and of "
-        "gate and up, which rounds what the layers read; none: nowhere.",
+        "gate and up, which rounds what the layers read; none: nowhere; auto: merged, or none in a model whose norms "
+        "make that harmful.",
     )
     r2: bool = Field(default=True, description="Rotate the values of each head, between V and O. Free at run time.")
     r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")

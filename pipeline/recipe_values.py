@@ -50,7 +50,7 @@ def _placement(value: Any) -> Any:
     return {True: "merged", False: "none"}[value] if isinstance(value, bool) else value
 
 
-Placement = Annotated[Literal["merged", "online", "none"], BeforeValidator(_placement)]
+Placement = Annotated[Literal["auto", "merged", "online", "none"], BeforeValidator(_placement)]
 SITES = ("qkv", "output", "gate_up", "down")  # those of rotation.channels, which needs torch
 
 

@@ -10,11 +10,12 @@ from ..rotation.rotate import Rotations
 from .recipe import Recipe
 
 
-def settings_of(recipe: Recipe) -> Settings:
-    """Of the rounding."""
+def settings_of(recipe: Recipe, rotations: Rotations | None = None) -> Settings:
+    """Of the rounding; `rotations` where they are known, else R1 is where the recipe has it."""
     grid = recipe.weights.grid
     if grid == "auto":
-        grid = "hessian" if recipe.rotation.r1 == "none" else "diagonal"
+        has_r1 = recipe.rotation.r1 != "none" if rotations is None else rotations.r1 is not None
+        grid = "diagonal" if has_r1 else "hessian"
     fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
     return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
 
@@ -25,11 +26,12 @@ def is_r1_online(recipe: Recipe, family: Family) -> bool:
 
 
 def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
-    """R1 to R4 for a decoder."""
+    """Those of a decoder; R1 is merged where the recipe leaves it to the model, and the family does not forbid it."""
     rotation = recipe.rotation
+    off = rotation.r1 == "none" or (rotation.r1 == "auto" and decoder.family.post_norms)
     return Rotations.of(
         decoder.shape,
-        r1=rotation.r1 != "none",
+        r1=not off,
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,
@@ -62,7 +64,7 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         bits=recipe.weights.bits,
         group_size=recipe.weights.group_size,
         symmetric=recipe.weights.symmetric,
-        r1=rotation.r1 != "none",
+        r1=rotations.r1 is not None,
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,

@@ -42,6 +42,7 @@ from .measure import (
 )
 from .overlap import Overlap
 from .pages import siblings, write_page
+from .placing import noise_of_r1, settle
 from .progress import Progress
 from .quantizing import quantize_blocks
 from .recipe import Recipe
@@ -125,6 +126,9 @@ def _run(
 ) -> dict[str, Any]:
     """The long work. Each result is in the manifest as soon as it is there, and is not worked out again."""
     recipe, known, ranks = job.recipe, folder.manifest, job.ranks
+    if "r1_noise" not in known:
+        folder.keep(r1_noise=noise_of_r1(job, tokens, progress))
+    settle(job, known["r1_noise"])
     if "rotation_seed" not in known:
         folder.keep(rotation_seed=choose_seed(job, tokens, progress))
     seed = known["rotation_seed"]
