@@ -29,7 +29,8 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     cache = 4 if "kv4" in name else 16
     assert (recipe.cache.key_bits, recipe.cache.value_bits) == (cache, cache)
     # Online rotations are worth their cost only where what they smooth is quantized.
-    assert recipe.rotation.r1 == "merged" and recipe.rotation.r2
+    assert recipe.rotation.r1 == ("online" if recipe.activations.bits < 16 else "auto") and recipe.rotation.r2
+    assert recipe.rotation.heads == recipe.rotation.scale == (recipe.activations.bits < 16)
     assert recipe.rotation.r3 == (cache == 4) and recipe.rotation.r4 == (recipe.activations.bits < 16)
 
 
@@ -83,7 +84,7 @@ def test_none_as_text_unsets_optional_fields_alone() -> None:
         ("calibration.samples", 1.5, "an integer at least 1"),
         ("calibration.sequence_length", 1, "an integer at least 2, or none"),
         ("weights.starts", 0, "an integer at least 1"),
-        ("rotation.r1", "perhaps", "one of merged, online, none"),
+        ("rotation.r1", "perhaps", "one of auto, merged, online, none"),
         ("rotation.r2", "perhaps", "true or false"),
         ("rotation.seed", 2**32, "an integer at least 0 and below 4294967296"),
         ("model", "", "text"),
