@@ -81,6 +81,11 @@ METHODS = {
     ),
 }
 TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    **TRANSFORMS,
+    "quarot": {"rotation.r1": "merged", "rotation.scale": False, "rotation.heads": False},
+}
+"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it."""
 
 
 class Case(NamedTuple):
@@ -94,7 +99,7 @@ class Case(NamedTuple):
     @property
     def changes(self) -> dict[str, Any]:
         """By field of the recipe."""
-        method, transform = METHODS[self.method].changes, TRANSFORMS[self.transform]
+        method, transform = METHODS[self.method].changes, PLACEMENTS[self.transform]
         return {**method, **transform, "calibration.seed": self.seed}
 
     @property
@@ -114,8 +119,11 @@ def cases(recipes: tuple[str, ...], seeds: int) -> list[Case]:
     ]
 
 
-def run(case: Case, threads: int, extra: dict[str, Any]) -> dict[str, float]:
-    """Measure one case in this process; on one thread seconds are the processor's, whatever else runs; 0: on all."""
+def run(case: Case, threads: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """Measure one case in this process; on one thread seconds are the processor's, whatever else runs; 0: on all.
+
+    `sources` is there where `extra` asks for it.
+    """
     if threads == 1:
         time.perf_counter = time.process_time
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -128,6 +136,7 @@ def run(case: Case, threads: int, extra: dict[str, Any]) -> dict[str, float]:
         "seconds": report["seconds"]["quantize"],
         "memory": report["peak_memory_bytes"]["host"],
         "size": report["sizes"]["quantized"],
+        **{name: report[name] for name in ("sources",) if report.get(name)},
     }
 
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 from common import HERE, QUICK, file_name, side_by_side
-from methods import METHODS, TRANSFORMS, Case, run
-from real_page import RECIPES, Subject, document, picture
+from methods import METHODS, PLACEMENTS, Case, run
+from real_page import RECIPES, Subject, document, picture, sources_picture
 
 from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline.calibration import load_texts
@@ -48,7 +48,7 @@ def cases(recipes: Iterable[str], names: Iterable[str], transforms: Iterable[str
 def measured(case: Case, threads: int, subject: Subject) -> dict[str, Any]:
     """The figures of one case in this process; `failed`, with a sentence, where it has none."""
     try:
-        return dict(run(case._replace(recipe=RECIPES[case.recipe][0]), threads, subject.changes(case.recipe)))
+        return dict(run(case._replace(recipe=RECIPES[case.recipe][0]), threads, subject.changes(case)))
     except (InputError, RunError) as error:
         return {"failed": str(error)}
 
@@ -73,10 +73,10 @@ def judge(
     Raises:
         InputError: the model or a text cannot be used.
     """
-    job = prepare(build_recipe({}, subject.changes("w4a16")))
+    job = prepare(build_recipe({}, subject.changes(Case("w4a16", "default", "rotation", 0))))
     load_texts(subject.calibrate, "calibration")
     load_texts(subject.text, job.recipe.evaluation.split)
-    prints, file = subject.prints(cases(RECIPES, METHODS, TRANSFORMS, seeds)), HERE / f"{name}.json"
+    prints, file = subject.prints(cases(RECIPES, METHODS, PLACEMENTS, seeds)), HERE / f"{name}.json"
     kept: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if fresh:
         kept = {key: found for key, found in kept.items() if key not in {prints[case.key] for case in wanted}}
@@ -94,11 +94,17 @@ def judge(
             flush=True,
         )
     results = {key: kept[mark] for key, mark in prints.items() if mark in kept}
-    figures = {key: {name: value for name, value in found.items() if name != "case"} for key, found in results.items()}
+    figures = {
+        key: {figure: value for figure, value in found.items() if figure not in ("case", "sources")}
+        for key, found in results.items()
+    }
     if figures:
-        page = document(figures, subject, name, size=job.checkpoint.bytes, bos=job.bos)
+        lost = {key: found["sources"] for key, found in results.items() if "sources" in found}
+        page = document(figures, subject, name, size=job.checkpoint.bytes, bos=job.bos, sources=lost)
         write_text(HERE / f"{name}.md", page)
         write_text(HERE / f"{name}.svg", picture(figures, subject.model))
+        if lost:
+            write_text(HERE / f"{name}-sources.svg", sources_picture(lost, subject.model))
         print(f"wrote {name}.md and {name}.svg")
     return failed
 
@@ -114,7 +120,9 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds, from 0 on.")] = 1,
     recipes: Annotated[str, typer.Option(help="Which recipes, separated by commas.")] = ",".join(RECIPES),
     methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = ",".join(NAMES),
-    transforms: Annotated[str, typer.Option(help="rotation, none, or both with a comma.")] = "rotation",
+    transforms: Annotated[
+        str, typer.Option(help="rotation, quarot (R1 merged, no more) or none; commas between.")
+    ] = "rotation",
     change: Annotated[list[str] | None, typer.Option("--set", help="field=value: for every case; repeatable.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cases measured side by side: seconds are best with one.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="Of a case; 1: seconds are the processor's; 0: all.")] = 0,
@@ -135,7 +143,7 @@ def main(
         wanted = cases(
             chosen(recipes, RECIPES, "--recipes"),
             chosen(methods, METHODS, "--methods"),
-            chosen(transforms, TRANSFORMS, "--transforms"),
+            chosen(transforms, PLACEMENTS, "--transforms"),
             seeds,
         )
         failed = judge(subject, wanted, name, seeds, jobs=jobs, threads=threads, fresh=fresh)

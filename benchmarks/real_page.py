@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from common import QUICK, command_of, content, fingerprint, shown, standalone
-from methods import METHODS, TRANSFORMS, Case, mean, settings
+from methods import METHODS, PLACEMENTS, Case, mean, settings
 
 from rotoboa.eval.charts import Chart, legend, log_scale, span
+from rotoboa.eval.source_figures import kl_by_source
+from rotoboa.eval.source_tables import BY_BLOCK, markdown, markdown_by_block, measured_on
 from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
 
 Results = dict[str, dict[str, float]]
@@ -40,10 +42,11 @@ class Subject:
     calibrate: str
     setting: dict[str, Any]
 
-    def changes(self, recipe: str) -> dict[str, Any]:
-        """By field of the recipe, beside those of the method."""
+    def changes(self, case: Case) -> dict[str, Any]:
+        """By field of the recipe, beside those of the method; the default says where its loss comes from too."""
         texts = {"calibration.dataset": self.calibrate, "evaluation.dataset": self.text}
-        return {"model": self.model, **texts, **RECIPES[recipe][1], **self.setting}
+        sources = {"evaluation.sources": case.method == "default" and case.seed == 0}
+        return {"model": self.model, **texts, **sources, **RECIPES[case.recipe][1], **self.setting}
 
     def prints(self, cases: Iterable[Case]) -> dict[str, str]:
         """The fingerprint of each case by its key.
@@ -55,7 +58,7 @@ class Subject:
         found = {}
         for case in cases:
             base = load_recipe(RECIPES[case.recipe][0])
-            found[case.key] = fingerprint(build_recipe(base, {**case.changes, **self.changes(case.recipe)}), *contents)
+            found[case.key] = fingerprint(build_recipe(base, {**case.changes, **self.changes(case)}), *contents)
         return found
 
 
@@ -66,13 +69,13 @@ def rows(results: Results) -> list[tuple[str, str, str]]:
     return [
         (name, transform, name if single else f"{name}, {_turned(transform)}")
         for name in METHODS
-        for transform in TRANSFORMS
+        for transform in PLACEMENTS
         if (name, transform) in kinds
     ]
 
 
 def _turned(transform: str) -> str:
-    return "rotated" if transform == "rotation" else "not rotated"
+    return {"rotation": "rotated", "none": "not rotated", "quarot": "QuaRot's rotations"}[transform]
 
 
 def overview(results: Results) -> list[str]:
@@ -110,7 +113,7 @@ def _figure(kl: float) -> str:
 def picture(results: Results, model: str) -> str:
     """KL by recipe, a mark for each method, with axes for each transform, as an SVG document."""
     recipes = [recipe for recipe in RECIPES if any(key.startswith(f"{recipe} | ") for key in results)]
-    transforms = [name for name in TRANSFORMS if any(transform == name for _, transform, _ in rows(results))]
+    transforms = [name for name in PLACEMENTS if any(transform == name for _, transform, _ in rows(results))]
     low, high = span([found["kl"] for found in results.values()])
     with Chart(height=0.8 + 0.3 * len(recipes), rows=len(transforms)) as chart:
         for axes, transform in zip(chart.axes, transforms, strict=True):
@@ -128,8 +131,53 @@ def picture(results: Results, model: str) -> str:
     return standalone(chart.svg(f"KL of the methods of the field on {shown(model)}"))
 
 
-def document(results: Results, subject: Subject, name: str, *, size: int, bos: bool) -> str:
-    """The page: `size` are the bytes of the model's own tensor files, `bos` says whether windows begin with BOS."""
+def sources_picture(sources: Mapping[str, Mapping[str, Any]], model: str) -> str:
+    """Where the default's loss comes from, as an SVG document; `sources` by the key of a case."""
+    return standalone(kl_by_source(_labelled(sources), f"KL with one quantizer on alone, {shown(model)}").svg)
+
+
+def _labelled(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    keys = {key: key.split(" | ") for key in sources}
+    return {
+        recipe + ("" if transform == "rotation" else f", {_turned(transform)}"): sources[key]
+        for key, (recipe, _, transform, _) in keys.items()
+    }
+
+
+def source_lines(sources: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+    """Markdown: KL of the default with one quantizer on alone, and by block."""
+    if not sources:
+        return []
+    labelled = _labelled(sources)
+    lines = [
+        "## Where the default's loss comes from",
+        "",
+        "KL with one quantizer on alone, all else in full precision. ",
+    ]
+    lines[-1] += measured_on(next(iter(labelled.values())))
+    lines += ["", *markdown(labelled, "recipe"), "", f"![KL by source]({name}-sources.svg)", "", BY_BLOCK, ""]
+    for label, entry in labelled.items():
+        if len(entry["kl"]) > 2:
+            lines += [f"### {label}, by block", "", *markdown_by_block(entry), ""]
+    return lines
+
+
+def document(
+    results: Results,
+    subject: Subject,
+    name: str,
+    *,
+    size: int,
+    bos: bool,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        size: bytes of the model's own tensor files.
+        bos: whether windows begin with BOS.
+        sources: where the loss of a case comes from, by its key.
+    """
     setting, first = subject.setting, next(iter(results.values()))
     length, seeds = setting["calibration.sequence_length"], {key.rpartition(" | ")[2] for key in results}
     others = {key: value for key, value in setting.items() if key not in QUICK}
@@ -160,4 +208,5 @@ def document(results: Results, subject: Subject, name: str, *, size: int, bos: b
     ]
     for recipe in RECIPES:
         lines += table(recipe, results)
+    lines += source_lines(sources or {}, name)
     return "\n".join([*lines, *settings(dict.fromkeys(method for method, _, _ in rows(results)))]).rstrip() + "\n"

@@ -64,7 +64,7 @@ def test_every_cell_is_a_recipe_of_its_own(real: Any) -> None:
         recipe = build_recipe(load_recipe(name), changes)
         bits = f"w{recipe.weights.bits}a{recipe.activations.bits}" + ("kv4" if recipe.cache.key_bits == 4 else "")
         assert label == bits + (f"-g{recipe.weights.group_size}" if recipe.weights.group_size else "")
-    recipe = build_recipe({}, subject.changes("w4a16"))
+    recipe = build_recipe({}, subject.changes(real.Case("w4a16", "default", "rotation", 0)))
     assert (recipe.calibration.samples, recipe.calibration.sequence_length, recipe.evaluation.windows) == (16, 2048, 20)
     assert recipe.calibration.seed == 0 and recipe.evaluation.dataset == ("a",)
 
@@ -89,6 +89,9 @@ def test_it_measures_and_goes_on(judged: Any, llama: Path, text: Path, tmp_path:
     root = ElementTree.fromstring((tmp_path / f"real-{llama.name}-quick.svg").read_text(encoding="utf-8"))
     titles = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
     assert f"w2a16, RTN: {kl:.4f}" in titles and len(titles) == 3
+    assert "| recipe | weights | all together |" in page, "where the loss of the default comes from"
+    assert f"![KL by source](real-{llama.name}-quick-sources.svg)" in page
+    assert (tmp_path / f"real-{llama.name}-quick-sources.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
 def test_other_settings_are_other_cases(judged: Any, text: Path, tmp_path: Path) -> None:
