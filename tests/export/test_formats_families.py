@@ -18,19 +18,19 @@ SMALL = {"calibration.sequence_length": 40, "evaluation.windows": 2, "evaluation
 @pytest.fixture
 def make_run(
     save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
-) -> Callable[[str], Path]:
-    def make(name: str) -> Path:
+) -> Callable[..., Path]:
+    def make(name: str, **changes: Any) -> Path:
         model = save_family(tmp_path / "model", name)
-        rotoboa.quantize(make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **SMALL}))
+        rotoboa.quantize(make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **SMALL, **changes}))
         return tmp_path / "run"
 
     return make
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
-def test_stock_transformers_computes_what_native_does(make_run: Callable[[str], Path], name: str) -> None:
-    """Windows, biases and QK-norm among them."""
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_stock_transformers_computes_what_native_does(make_run: Callable[..., Path], name: str) -> None:
+    """Windows, biases and QK-norm among them; the norms of Gemma's branches keep R1 out of the weights."""
     run = make_run(name)
     folder = export(run, "compressed-tensors")
     ids = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -47,14 +47,20 @@ def test_stock_transformers_computes_what_native_does(make_run: Callable[[str], 
         ("phi3", "and 'phi3' has other parts: use --format native"),
         ("opt", "and 'opt' has other parts: use --format native"),
         ("mixtral", "and 'mixtral' has other parts: use --format native"),
-        ("gemma2", "R1 (an online rotation before q, k, v, gate and up"),
         ("qwen2", "GGUF is written for models of the Llama architecture, and this is a 'qwen2'"),
     ],
 )
-def test_others_are_refused(make_run: Callable[[str], Path], name: str, words: str) -> None:
+def test_others_are_refused(make_run: Callable[..., Path], name: str, words: str) -> None:
     run = make_run(name)
     for format_name in ("gguf",) if name == "qwen2" else ("compressed-tensors", "gptq"):
         with pytest.raises(InputError) as caught:
             export(run, format_name)
         assert words in str(caught.value)
         assert not (run / "exports").exists()
+
+
+def test_r1_behind_the_norms_is_refused_by_gptq(make_run: Callable[..., Path]) -> None:
+    run = make_run("qwen2", **{"rotation.r1": "online"})
+    with pytest.raises(InputError, match=r"needs R1 online \(a rotation before q, k, v, gate and up\), which GPTQ"):
+        export(run, "gptq")
+    assert not (run / "exports").exists()
