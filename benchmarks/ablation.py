@@ -52,7 +52,10 @@ LEVERS: dict[str, dict[str, tuple[Any, Any]]] = {
     "clip search, activations": {"activations.search": (True, False)},
     "clip search, cache": {"cache.search": (True, False)},
     "best of 8 rotations": {"rotation.seeds": (8, 1)},
-    "R1 and R2": {"rotation.r1": ("merged", "none"), "rotation.r2": (True, False)},
+    "R1 behind the norms": {"rotation.r1": ("online", "merged")},
+    "R2": {"rotation.r2": (True, False)},
+    "heads rotated": {"rotation.heads": (True, False)},
+    "channels balanced": {"rotation.scale": (True, False)},
 }
 """What is changed, and its values with the lever on and off. A recipe's default is one of the two."""
 

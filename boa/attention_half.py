@@ -90,7 +90,7 @@ class AttentionHalf(Workspace):
         t = self.transforms
         for span, hf, hq in self._batches(full, quantized):
             given[span] = x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention))
-            exact_x = attended[span].to(x.device)
+            exact_x = t.output.rotate(attended[span].to(x.device))
             self._write(f.output, outputs, self._number(span), full[span], hf, hq, exact_x, x, f.attention_post_norm)
         self._solve(Pending([f.output], layer_objective(outputs, self._weight(f.output)), [1]))
         self._add(f.output, quantized, given, f.attention_post_norm)

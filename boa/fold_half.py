@@ -78,7 +78,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
                 seen.grams.at(n).add_grams(met.query, met.key)
                 if self.settings.method not in LAYERWISE:
                     seen.grams.at(n).add_values(x, self._without_bias(attended), met, self._weight(f.value))
-            written = self.full.get_submodule(f.output)(attended)
+            written = self.full.get_submodule(f.output)(t.output.rotate(attended))
             if "output" in sites:
                 seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
             if "gate_up" not in sites and "down" not in sites:

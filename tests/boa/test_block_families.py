@@ -26,6 +26,7 @@ MIXTURES = ["mixtral", "qwen3_moe"]
 SETTINGS = Settings(bits=4, refine=1, starts=1, tabu=0)
 SEQUENCES, LENGTH, HIDDEN = 3, 24, 32
 EVERYTHING = {"r1": True, "r2": True, "r3": True, "r4": True}
+ROTATIONS = {"plain": {}, "rotated": EVERYTHING, "behind the norms": {**EVERYTHING, "online_r1": True, "heads": True}}
 
 
 class Setup:
@@ -36,13 +37,14 @@ class Setup:
         family, shape = self.decoder.family, self.decoder.shape
         tensors = block_tensors(model, self.decoder, 1)
         chosen = {name: rotations.get(name, False) for name in EVERYTHING}
-        self.rotations = Rotations.of(shape, **chosen, online_r1=family.post_norms)
+        online = rotations.get("online_r1", False) or family.post_norms
+        self.rotations = Rotations.of(shape, **chosen, online_r1=online, heads=rotations.get("heads", False))
         self.block = self.decoder.block(1, self.rotations.rotate_block(tensors, family, 1))
         quantizer = DynamicQuantizer.of(bits, True, 0.9)
         read = InputTransform(self.rotations.r1 if self.rotations.online_r1 else None, quantizer)
         self.transforms = OnlineTransforms(
             read,
-            InputTransform(quantizer=quantizer),
+            InputTransform(self.rotations.heads, quantizer),
             read,
             InputTransform(self.rotations.r4, quantizer),
             AttentionTransform(
@@ -67,10 +69,10 @@ def _run(setup: Setup, settings: Settings = SETTINGS, **options: Any) -> Ran:
     return run_block(setup.decoder, setup.block, settings, setup.transforms, setup.streams(), **options)
 
 
-@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize("rotated", ROTATIONS)
 @pytest.mark.parametrize("name", NAMES + MIXTURES)
-def test_streams_are_forward_passes(family_model: Callable[..., nn.Module], name: str, rotated: bool) -> None:
-    setup = Setup(family_model(name), 4 if rotated else 16, **(EVERYTHING if rotated else {}))
+def test_streams_are_forward_passes(family_model: Callable[..., nn.Module], name: str, rotated: str) -> None:
+    setup = Setup(family_model(name), 16 if rotated == "plain" else 4, **ROTATIONS[rotated])
     solver, full, quantized = _run(setup)
     before_full, before_quantized = setup.streams()
     torch.testing.assert_close(full, setup.forward(setup.block, before_full, exact=True), rtol=0, atol=2e-5)
