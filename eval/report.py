@@ -94,9 +94,8 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
 
 def _turned(rotation: Mapping[str, Any]) -> str:
     """The rotations of a recipe in words; of older runs r1 is true or false."""
-    names = (
-        ["R1 behind the norms" if rotation["r1"] == "online" else "R1"] if rotation["r1"] not in (False, "none") else []
-    )
+    places = {"online": ["R1 behind the norms"], "none": [], False: [], "auto": ["R1 where it helps"]}
+    names = [*places.get(rotation["r1"], ["R1"])]
     names += [name.upper() for name in ("r2", "r3", "r4") if rotation.get(name)]
     names += ["heads"] if rotation.get("heads") else []
     turned = f"rotated by {', '.join(names)}" if names else "not rotated"

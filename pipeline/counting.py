@@ -113,14 +113,14 @@ class Online:
     `r1` is where the recipe has it.
     """
 
-    r1: str = "merged"
-    heads: bool = False
     r3: bool = False
     r4: bool = False
     activations: bool = False
     cache: bool = False
     search_activations: bool = False
     search_cache: bool = False
+    r1: str = "merged"
+    heads: bool = False
 
 
 def pairs(length: int, window: int | None = None) -> int:

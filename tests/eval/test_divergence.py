@@ -55,7 +55,8 @@ def test_is_that_of_all_logits_in_float64(noise: float) -> None:
     perplexity, found = scores(windows, states(other, other_head), states(hidden, head))
     assert found is not None
     expected = slow(windows, other.double() @ other_head.double().T, hidden.double() @ head.double().T)
-    assert (perplexity, found.kl, found.top1) == pytest.approx(expected, rel=2e-5)
+    # Logits of order 10 in float32 leave a small KL some 1e-8, in another order on another processor.
+    assert (perplexity, found.kl, found.top1) == pytest.approx(expected, rel=2e-5, abs=5e-8)
     assert scores(windows, states(other, other_head))[1] is None
 
 

@@ -108,13 +108,16 @@ def test_the_page_holds_the_figures(html: str) -> None:
     assert "<td>inputs of Q, K, V</td><td>0.0105</td>" in text and "4 windows of 2,048 tokens" in text
     assert "<td>1</td><td>3.21e-03</td><td>3.21e-03</td><td>3.21e-03</td><td>3.21e-03</td>" in text
     assert "Inputs of down, block 1" in text, "the spikiest block is the one that is shown"
-    assert "R1, R2, R3, R4" in text and "first 4 positions" not in text
+    assert (
+        "channels balanced, rotated by R1 behind the norms, R2, R3, R4, heads" in text
+        and "first 4 positions" not in text
+    )
 
 
 def test_the_sink_of_the_cache_is_named() -> None:
     report = copy.deepcopy(REPORT)
     report["recipe"]["cache"]["sink"] = 4
-    low = "keys in 4 bits, values in 4 bits, but for the first 4 positions; rotated"
+    low = "keys in 4 bits, values in 4 bits, but for the first 4 positions; channels balanced, rotated"
     assert low in page(contents(report=report))
 
 

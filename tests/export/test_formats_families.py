@@ -16,9 +16,7 @@ SMALL = {"calibration.sequence_length": 40, "evaluation.windows": 2, "evaluation
 
 
 @pytest.fixture
-def make_run(
-    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
-) -> Callable[..., Path]:
+def make_run(save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
     def make(name: str, **changes: Any) -> Path:
         model = save_family(tmp_path / "model", name)
         rotoboa.quantize(make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **SMALL, **changes}))

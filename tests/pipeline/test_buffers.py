@@ -137,6 +137,7 @@ def test_a_run_in_files_ends_with_the_same_bytes(
     reports = {}
     for name, memory in (("held", None), ("spilled", "1KiB")):
         changes = {"model": str(llama), "output": tmp_path / name, "memory": memory, "weights.head": 0.5}
+        changes |= {"rotation.r1": "merged", "rotation.scale": False}
         reports[name] = rotoboa.quantize(make_recipe("w4a4kv4", changes))
     assert reports["held"]["perplexity"] == reports["spilled"]["perplexity"]
     ends = 2 * 2048 * 64 * 2  # embedding and head, in bfloat16, which always lie in files

@@ -173,7 +173,7 @@ def test_a_recipe_file_gives_its_name_and_its_output(stages: Stages, tmp_path: P
 def test_illegal_values_are_one_sentence(stages: Stages, tmp_path: Path) -> None:
     message = fails(2, "quantize", "--weights.bits", "9", "--weights.method", "best")
     assert "weights.bits is 9 but must be 2 to 8" in message and "weights.method is best" in message
-    assert "no recipe 'w4': perhaps w4a4" in fails(2, "quantize", "--recipe", "w4")
+    assert "no recipe 'w4': perhaps w4a8" in fails(2, "quantize", "--recipe", "w4")
     (tmp_path / "bad.yaml").write_text("weights: {bit: 4}\n")
     assert "no field weights.bit (perhaps weights.bits)" in fails(2, "quantize", "--recipe", str(tmp_path / "bad.yaml"))
     assert stages.calls == []

@@ -103,7 +103,7 @@ def test_run_save_and_load(
         original = _original(checkpoints(name))(ids).logits
         assert 0.001 < (logits - original).norm() / original.norm() < 0.9, "quantized, and still the same model"
     notices = " ".join(report["notices"])
-    assert ("R1" in notices) == family.post_norms
+    assert "R1" not in notices, "no recipe merges it where it cannot be"
 
 
 @torch.no_grad()

@@ -138,9 +138,9 @@ def test_orders_multiply_to_the_size(size: int) -> None:
 
 def test_rotations_that_are_on(llama: Path, make_recipe: MakeRecipe) -> None:
     rotations = plan(make_recipe("w4a4kv4", {"model": str(llama), "rotation.r3": False}))["rotations"]
-    assert list(rotations) == ["r1", "r2", "r4"]
-    assert [rotation["size"] for rotation in rotations.values()] == [64, 16, 96]
-    assert rotations["r4"]["base"] == 12 and "online" in rotations["r4"]["where"]
+    assert list(rotations) == ["r1", "r2", "heads", "r4"]
+    assert [rotation["size"] for rotation in rotations.values()] == [64, 16, 64, 96]
+    assert rotations["r4"]["base"] == 12 and all("online" in rotations[name]["where"] for name in ("r1", "heads", "r4"))
 
 
 # -- several GPUs -----------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def runs(
         return {**files, "ranks": ranks, "fault": fault, "overrides": overrides}
 
     fixed: dict[str, Any] = {"deterministic": True, "evaluation.references": True, "weights.head": 0.5}
-    fixed["weights.zfold"] = "output"
+    fixed |= {"weights.zfold": "output", "rotation.heads": False}
     listed = [
         *(case("llama", f"llama-{n}", n) for n in (1, 2, 4)),
         *(case("llama", f"fixed-{n}", n, **fixed) for n in (1, 2, 3, 4)),

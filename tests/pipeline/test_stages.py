@@ -71,7 +71,7 @@ def test_run_folder(finished: Finished) -> None:
     run, recipe, _ = finished
     found = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     assert found == {
-        *("manifest.json", "recipe.yaml", "report.json"),
+        *("manifest.json", "recipe.yaml", "report.json", "scales.safetensors"),
         *("blocks/00000.safetensors", "blocks/00001.safetensors"),
         *("model/config.json", "model/generation_config.json", "model/model.safetensors"),
         *("model/tokenizer.json", "model/tokenizer_config.json"),

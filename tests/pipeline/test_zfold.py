@@ -136,8 +136,8 @@ def test_other_formats_hold_the_scaled_norms(llama: Path, make_recipe: MakeRecip
         ),
         (
             "gemma2",
-            {},
-            r"before qkv and gate_up of .* post norms.*: turn rotation\.r1 off or give .* output,down\.",
+            {"rotation.r1": "merged"},
+            r"before qkv and gate_up of .* R1 runs online .*: turn rotation\.r1 off or give .* output,down\.",
         ),
         ("mixtral", {}, r"experts, which share a norm with their router.*: give --weights\.zfold qkv,output\."),
         ("mixtral", {"weights.zfold": "down"}, r"nothing before down of .*: leave weights\.zfold out\."),
