@@ -108,10 +108,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Online:
-    """What runs beside the layers: rotations, and the bits of activations and cache below 16 or not.
-
-    `r1` is where the recipe has it.
-    """
+    """What runs beside the layers: rotations (`r1`: where), and whether activations and cache are below 16 bits."""
 
     r3: bool = False
     r4: bool = False

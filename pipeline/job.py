@@ -20,6 +20,7 @@ from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
+from ..rotation.balance import balanced_sites
 from ..rotation.hadamard import Hadamard
 from ..rotation.rotate import Rotations
 from . import launch
@@ -68,12 +69,27 @@ class Job:
                 f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into "
                 "the weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
             )
+        if self.recipe.rotation.scale:
+            notices += self._unbalanced()
         if self.decoder.config.tie_word_embeddings and not self.rotations.turned and moves_head(self.recipe):
             notices.append(
                 "weights.head moves the output layer away from the embedding that it was tied to, and both are stored; "
                 "with weights.head 0 they stay one."
             )
         return notices
+
+    def _unbalanced(self) -> list[str]:
+        """A sentence where rotation.scale leaves inputs out."""
+        family, config = self.decoder.family, self.decoder.config
+        if self.rotations.turned:
+            return [
+                "The inputs of q, k, v, gate and up are not balanced: with R1 merged their norms are folded into the "
+                "weights. With rotation.r1 online or none they are."
+            ]
+        if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
+            function = config.activation_function
+            return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
+        return []
 
     def place_r1(self, r1: Hadamard | None) -> None:
         """Have R1 merged, or nowhere, whatever the recipe says."""
