@@ -14,7 +14,7 @@ from .packing import packed_width, planes, unpack
 
 _CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
 _CHUNK_ELSEWHERE = 1 << 24
-_COLUMNS = 128  # least of a product of integers by group: with fewer, scaling the sums costs what the products save
+_COLUMNS = 128  # least of a product of integers by group, by estimate: with fewer, scaling the sums should cost more
 _SLOW_INTEGERS = ("NO AVX", "AVX2")  # processors where oneDNN has no kernel: 25 times a float product's time, as seen
 
 

@@ -21,7 +21,6 @@ from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint, fetch
 from ..models.decoder import Decoder
 from ..rotation.balance import balanced_sites
-from ..rotation.hadamard import Hadamard
 from ..rotation.rotate import Rotations
 from . import launch
 from .buffers import Buffers
@@ -91,10 +90,10 @@ class Job:
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
         return []
 
-    def place_r1(self, r1: Hadamard | None) -> None:
-        """Have R1 merged, or nowhere, whatever the recipe says."""
-        self.rotations = replace(self.rotations, r1=r1, online_r1=False)
-        self.spec = replace(self.spec, r1=r1 is not None, online_r1=False)
+    def leave_r1_out(self) -> None:
+        """Have R1 nowhere, where the recipe leaves it to the model."""
+        self.rotations = replace(self.rotations, r1=None, online_r1=False)
+        self.spec = replace(self.spec, r1=False, online_r1=False)
 
     def release(self) -> None:
         """Called after each batch: what lies in files need not stay in memory, and this rank is at work."""

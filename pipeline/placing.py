@@ -48,7 +48,7 @@ def settle(job: Job, noise: float | None) -> None:
     if noise is None or noise <= HARMFUL:
         return
     if job.recipe.rotation.r1 == "auto":
-        job.place_r1(None)
+        job.leave_r1_out()
         job.found.append(
             f"R1 is left out: merged, it would make the noise of rounding {noise:.0f} times as strong in this model, "
             "whose norms silence its largest channels. With rotation.r1 online it stands behind the norms."

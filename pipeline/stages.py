@@ -129,6 +129,8 @@ def _run(
     if "r1_noise" not in known:
         folder.keep(r1_noise=noise_of_r1(job, tokens, progress))
     settle(job, known["r1_noise"])
+    for notice in job.found if ranks.rank == 0 else ():
+        progress.log(notice)
     if "rotation_seed" not in known:
         folder.keep(rotation_seed=choose_seed(job, tokens, progress))
     seed = known["rotation_seed"]
