@@ -30,7 +30,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .statistics import rope_pull_back
+
+def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(1/L) sum over positions l of R_l^T G R_l, BoA's H_out before RoPE.
+
+    Args:
+        gram: (heads, d, d), of vectors after RoPE.
+        cos, sin: (L, d), as the model's rotary embedding gives them; R_l x = cos_l * x + sin_l * J x, where J maps
+            (x1, x2) to (-x2, x1), halves of x.
+
+    With D_c, D_s the diagonals, R_l = D_c + D_s J: the mean over l needs only the means of c c^T, c s^T and s s^T.
+    """
+    length, size = cos.shape
+    half = size // 2
+    j = torch.zeros(size, size, dtype=gram.dtype, device=gram.device)
+    j[:half, half:] = -torch.eye(half, dtype=gram.dtype, device=gram.device)
+    j[half:, :half] = torch.eye(half, dtype=gram.dtype, device=gram.device)
+    cos, sin = cos.to(gram.dtype), sin.to(gram.dtype)
+    cc, cs, ss = cos.T @ cos / length, cos.T @ sin / length, sin.T @ sin / length
+    cross = (gram * cs) @ j
+    return gram * cc + cross + cross.transpose(-1, -2) + j.T @ (gram * ss) @ j
 
 
 def positions_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

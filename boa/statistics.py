@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..rotation.hadamard import Hadamard
 from .attention import Seen, causal_probabilities
+from .grams import add_gram, gram_parts, mirrored
 from .objective import Objective
 from .stopwatch import stage
 
-MIRROR = 1024  # columns of a symmetric matrix that are copied at a time
 PROBABILITIES = 1 << 20  # elements of A held at a time: small enough for a processor's cache
 MIXED = 1 << 21  # elements of A X held, at least a chunk's: products of many rows are few
 ON_A_GPU = 64  # times as many: there it is the number of operations that counts
@@ -235,55 +235,6 @@ class AttentionStatistics:
         parts = output.T.reshape(groups, -1, size, output.shape[0]).float()
         h_out = (parts @ parts.transpose(-1, -2)).sum(1)
         return Objective(mirrored(self.value_h_in), h_out, drift=self.value_drift)
-
-
-def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(1/L) sum over positions l of R_l^T G R_l, BoA's H_out before RoPE.
-
-    Args:
-        gram: (heads, d, d), of vectors after RoPE.
-        cos, sin: (L, d), as the model's rotary embedding gives them; R_l x = cos_l * x + sin_l * J x, where J maps
-            (x1, x2) to (-x2, x1), halves of x.
-
-    With D_c, D_s the diagonals, R_l = D_c + D_s J: the mean over l needs only the means of c c^T, c s^T and s s^T.
-    """
-    length, size = cos.shape
-    half = size // 2
-    j = torch.zeros(size, size, dtype=gram.dtype, device=gram.device)
-    j[:half, half:] = -torch.eye(half, dtype=gram.dtype, device=gram.device)
-    j[half:, :half] = torch.eye(half, dtype=gram.dtype, device=gram.device)
-    cos, sin = cos.to(gram.dtype), sin.to(gram.dtype)
-    cc, cs, ss = cos.T @ cos / length, cos.T @ sin / length, sin.T @ sin / length
-    cross = (gram * cs) @ j
-    return gram * cc + cross + cross.transpose(-1, -2) + j.T @ (gram * ss) @ j
-
-
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to `total` (B, c, c), the blocks on and below its diagonal only; `x` is (B, n, c)."""
-    for below in gram_parts(total):
-        rows, width = below.shape[1:]
-        start = x.shape[-1] - rows
-        below.baddbmm_(x[..., start:].transpose(1, 2), x[..., start : start + width])
-
-
-def gram_parts(total: Tensor | None) -> list[Tensor]:
-    """The parts of symmetric matrices (..., c, c) that `add_gram` fills, as views: columns, from the diagonal down."""
-    if total is None:
-        return []
-    columns = total.shape[-1]
-    width = max(64, -(-columns // 4))
-    return [total[..., start:, start : start + width] for start in range(0, columns, width)]
-
-
-def mirrored(total: Tensor) -> Tensor:
-    """Fill in, in place, the other half of the symmetric matrices (B, c, c) of which `add_gram` made the lower one."""
-    columns = total.shape[-1]
-    for start in range(0, columns, MIRROR):
-        stop = min(start + MIRROR, columns)
-        part = total[:, start:stop, start:stop]
-        part.copy_(part.tril() + part.tril(-1).transpose(1, 2))
-        total[:, start:stop, stop:] = total[:, stop:, start:stop].transpose(1, 2)
-    return total
 
 
 @stage("factors")

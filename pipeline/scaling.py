@@ -54,7 +54,7 @@ def makespan(costs: Iterable[float], ranks: int) -> float:
 
 
 def triangle(columns: int) -> int:
-    """Elements of a Gram on and below the diagonal, in the blocks of columns of `boa.statistics.add_gram`."""
+    """Elements of a Gram on and below the diagonal, in the blocks of columns of `boa.grams.add_gram`."""
     width = max(64, -(-columns // 4))
     return sum(min(width, columns - start) * (columns - start) for start in range(0, columns, width))
 

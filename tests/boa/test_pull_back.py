@@ -9,8 +9,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from rotoboa.boa.pull_back import NormStatistics, norm_pull_back, positions_pull_back
-from rotoboa.boa.statistics import rope_pull_back
+from rotoboa.boa.pull_back import NormStatistics, norm_pull_back, positions_pull_back, rope_pull_back
 
 from .problems import random, random_gram
 

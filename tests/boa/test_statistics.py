@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from rotoboa.boa import statistics
-from rotoboa.boa.statistics import AttentionStatistics, InputStatistics, add_gram, mirrored
+from rotoboa.boa import grams
+from rotoboa.boa.grams import add_gram, mirrored
+from rotoboa.boa.statistics import AttentionStatistics, InputStatistics
 
 from .problems import random
 from .toy_attention import Toy
@@ -93,7 +94,7 @@ def test_wanted_outputs_need_the_weight() -> None:
 
 @pytest.mark.parametrize("columns", [3, 64, 65, 300])
 def test_grams_by_half(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "MIRROR", 50)
+    monkeypatch.setattr(grams, "MIRROR", 50)
     x = random(2, 9, columns)
     total = torch.zeros(2, columns, columns, dtype=torch.float64)
     for part in x.split(4, 1):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa.objective import Objective
-from rotoboa.boa.statistics import AttentionStatistics, rope_pull_back
+from rotoboa.boa.pull_back import rope_pull_back
+from rotoboa.boa.statistics import AttentionStatistics
 from rotoboa.rotation.hadamard import Hadamard
 
 from .problems import random
