@@ -24,14 +24,16 @@ class Balance:
     def __init__(self, job: Job, length: int) -> None:
         self.job, self.sequences = job, -(-TOKENS // length)
         self.found: list[dict[str, Tensor]] = []
-        self.sites = balanced_sites(job.decoder.family, job.decoder.config, folded=job.rotations.turned)
+        keys = job.recipe.cache.key_bits < 16
+        self.sites = balanced_sites(job.decoder.family, job.decoder.config, folded=job.rotations.turned, keys=keys)
         job.rotations = replace(job.rotations, scales=self.found)
 
     def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
         """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
         compute, batch = self.job.decoder, self.job.recipe.calibration.batch
         seen = moments(compute, block, hidden[: self.sequences], self.sites, batch)
-        self.found.append(scales(tensors, compute.family, compute.shape, seen))
+        rotary = compute.position_embeddings(1, index)[0].shape[-1]
+        self.found.append(scales(tensors, compute.family, compute.shape, seen, rotary))
 
     def write(self, folder: Path) -> None:
         """Keep them in the folder of the run."""

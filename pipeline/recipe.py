@@ -53,8 +53,8 @@ class Rotation(_Section):
     )
     scale: bool = Field(
         default=False,
-        description="Balance the channels of every input against the weights that read them, before it is rotated. "
-        "Free at run time.",
+        description="Balance the channels of every input against the weights that read them, before it is rotated, and "
+        "of quantized keys against the queries. Free at run time.",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the random signs of the Hadamard matrices.")
     seeds: int = Field(

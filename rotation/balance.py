@@ -9,6 +9,10 @@ neither factor and spreads the channels; over t the product is least where
 W_j the columns of all layers that read the site together (Cauchy-Schwarz on the two sums over j). SmoothQuant (arXiv
 2211.10438) has maxima in the place of root mean squares, and alpha 1/2. t goes into what makes the site's input, at no
 cost as the model runs: see `channels`.
+
+Keys that are rounded for the cache are balanced likewise against the queries that meet them. The noise of q . k is
+|q / t|^2 E|t k|^2, so E q_j^2 stands where |W_j|^2 does. Both are of pairs of channels, whose sums of squares RoPE does
+not change.
 """
 
 from __future__ import annotations
@@ -22,47 +26,66 @@ from torch import Tensor, nn
 from ..models.decoder import Decoder
 from ..models.families import Family
 from ..models.shape import Shape
-from .channels import absorbable, readers, ties
+from .channels import HEADS, absorbable, key_ties, readers, ties
 
 BOUND = 64.0
 """How far a scale may be from the geometric mean of its site: what lies beyond is dead, or close to it."""
 
 
-def balanced_sites(family: Family, config: Any, *, folded: bool) -> tuple[str, ...]:
+def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = False) -> tuple[str, ...]:
     """The sites of a block whose input can take a scale a channel before it is rotated.
 
     `qkv`, `output`, `gate_up` and `down`; with experts the name of every down projection in place of `down`. Where the
     norms are `folded` into their readers for R1, the inputs of these are rotated without them, and have nothing to take
-    a scale; the input of down has where it is linear in up.
+    a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded.
     """
     through = family.gate or getattr(config, "activation_function", None) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
-    return ("output", *downs) if folded else ("qkv", "output", "gate_up", *downs)
+    sites = ("output", *downs) if folded else ("qkv", "output", "gate_up", *downs)
+    return (*sites, *HEADS) if keys else sites
 
 
 class Moments:
     """Collects E x_j^2 of the sites of one block while it runs, a token's x relative to its root mean square.
 
     Rounding is relative to the size of a token, and so is what the next norm leaves of its error. Counted alike, the
-    massive activations of a first token would decide alone.
+    massive activations of a first token would decide alone. Queries, which are not rounded, count as they are: `keys`
+    and `queries` are E k_j^2 and E q_j^2 before RoPE, (heads, head_dim), a token's key relative to itself; where heads
+    share a norm, behind it and over all of them, (1, head_dim).
     """
 
-    def __init__(self, family: Family, block: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, family: Family, shape: Shape, block: nn.Module, names: tuple[str, ...]) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
+        made = {"keys": (family.key, family.key_norm, shape.key_heads),
+                "queries": (family.query, family.query_norm, shape.query_heads)}  # fmt: skip
         self._handles = [
-            block.get_submodule(readers(family, name)[0]).register_forward_pre_hook(self._look(name)) for name in names
+            block.get_submodule(readers(family, name)[0]).register_forward_pre_hook(self._look(name))
+            for name in names
+            if name not in made
         ]
+        for name, (projection, norm, heads) in made.items():
+            if name in names:
+                module = block.get_submodule(norm or projection)
+                self._handles.append(module.register_forward_hook(self._meet(name, 1 if norm else heads)))
 
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            square = args[0].flatten(0, -2).float().square()
-            square /= square.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            total = square.sum(0).double()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._count[name] = self._count.get(name, 0) + len(square)
+            self._add(name, _relative(args[0].flatten(0, -2).float().square()))
 
         return hook
+
+    def _meet(self, name: str, heads: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_: nn.Module, __: Any, made: Tensor) -> None:
+            square = made.flatten(0, -2).unflatten(-1, (heads, -1)).float().square()
+            self._add(name, _relative(square) if name == "keys" else square)
+
+        return hook
+
+    def _add(self, name: str, square: Tensor) -> None:
+        total = square.sum(0).double()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._count[name] = self._count.get(name, 0) + len(square)
 
     def value(self) -> dict[str, Tensor]:
         """(c,) in float64 by site; an expert that no token went to is not there. Looks no further."""
@@ -76,30 +99,41 @@ def moments(
     decoder: Decoder, block: nn.Module, hidden: Tensor, names: tuple[str, ...], batch: int
 ) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
-    seen = Moments(decoder.family, block, names)
+    seen = Moments(decoder.family, decoder.shape, block, names)
     for part in hidden.split(batch):
         decoder.run(block, part.to(decoder.device, decoder.dtype))
     return seen.value()
 
 
 def scales(
-    tensors: Mapping[str, Tensor], family: Family, shape: Shape, found: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], family: Family, shape: Shape, found: Mapping[str, Tensor], rotary: int
 ) -> dict[str, Tensor]:
     """The scales t of a block's sites, positive, in float64; those of `output` are one a value channel.
 
     Args:
         tensors: of the block, as in the checkpoint.
         found: E x_j^2 by site, from `moments`.
+        rotary: channels of a head that RoPE turns.
     """
     chosen = {}
+    norms = {name: tensor.double().cpu() for name, tensor in tensors.items() if name in _norms(family)}
     for site, moment in found.items():
+        if site in HEADS:
+            continue
         weights = [tensors[f"{name}.weight"].double() for name in readers(family, site) if name != family.router]
         energy = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).cpu()
         tie = ties(shape, site)
         if tie is not None:
             energy, moment = (torch.zeros(int(tie.max()) + 1).double().index_add_(0, tie, x) for x in (energy, moment))
-        norms = {name: tensor.double().cpu() for name, tensor in tensors.items() if name in _norms(family)}
         chosen[site] = absorbable(norms, family, site, balance(energy, moment))
+    if "keys" in found:
+        keys, queries, tie = found["keys"], found["queries"], key_ties(shape.head_dim, rotary)
+        both = (queries.unflatten(0, (len(keys), -1)).sum(1), keys)
+        energy, moment = (torch.zeros_like(x).index_add_(1, tie, x)[:, tie] for x in both)
+        t = torch.stack([balance(*head) for head in zip(energy, moment, strict=True)])
+        chosen["keys"] = absorbable(norms, family, "keys", t.flatten())
+        met = chosen["keys"].view_as(t).repeat_interleave(len(queries) // len(keys), 0)
+        chosen["queries"] = absorbable(norms, family, "queries", 1 / met.flatten())
     return chosen
 
 
@@ -116,5 +150,11 @@ def balance(energy: Tensor, moment: Tensor) -> Tensor:
     return torch.where(alive, t, 1.0)
 
 
-def _norms(family: Family) -> tuple[str, str]:
-    return f"{family.attention_norm}.weight", f"{family.mlp_norm}.weight"
+def _norms(family: Family) -> set[str]:
+    names = (family.attention_norm, family.mlp_norm, family.key_norm, family.query_norm)
+    return {f"{name}.weight" for name in names if name is not None}
+
+
+def _relative(square: Tensor) -> Tensor:
+    """Squares (..., n) over their mean."""
+    return square / square.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

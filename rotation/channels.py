@@ -9,6 +9,10 @@ EMNLP 2023). As integers I with a scale s per row, the readers then mean s (I - 
 | output | O | rows of V and its bias; a value channel has one zeta for the query heads of its group |
 | gate_up | gate and up | the MLP's norm |
 | down | down | rows of up and its bias: act(gate) * up is linear in up, and a ReLU alone is so for zeta > 0 |
+
+Keys and queries meet in a product: a channel of the keys times zeta against the same channel of the queries over zeta.
+RoPE turns channels in pairs, which share one (`key_ties`). `keys` and `queries` take their scales into the norm of each
+head where there is one, which all heads then share, else into rows of K and Q and their biases.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from ..models.families import Family
 from ..models.shape import Shape
 
 SITES = ("qkv", "output", "gate_up", "down")
+HEADS = ("keys", "queries")
 
 
 def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: bool, r4: bool) -> str:
@@ -58,6 +63,8 @@ def readers(family: Family, site: str) -> tuple[str, ...]:
         "output": (family.output,),
         "gate_up": (*family.mlp_inputs, *([family.router] if family.router else [])),
         "down": family.downs,
+        "keys": (),
+        "queries": (),
     }[site]
 
 
@@ -66,8 +73,13 @@ def _before(family: Family, site: str) -> str:
     if family.experts and site in family.downs:
         return family.expert(family.downs.index(site))[1]
     return {
-        "qkv": family.attention_norm, "output": family.value, "gate_up": family.mlp_norm, "down": family.up
-    }[site]  # fmt: skip
+        "qkv": family.attention_norm,
+        "output": family.value,
+        "gate_up": family.mlp_norm,
+        "down": family.up,
+        "keys": family.key_norm or family.key,
+        "queries": family.query_norm or family.query,
+    }[site]
 
 
 def ties(shape: Shape, site: str) -> Tensor | None:
@@ -81,13 +93,30 @@ def ties(shape: Shape, site: str) -> Tensor | None:
     return channels.expand(-1, shape.query_heads // shape.key_heads, -1).flatten()
 
 
+def key_ties(head_dim: int, rotary: int) -> Tensor:
+    """Which scale each channel of a key takes, (head_dim,) indices: RoPE turns the first `rotary`, j with j + half."""
+    channels = torch.arange(head_dim)
+    channels[rotary // 2 : rotary] = channels[: rotary // 2]
+    return channels
+
+
+def _scaled_norm(family: Family, site: str) -> str | None:
+    """The norm that takes the scales of `site`; None where a projection does."""
+    return {
+        "qkv": family.attention_norm,
+        "gate_up": family.mlp_norm,
+        "keys": family.key_norm,
+        "queries": family.query_norm,
+    }.get(site)
+
+
 def absorbable(tensors: Mapping[str, Tensor], family: Family, site: str, zeta: Tensor) -> Tensor:
     """The nearest scales to `zeta` with which what takes them is stored without an error, of the same shape.
 
     A norm's weight is stored in the checkpoint's dtype: it is made one that bfloat16 holds, and so float16 and float32.
     A channel that the norm multiplies by 0 has no scale.
     """
-    norm = {"qkv": family.attention_norm, "gate_up": family.mlp_norm}.get(site)
+    norm = _scaled_norm(family, site)
     if norm is None:
         return zeta
     stored = tensors[f"{norm}.weight"]
@@ -103,7 +132,8 @@ def scale_channels(
 
     Args:
         tensors: of the block, by their names inside it; not changed.
-        zeta: positive, one an input channel of the site; for `output` one a value channel, (key heads * head_dim,).
+        zeta: positive, one an input channel of the site; for `output` one a value channel, (key heads * head_dim,); for
+            `keys` and `queries` one a channel of all heads, or of one where a norm takes it.
     """
     tie = ties(shape, site)
     columns = zeta if tie is None else zeta[tie.to(zeta.device)]
@@ -113,7 +143,7 @@ def scale_channels(
         changed[f"{name}.weight"] = weight / columns.to(weight)
     name = _before(family, site)
     weight = tensors[f"{name}.weight"]
-    if site in ("qkv", "gate_up"):
+    if _scaled_norm(family, site) is not None:
         changed[f"{name}.weight"] = (weight + family.norm_offset) * zeta.to(weight) - family.norm_offset
     else:
         changed[f"{name}.weight"] = weight * zeta.to(weight)[:, None]

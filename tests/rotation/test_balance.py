@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from rotoboa.models.families import FAMILIES
-from rotoboa.rotation.balance import BOUND, Moments, balance, balanced_sites
+from rotoboa.models.shape import Shape
+from rotoboa.rotation.balance import BOUND, Moments, balance, balanced_sites, scales
+from rotoboa.rotation.channels import key_ties, scale_channels
 from rotoboa.rotation.hadamard import Hadamard
+
+SHAPE = Shape(blocks=1, hidden=6, ffn=6, query_heads=4, key_heads=2, head_dim=8, vocabulary=9)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -55,7 +59,7 @@ def test_a_massive_token_counts_as_the_others() -> None:
     block = nn.Module()
     block.o = nn.Linear(6, 2)
     family = replace(FAMILIES["llama"], output="o")
-    seen = Moments(family, block, ("output",))
+    seen = Moments(family, SHAPE, block, ("output",))
     x = random(2, 5, 6, seed=0).float()
     x[0, 0] *= 1000
     for part in x:
@@ -77,3 +81,66 @@ def test_which_sites_can_take_scales() -> None:
     mixtral = replace(FAMILIES["mixtral"], expert_count=2)
     downs = ("mlp.experts.0.down_proj", "mlp.experts.1.down_proj")
     assert balanced_sites(mixtral, none, folded=False) == ("qkv", "output", "gate_up", *downs)
+
+
+def _heads(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of `x` (tokens, 6), (heads, tokens, 8), keys once for every query head."""
+    q, k = (x @ tensors[f"self_attn.{name}_proj.weight"].T for name in "qk")
+    return q.unflatten(-1, (4, 8)).transpose(0, 1), k.unflatten(-1, (2, 8)).transpose(0, 1).repeat_interleave(2, 0)
+
+
+def test_balanced_keys_lose_less_and_logits_nothing() -> None:
+    """Rounded to four bits a key, behind a Hadamard rotation; channels that RoPE turns together share a scale."""
+    family, x, tie = FAMILIES["llama"], random(300, 6, seed=0), key_ties(8, 6)
+    assert torch.equal(tie, torch.tensor([0, 1, 2, 0, 1, 2, 6, 7]))
+    sizes = {
+        name: (1.5 * random(heads, 8, seed=heads)[:, tie]).exp().view(-1, 1) for name, heads in (("q", 4), ("k", 2))
+    }
+    rows = {name: random(len(size), 6, seed=5) * size for name, size in sizes.items()}
+    tensors = {f"self_attn.{name}_proj.weight": weight for name, weight in rows.items()}
+    found = {
+        "keys": (x @ rows["k"].T).square().mean(0).view(2, 8),
+        "queries": (x @ rows["q"].T).square().mean(0).view(4, 8),
+    }
+    chosen = scales(tensors, family, SHAPE, found, rotary=6)
+    for scale in (part for name in ("keys", "queries") for part in chosen[name].view(-1, 8)):
+        assert torch.equal(scale[:3], scale[3:6]) and scale.unique().numel() == 5
+    scaled = tensors
+    for site in ("keys", "queries"):
+        scaled = {**scaled, **scale_channels(scaled, family, SHAPE, site, chosen[site])}
+    rotation = Hadamard.of(8)
+
+    def lost(tensors: dict[str, Tensor]) -> Tensor:
+        q, k = (rotation.apply(part) for part in _heads(tensors, x))
+        step = k.abs().amax(-1, keepdim=True) / 7
+        return (q @ ((k / step).round() * step - k).transpose(1, 2)).square().sum()
+
+    (q, k), (q_scaled, k_scaled) = _heads(tensors, x), _heads(scaled, x)
+    torch.testing.assert_close(q_scaled @ k_scaled.transpose(1, 2), q @ k.transpose(1, 2), rtol=1e-12, atol=1e-11)
+    assert lost(scaled) < 0.7 * lost(tensors)
+
+
+def test_norms_of_heads_take_scales_that_bfloat16_holds() -> None:
+    """All heads share a norm, and so a scale; what the norm of queries takes is nearly one over that of keys."""
+    family = FAMILIES["gemma3_text"]
+    norms = {f"self_attn.{name}_norm.weight": random(8, seed=i).bfloat16().double() for i, name in enumerate("qk")}
+    found = {"keys": random(1, 8, seed=2).exp(), "queries": random(1, 8, seed=3).exp()}
+    chosen = scales(norms, family, SHAPE, found, rotary=8)
+    assert chosen["keys"].shape == chosen["queries"].shape == (8,)
+    torch.testing.assert_close(chosen["keys"] * chosen["queries"], torch.ones(8).double(), rtol=0, atol=0.05)
+    for site in ("keys", "queries"):
+        (taken,) = scale_channels(norms, family, SHAPE, site, chosen[site]).values()
+        torch.testing.assert_close(taken, taken.bfloat16().double(), rtol=1e-12, atol=1e-12)
+
+
+def test_moments_of_queries_and_keys() -> None:
+    """Before RoPE, by head; of a token's key relative to the key, so that no massive one decides."""
+    block = nn.Module()
+    block.q, block.k = nn.Linear(6, 32), nn.Linear(6, 16)
+    seen = Moments(replace(FAMILIES["llama"], query="q", key="k"), SHAPE, block, ("keys", "queries"))
+    x = random(2, 5, 6, seed=0).float()
+    x[0, 0] *= 1000
+    q, k = (part(x).flatten(0, 1).unflatten(-1, (-1, 8)).double().square() for part in (block.q, block.k))
+    found = seen.value()
+    torch.testing.assert_close(found["queries"], q.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["keys"], (k / k.mean(-1, keepdim=True)).mean(0), rtol=1e-5, atol=0)
