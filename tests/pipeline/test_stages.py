@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +78,9 @@ def test_run_folder(finished: Finished) -> None:
         *("model/tokenizer.json", "model/tokenizer_config.json"),
         *("model/README.md", "model/recipe.yaml", "model/report.json", "model/export.json"),
     }
+    with safe_open(run / "scales.safetensors", "pt") as scales:  # of keys too, which this recipe quantizes
+        sites = ("qkv", "output", "gate_up", "down", "keys", "queries")
+        assert set(scales.keys()) == {f"{i}.{site}" for i in range(2) for site in sites}
     assert build_recipe(load_recipe(str(run / "recipe.yaml"))) == recipe
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["finished"] is True
