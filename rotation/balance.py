@@ -30,6 +30,8 @@ from .channels import HEADS, absorbable, key_ties, readers, ties
 
 BOUND = 64.0
 """How far a scale may be from the geometric mean of its site: what lies beyond is dead, or close to it."""
+STORED = 2.0**-7
+"""How far a stored scale of keys or queries may be from the wanted one, relative to it: twice bfloat16's own error."""
 
 
 def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = False) -> tuple[str, ...]:
@@ -130,11 +132,22 @@ def scales(
         keys, queries, tie = found["keys"], found["queries"], key_ties(shape.head_dim, rotary)
         both = (queries.unflatten(0, (len(keys), -1)).sum(1), keys)
         energy, moment = (torch.zeros_like(x).index_add_(1, tie, x)[:, tie] for x in both)
-        t = torch.stack([balance(*head) for head in zip(energy, moment, strict=True)])
+        t = _held(norms, family, torch.stack([balance(*head) for head in zip(energy, moment, strict=True)]), tie)
         chosen["keys"] = absorbable(norms, family, "keys", t.flatten())
         met = chosen["keys"].view_as(t).repeat_interleave(len(queries) // len(keys), 0)
         chosen["queries"] = absorbable(norms, family, "queries", 1 / met.flatten())
     return chosen
+
+
+def _held(norms: Mapping[str, Tensor], family: Family, t: Tensor, tie: Tensor) -> Tensor:
+    """Scales of keys (heads, head_dim) where the norms of keys and queries can store them; else their pair has 1.
+
+    A norm that multiplies by 1 + w stores a small multiplier coarsely: the nearest may be several times another.
+    """
+    off = torch.zeros_like(t)
+    for site, wanted in (("keys", t), ("queries", 1 / t)):
+        off += (absorbable(norms, family, site, wanted.flatten()).view_as(t) / wanted - 1).abs() > STORED
+    return torch.where(torch.zeros_like(t).index_add_(1, tie, off)[:, tie] > 0, 1.0, t)
 
 
 def balance(energy: Tensor, moment: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ EMNLP 2023). As integers I with a scale s per row, the readers then mean s (I - 
 Keys and queries meet in a product: a channel of the keys times zeta against the same channel of the queries over zeta.
 RoPE turns channels in pairs, which share one (`key_ties`). `keys` and `queries` take their scales into the norm of each
 head where there is one, which all heads then share, else into rows of K and Q and their biases. What norms store of
-their scales is rounded (`absorbable`), so that the two are then only nearly inverse, and those of a pair nearly alike.
+their scales is rounded (`absorbable`): the two are then inverse, and those of a pair alike, to 2^-6 at worst.
 """
 
 from __future__ import annotations
