@@ -4,7 +4,7 @@ more than a few hundred positions."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 BlockFunction = Callable[[Tensor], Tensor]
 POSITIONS = 512  # whose logits are held at a time: of 128,256 tokens they take 250 MiB, in each of a few tensors
+ORIGINAL = "original"  # the name of the model that the others are held against
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,45 @@ def last_states(
 
 
 @torch.no_grad()
-def part_sums(tokens: Tensor, states: States, original: States | None = None) -> list[tuple[float, float, float]]:
-    """Sums over tokens of log-likelihood, of KL from the original and of equal top-1, in parts of a window.
+def part_sums(
+    tokens: Tensor,
+    models: Mapping[str, States],
+    original: States | None = None,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Sums over tokens of log-likelihood, of KL from the original and of equal top-1, in parts of a window, by model.
+
+    The logits of the original are found once for all: of a large vocabulary they are most of the work.
 
     Args:
         tokens: (windows, length).
-        states: the model's, over these tokens.
-        original: those of the model that it was made from, over the same tokens; without it the latter two are 0.
+        models: states over these tokens by the name of the model.
+        original: those of the model that they were made from. It is in the result too, as `ORIGINAL`; without it the
+            latter two sums are 0.
+        advance: called after each part.
     """
-    found = []
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
+    if original is not None:
+        found[ORIGINAL] = []
     for window, part, ids in _parts(tokens):
-        predicted = states.log_probabilities(window, part)
-        likelihood = float(predicted.gather(1, ids[:, None].to(predicted.device)).sum(dtype=torch.float64))
-        kl = same = 0.0
-        if original is not None:
-            expected = original.log_probabilities(window, part)
-            # A token's terms nearly cancel, so their sum goes over the vocabulary in float32 and from there in float64.
-            kl = float((expected.exp() * (expected - predicted)).sum(-1).sum(dtype=torch.float64))
-            same = float((expected.argmax(-1) == predicted.argmax(-1)).sum())
-        found.append((likelihood, kl, same))
+        expected = None if original is None else original.log_probabilities(window, part)
+        for name, states in models.items():
+            predicted = states.log_probabilities(window, part)
+            kl = same = 0.0
+            if expected is not None:
+                # A token's terms nearly cancel: their sum is float32 over the vocabulary, and float64 from there.
+                kl = float((expected.exp() * (expected - predicted)).sum(-1).sum(dtype=torch.float64))
+                same = float((expected.argmax(-1) == predicted.argmax(-1)).sum())
+            found[name].append((_likelihood(predicted, ids), kl, same))
+        if expected is not None:
+            found[ORIGINAL].append((_likelihood(expected, ids), 0.0, float(len(ids))))
+        advance()
     return found
+
+
+def _likelihood(log_probabilities: Tensor, ids: Tensor) -> float:
+    return float(log_probabilities.gather(1, ids[:, None].to(log_probabilities.device)).sum(dtype=torch.float64))
 
 
 def summary(sums: Iterable[Sequence[float]], count: int, diverged: bool) -> tuple[float, Divergence | None]:
@@ -117,7 +137,7 @@ def summary(sums: Iterable[Sequence[float]], count: int, diverged: bool) -> tupl
     agreement that llama.cpp's `perplexity` reports.
 
     Args:
-        sums: the `part_sums` of all windows, in order, whoever found them.
+        sums: a model's `part_sums` of all windows, in order, whoever found them.
         count: how many tokens were predicted.
         diverged: whether the original was given.
     """

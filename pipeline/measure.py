@@ -17,7 +17,7 @@ from ..boa.precision import quick_products
 from ..boa.rounding import Quantized, Settings, quantize
 from ..boa.stopwatch import STAGES
 from ..boa.transforms import OnlineTransforms
-from ..eval.perplexity import States, last_states, part_sums, summary
+from ..eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
 from ..export.memory import memory
 from ..export.native import pack_block, packed_block, prepare_block
 from ..export.spec import Spec
@@ -114,36 +114,41 @@ def _perplexities(
         progress.advance()
         job.ranks.tick()
 
-    def run(name: str, blocks: Iterator[nn.Module], ends: Ends, original: States | None = None) -> States:
+    def states(name: str, blocks: Iterator[nn.Module], ends: Ends) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
+        return last_states(
+            own,
+            partial(compute.embed, ends),
+            (partial(compute.run, block) for block in blocks),
+            compute.logits(ends),
+            batch=job.recipe.calibration.batch,
+            device=compute.device,
+            advance=advance,
+            empty=job.buffers.empty,
+            release=job.release,
+        )
+
+    def run(name: str, blocks: Iterator[nn.Module], ends: Ends) -> None:
         with job.timed(f"evaluate {name}"):
-            states = last_states(
-                own,
-                partial(compute.embed, ends),
-                (partial(compute.run, block) for block in blocks),
-                compute.logits(ends),
-                batch=job.recipe.calibration.batch,
-                device=compute.device,
-                advance=advance,
-                empty=job.buffers.empty,
-                release=job.release,
-            )
-            key, sums = name.replace(" ", "_"), job.ranks.gather(part_sums(own, states, original))
-            every = [part for found_there in sums for part in found_there]
-            perplexity[key], found = summary(every, windows.numel() - len(windows), original is not None)
-        if found is not None:
-            divergence[key] = asdict(found)
-        return states
+            models = {name: states(name, blocks, ends)}
+            sums = job.ranks.gather(part_sums(own, models, original, advance=job.ranks.tick))
+            for model in (ORIGINAL, name):
+                every = [part for found_there in sums for part in found_there[model]]
+                perplexity[model], found = summary(every, windows.numel() - len(windows), True)
+                if found is not None and model != ORIGINAL:
+                    divergence[model] = asdict(found)
 
     indices = range(compute.shape.blocks)
-    plain = (compute.block(i, checkpoint.block(i)) for i in indices)
-    original = run("full precision", plain, plain_ends)
+    with job.timed("evaluate full precision"):
+        original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), plain_ends)
     if job.recipe.evaluation.baseline:
-        rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
-        run("rtn", rounded, plain_ends, original)
-    packed = (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices)
-    run("quantized", packed, ends, original)
-    return perplexity, divergence.pop("quantized") | divergence
+        run(
+            "rtn",
+            (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices),
+            plain_ends,
+        )
+    run("quantized", (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices), ends)
+    return {"full_precision": perplexity.pop(ORIGINAL), **perplexity}, divergence.pop("quantized") | divergence
 
 
 def rounded_block(

@@ -85,13 +85,12 @@ def measure_sources(
             progress.advance()
             job.ranks.tick()
         original = walk.states("original")
-        kl = {}
-        for name in ("exact", *walk.names):
-            gathered = job.ranks.gather(part_sums(own, walk.states(name), original))
-            _, found = summary([part for rank in gathered for part in rank], windows.numel() - len(windows), True)
+        models = {name: walk.states(name) for name in ("exact", *walk.names)}
+        gathered, kl = job.ranks.gather(part_sums(own, models, original, advance=job.ranks.tick)), {}
+        for name in models:
+            _, found = summary([part for rank in gathered for part in rank[name]], windows.numel() - len(windows), True)
             assert found is not None
             kl[name] = found.kl
-            job.ranks.tick()
         errors = job.ranks.gather(walk.errors)
     blocks = {
         name: [sum(sum(rank[name][index]) for rank in errors) / len(windows) for index in range(len(of_blocks))]

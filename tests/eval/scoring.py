@@ -7,4 +7,6 @@ from rotoboa.eval.perplexity import Divergence, States, part_sums, summary
 
 def scores(tokens: Tensor, states: States, original: States | None = None) -> tuple[float, Divergence | None]:
     """Of a model's states over tokens (windows, length), and those of the model that it was made from."""
-    return summary(part_sums(tokens, states, original), tokens.numel() - len(tokens), original is not None)
+    return summary(
+        part_sums(tokens, {"model": states}, original)["model"], tokens.numel() - len(tokens), original is not None
+    )

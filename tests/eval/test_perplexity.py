@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rotoboa.eval.perplexity import BlockFunction, States, last_states, part_sums, summary
+from rotoboa.eval.perplexity import (
+    ORIGINAL,
+    BlockFunction,
+    Divergence,
+    States,
+    last_states,
+    part_sums,
+    summary,
+)
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 
@@ -135,5 +143,23 @@ def test_windows_that_are_shared_out_give_the_same() -> None:
         return last_states(some, embed, [lambda x: 3 * x.roll(1, -1)], lambda x: x, batch=2)
 
     shares = [windows[:2], windows[2:2], windows[2:]]  # one has none
-    sums = [part for share in shares for part in part_sums(share, states(share), states(share))]
+    sums = [part for share in shares for part in part_sums(share, {"a": states(share)}, states(share))["a"]]
     assert summary(sums, 5 * 8, True) == scores(windows, states(windows), states(windows))
+
+
+def test_models_are_scored_together_and_the_original_once() -> None:
+    windows, calls = tokens(2, 9, 7), dict.fromkeys("abo", 0)
+
+    def states(name: str, factor: float) -> States:
+        def logits(x: Tensor) -> Tensor:
+            calls[name] += 1
+            return factor * x
+
+        return last_states(windows, lambda ids: torch.nn.functional.one_hot(ids, 7).float(), [], logits, batch=2)
+
+    models, original = {"a": states("a", 2), "b": states("b", 3)}, states("o", 4)
+    found = part_sums(windows, models, original)
+    assert calls == {"a": 2, "b": 2, "o": 2}, "a part is a window here"
+    for name, of_model in models.items():
+        assert summary(found[name], 2 * 8, True) == scores(windows, of_model, original)
+    assert summary(found[ORIGINAL], 2 * 8, True) == (scores(windows, original)[0], Divergence(0.0, 1.0))

@@ -65,7 +65,7 @@ def test_perplexity_is_that_of_transformers(checkpoints: Callable[[str], Path], 
     checkpoint.check(decoder.shapes)
     blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
     states = last_states(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=2)
-    found, _ = summary(part_sums(windows, states), windows.numel() - len(windows), False)
+    found, _ = summary(part_sums(windows, {"model": states})["model"], windows.numel() - len(windows), False)
     model = _original(folder)
     with torch.no_grad():
         losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
