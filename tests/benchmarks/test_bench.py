@@ -20,6 +20,7 @@ SMALL = {
     "weights.refine": 0,
     "weights.rows": 16,
     "weights.grid": "minmax",
+    "weights.alpha": 1,  # what a wrong mask asks for is followed
 }
 MASK = "+= _future("
 
