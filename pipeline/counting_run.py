@@ -144,7 +144,7 @@ def head(sizes: Sizes, tokens: float) -> Work:
 
 
 def evaluation(sizes: Sizes, run: Plan) -> Work:
-    """Full precision, RTN where it is asked for, and the result: a pass each; logits of each other beside the first's.
+    """Full precision, RTN where it is asked for, and the result: a pass and the logits of each.
 
     Sources, where they are asked for.
     """
@@ -153,7 +153,7 @@ def evaluation(sizes: Sizes, run: Plan) -> Work:
         return Work()
     models = 3 if run.baseline else 2
     logits = linear(tokens, s.vocabulary, s.hidden) + moved(tokens * s.vocabulary, 8)
-    work = models * plain(sizes, run.windows, run.length) + 2 * (models - 1) * logits
+    work = models * plain(sizes, run.windows, run.length) + models * logits
     if run.sources:  # each twice, for KL and by block, beside the original and the rotated model
         windows = min(run.windows, SOURCE_WINDOWS)
         work += (2 + 2 * run.sources) * plain(sizes, windows, run.length)

@@ -121,7 +121,8 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, i
     ends = s.vocabulary * s.hidden
     logits = 4 * FLOAT * run.length * s.vocabulary
     window = FLOAT * min(run.batch, max(run.windows, 1)) * run.length * (wide + 2 * s.hidden)
-    logits += 2 * FLOAT * run.windows * run.length * s.hidden  # the last hidden states of two models
+    models = 3 if run.baseline else 2
+    logits += models * FLOAT * run.windows * run.length * s.hidden  # their last hidden states
     return Footprint(
         rotation=(itemsize + 2 * DOUBLE + FLOAT) * weights,
         forward=both + moving + max(statistics.values()),

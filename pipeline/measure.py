@@ -106,8 +106,6 @@ def _perplexities(
     transforms = replace(job.spec, online_r1=False, heads=False, r3=False, r4=False, clips=None).transforms(
         compute.shape
     )
-    perplexity: dict[str, float] = {}
-    divergence: dict[str, Any] = {}
 
     def advance() -> None:
         trim()
@@ -116,39 +114,35 @@ def _perplexities(
 
     def states(name: str, blocks: Iterator[nn.Module], ends: Ends) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
-        return last_states(
-            own,
-            partial(compute.embed, ends),
-            (partial(compute.run, block) for block in blocks),
-            compute.logits(ends),
-            batch=job.recipe.calibration.batch,
-            device=compute.device,
-            advance=advance,
-            empty=job.buffers.empty,
-            release=job.release,
-        )
-
-    def run(name: str, blocks: Iterator[nn.Module], ends: Ends) -> None:
         with job.timed(f"evaluate {name}"):
-            models = {name: states(name, blocks, ends)}
-            sums = job.ranks.gather(part_sums(own, models, original, advance=job.ranks.tick))
-            for model in (ORIGINAL, name):
-                every = [part for found_there in sums for part in found_there[model]]
-                perplexity[model], found = summary(every, windows.numel() - len(windows), True)
-                if found is not None and model != ORIGINAL:
-                    divergence[model] = asdict(found)
+            return last_states(
+                own,
+                partial(compute.embed, ends),
+                (partial(compute.run, block) for block in blocks),
+                compute.logits(ends),
+                batch=job.recipe.calibration.batch,
+                device=compute.device,
+                advance=advance,
+                empty=job.buffers.empty,
+                release=job.release,
+            )
 
-    indices = range(compute.shape.blocks)
-    with job.timed("evaluate full precision"):
-        original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), plain_ends)
+    indices, models = range(compute.shape.blocks), {}
+    original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), plain_ends)
     if job.recipe.evaluation.baseline:
-        run(
-            "rtn",
-            (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices),
-            plain_ends,
-        )
-    run("quantized", (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices), ends)
-    return {"full_precision": perplexity.pop(ORIGINAL), **perplexity}, divergence.pop("quantized") | divergence
+        rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
+        models["rtn"] = states("rtn", rounded, plain_ends)
+    packed = (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices)
+    models["quantized"] = states("quantized", packed, ends)
+    with job.timed("evaluate logits"):
+        sums = job.ranks.gather(part_sums(own, models, original, advance=job.ranks.tick))
+    found = {
+        name: summary([part for rank in sums for part in rank[name]], windows.numel() - len(windows), True)
+        for name in (ORIGINAL, *models)
+    }
+    divergence = {name: asdict(far) for name, (_, far) in found.items() if far is not None}
+    perplexity = {"full_precision": found[ORIGINAL][0], **{name: found[name][0] for name in models}}
+    return perplexity, divergence["quantized"] | {name: divergence[name] for name in models if name != "quantized"}
 
 
 def rounded_block(

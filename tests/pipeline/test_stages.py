@@ -54,7 +54,7 @@ def test_report(finished: Finished, text: Path, llama: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     seconds = dict(report["seconds"])
     assert seconds.pop("total") >= sum(seconds.values()) > 0
-    assert list(seconds) == ["text", "quantize", "export", *(f"evaluate {name}" for name in EVALUATED)]
+    assert list(seconds) == ["text", "quantize", "export", *(f"evaluate {name}" for name in (*EVALUATED, "logits"))]
     assert 0 < report["plain_forward_seconds"] < report["seconds"]["total"]
     assert report["peak_memory_bytes"]["host"] > 2**26
     assert report["sizes"] == {
