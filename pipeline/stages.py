@@ -153,8 +153,8 @@ def _run(
         ends = rotated_ends(job)
         beside = Overlap(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
         with job.timed("quantize"), beside:
-            streams = quantize_blocks(job, folder, tokens, ends, progress, beside)
-            ends = corrected_head(job, ends, *streams)
+            # Streams get no name: evaluation needs their memory.
+            ends = corrected_head(job, ends, *quantize_blocks(job, folder, tokens, ends, progress, beside))
         with job.timed("export"):
             if ranks.rank == 0:
                 temporary = folder.path / ".model.tmp"
