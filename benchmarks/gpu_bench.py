@@ -202,8 +202,7 @@ class Bench:
         began = now(self.device)
         solver = Timed(
             decoder, block, settings_of(recipe), spec_of(recipe, rotations).transforms(decoder.shape),
-            batch=self.batch, search_inputs=recipe.activations.search, search_cache=recipe.cache.search,
-            empty=buffers.empty, release=buffers.release,
+            batch=self.batch, empty=buffers.empty, release=buffers.release,
         )  # fmt: skip
         solver.solved = {}
         with watch:

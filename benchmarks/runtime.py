@@ -63,8 +63,8 @@ def export(folder: Path, config: LlamaConfig, spec: Spec) -> None:
     family, shape = family_of(config.model_type, "the benchmark"), Shape.of(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16)
-    for index, block in enumerate(model.get_submodule(family.layers).children()):
-        prepare_block(block, family, spec, spec.transforms(shape, index))
+    for block in model.get_submodule(family.layers).children():
+        prepare_block(block, family, spec, spec.transforms(shape))
     folder.mkdir()
     save_tensors(folder / "model.safetensors", {name: fill(t, spec) for name, t in model.state_dict().items()})
     quantization = {"quant_method": METHOD, **spec.to_dict()}

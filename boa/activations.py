@@ -7,12 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compiled import is_compiled
+from .grid import weighted_squares
+
+RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""The clip ratios that a vector may choose from."""
+SEARCHED = 4
+"""Most bits at which a vector chooses: with more levels clipping costs more than finer steps bring."""
+CHUNK = 1 << 24  # elements of one batch of errors
+
 
 @dataclass(frozen=True)
 class DynamicQuantizer:
     """Quantizes each vector along the last dimension by itself: a token's activation, or a token's key in one head.
 
-    With `group_size`, which must divide n, each group of so many of its neighbouring numbers by itself.
+    With `group_size`, which must divide n, each group of so many of its neighbouring numbers by itself. With `search`
+    each takes, of `RATIOS`, the clip ratio that leaves it the least squared error, in place of `clip`. A ratio for all
+    is too small for tokens of massive activations, whose rotated entries all lie at the peak, and too large for others.
 
     | symmetric | levels | scale |
     |---|---|---|
@@ -26,17 +37,20 @@ class DynamicQuantizer:
     symmetric: bool = True
     clip: float = 1.0
     group_size: int | None = None
+    search: bool = False
 
     @classmethod
-    def of(cls, bits: int, symmetric: bool, clip: float, group_size: int | None = None) -> DynamicQuantizer | None:
+    def of(
+        cls, bits: int, symmetric: bool, clip: float, group_size: int | None = None, *, search: bool = False
+    ) -> DynamicQuantizer | None:
         """The quantizer of a recipe; None at 16 bits, which leave values as they are."""
-        return cls(bits, symmetric, clip, group_size) if bits < 16 else None
+        return cls(bits, symmetric, 1.0 if search else clip, group_size, search) if bits < 16 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Round `x` (..., n) to its levels and back, in its own dtype; the scale is computed in float32 or wider."""
-        wide = self.vectors(_wide(x))
-        scale, zero = self.grid(self.span(wide))
-        return self.values(self.levels(wide, scale, zero), scale, zero, x.dtype).reshape(x.shape)
+        vectors = self.vectors(x)
+        scale, zero = self.grid(self.span(vectors))
+        return self.values(self.levels(vectors, scale, zero), scale, zero, x.dtype).reshape(x.shape)
 
     def vectors(self, x: Tensor) -> Tensor:
         """What has a scale each, along the last dimension: (..., n) as it is, or (..., groups, group_size), a view."""
@@ -44,7 +58,27 @@ class DynamicQuantizer:
 
     def span(self, x: Tensor) -> Tensor:
         """What the grid of each vector follows from, in x's dtype: (..., 1) max abs, or (..., 2) min and max."""
+        if not self.search or self.bits > SEARCHED:
+            return self._whole(x)
+        flat = x.reshape(-1, x.shape[-1])
+        rows = len(flat) if is_compiled(_wide(flat[:0])) else CHUNK // (len(RATIOS) * x.shape[-1])
+        found = torch.cat([self._searched(part) for part in flat.split(max(1, rows))])
+        return found.view(*x.shape[:-1], found.shape[-1])
+
+    def _whole(self, x: Tensor) -> Tensor:
         return x.abs().amax(-1, keepdim=True) if self.symmetric else torch.stack(torch.aminmax(x, dim=-1), -1)
+
+    def _searched(self, x: Tensor) -> Tensor:
+        """The span of each of x's vectors (n, c) times the ratio that leaves the least squared error; the first is."""
+        whole, wide = self._whole(x), _wide(x)
+        ratios = torch.tensor(RATIOS, dtype=wide.dtype, device=x.device)[:, None]
+        spans = (_wide(whole)[:, None] * ratios).to(x.dtype)
+        scale, zero = self.grid(spans)
+        zero = torch.full_like(scale, 2.0 ** (self.bits - 1)) if zero is None else zero
+        alike = wide.new_ones(1, x.shape[-1])
+        errors = weighted_squares(wide[None], scale[None, ..., 0], zero[None, ..., 0], alike, 2**self.bits - 1)[0]
+        best = errors.argmin(1)[:, None, None].expand(-1, 1, spans.shape[-1])
+        return spans.gather(1, best)[:, 0]
 
     def grid(self, span: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None where symmetric) of `span`, each (..., 1), in float32 or wider."""

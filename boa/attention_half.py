@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionTransform, Recorder, Seen, set_attention
-from .clipping import ClipCosts
 from .objective import Objective
 from .pull_back import NormStatistics, norm_pull_back, positions_pull_back
 from .rounding import LAYERWISE
@@ -37,8 +36,6 @@ class AttentionHalf(Workspace):
     def _attention_half(self, full: Tensor, quantized: Tensor) -> None:
         f, shape = self.family, self.shape
         norm = self.full.get_submodule(f.attention_norm)
-        self._search_input("qkv", quantized, norm, [f.query, f.key, f.value])
-        self._search_cache(quantized)
         t = self.transforms
         size = (*full.shape[:2], shape.query_heads * shape.head_dim)
         attended, given = (self.empty(*size, dtype=full.dtype) for _ in range(2))
@@ -82,12 +79,6 @@ class AttentionHalf(Workspace):
                     seen = self._meet(self.quantized, xq, t.attention)
                     self._add_values(values, span, xq, attended[span], seen)
             self._solve(value)
-
-        def attend(hidden: Tensor) -> Tensor:
-            return self._attend(self.quantized, t.qkv(norm(hidden)), t.attention)
-
-        self._search_input("output", quantized, attend, [f.output], whole=True)
-        t = self.transforms
         for span, hf, hq in self._batches(full, quantized):
             given[span] = x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention))
             exact_x = t.output.rotate(attended[span].to(x.device))
@@ -194,30 +185,3 @@ class AttentionHalf(Workspace):
         """BoA's, with W_O^T W_O, or aespa's own, without."""
         objective = values.value().value_objective(self._weight(self.family.output))
         return objective if self.settings.value_output else replace(objective, h_out=None)
-
-    def _search_cache(self, quantized: Tensor) -> None:
-        """Choose the clip ratios of keys by the error of the logits, of values by that of the output projection.
-
-        Keys meet the queries of their own sequence. Positions that are not quantized have no part in it.
-        """
-        transform, groups = self.transforms.attention, self.shape.key_heads
-        if not self.search_cache or (transform.key is None and transform.value is None):
-            return
-        norm = self.full.get_submodule(self.family.attention_norm)
-        readers = self._weight(self.family.output).T.reshape(groups, -1, self.shape.head_dim, self.shape.hidden)
-        outputs = (readers @ readers.transpose(-1, -2)).sum(1)
-        exact = AttentionTransform(transform.rotation)
-
-        def add(hidden: Tensor, of_keys: ClipCosts, of_values: ClipCosts) -> None:
-            seen = self._meet(self.quantized, self.transforms.qkv(norm(hidden)), exact, values=True)
-            key, value = (part[:, :, transform.sink :] for part in (seen.key, seen.value))
-            if transform.key is not None:
-                queries = seen.query.unflatten(1, (groups, -1)).flatten(2, 3)
-                of_keys.add(transform.key, key, queries.transpose(-1, -2) @ queries)
-            if transform.value is not None:
-                of_values.add(transform.value, value, outputs)
-
-        of_keys, of_values = self._clip_costs(quantized, add, 2, whole=True)
-        key = transform.key and of_keys.choose(transform.key)
-        value = transform.value and of_values.choose(transform.value)
-        self.transforms = replace(self.transforms, attention=replace(transform, key=key, value=value))

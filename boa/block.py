@@ -29,8 +29,6 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
         batch: sequences computed at a time.
         report: called with each projection's name and its loss relative to that of a zero weight.
         done: results of an earlier run by projection; these are used as they are.
-        search_inputs: choose the clip ratio of each site's activations, on tokens of all sequences.
-        search_cache: likewise for keys and values.
         empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
         references: also measure RTN and plain GPTQ on each projection's objective.
@@ -39,7 +37,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
     After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
     loss of each, `objectives` what `relative_losses` finds of each where `references` are asked for, `damping` that of
     the projections whose Hessian needed more than the settings say, `quantized` the block with dequantized weights,
-    `transforms` the clip ratios that were chosen, `fallbacks` the projections of experts that saw too few tokens,
+    `fallbacks` the projections of experts that saw too few tokens,
     with their number, `channel_scales` what Z-Fold found by site, and `folded` the norms and biases that it changed;
     where the method is brecq, `losses` and `objectives` are those of the solution that it starts from, and
     `output_error` holds the error of the block's output there and at the end.
@@ -88,7 +86,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
         found, *errors = learn_block(output, start, bits, self.settings.learning, self.batch)
         self.output_error = (errors[0], errors[1])
         self.results = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
-        self.done, self.search_inputs, self.search_cache = self.results, False, False
+        self.done = self.results
 
     def _halves(self, full: Tensor, quantized: Tensor) -> None:
         self._attention_half(full, quantized)

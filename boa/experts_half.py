@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layout import Expert, Experts
-from .clipping import ClipCosts
 from .statistics import InputStatistics
 from .totals import Total
 from .workspace import Pending, Workspace, layer_objective
@@ -41,7 +40,6 @@ class ExpertsHalf(Workspace):
 
     def _experts_half(self, full: Tensor, quantized: Tensor) -> None:
         experts = self._experts(self.full)
-        self._search_experts(quantized)
         moved, index, weights = self._route(full, quantized)
         added = self.empty(*full.shape, dtype=full.dtype)
         for part in added.split(self.batch):
@@ -179,32 +177,6 @@ class ExpertsHalf(Workspace):
         rows = rows[(rows >= 0) & (rows < self.own * length)]
         alike = torch.ones(len(rows), 1, dtype=self.decoder.dtype)
         return Tokens(rows, alike, alike), count
-
-    def _search_experts(self, quantized: Tensor) -> None:
-        """Clip ratios of the experts' inputs, one for all of them at each of both sites."""
-        f = self.family
-        self._search_input("gate_up", quantized, self._norm, list(f.mlp_inputs))
-        site = self.transforms.down
-        quantizer = site.quantizer
-        if not self.search_inputs or quantizer is None:
-            return
-        metric = torch.zeros(2 * [self.shape.ffn], dtype=self.decoder.dtype, device=self.decoder.device)
-        for weight in map(self._weight, f.downs):
-            metric.addmm_(weight.T, weight)
-        metric /= len(f.downs)
-
-        def add(hidden: Tensor, costs: ClipCosts) -> None:
-            x, seen = self._norm(hidden), list[Tensor]()
-
-            def run(expert: Expert, x: Tensor) -> Tensor:
-                seen.append(site.rotate(expert.inside(x)))
-                return expert.down_proj(seen[-1])
-
-            self._experts(self.full)(self.transforms.gate_up(x), *self._choose(x), run)
-            costs.add(quantizer, torch.cat(seen), metric)
-
-        (costs,) = self._clip_costs(quantized, add)
-        self.transforms = self.transforms.with_input("down", type(site)(site.rotation, costs.choose(quantizer)))
 
     def _experts(self, block: nn.Module) -> Experts:
         experts = block.get_submodule(str(self.family.experts))

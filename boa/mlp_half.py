@@ -15,7 +15,6 @@ class MlpHalf(Workspace):
         f = self.family
         norm = self.full.get_submodule(f.mlp_norm)
         readers = list(f.mlp_inputs)
-        self._search_input("gate_up", quantized, norm, readers)
         t = self.transforms
         inputs, downs = self._total(InputStatistics), self._total(InputStatistics)
         if self.done is None:
@@ -23,12 +22,6 @@ class MlpHalf(Workspace):
                 xf, xq = t.gate_up.rotate(norm(hf)), t.gate_up(norm(hq))
                 inputs.at(self._number(span)).add(xf, xq, stream=hf if self.settings.token_weights else None)
         self._solve(Pending(readers, layer_objective(inputs), [1] * len(readers)))
-
-        def inside(hidden: Tensor) -> Tensor:
-            return self._mlp_hidden(self.quantized, t.gate_up(norm(hidden)))
-
-        self._search_input("down", quantized, inside, [f.down])
-        t = self.transforms
         given = self.empty(*full.shape[:2], self.shape.ffn, dtype=full.dtype)
         for span, hf, hq in self._batches(full, quantized):
             exact = t.down.rotate(self._mlp_hidden(self.full, t.gate_up.rotate(norm(hf))))

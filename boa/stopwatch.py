@@ -16,7 +16,6 @@ import torch
 STAGES = {
     "rotation": "norms folded, weights rotated, in float64",
     "forward": "both streams through the block, activation quantizers and their online rotations among it",
-    "clip search": "clip ratios of activations and cache",
     "input statistics": "H_in, residual and drift of every input of a layer",
     "head statistics": "the Grams of queries and keys",
     "value statistics": "H_in and drift of the values, weighted by attention",

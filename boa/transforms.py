@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -45,29 +44,6 @@ class OnlineTransforms:
     def by_projection(self, family: Family) -> dict[str, InputTransform]:
         """The transform of each projection's input."""
         return {name: getattr(self, site) for name, site in family.sites.items()}
-
-    @property
-    def clips(self) -> dict[str, float]:
-        """The clip ratio of every site that is quantized; `key` and `value` are the cache."""
-        quantizers = {site: getattr(self, site).quantizer for site in INPUT_SITES}
-        quantizers |= {"key": self.attention.key, "value": self.attention.value}
-        return {site: quantizer.clip for site, quantizer in quantizers.items() if quantizer is not None}
-
-    def with_clips(self, clips: Mapping[str, float]) -> OnlineTransforms:
-        """The same with the clip ratios of `clips`; a site that is not named, or not quantized, stays as it is."""
-        result = self
-        for site in INPUT_SITES:
-            transform: InputTransform = getattr(self, site)
-            if transform.quantizer is not None and site in clips:
-                clipped = replace(transform.quantizer, clip=clips[site])
-                result = result.with_input(site, replace(transform, quantizer=clipped))
-        key, value = self.attention.key, self.attention.value
-        attention = replace(
-            self.attention,
-            key=key and replace(key, clip=clips.get("key", key.clip)),
-            value=value and replace(value, clip=clips.get("value", value.clip)),
-        )
-        return replace(result, attention=attention)
 
     def with_input(self, site: str, transform: InputTransform) -> OnlineTransforms:
         """The same but for the input of one site."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder
-from .clipping import ClipCosts, spread_sequences, spread_tokens
 from .objective import Objective
 from .precision import exact_products
 from .ranks import Ranks
@@ -21,7 +19,7 @@ from .rounding import Quantized, Settings
 from .statistics import InputStatistics
 from .stopwatch import stage
 from .totals import Statistics, Total
-from .transforms import InputTransform, OnlineTransforms
+from .transforms import OnlineTransforms
 from .units import Problem, Solved, solve
 from .zfold import ChannelScales
 
@@ -57,8 +55,6 @@ class Workspace:
         batch: int = 8,
         report: Report | None = None,
         done: Mapping[str, Quantized] | None = None,
-        search_inputs: bool = False,
-        search_cache: bool = False,
         empty: Callable[..., Tensor] = torch.empty,
         release: Callable[[], None] = lambda: None,
         references: bool = False,
@@ -71,7 +67,7 @@ class Workspace:
         self.quantized = copy.deepcopy(block, memo)
         self.settings, self.transforms, self.batch = settings, transforms, batch
         self.report = report or (lambda name, loss: None)
-        self.done, self.search_inputs, self.search_cache = done, search_inputs, search_cache
+        self.done = done
         self.empty, self.release = empty, release
         self.results: dict[str, Quantized] = {}
         self.losses: dict[str, float] = {}
@@ -107,63 +103,8 @@ class Workspace:
         """The number of a batch among those of all ranks."""
         return (self.first + int(span.start)) // self.batch
 
-    def _clip_costs(
-        self, quantized: Tensor, add: Callable[..., None], kinds: int = 1, *, whole: bool = False
-    ) -> list[ClipCosts]:
-        """Of clip ratios, over some tokens of all sequences of all ranks, of which a batch's are held at a time.
-
-        Args:
-            quantized: the stream.
-            add: called with hidden states where blocks compute, and as many costs as there are kinds, to add to.
-            whole: the hidden states are whole sequences, (sequences, length, hidden), and not (tokens, hidden).
-        """
-        totals = [self._total(partial(ClipCosts.on, self.decoder.device)) for _ in range(kinds)]
-        length, first = quantized.shape[1], self.first
-        for start in range(0, self.own, self.batch):
-            costs = [total.at(self._number(slice(start, None))) for total in totals]
-            batch = range(first + start, first + min(start + self.batch, self.own))
-            if whole:
-                some = quantized[[i - first for i in spread_sequences(batch, length, self.count)]]
-            else:
-                tokens = spread_tokens(range(batch.start * length, batch.stop * length), length, self.count)
-                begin = first * length
-                some = quantized.flatten(0, 1)[tokens.start - begin : tokens.stop - begin : tokens.step]
-            if len(some):
-                add(some.to(self.decoder.device), *costs)
-                self.release()
-        return [total.value() for total in totals]
-
     def _sum_now(self, tensor: Tensor) -> None:
         self.ranks.sum([tensor])()
-
-    def _search_input(
-        self,
-        site: str,
-        quantized: Tensor,
-        inputs: Callable[[Tensor], Tensor],
-        readers: list[str],
-        *,
-        whole: bool = False,
-    ) -> None:
-        """Choose the clip ratio of one site by the output error of the layers that read it.
-
-        Args:
-            quantized: the stream that this half of the block reads.
-            inputs: makes the site's input, before its rotation, of hidden states as `_clip_costs` has them.
-        """
-        transform: InputTransform = getattr(self.transforms, site)
-        quantizer = transform.quantizer
-        if not self.search_inputs or quantizer is None:
-            return
-        weights = torch.cat([self._weight(name) for name in readers])
-        metric = weights.T @ weights
-        del weights
-
-        def add(hidden: Tensor, costs: ClipCosts) -> None:
-            costs.add(quantizer, transform.rotate(inputs(hidden)).flatten(0, -2), metric)
-
-        (costs,) = self._clip_costs(quantized, add, whole=whole)
-        self.transforms = self.transforms.with_input(site, replace(transform, quantizer=costs.choose(quantizer)))
 
     def _batches(self, full: Tensor, quantized: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Both streams, `batch` sequences at a time, where blocks compute."""

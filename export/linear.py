@@ -97,9 +97,9 @@ class QuantizedLinear(nn.Module):
 
     def _from_integers(self, x: Tensor, quantizer: DynamicQuantizer) -> Tensor:
         """(T, in) -> (T, out): sum_c q_c (I_c - z) = sum_c q_c I_c - z sum_c q_c by group, times both scales."""
-        wide = quantizer.vectors(x if x.dtype == torch.float64 else x.float())
-        scale, zero = quantizer.grid(quantizer.span(wide))
-        levels = quantizer.levels(wide, scale, zero).to(torch.int8).flatten(1)
+        vectors = quantizer.vectors(x)
+        scale, zero = quantizer.grid(quantizer.span(vectors))
+        levels = quantizer.levels(vectors, scale, zero).to(torch.int8).flatten(1)
         scale, late = scale.reshape(len(x), -1), self.scale.shape[1] == 1
         groups = max(scale.shape[1], self.scale.shape[1])
         scale = _each(scale, groups)[..., None]

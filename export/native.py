@@ -89,15 +89,15 @@ def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: Onli
 
 def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) -> None:
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
-    for index, block in enumerate(model.get_submodule(family.layers).children()):
-        prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape, index))
+    for block in model.get_submodule(family.layers).children():
+        prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape))
     if family.layer_norm and spec.turned:
         fold_layer_norms(model, family)
 
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
-    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape, index))
+    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape))
     return decoder.block(index, tensors, module)
 
 
@@ -138,8 +138,6 @@ class RotoboaQuantizer(HfQuantizer):
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
         spec = self.quantization_config.spec
-        if spec.clips is not None and len(spec.clips) != len(layers):
-            raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")

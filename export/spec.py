@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,12 +13,12 @@ from ..errors import InputError
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Of every block alike, but for `clips`.
+    """Of every block alike.
 
     Attributes:
         bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
@@ -29,7 +29,7 @@ class Spec:
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         cache_sink: how many positions of the cache, from the first, are not quantized.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
-        clips: clip ratios by block and site where they were searched; None: those above everywhere.
+        activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
     """
 
     bits: int
@@ -45,34 +45,38 @@ class Spec:
     key_bits: int = 16
     value_bits: int = 16
     cache_clip: float = 1.0
-    clips: Sequence[Mapping[str, float]] | None = None
     online_r1: bool = False
     r4_blocks: bool = False
     heads: bool = False
     cache_sink: int = 0
     activation_group: int | None = None
+    activation_search: bool = False
+    cache_search: bool = False
     format_version: int = FORMAT_VERSION
 
-    def transforms(self, shape: Shape, index: int | None = None) -> OnlineTransforms:
-        """The online transforms of block `index` of a decoder of this shape; None: before any search."""
+    def transforms(self, shape: Shape) -> OnlineTransforms:
+        """The online transforms of every block of a decoder of this shape."""
         quantizer = DynamicQuantizer.of(
-            self.activation_bits, self.activation_symmetric, self.activation_clip, self.activation_group
+            self.activation_bits,
+            self.activation_symmetric,
+            self.activation_clip,
+            self.activation_group,
+            search=self.activation_search,
         )
         plain = InputTransform(quantizer=quantizer)
         read = InputTransform(Hadamard.of(shape.hidden), quantizer) if self.online_r1 else plain
-        transforms = OnlineTransforms(
+        return OnlineTransforms(
             qkv=read,
             output=InputTransform(self.heads_of(shape), quantizer),
             gate_up=read,
             down=InputTransform(self.r4_of(shape), quantizer),
             attention=AttentionTransform(
                 Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip),
-                value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip),
+                key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip, search=self.cache_search),
+                value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip, search=self.cache_search),
                 sink=self.cache_sink,
             ),
         )
-        return transforms if self.clips is None or index is None else transforms.with_clips(self.clips[index])
 
     @property
     def turned(self) -> bool:
@@ -139,6 +143,8 @@ class Spec:
                     "r3",
                     "r4",
                     "activation_symmetric",
+                    "activation_search",
+                    "cache_search",
                     "online_r1",
                     "r4_blocks",
                     "heads",
@@ -146,9 +152,4 @@ class Spec:
             },
         }
         legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
-        legal["clips"] = self.clips is None or (
-            isinstance(self.clips, list)
-            and all(isinstance(block, dict) for block in self.clips)
-            and all(isinstance(clip, int | float) and 0 < clip <= 1 for block in self.clips for clip in block.values())
-        )
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

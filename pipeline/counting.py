@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from ..boa.clipping import RATIOS, TOKENS
+from ..boa.activations import RATIOS
 from ..boa.experts_half import POOL
 from ..models.decoder import Decoder
 from ..models.shape import Shape
@@ -108,7 +108,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Online:
-    """What runs beside the layers: rotations (`r1`: where), and whether activations and cache are below 16 bits."""
+    """What runs beside the layers: rotations (`r1`: where), whether activations and cache are below 16 bits, and
+    whether their vectors choose a clip ratio each.
+    """
 
     r3: bool = False
     r4: bool = False
@@ -219,9 +221,10 @@ def streams(
     if online.heads:
         work += 2 * hadamard(tokens, s.query_width)
     if online.activations:
-        work += moved(tokens * (4 * s.hidden + s.query_width) + active * s.ffn, QUANTIZER)
+        tries = len(RATIOS) + 1 if online.search_activations else 1
+        work += moved(tokens * (4 * s.hidden + s.query_width) + active * s.ffn, tries * QUANTIZER)
     if online.cache:
-        work += moved(tokens * 4 * s.key_width, QUANTIZER)
+        work += moved(tokens * 4 * s.key_width, (len(RATIOS) + 1 if online.search_cache else 1) * QUANTIZER)
     return work
 
 
@@ -264,25 +267,6 @@ def value_statistics(s: Shape, sequences: float, length: int, window: int | None
     products = 2 * s.query_width * seen / stride + min(grouped, by_head / stride)
     moves = heads / groups * length / stride * c + 2 * c * c * groups + length * 2 * s.query_width
     return sequences * (Work(products, elements=SOFTMAX * heads * seen / stride) + moved(moves, 1))
-
-
-def clip_search(sizes: Sizes, online: Online, sequences: float, length: int, every: float) -> Work:
-    """9 ratios, and none, on n tokens of `sequences` of all, which are `every`: 2 n c^2 each, and W^T W, 2 r c^2."""
-    s, n = sizes.shape, min(every * length, TOKENS) * sequences / every
-    tries, work = len(RATIOS) + 1, Work()
-    experts = max(s.experts, 1)
-    if online.search_activations and online.activations:
-        readers = {
-            s.hidden: (n, s.query_width + 2 * s.key_width),
-            s.query_width: (n, s.hidden),
-            s.ffn: (n * sizes.routed, experts * s.hidden),
-        }
-        mlp = (n, experts * sizes.inputs * s.ffn)
-        for c, (tokens, rows) in [*readers.items(), (s.hidden, mlp)]:
-            work += tries * (linear(tokens, c, c) + moved(tokens * c, QUANTIZER + 2)) + linear(rows, c, c)
-    if online.search_cache and online.cache:
-        work += 2 * tries * (linear(n * s.key_heads, s.head_dim, s.head_dim) + moved(n * s.key_width, QUANTIZER + 2))
-    return work
 
 
 def rotation(sizes: Sizes, *, r1: bool, r2: bool, r4: bool, heads: bool = False) -> Work:

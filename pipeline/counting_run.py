@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..boa.activations import SEARCHED
 from ..boa.block_output import TOKENS
 from ..boa.rounding import Settings
 from ..boa.statistics import value_stride
@@ -13,7 +14,6 @@ from .counting import (
     Online,
     Sizes,
     Work,
-    clip_search,
     forward,
     head_statistics,
     input_statistics,
@@ -79,8 +79,8 @@ class Plan:
                 rotation.r4,
                 activations=bits[0] < 16,
                 cache=bits[1] < 16,
-                search_activations=recipe.activations.search,
-                search_cache=cache.search,
+                search_activations=recipe.activations.search and bits[0] <= SEARCHED,
+                search_cache=cache.search and bits[1] <= SEARCHED,
                 r1=rotation.r1,
                 heads=rotation.heads,
             ),
@@ -108,7 +108,6 @@ def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]
     found = {
         "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4, heads=run.online.heads),
         "forward": streams(sizes, samples, length, run.online, window, settings.sequential),
-        "clip search": clip_search(sizes, run.online, samples, length, run.all_samples or samples),
         "input statistics": input_statistics(sizes, samples, length, run.batch),
         "head statistics": head_statistics(s, samples * length),
         "value statistics": value_statistics(s, samples, length, window, stride),

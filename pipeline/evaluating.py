@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,6 @@ def _evaluate(
         tokens = {
             name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most)) for name in chosen
         }
-    job.spec = replace(job.spec, clips=folder.clips())
     ends, measured = shared_ends(job, folder), dict[str, dict[str, Any]]()
     if sources:
         settle(job, folder.manifest.get("r1_noise"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,7 @@ def quantize_blocks(
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(ends, tokens[i : i + 1])[0]
     finished = len(folder.manifest["blocks"])
-    transforms, clips = job.spec.transforms(compute.shape), folder.clips()
+    transforms = job.spec.transforms(compute.shape)
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
         start = time.perf_counter()
@@ -52,12 +51,10 @@ def quantize_blocks(
             compute,
             block,
             job.settings,
-            transforms if done is None else transforms.with_clips(clips[index]),
+            transforms,
             batch=job.recipe.calibration.batch,
             report=partial(_show, progress, index),
             done=done,
-            search_inputs=job.recipe.activations.search and done is None,
-            search_cache=job.recipe.cache.search and done is None,
             empty=job.buffers.empty,
             release=job.release,
             references=job.recipe.evaluation.references and done is None,
@@ -79,12 +76,11 @@ def quantize_blocks(
         trim()
         progress.advance(block=index)
     beside.finish()
-    job.spec = replace(job.spec, clips=folder.clips())
     return full, quantized
 
 
 def _found(solver: BlockQuantizer) -> dict[str, Any]:
-    """What the manifest says of a block that was quantized: losses by layer, clip ratios, what was out of the way."""
+    """What the manifest says of a block that was quantized: losses by layer, what was out of the way."""
     layers: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
     for key, found in (
         ("objective", solver.objectives),
@@ -93,7 +89,7 @@ def _found(solver: BlockQuantizer) -> dict[str, Any]:
     ):
         for name, value in found.items():
             layers[name][key] = value
-    entry: dict[str, Any] = {"layers": layers, "clips": solver.transforms.clips}
+    entry: dict[str, Any] = {"layers": layers}
     if solver.channel_scales:
         entry["zfold"] = {site: scales.summary() for site, scales in solver.channel_scales.items()}
     if solver.output_error is not None:

@@ -165,7 +165,9 @@ class Activations(_Section):
         default=0.9, gt=0, le=1, description="Part of a token's range that the grid covers; the rest is clipped."
     )
     search: bool = Field(
-        default=True, description="Search the clip ratio of every layer's input on calibration text, in place of clip."
+        default=True,
+        description="Every token chooses its clip ratio as the model runs, by its least squared error, in place of "
+        "clip; none is clipped at more than 4 bits.",
     )
 
 
@@ -178,7 +180,9 @@ class Cache(_Section):
         default=0.95, gt=0, le=1, description="Part of the range that the grid covers; the rest is clipped."
     )
     search: bool = Field(
-        default=True, description="Search the clip ratios of every block on calibration text, in place of clip."
+        default=True,
+        description="Every vector chooses its clip ratio as it is stored, by its least squared error, in place of "
+        "clip; none is clipped at more than 4 bits.",
     )
     sink: int = Field(
         default=0,

@@ -206,10 +206,6 @@ class RunFolder:
             self.at_work()
         return len(self.manifest["blocks"])
 
-    def clips(self) -> list[dict[str, float]]:
-        """The clip ratios of every finished block."""
-        return [entry["clips"] for entry in self.manifest["blocks"]]
-
     def write_block(self, index: int, tensors: dict[str, Tensor], entry: Mapping[str, Any]) -> None:
         """A finished block, then its line in the manifest: a kill in between costs this block only."""
         write_tensors(self.block_path(index), tensors)

@@ -21,7 +21,7 @@ from .footprint import footprint
 from .machines import Machine
 
 SHARED = ("rotation",)  # every rank does all of it
-STATISTICS = ("forward", "clip search", "input statistics", "head statistics", "value statistics")
+STATISTICS = ("forward", "input statistics", "head statistics", "value statistics")
 LEVEL = 1  # bytes of an integer as it is exchanged
 
 

@@ -74,9 +74,11 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         activation_symmetric=recipe.activations.symmetric,
         activation_clip=recipe.activations.clip,
         activation_group=recipe.activations.group_size,
+        activation_search=recipe.activations.search,
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip,
+        cache_search=recipe.cache.search,
         cache_sink=recipe.cache.sink,
         online_r1=rotations.online_r1,
     )

@@ -144,7 +144,7 @@ class _Walk:
             part.copy_(compute.run(original, part.to(compute.device)))
         del original
         exact = exact_block(self.job, index, tensors)
-        transforms = self.job.spec.transforms(compute.shape, index)
+        transforms = self.job.spec.transforms(compute.shape)
         quantized = unpacked_block(self.job, index, packed)
         for start in range(0, len(self.own), self.batch):
             span = slice(start, start + self.batch)

@@ -6,7 +6,6 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -147,9 +146,7 @@ def _run(
         folder.keep(plain_forward_seconds=seconds)
     if recipe.rotation.scale:
         read_scales(job, folder.path)
-    if ranks.tell(ranks.rank == 0 and folder.is_exported()):
-        job.spec = replace(job.spec, clips=folder.clips())
-    else:
+    if not ranks.tell(ranks.rank == 0 and folder.is_exported()):
         ends = rotated_ends(job)
         beside = Overlap(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
         with job.timed("quantize"), beside:

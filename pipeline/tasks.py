@@ -106,9 +106,7 @@ def _models(job: Job, folder: RunFolder) -> Iterator[tuple[str, Any]]:
         model = original()
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
-        transforms = replace(job.spec, online_r1=False, heads=False, r3=False, r4=False, clips=None).transforms(
-            compute.shape
-        )
+        transforms = replace(job.spec, online_r1=False, heads=False, r3=False, r4=False).transforms(compute.shape)
         for index in range(compute.shape.blocks):
             block = rounded_block(compute, index, job.checkpoint.block(index), job.settings, transforms)
             layers[index] = block.to(dtype)

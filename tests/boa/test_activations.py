@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotoboa.boa.activations import DynamicQuantizer
+from rotoboa.boa import activations
+from rotoboa.boa.activations import RATIOS, SEARCHED, DynamicQuantizer
 
 MODES = [(True, 1.0), (True, 0.9), (False, 1.0), (False, 0.95)]
 # Tokens of ordinary keys, with outliers, of one sign, far from zero, tiny, and long.
@@ -172,3 +173,53 @@ def test_sixteen_bits_are_none() -> None:
     assert DynamicQuantizer.of(16, True, 0.9, 8) is None
     assert DynamicQuantizer.of(4, False, 0.95) == DynamicQuantizer(4, False, 0.95)
     assert DynamicQuantizer.of(4, False, 0.95, 8) == DynamicQuantizer(4, False, 0.95, 8)
+
+
+def _chosen(x: Tensor, symmetric: bool, bits: int) -> Tensor:
+    """Each token at the ratio of least squared error, the first of several alike; one after the other."""
+    rows = []
+    for token in x:
+        tried = [_reference(token[None], DynamicQuantizer(bits, symmetric, ratio)) for ratio in RATIOS]
+        errors = [float((y - token).square().sum()) for y in tried]
+        rows.append(tried[errors.index(min(errors))])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_token_chooses_its_ratio(bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _tokens(width=200)[:20]
+    quantizer, expected = DynamicQuantizer(bits, symmetric, search=True), _chosen(x, symmetric, bits)
+    found = quantizer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    monkeypatch.setattr(activations, "CHUNK", 2000)  # two tokens at a time
+    assert torch.equal(quantizer(x), found) and torch.equal(quantizer(x.view(4, 5, 200)), found.view(4, 5, 200))
+    assert quantizer(x[:0]).shape == (0, 200)
+    used = {round(float(span / whole), 6) for span, whole in zip(
+        quantizer.span(x)[:, -1], DynamicQuantizer(bits, symmetric).span(x)[:, -1], strict=True
+    )}  # fmt: skip
+    assert len(used) > 1
+
+
+def test_each_group_chooses_its_ratio() -> None:
+    x = _tokens(2)[:20]
+    found = DynamicQuantizer(4, group_size=8, search=True)(x)
+    parts = [DynamicQuantizer(4, search=True)(part) for part in x.split(8, -1)]
+    assert torch.equal(found, torch.cat(parts, -1))
+
+
+def test_a_massive_token_is_kept_whole_beside_others_that_are_clipped() -> None:
+    """Of one channel far above the others a rotation makes entries that all lie at the peak."""
+    x = torch.randn(200, 256, generator=torch.Generator().manual_seed(3))
+    x[0] = 1000 * x[0].sign()
+    y = DynamicQuantizer(4, search=True)(x)
+    assert torch.equal(y[0], x[0])
+    for clip in (1.0, 0.9, 0.8):
+        other = DynamicQuantizer(4, clip=clip)(x)
+        assert (y[1:] - x[1:]).norm() < (other[1:] - x[1:]).norm()
+
+
+@pytest.mark.parametrize("bits", [SEARCHED + 1, 8])
+def test_many_levels_are_not_clipped(bits: int) -> None:
+    x = _tokens()
+    assert torch.equal(DynamicQuantizer.of(bits, True, 0.9, search=True)(x), DynamicQuantizer(bits)(x))

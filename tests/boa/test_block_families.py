@@ -16,7 +16,6 @@ from rotoboa.boa.block import BlockQuantizer
 from rotoboa.boa.rounding import Settings
 from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.models.decoder import Decoder
-from rotoboa.rotation.hadamard import Hadamard
 from rotoboa.rotation.rotate import Rotations
 
 from .small_block import Ran, Solved, block_tensors, forward, run_block
@@ -216,14 +215,6 @@ def _first(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup
         return full[:1], quantized[:1]
 
     return shorter
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_clip_ratios_of_experts_are_searched(family_model: Callable[..., nn.Module], name: str) -> None:
-    setup = Setup(family_model(name), 4, **EVERYTHING)
-    solver, _, _ = _run(setup, search_inputs=True, search_cache=True)
-    assert set(solver.transforms.clips) == {"qkv", "output", "gate_up", "down", "key", "value"}
-    assert solver.transforms.down.rotation == Hadamard.of(setup.decoder.shape.ffn)
 
 
 # -- numerics ---

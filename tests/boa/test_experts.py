@@ -6,13 +6,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.block import BlockQuantizer
-from rotoboa.boa.clipping import ClipCosts
 from rotoboa.boa.experts_half import ExpertsHalf
-from rotoboa.boa.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.workspace import capture
 from rotoboa.models.decoder import Decoder
 
@@ -89,31 +85,3 @@ def test_a_token_that_hardly_goes_anywhere(
     monkeypatch.setattr(ExpertsHalf, "_choose", choose)
     for asked, expected in _down_goals(mixture, 12, solved):
         torch.testing.assert_close(asked, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_metric_of_the_clip_ratio_of_experts(mixture: Mixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over experts of W^T W, of which no more than one is held beside the sum."""
-    seen: list[Tensor] = []
-
-    def add(self: ClipCosts, quantizer: DynamicQuantizer, x: Tensor, metric: Tensor) -> None:
-        assert x.shape == (2 * 2 * 24, FFN), "two experts for each token of a batch"
-        seen.append(metric)
-
-    class NoStacks(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = function(*args, **(kwargs or {}))
-            assert not isinstance(made, Tensor) or made.shape[1:] != (FFN, FFN), f"{function} holds several of W^T W"
-            return made
-
-    monkeypatch.setattr(ClipCosts, "add", add)
-    transforms = OnlineTransforms(down=InputTransform(quantizer=DynamicQuantizer(4, True, 0.9)))
-    solver = BlockQuantizer(mixture.decoder, mixture.block, QUICK, transforms, search_inputs=True)
-    _, quantized = mixture.streams(6)
-    solver.batch = 2
-    solver._share(6)
-    with NoStacks(), torch.no_grad():
-        solver._search_experts(quantized)
-    assert len(seen) == 3
-    weights = [mixture.block.get_parameter(f"{name}.weight").double() for name in mixture.decoder.family.downs]
-    expected = torch.stack([weight.T @ weight for weight in weights]).mean(0)
-    torch.testing.assert_close(seen[0].double(), expected, rtol=1e-5, atol=1e-6)

@@ -123,7 +123,6 @@ def test_methods_and_activations() -> None:
     quantized = OnlineTransforms(tokens, tokens, tokens, tokens, AttentionTransform(None, cache, cache))
     unfolded, folded = _run("llama", replace(QUICK, zfold=()), quantized), _run("llama", QUICK, quantized)
     torch.testing.assert_close(folded.full, unfolded.full, rtol=0, atol=1e-4)
-    assert folded.solver.transforms.clips == unfolded.solver.transforms.clips
     assert _relative(folded.solver) < _relative(unfolded.solver)
 
 

@@ -160,8 +160,7 @@ def _quantized(
             return torch.empty(size, dtype=dtype, device=streams)
 
         solver = BlockQuantizer(
-            decoder, module, settings, SPEC.transforms(decoder.shape), batch=2, search_inputs=True, search_cache=True,
-            references=True, empty=empty,
+            decoder, module, settings, SPEC.transforms(decoder.shape), batch=2, references=True, empty=empty,
         )  # fmt: skip
         solver.run(full, quantized)
         assert {r.integers.device for r in solver.results.values()} == {device}

@@ -15,9 +15,9 @@ from rotoboa.rotation.hadamard import Hadamard
 BATCH, HEADS = 3, 2
 
 
-def transform(bits: int, head_dim: int, *, symmetric: bool = False) -> AttentionTransform:
-    quantizer = DynamicQuantizer(bits, symmetric, 0.95)
-    return AttentionTransform(Hadamard.of(head_dim), quantizer, replace(quantizer, clip=0.9))
+def transform(bits: int, head_dim: int, *, symmetric: bool = False, search: bool = False) -> AttentionTransform:
+    quantizer = DynamicQuantizer(bits, symmetric, 1.0 if search else 0.95, search=search)
+    return AttentionTransform(Hadamard.of(head_dim), quantizer, quantizer if search else replace(quantizer, clip=0.9))
 
 
 def states(length: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -36,9 +36,10 @@ def simulated(transform: AttentionTransform, key: Tensor, value: Tensor) -> tupl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_holds_what_the_simulation_computes(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("search", [False, True])
+def test_holds_what_the_simulation_computes(bits: int, symmetric: bool, dtype: torch.dtype, search: bool) -> None:
     for head_dim in (16, 20):
-        how = transform(bits, head_dim, symmetric=symmetric)
+        how = transform(bits, head_dim, symmetric=symmetric, search=search)
         key, value = states(9, head_dim, dtype)
         layer, expected = PackedLayer(how), [key[:, :, :0], value[:, :, :0]]
         for start, stop in ((0, 4), (4, 5), (5, 5), (5, 9)):

@@ -18,7 +18,8 @@ from rotoboa.rotation.hadamard import Hadamard
 
 ALL_BITS = range(2, 9)
 FAST_INTEGERS = linear.fast_integers
-ACTIVATIONS = [None, DynamicQuantizer(4, clip=0.9), DynamicQuantizer(8), DynamicQuantizer(4, False, 0.95)]
+ACTIVATIONS = [None, DynamicQuantizer(4, clip=0.9), DynamicQuantizer(8), DynamicQuantizer(4, False, 0.95),
+               DynamicQuantizer(4, search=True)]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def ways(module: QuantizedLinear, x: Tensor) -> str:
     return "integers" if module.counts(module.transform.quantizer, x.device) else "floats"
 
 
-@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric"])
+@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric", "a4 searched"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_equals_the_simulation(bits: int, symmetric: bool, quantizer: DynamicQuantizer | None) -> None:
@@ -78,7 +79,7 @@ def test_equals_the_simulation(bits: int, symmetric: bool, quantizer: DynamicQua
         torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric"])
+@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric", "a4 searched"])
 @pytest.mark.parametrize(("bits", "group"), [(2, 8), (2, 16), (3, 32), (4, 8), (4, 32), (5, 8), (8, 16)])
 def test_groups_equal_the_simulation(bits: int, group: int, quantizer: DynamicQuantizer | None) -> None:
     module = layer(96, 24, bits, group_size=group, transform=InputTransform(None, quantizer))
@@ -240,7 +241,7 @@ def test_padding_for_cuda(rows: int, columns: int, outputs: int) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric"])
+@pytest.mark.parametrize("quantizer", ACTIVATIONS, ids=["a16", "a4", "a8", "a4 asymmetric", "a4 searched"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_cuda(bits: int, quantizer: DynamicQuantizer | None) -> None:
     for inputs, outputs, count in ((64, 24, 5), (100, 7, 1), (33, 40, 30)):

@@ -125,12 +125,8 @@ def test_quantizers_are_on_in_the_loaded_model(runs: Runs) -> None:
     attention = model.model.layers[0].self_attn
     assert attention.rotoboa_transform.key.bits == 4 and attention.rotoboa_transform.rotation is not None
     assert model.model.layers[1].mlp.down_proj.transform.rotation is not None
-    for block, clips in zip(model.model.layers, model.config.quantization_config.spec.clips, strict=True):
-        attention = block.self_attn
-        assert attention.rotoboa_transform.key.clip == clips["key"]
-        assert attention.rotoboa_transform.value.clip == clips["value"]
-        assert attention.q_proj.transform.quantizer.clip == clips["qkv"]
-        assert block.mlp.down_proj.transform.quantizer.clip == clips["down"]
+    quantizers = attention.rotoboa_transform.value, attention.q_proj.transform.quantizer
+    assert all(quantizer.search for quantizer in quantizers)
     changed = 0
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

@@ -105,7 +105,7 @@ def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyP
     settings = Settings(3, starts=3, refine=4)
     sizes, found = real(settings, 2, length)
     counted = counting_run.block(sizes, Plan(settings, 2, length, 2, Online(), references=True))
-    assert found.keys() == counted.keys() - {"rotation", "clip search"}
+    assert found.keys() == counted.keys() - {"rotation"}
     attention = 2 * 2 * 4 * 256 * counting.pairs(length)
     exact = {name: round(counted[name].products) for name in found}
     assert found["forward"] == exact["forward"] - attention

@@ -107,10 +107,10 @@ def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
         return tensors(0)
 
     with Overlap(Source(), folder, 3, CPU) as beside:
-        beside.write(0, slow, {"clips": {}}, peak_memory_bytes={"host": 7})
+        beside.write(0, slow, {"layers": {}}, peak_memory_bytes={"host": 7})
         assert began.wait(30)
         assert blocks_of(folder) == [] and not folder.block_path(0).exists()  # the caller goes on meanwhile
-        second = threading.Thread(target=beside.write, args=(1, lambda: tensors(1), {"clips": {}}))
+        second = threading.Thread(target=beside.write, args=(1, lambda: tensors(1), {"layers": {}}))
         second.start()
         assert blocks_of(folder) == []  # it waits for the first
         go.set()
@@ -118,7 +118,7 @@ def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
         assert blocks_of(folder)[:1] == [0]
         beside.finish()
         assert blocks_of(folder) == [0, 1]
-        beside.write(2, lambda: tensors(2), {"clips": {}})
+        beside.write(2, lambda: tensors(2), {"layers": {}})
     assert blocks_of(folder) == [0, 1, 2] and folder.finished_blocks() == 3
     assert float(load_file(folder.block_path(2))["q"][0]) == 2
     assert json.loads((folder.path / "manifest.json").read_text())["peak_memory_bytes"] == {"host": 7}
