@@ -58,7 +58,7 @@ class DynamicQuantizer:
 
     def span(self, x: Tensor) -> Tensor:
         """What the grid of each vector follows from, in x's dtype: (..., 1) max abs, or (..., 2) min and max."""
-        if not self.search or self.bits > SEARCHED:
+        if not self.search or self.bits > SEARCHED or not x.numel():
             return self._whole(x)
         flat = x.reshape(-1, x.shape[-1])
         rows = len(flat) if is_compiled(_wide(flat[:0])) else CHUNK // (len(RATIOS) * x.shape[-1])
