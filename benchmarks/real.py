@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from common import HERE, QUICK, file_name, side_by_side
+from common import HERE, QUICK, file_name, shown, side_by_side
 from methods import METHODS, PLACEMENTS, Case, run
 from real_page import RECIPES, Subject, document, picture, sources_picture
 
@@ -87,6 +87,8 @@ def judge(
             failed[key] = found["failed"]
             print(f"{far}{key}: failed", flush=True)
             continue
+        if "sources" in found:
+            found["sources"]["dataset"] = shown(found["sources"]["dataset"])
         kept[prints[key]] = {"case": key, **found}
         write_json(file, kept)
         print(
