@@ -10,8 +10,9 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import InputError
-from .checkpoint import WANTED, hub_errors, read_config, renamed
+from .checkpoint import read_config, renamed
 from .families import Family, family_for
+from .hub import WANTED, hub_errors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

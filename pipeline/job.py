@@ -18,8 +18,9 @@ from ..boa.rounding import Settings
 from ..errors import InputError
 from ..export.spec import Spec
 from ..models.aliases import ResolvedModel, resolve_model
-from ..models.checkpoint import Checkpoint, fetch
+from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder
+from ..models.hub import fetch
 from ..rotation.balance import balanced_sites
 from ..rotation.rotate import Rotations
 from . import launch

@@ -16,8 +16,9 @@ import torch
 from ..boa.attention import NAME
 from ..export.packing import packed_width
 from ..models.aliases import resolve_model
-from ..models.checkpoint import Checkpoint, fetch
+from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder
+from ..models.hub import fetch
 from ..models.remote import Remote
 from ..models.shape import Shape
 from ..rotation import hadamard_matrices

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from rotoboa.errors import InputError
-from rotoboa.models.checkpoint import fetch
+from rotoboa.models.hub import fetch
 
 # The part of a response that the hub's errors read, whichever HTTP library made it.
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
@@ -38,7 +38,7 @@ def test_errors_of_the_hub_are_one_sentence(error: Exception, words: str, monkey
     def fail(*arguments: object, **options: object) -> str:
         raise error
 
-    monkeypatch.setattr("rotoboa.models.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("rotoboa.models.hub.snapshot_download", fail)
     with pytest.raises(InputError, match=words) as caught:
         fetch("owner/name", is_local=False)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
@@ -51,7 +51,7 @@ def test_names_that_the_hub_refuses(name: str) -> None:
 
 
 def test_a_local_folder_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delattr("rotoboa.models.checkpoint.snapshot_download")
+    monkeypatch.delattr("rotoboa.models.hub.snapshot_download")
     assert fetch(str(tmp_path), is_local=True) == tmp_path
 
 
@@ -62,6 +62,6 @@ def test_only_wanted_files_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_p
         asked.update(options, source=source)
         return str(tmp_path)
 
-    monkeypatch.setattr("rotoboa.models.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("rotoboa.models.hub.snapshot_download", download)
     assert fetch("owner/name", is_local=False) == tmp_path
     assert asked["source"] == "owner/name" and "*.bin" not in asked["allow_patterns"]

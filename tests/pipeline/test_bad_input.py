@@ -48,7 +48,7 @@ def test_hub(user: User, error: Any, words: str, monkeypatch: pytest.MonkeyPatch
             raise error("offline\nreally")
         raise error("401\n\nClient Error", response=SimpleNamespace(headers={}, request=None))
 
-    monkeypatch.setattr("rotoboa.models.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("rotoboa.models.hub.snapshot_download", fail)
     assert words in user.refused(model="owner/name")
 
 

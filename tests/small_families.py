@@ -1,0 +1,118 @@
+"""A small model of every architecture, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 9, "head_dim": 16},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "phi3": {"sliding_window": 9, "pad_token_id": 0},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "head_dim": 8,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2],
+            "long_factor": [1.5, 2.0, 4.0],
+            "original_max_position_embeddings": 16,
+            "factor": 16.0,
+        },
+    },
+    "opt": {
+        "ffn_dim": 48,
+        "num_key_value_heads": 4,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 1,
+    },
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+        },
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 40,
+        "norm_topk_prob": False,
+        "head_dim": 16,
+    },
+}
+
+
+def family_config(name: str, **changes: Any) -> Any:
+    sizes = {
+        "model_type": name,
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    return AutoConfig.for_model(**(sizes | FAMILIES[name] | changes))
+
+
+def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
+    """The real transformers class, every tensor random: sharp attention, norms that are no 1, biases that are no 0."""
+    config = family_config(name, **changes)
+    config._experts_implementation = "eager"  # grouped products have no float64
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key and key.endswith("weight"):
+                start = 0.0 if name.startswith("gemma") else 1.0
+                parameter.copy_(start + 0.3 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise)
+            elif "embed" in key:
+                parameter.copy_(noise + 0.3)  # with a mean over channels, which only LayerNorm takes out
+            else:
+                parameter.copy_(noise * 1.3 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def save_as_family(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """`make_family` with a tokenizer of characters."""
+    make_family(name, **changes).to(dtype).save_pretrained(folder)
+    characters = ["<s>", "</s>", "<unk>", *(chr(i) for i in range(32, 127)), "\n"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    wrapped.save_pretrained(folder)
+    return folder
