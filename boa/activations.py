@@ -44,7 +44,7 @@ class DynamicQuantizer:
         cls, bits: int, symmetric: bool, clip: float, group_size: int | None = None, *, search: bool = False
     ) -> DynamicQuantizer | None:
         """The quantizer of a recipe; None at 16 bits, which leave values as they are."""
-        return cls(bits, symmetric, 1.0 if search else clip, group_size, search) if bits < 16 else None
+        return cls(bits, symmetric, clip, group_size, search) if bits < 16 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Round `x` (..., n) to its levels and back, in its own dtype; the scale is computed in float32 or wider."""
@@ -82,12 +82,12 @@ class DynamicQuantizer:
 
     def grid(self, span: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None where symmetric) of `span`, each (..., 1), in float32 or wider."""
-        wide = _wide(span)
+        wide, clip = _wide(span), 1.0 if self.search else self.clip  # which a searched span has in it
         tiny = torch.finfo(torch.float32).tiny
         if self.symmetric:
             # A division, as compressed-tensors has it: at its clip ratio the least level is a tie, broken alike.
-            return (wide / ((2 ** (self.bits - 1) - 1) / self.clip)).clamp_min_(tiny), None
-        low, high = (wide * self.clip).split(1, -1)
+            return (wide / ((2 ** (self.bits - 1) - 1) / clip)).clamp_min_(tiny), None
+        low, high = (wide * clip).split(1, -1)
         # A constant token has no range: as small a scale as its values can still be divided by.
         least = torch.maximum(low.abs(), high.abs()) * torch.finfo(wide.dtype).eps
         scale = torch.maximum((high - low) / (2**self.bits - 1), least).clamp_min_(tiny)

@@ -62,14 +62,13 @@ def mark_stored(key: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What attention computes with: queries (batch, heads, length, head_dim), keys and values with key heads.
+    """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
 
     A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`.
     """
 
     query: Tensor
     key: Tensor
-    value: Tensor
     scaling: float
     window: int | None = None
     softcap: float | None = None
@@ -113,7 +112,7 @@ def attention_forward(
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5
-        recorder(Seen(query, key, value, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+        recorder(Seen(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
     if kwargs.get("softcap") is not None:
         return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
     groups, prompt = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -107,16 +107,15 @@ class AttentionHalf(Workspace):
         heads = bias.unflatten(0, (self.shape.key_heads, -1))
         return attended - heads.repeat_interleave(self.shape.query_heads // self.shape.key_heads, 0).flatten()
 
-    def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform, *, values: bool = False) -> Seen:
-        """Queries, keys and, where asked for, values: the forward pass ends where attention would begin."""
+    def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Seen:
+        """Queries and keys: the forward pass ends where attention would begin."""
 
         def stop(seen: Seen) -> None:
             raise Captured(seen)
 
-        unread = nullcontext() if values else _nothing_of(block.get_submodule(self.family.value))
         try:
-            with unread:
-                self._attention(block, x, transform if values else replace(transform, value=None), stop)()
+            with _nothing_of(block.get_submodule(self.family.value)):
+                self._attention(block, x, replace(transform, value=None), stop)()
         except Captured as captured:
             seen: Seen = captured.value
             return seen

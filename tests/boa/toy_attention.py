@@ -87,12 +87,12 @@ class Toy:
     @property
     def seen(self) -> Seen:
         """What attention computes with, of all sequences."""
-        return Seen(self.query, self.key, self.project(self.w_v), SCALING)
+        return Seen(self.query, self.key, SCALING)
 
     def part(self, sequences: slice) -> Seen:
         """Of some."""
         seen = self.seen
-        return Seen(seen.query[sequences], seen.key[sequences], seen.value[sequences], SCALING)
+        return Seen(seen.query[sequences], seen.key[sequences], SCALING)
 
     @property
     def attended(self) -> Tensor:

@@ -16,8 +16,8 @@ BATCH, HEADS = 3, 2
 
 
 def transform(bits: int, head_dim: int, *, symmetric: bool = False, search: bool = False) -> AttentionTransform:
-    quantizer = DynamicQuantizer(bits, symmetric, 1.0 if search else 0.95, search=search)
-    return AttentionTransform(Hadamard.of(head_dim), quantizer, quantizer if search else replace(quantizer, clip=0.9))
+    quantizer = DynamicQuantizer(bits, symmetric, 0.95, search=search)
+    return AttentionTransform(Hadamard.of(head_dim), quantizer, replace(quantizer, clip=0.9))
 
 
 def states(length: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
