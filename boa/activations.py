@@ -28,7 +28,7 @@ class DynamicQuantizer:
     | symmetric | levels | scale |
     |---|---|---|
     | yes | -2^(b-1) .. 2^(b-1) - 1 | clip * max abs / (2^(b-1) - 1) |
-    | no | 0 .. 2^b - 1 around a zero point | clip * (max - min) / (2^b - 1) |
+    | no | 0 .. 2^b - 1 around a zero point | clip * (max(max, 0) - min(min, 0)) / (2^b - 1) |
 
     Worked example, symmetric, 2 bits, clip 1: `[0.9, -0.2, 0.4, -1.0]` has scale 1, and becomes `[1, 0, 0, -1]`.
     """
@@ -88,9 +88,8 @@ class DynamicQuantizer:
             # A division, as compressed-tensors has it: at its clip ratio the least level is a tie, broken alike.
             return (wide / ((2 ** (self.bits - 1) - 1) / clip)).clamp_min_(tiny), None
         low, high = (wide * clip).split(1, -1)
-        # A constant token has no range: as small a scale as its values can still be divided by.
-        least = torch.maximum(low.abs(), high.abs()) * torch.finfo(wide.dtype).eps
-        scale = torch.maximum((high - low) / (2**self.bits - 1), least).clamp_min_(tiny)
+        low, high = low.clamp_max(0), high.clamp_min(0)  # zero is a level: levels less it fit int8
+        scale = ((high - low) / (2**self.bits - 1)).clamp_min_(tiny)
         return scale, (-low / scale).round_()
 
     def levels(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

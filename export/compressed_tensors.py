@@ -73,7 +73,10 @@ def check(run: Finished) -> None:
             "--weights.symmetric, or use --format native."
         )
     if not spec.activation_symmetric:
-        raise InputError(f"{NAME} takes symmetric dynamic activations, and these are not: use --format native.")
+        raise InputError(
+            f"{NAME} takes symmetric dynamic activations, and these have zero points: quantize with "
+            "--activations.symmetric, or use --format native."
+        )
     if (spec.r4 or spec.online_r1) and spec.activation_group:
         raise InputError(
             f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "

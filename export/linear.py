@@ -26,7 +26,7 @@ class QuantizedLinear(nn.Module):
 
     | activations | weights | computed |
     |---|---|---|
-    | symmetric, 8 bits or fewer | one scale a row | int8 x int8 in int32, scales applied to the sums |
+    | 8 bits or fewer, 7 with a zero point | one scale a row | int8 x int8 in int32, scales applied to the sums |
     | such, in groups | one scale a row, or groups that they divide or that divide them | so by group, or as below |
     | any other | any | a part of the weight at a time becomes floats, and is dropped |
 
@@ -86,7 +86,7 @@ class QuantizedLinear(nn.Module):
 
     def counts(self, quantizer: DynamicQuantizer | None, device: torch.device) -> bool:
         """Whether products are taken of integers."""
-        if quantizer is None or not quantizer.symmetric or quantizer.bits > 8 or not fast_integers(device.type):
+        if quantizer is None or quantizer.bits + (not quantizer.symmetric) > 8 or not fast_integers(device.type):
             return False
         inputs, weights = self.in_features // (quantizer.group_size or self.in_features), self.scale.shape[1]
         if inputs == 1:
@@ -98,8 +98,9 @@ class QuantizedLinear(nn.Module):
     def _from_integers(self, x: Tensor, quantizer: DynamicQuantizer) -> Tensor:
         """(T, in) -> (T, out): sum_c q_c (I_c - z) = sum_c q_c I_c - z sum_c q_c by group, times both scales."""
         vectors = quantizer.vectors(x)
-        scale, zero = quantizer.grid(quantizer.span(vectors))
-        levels = quantizer.levels(vectors, scale, zero).to(torch.int8).flatten(1)
+        scale, middle = quantizer.grid(quantizer.span(vectors))
+        levels = quantizer.levels(vectors, scale, middle)
+        levels = (levels if middle is None else levels.sub_(middle)).to(torch.int8).flatten(1)
         scale, late = scale.reshape(len(x), -1), self.scale.shape[1] == 1
         groups = max(scale.shape[1], self.scale.shape[1])
         scale = _each(scale, groups)[..., None]

@@ -29,7 +29,7 @@ def _slowly(x: list[float], quantizer: DynamicQuantizer) -> tuple[list[int], flo
         scale = max(abs(v) for v in x) / (top / quantizer.clip)
         return [max(-top - 1, min(top, round(v / scale))) for v in x], scale, 0
     top = 2**quantizer.bits - 1
-    low, high = min(x) * quantizer.clip, max(x) * quantizer.clip
+    low, high = min(*x, 0) * quantizer.clip, max(*x, 0) * quantizer.clip
     scale = (high - low) / top
     zero = round(-low / scale)
     return [max(0, min(top, round(v / scale) + zero)) for v in x], scale, zero
@@ -60,8 +60,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype, symmetric: boo
     y = quantizer(x)
     assert y.dtype == dtype and torch.equal(x, given)
     # One rounding of the scale in float32, one of the result in `dtype`: a level more or less would be 5% of the range.
-    # high - low of tokens around -50 has cancelled some digits, which scale * (level - zero) shows: 16 eps of float32.
-    eps = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
+    eps = max(torch.finfo(dtype).eps, 2 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(y.double(), _reference(x, quantizer), rtol=eps, atol=0)
 
 
@@ -113,13 +112,21 @@ def test_zero_token(dtype: torch.dtype, symmetric: bool, clip: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [1e-20, -0.3, 1.0, 5.0, -2e4, 1e30])
 def test_constant_token(value: float, dtype: torch.dtype, symmetric: bool, clip: float) -> None:
-    """No range to divide by; it becomes `clip` times itself, as any token's extreme does."""
+    """It becomes `clip` times itself, as any token's extreme does."""
     x = torch.full((8,), value, dtype=dtype)
     levels = 8 if symmetric and value < 0 and clip < 1 else 7  # the lowest level lies one step further out
     factor = clip * levels / 7
-    # The asymmetric scale is then eps of the value, and there are 15 steps of it.
-    rtol = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
+    rtol = max(torch.finfo(dtype).eps, 2 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
     torch.testing.assert_close(DynamicQuantizer(4, symmetric, clip)(x), x * factor, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_zero_is_a_level(search: bool) -> None:
+    """Of tokens far from it too, so that a level less the zero point is no more than the levels are."""
+    x, quantizer = _tokens(), DynamicQuantizer(4, symmetric=False, search=search)
+    scale, zero = quantizer.grid(quantizer.span(x))
+    assert zero is not None and zero.min() >= 0 and zero.max() <= 15
+    assert (quantizer(x) / scale)[16:20].max() < -10
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
