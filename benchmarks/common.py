@@ -29,8 +29,10 @@ PLAIN: dict[str, Any] = {
     "weights.tabu": 0,
     "weights.head": 0.0,
     "weights.act_order": False,
+    "activations.symmetric": True,
     "activations.search": False,
     "cache.search": False,
+    "cache.center": False,
 }
 """GPTQ as published: no residual compensation, no refinement, columns in their order."""
 QUICK: dict[str, Any] = {

@@ -9,7 +9,7 @@ carries a recorder, the recorder sees what attention computes with. The product 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from ..rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 
 NAME = "rotoboa"
+CENTER = "key_center"
+"""Of an attention module: the tensor with the center of its keys."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,35 @@ class AttentionTransform:
 
     Keys and values of the first `sink` positions are not quantized. Of a padded sequence these are padding, if that
     is on the left; of a cache that forgets, and is not ours, they are the first that it still holds.
+
+    `centered` keys are rounded without `center`, what the keys of a head have in common, (key heads * head_dim,) after
+    rotation, which is added again. It is of a block's own, and not here before it is known.
     """
 
     rotation: Hadamard | None = None
     key: DynamicQuantizer | None = None
     value: DynamicQuantizer | None = None
     sink: int = 0
+    centered: bool = False
+    center: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each (batch, heads, length, head_dim), after RoPE, from the first position on."""
         query, key = self.rotate(query), self.rotate(key)
-        return query, self._rounded(key, self.key), self._rounded(value, self.value)
+        return query, self._rounded(key, self.key, self.center_of(key)), self._rounded(value, self.value)
 
-    def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None) -> Tensor:
+    def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None, center: Tensor | None = None) -> Tensor:
         if quantizer is None:
             return x
-        if not self.sink:
-            return quantizer(x)
-        return torch.cat([x[..., : self.sink, :], quantizer(x[..., self.sink :, :])], -2)
+        kept, rest = x[..., : self.sink, :], x[..., self.sink :, :]
+        rest = quantizer(rest) if center is None else quantizer(rest - center) + center
+        return torch.cat([kept, rest], -2) if self.sink else rest
+
+    def center_of(self, key: Tensor) -> Tensor | None:
+        """(key heads, 1, head_dim), for keys (batch, key heads, length, head_dim) that are rounded; None without."""
+        if self.center is None or self.key is None:
+            return None
+        return self.center.view(key.shape[1], 1, -1)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Queries or keys (..., head_dim), rotated."""
@@ -94,6 +107,13 @@ def set_attention(module: nn.Module, transform: AttentionTransform | None, recor
     module.rotoboa_recorder = recorder  # type: ignore[assignment]
 
 
+def transform_of(module: nn.Module) -> AttentionTransform | None:
+    """The transform on an attention module; with the center of its keys, where the module holds that itself."""
+    transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
+    center: Tensor | None = getattr(module, CENTER, None)
+    return transform if transform is None or center is None else replace(transform, center=center)
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -104,7 +124,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...)."""
-    transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
+    transform = transform_of(module)
     if transform is not None and getattr(key, "rotoboa_stored", False):
         query = transform.rotate(query)
     elif transform is not None:

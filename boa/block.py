@@ -38,9 +38,9 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
     loss of each, `objectives` what `relative_losses` finds of each where `references` are asked for, `damping` that of
     the projections whose Hessian needed more than the settings say, `quantized` the block with dequantized weights,
     `fallbacks` the projections of experts that saw too few tokens, with their number, `channel_scales` what Z-Fold
-    found by site, and `folded` the norms and biases that it changed; where the method is brecq, `losses` and
-    `objectives` are those of the solution that it starts from, and `output_error` holds the error of the block's output
-    there and at the end.
+    found by site, and `folded` the norms and biases that it changed, `centers` that of the keys, by its name inside the
+    block; where the method is brecq, `losses` and `objectives` are those of the solution that it starts from, and
+    `output_error` holds the error of the block's output there and at the end.
     """
 
     output_error: tuple[float, float] | None = None

@@ -76,6 +76,7 @@ class Workspace:
         self.fallbacks: dict[str, int] = {}
         self.channel_scales: dict[str, ChannelScales] = {}
         self.folded: dict[str, Tensor] = {}
+        self.centers: dict[str, Tensor] = {}
         self.ranks = ranks or Ranks()
         self.first = self.own = self.count = 0  # sequences before this rank's, its own, and all
         self.batches: list[range] = []  # the numbers of each rank's batches

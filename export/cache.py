@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..boa.activations import DynamicQuantizer
-from ..boa.attention import AttentionTransform, mark_stored
+from ..boa.attention import AttentionTransform, mark_stored, transform_of
 from .packing import pack_levels, packed_width, unpack
 
 _SINK = ("sink_keys", "sink_values")
@@ -29,9 +29,10 @@ class PackedLayer(DynamicLayer):
 
     `keys` and `values` are (batch, heads, tokens, words) int32; `key_spans` and `value_spans` (batch, heads, tokens, 2)
     hold the smallest and the largest entry of each vector in the model's dtype, from which its scale and zero point
-    follow (`DynamicQuantizer.grid`). Without a quantizer, vectors are kept as they are and have no span. Those of the
-    transform's `sink` first positions are kept as they are in `sink_keys` and `sink_values`, and are not among these.
-    Positions are those of the cache: of a sequence padded on the left the first ones are padding.
+    follow (`DynamicQuantizer.grid`). Keys that have a center are stored without it. Without a quantizer, vectors are
+    kept as they are and have no span. Those of the transform's `sink` first positions are kept as they are in
+    `sink_keys` and `sink_values`, and are not among these. Positions are those of the cache: of a sequence padded on
+    the left the first ones are padding.
 
     Args:
         transform: of the attention module, whose quantizers and rotation these are.
@@ -65,8 +66,11 @@ class PackedLayer(DynamicLayer):
             self._append(_SINK, (key_states[:, :, :sink], value_states[:, :, :sink]))
             key_states, value_states = key_states[:, :, sink:], value_states[:, :, sink:]
         key, value = self.transform.key, self.transform.value
-        self._append(_PACKED, (*_store(key_states, key), *_store(value_states, value)))
+        center = self.transform.center_of(key_states)
+        near = key_states if center is None else key_states - center
+        self._append(_PACKED, (*_store(near, key), *_store(value_states, value)))
         keys = _read(self.keys, self.key_spans, key, self.sizes["key"], self.dtype)
+        keys = keys if center is None else keys + center
         values = _read(self.values, self.value_spans, value, self.sizes["value"], self.dtype)
         if self.sink_keys is not None and self.sink_values is not None:
             keys, values = torch.cat([self.sink_keys, keys], 2), torch.cat([self.sink_values, values], 2)
@@ -276,7 +280,7 @@ def _give_cache(
         kwargs = {**kwargs, name: cache}
     if isinstance(cache, DynamicCache) and type(cache) is DynamicCache and cache.get_seq_length() == 0:
         blocks = decoder.get_submodule(layers).children()
-        _pack_layers(cache, [block.get_submodule(attention).rotoboa_transform for block in blocks])  # type: ignore[misc]
+        _pack_layers(cache, [transform_of(block.get_submodule(attention)) for block in blocks])  # type: ignore[misc]
     return args, kwargs
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..boa.attention import NAME, set_attention
+from ..boa.attention import CENTER, NAME, set_attention
 from ..boa.rounding import Quantized
 from ..boa.transforms import OnlineTransforms
 from ..errors import InputError
@@ -83,7 +83,12 @@ def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: Onli
                 transform=transform,
             )
         block.set_submodule(name, packed)
-    set_attention(block.get_submodule(family.attention), transforms.attention)
+    attention = block.get_submodule(family.attention)
+    if transforms.attention.centered:
+        keys = block.get_submodule(family.key)
+        assert isinstance(keys, QuantizedLinear)
+        attention.register_buffer(CENTER, torch.zeros(keys.out_features, device=keys.qweight.device))
+    set_attention(attention, transforms.attention)
     return block
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..boa.activations import DynamicQuantizer
@@ -28,6 +28,7 @@ class Spec:
         heads: the input of O has an online rotation over all heads.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         cache_sink: how many positions of the cache, from the first, are not quantized.
+        cache_center: keys are quantized without the center that each block has for them.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
     """
@@ -52,6 +53,7 @@ class Spec:
     activation_group: int | None = None
     activation_search: bool = False
     cache_search: bool = False
+    cache_center: bool = False
     format_version: int = FORMAT_VERSION
 
     def transforms(self, shape: Shape) -> OnlineTransforms:
@@ -75,6 +77,7 @@ class Spec:
                 key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip, search=self.cache_search),
                 value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip, search=self.cache_search),
                 sink=self.cache_sink,
+                centered=self.cache_center and self.key_bits < 16,
             ),
         )
 
@@ -82,6 +85,11 @@ class Spec:
     def turned(self) -> bool:
         """Whether the residual stream itself is rotated, embedding and head with it."""
         return self.r1 and not self.online_r1
+
+    @property
+    def unrotated(self) -> Spec:
+        """The same quantizers, with nothing else that runs online: the model rounded to nearest, to compare with."""
+        return replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
 
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
@@ -145,6 +153,7 @@ class Spec:
                     "activation_symmetric",
                     "activation_search",
                     "cache_search",
+                    "cache_center",
                     "online_r1",
                     "r4_blocks",
                     "heads",

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..boa.attention import set_attention
 from ..rotation.balance import balanced_sites, moments, scales
 from .job import Job
 from .run import write_tensors
@@ -25,13 +26,16 @@ class Balance:
         self.job, self.sequences = job, -(-TOKENS // length)
         self.found: list[dict[str, Tensor]] = []
         keys = job.recipe.cache.key_bits < 16
+        self.centered = job.spec.cache_center
         self.sites = balanced_sites(job.decoder.family, job.decoder.config, folded=job.rotations.turned, keys=keys)
         job.rotations = replace(job.rotations, scales=self.found)
 
     def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
         """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
         compute, batch = self.job.decoder, self.job.recipe.calibration.batch
-        seen = moments(compute, block, hidden[: self.sequences], self.sites, batch)
+        seen = moments(
+            compute, block, hidden[: self.sequences], self.sites, batch, set_attention, centered=self.centered
+        )
         rotary = compute.position_embeddings(1, index)[0].shape[-1]
         self.found.append(scales(tensors, compute.family, compute.shape, seen, rotary))
 

@@ -103,7 +103,7 @@ def _perplexities(
     compute, checkpoint = job.decoder, job.checkpoint
     share = own_windows(job, len(windows))
     own = windows[share.start : share.stop]
-    transforms = replace(job.spec, online_r1=False, heads=False, r3=False, r4=False).transforms(compute.shape)
+    transforms = job.spec.unrotated.transforms(compute.shape)
 
     def advance() -> None:
         trim()

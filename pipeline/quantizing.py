@@ -68,7 +68,7 @@ def quantize_blocks(
         if done is None:
             for name, damping in solver.damping.items():
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
-            others |= solver.folded
+            others |= solver.folded | solver.centers
             pack = partial(pack_block, solver.results, others, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = spent | _found(solver)

@@ -184,6 +184,10 @@ class Cache(_Section):
         description="Every vector chooses its clip ratio as it is stored, by its least squared error, in place of "
         "clip; none is clipped at more than 4 bits.",
     )
+    center: bool = Field(
+        default=True,
+        description="Round keys without what all keys of a head have in common, their mean over the calibration text.",
+    )
     sink: int = Field(
         default=0,
         ge=0,

@@ -80,5 +80,6 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         cache_clip=recipe.cache.clip,
         cache_search=recipe.cache.search,
         cache_sink=recipe.cache.sink,
+        cache_center=recipe.cache.center and recipe.cache.key_bits < 16,
         online_r1=rotations.online_r1,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..boa.attention import set_attention
+from ..boa.attention import CENTER, set_attention
 from ..boa.transforms import INPUT_SITES, OnlineTransforms
 from ..eval.perplexity import States, part_sums, summary
 from ..export.native import unpack_block
@@ -144,7 +144,7 @@ class _Walk:
             part.copy_(compute.run(original, part.to(compute.device)))
         del original
         exact = exact_block(self.job, index, tensors)
-        transforms = self.job.spec.transforms(compute.shape)
+        transforms = own_transforms(self.job, packed)
         quantized = unpacked_block(self.job, index, packed)
         for start in range(0, len(self.own), self.batch):
             span = slice(start, start + self.batch)
@@ -182,9 +182,19 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
     results = unpack_block(packed, family, job.spec.bits, columns)
     parts = {f"{name}.{part}" for name in results for part in ("qweight", "scale", "zero")}
+    parts.add(f"{family.attention}.{CENTER}")
     others = {name: tensor for name, tensor in packed.items() if name not in parts}
     weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
     return _hooked(compute.block(index, others | weights), family)
+
+
+def own_transforms(job: Job, packed: Mapping[str, Tensor]) -> OnlineTransforms:
+    """The transforms of the block with the tensors `packed`, whose keys have a center of their own."""
+    compute = job.decoder
+    transforms = job.spec.transforms(compute.shape)
+    center = packed.get(f"{compute.family.attention}.{CENTER}")
+    near = None if center is None else center.to(compute.device, compute.dtype)
+    return replace(transforms, attention=replace(transforms.attention, center=near))
 
 
 def _hooked(block: nn.Module, family: Family) -> nn.Module:

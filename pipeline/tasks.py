@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def _models(job: Job, folder: RunFolder) -> Iterator[tuple[str, Any]]:
         model = original()
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
-        transforms = replace(job.spec, online_r1=False, heads=False, r3=False, r4=False).transforms(compute.shape)
+        transforms = job.spec.unrotated.transforms(compute.shape)
         for index in range(compute.shape.blocks):
             block = rounded_block(compute, index, job.checkpoint.block(index), job.settings, transforms)
             layers[index] = block.to(dtype)

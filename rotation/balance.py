@@ -12,12 +12,13 @@ cost as the model runs: see `channels`.
 
 Keys that are rounded for the cache are balanced likewise against the queries that meet them. The noise of q . k is
 |q / t|^2 E|t k|^2, so E q_j^2 stands where |W_j|^2 does. Both are of pairs of channels, whose sums of squares RoPE does
-not change.
+not change. Of keys that are rounded without their center, it is what is left of k that counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,29 +48,44 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     return (*sites, *HEADS) if keys else sites
 
 
+Record = Callable[[nn.Module, None, Callable[[Any], None] | None], None]
+"""`boa.attention.set_attention`: lets a function see the `query` and `key` that attention computes with, after RoPE."""
+
+
 class Moments:
     """Collects E x_j^2 of the sites of one block while it runs, a token's x relative to its root mean square.
 
     Rounding is relative to the size of a token, and so is what the next norm leaves of its error. Counted alike, the
     massive activations of a first token would decide alone. Queries, which are not rounded, count as they are: `keys`
-    and `queries` are E k_j^2 and E q_j^2 before RoPE, (heads, head_dim), a token's key relative to itself; where heads
-    share a norm, behind it and over all of them, (1, head_dim).
+    and `queries` are E k_j^2 and E q_j^2 after RoPE, (heads, head_dim), a token's key relative to itself; where heads
+    share a norm, the mean over them, (1, head_dim). `centered` keys are k_j - E k_j of each head.
+
+    Args:
+        record: for `keys` and `queries`.
     """
 
-    def __init__(self, family: Family, shape: Shape, block: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        block: nn.Module,
+        names: tuple[str, ...],
+        record: Record | None = None,
+        *,
+        centered: bool = False,
+    ) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
-        made = {"keys": (family.key, family.key_norm, shape.key_heads),
-                "queries": (family.query, family.query_norm, shape.query_heads)}  # fmt: skip
+        self._shared, self._centered = family.key_norm is not None, centered
         self._handles = [
             block.get_submodule(readers(family, name)[0]).register_forward_pre_hook(self._look(name))
             for name in names
-            if name not in made
+            if name not in HEADS
         ]
-        for name, (projection, norm, heads) in made.items():
-            if name in names:
-                module = block.get_submodule(norm or projection)
-                self._handles.append(module.register_forward_hook(self._meet(name, 1 if norm else heads)))
+        self._stop: Callable[[], None] = lambda: None
+        if "keys" in names and record is not None:
+            attention = block.get_submodule(family.attention)
+            record(attention, None, self._meet)
+            self._stop = partial(record, attention, None, None)
 
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -77,31 +93,50 @@ class Moments:
 
         return hook
 
-    def _meet(self, name: str, heads: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, __: Any, made: Tensor) -> None:
-            square = made.flatten(0, -2).unflatten(-1, (heads, -1)).float().square()
-            self._add(name, _relative(square) if name == "keys" else square)
+    def _meet(self, seen: Any) -> None:
+        query, key = (part.transpose(1, 2).flatten(0, 1).float() for part in (seen.query, seen.key))
+        weight = _per_square(key.square())
+        for name, part in (
+            ("queries", query.square()),
+            ("keys", weight * key.square()),
+            ("means", weight * key),
+            ("weights", weight),
+        ):
+            self._add(name, part)
 
-        return hook
-
-    def _add(self, name: str, square: Tensor) -> None:
-        total = square.sum(0).double()
+    def _add(self, name: str, part: Tensor) -> None:
+        total = part.sum(0).double()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._count[name] = self._count.get(name, 0) + len(square)
+        self._count[name] = self._count.get(name, 0) + len(part)
 
     def value(self) -> dict[str, Tensor]:
         """(c,) in float64 by site; an expert that no token went to is not there. Looks no further."""
         for handle in self._handles:
             handle.remove()
-        return {name: total.cpu() / self._count[name] for name, total in self._sums.items()}
+        self._stop()
+        found = {name: total.cpu() / self._count[name] for name, total in self._sums.items()}
+        if "keys" in found:
+            means, weights = found.pop("means"), found.pop("weights")
+            if self._centered:
+                found["keys"] = (found["keys"] - means.square() / weights).clamp_min(0)
+            if self._shared:
+                found |= {name: found[name].mean(0, keepdim=True) for name in HEADS}
+        return found
 
 
 @torch.no_grad()
 def moments(
-    decoder: Decoder, block: nn.Module, hidden: Tensor, names: tuple[str, ...], batch: int
+    decoder: Decoder,
+    block: nn.Module,
+    hidden: Tensor,
+    names: tuple[str, ...],
+    batch: int,
+    record: Record | None = None,
+    *,
+    centered: bool = False,
 ) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
-    seen = Moments(decoder.family, decoder.shape, block, names)
+    seen = Moments(decoder.family, block, names, record, centered=centered)
     for part in hidden.split(batch):
         decoder.run(block, part.to(decoder.device, decoder.dtype))
     return seen.value()
@@ -170,4 +205,9 @@ def _norms(family: Family) -> set[str]:
 
 def _relative(square: Tensor) -> Tensor:
     """Squares (..., n) over their mean."""
-    return square / square.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return square * _per_square(square)
+
+
+def _per_square(square: Tensor) -> Tensor:
+    """One over the mean of squares (..., n), (..., 1)."""
+    return square.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()

@@ -74,6 +74,24 @@ def test_keys_and_values_of_the_first_positions_are_not_rounded(sink: int) -> No
             assert torch.equal(part[:, :, position], expected)
 
 
+@pytest.mark.parametrize("sink", [0, 5])
+def test_keys_are_rounded_beside_their_center(sink: int) -> None:
+    query, key, value = _inputs()
+    rotation, quantizer = Hadamard.of(SIZE), DynamicQuantizer(2, False, 0.9)
+    center = 3 * random(GROUPS, SIZE, seed=4)
+    transform = AttentionTransform(rotation, quantizer, quantizer, sink, centered=True)
+    plain = transform(query, key, value)
+    found = replace(transform, center=center.flatten())(query, key, value)
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[2], plain[2]), "keys alone have a center"
+    turned = rotation.apply(key)
+    for head in range(GROUPS):
+        exact = turned[:, head]
+        expected = quantizer(exact[:, sink:] - center[head]) + center[head]
+        assert torch.equal(found[1][:, head], torch.cat([exact[:, :sink], expected], 1))
+    exact = replace(transform, key=None, center=center.flatten())(query, key, value)
+    assert torch.equal(exact[1], turned), "what is not rounded is not changed"
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_capped_attention_of_the_last_queries(length: int) -> None:
     """With a cache, queries are the last positions: without a mask the last query sees every key."""

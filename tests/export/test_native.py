@@ -42,7 +42,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "w4a4kv4",
         {"weights.bits": 3, "weights.group_size": 8, "activations.group_size": 32, "activations.symmetric": True},
     ),
-    "w8a8 symmetric": ("w4a4", {"weights.bits": 8, "weights.symmetric": True, "activations.bits": 8}),
+    "w8a8 symmetric": (
+        "w4a4",
+        {"weights.bits": 8, "weights.symmetric": True, "activations.bits": 8, "activations.symmetric": True},
+    ),
     "w8a16 unrotated": ("w4a16", {"weights.bits": 8, "rotation.r1": False, "rotation.r2": False}),
     "w4a16 biased": ("w4a16", {"rotation.r4": True, "rotation.r3": True}),
 }
@@ -228,9 +231,10 @@ def test_size_on_disk_is_that_of_the_formula(runs: Runs, setting: str, bits: int
     words = 2 * sum(out * -(-inputs * bits // 32) * 4 for out, inputs in shapes)
     scales = 2 * sum(out * (inputs // (group or inputs)) * (2 + 1) for out, inputs in shapes)
     norms = 2 * 2 * 64 * 2
+    centers = 2 * 32 * 2 if setting == "w4a4kv4" else 0
     assert words == 2 * sum(out * inputs for out, inputs in shapes) * 2 * bits // 16  # bits/16 of bfloat16
     inside = {name: tensor for name, tensor in tensors.items() if name not in ends}
-    assert sum(tensor.numel() * tensor.element_size() for tensor in inside.values()) == words + scales + norms
+    assert sum(tensor.numel() * tensor.element_size() for tensor in inside.values()) == words + scales + norms + centers
     assert all(tensors[name].dtype == torch.bfloat16 for name in ends)
     assert tensors["lm_head.weight"].shape == tensors["model.embed_tokens.weight"].shape == (2048, 64)
 

@@ -55,6 +55,7 @@ def test_another_format_version_is_refused(broken: Path) -> None:
         ({"activation_group": "x"}, "activation_group is 'x'"),
         ({"symmetric": "no"}, "symmetric is 'no'"),
         ({"cache_search": 1}, "cache_search is 1"),
+        ({"cache_center": None}, "cache_center is None"),
         ({"cache_sink": -1}, "cache_sink is -1"),
         ({"cache_sink": True}, "cache_sink is True"),
     ],

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rotoboa
 from rotoboa.boa.activations import DynamicQuantizer
-from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
+from rotoboa.boa.attention import CENTER, NAME, AttentionTransform, set_attention
 from rotoboa.pipeline import evaluating, stages
 from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.recipe import Recipe
@@ -69,6 +70,7 @@ def test_sources_are_those_of_a_whole_model(llama: Path, make_recipe: MakeRecipe
     windows = evaluation_tokens(AutoTokenizer.from_pretrained(llama), load_texts(str(text), "evaluation"), 64, 3)
     inputs = DynamicQuantizer(4, recipe.activations.symmetric, recipe.activations.clip)
     cache = DynamicQuantizer(4, False, recipe.cache.clip)
+    stored = load_file(tmp_path / "run" / "model" / "model.safetensors")
 
     def model() -> Any:
         return AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation=NAME).eval()
@@ -83,13 +85,14 @@ def test_sources_are_those_of_a_whole_model(llama: Path, make_recipe: MakeRecipe
     original, streams = logits(model()), model()(windows, output_hidden_states=True).hidden_states
     for source in SOURCES[1:-1]:
         changed = model()
-        for layer in changed.model.layers:
+        for index, layer in enumerate(changed.model.layers):
             for name, module in layer.named_modules():
                 if name.rpartition(".")[2] in READERS.get(source, ()):
                     module.register_forward_pre_hook(rounded)
             if source in ("keys", "values"):
                 key, value = (cache if source == name else None for name in ("keys", "values"))
-                set_attention(layer.self_attn, AttentionTransform(None, key, value))
+                center = stored[f"model.layers.{index}.self_attn.{CENTER}"].float()
+                set_attention(layer.self_attn, AttentionTransform(None, key, value, center=center))
         kl = nn.functional.kl_div(logits(changed), original, log_target=True, reduction="batchmean")
         assert sources["kl"][source] == pytest.approx(float(kl), rel=1e-3), source
         first = changed(windows, output_hidden_states=True).hidden_states[1]  # what comes into block 0 is exact

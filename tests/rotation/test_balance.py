@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_a_massive_token_counts_as_the_others() -> None:
     block = nn.Module()
     block.o = nn.Linear(6, 2)
     family = replace(FAMILIES["llama"], output="o")
-    seen = Moments(family, SHAPE, block, ("output",))
+    seen = Moments(family, block, ("output",))
     x = random(2, 5, 6, seed=0).float()
     x[0, 0] *= 1000
     for part in x:
@@ -140,14 +141,28 @@ def test_norms_of_heads_take_scales_that_bfloat16_holds() -> None:
         torch.testing.assert_close(taken, taken.bfloat16().double(), rtol=1e-12, atol=1e-12)
 
 
-def test_moments_of_queries_and_keys() -> None:
-    """Before RoPE, by head; of a token's key relative to the key, so that no massive one decides."""
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+def test_moments_of_queries_and_keys(centered: bool, shared: bool) -> None:
+    """After RoPE, by head; of a token's key relative to the key, so that no massive one decides."""
     block = nn.Module()
-    block.q, block.k = nn.Linear(6, 32), nn.Linear(6, 16)
-    seen = Moments(replace(FAMILIES["llama"], query="q", key="k"), SHAPE, block, ("keys", "queries"))
-    x = random(2, 5, 6, seed=0).float()
-    x[0, 0] *= 1000
-    q, k = (part(x).flatten(0, 1).unflatten(-1, (-1, 8)).double().square() for part in (block.q, block.k))
+    block.attention = nn.Module()
+    family = replace(FAMILIES["llama"], attention="attention", key_norm="norm" if shared else None)
+    recorders: list[Any] = []
+    seen = Moments(
+        family, block, ("keys", "queries"), lambda _, __, recorder: recorders.append(recorder), centered=centered
+    )
+    query, key = random(2, 4, 5, 8, seed=0), random(2, 2, 5, 8, seed=1) + 2 * random(2, 1, 8, seed=2)
+    key[0, 0, 0] *= 1000
+    for q, k in zip(query.float(), key.float(), strict=True):
+        recorders[0](SimpleNamespace(query=q[None], key=k[None]))
     found = seen.value()
-    torch.testing.assert_close(found["queries"], q.mean(0), rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["keys"], (k / k.mean(-1, keepdim=True)).mean(0), rtol=1e-5, atol=0)
+    assert recorders[1] is None and found.keys() == {"queries", "keys"}
+    weight = 1 / key.square().mean(-1, keepdim=True)
+    center = (weight * key).sum((0, 2)) / weight.sum((0, 2))
+    left = key - center[:, None] if centered else key
+    keys, queries = (weight * left.square()).mean((0, 2)), query.square().mean((0, 2))
+    if shared:
+        keys, queries = keys.mean(0, keepdim=True), queries.mean(0, keepdim=True)
+    torch.testing.assert_close(found["queries"], queries, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["keys"], keys, rtol=1e-4, atol=1e-6)

@@ -76,7 +76,8 @@ def _logits(
         original = decoder.block(index, tensors)
         names = balanced_sites(family, config, folded=rotations.turned, keys=True)
         rotary = decoder.position_embeddings(1, index)[0].shape[-1]
-        found.append(scales(tensors, family, shape, moments(decoder, original, plain, names, 1), rotary))
+        seen = moments(decoder, original, plain, names, 1, set_attention, centered=True)
+        found.append(scales(tensors, family, shape, seen, rotary))
         assert all(float((t - 1).abs().max()) > 0.05 for t in found[-1].values()) and set(found[-1]) <= set(names)
         plain = decoder.run(original, plain)
         block = decoder.block(index, fold(rotations.rotate_block(tensors, family, index), index))
