@@ -21,6 +21,7 @@ Results = dict[str, dict[str, float]]
 GROUPS = ("w4a16", "w3a16", "w2a16")
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("w4a16", "w3a16", "w2a16", "w4a8", "w4a4", "w4a4kv4")},
+    "w4a4kv4-g64": ("w4a4kv4", {"activations.group_size": 64}),
     **{f"{name}-g64": (name, {"weights.group_size": 64}) for name in GROUPS},
 }
 """By what a table calls them, the recipe of the package and what is changed in it."""
@@ -43,10 +44,14 @@ class Subject:
     setting: dict[str, Any]
 
     def changes(self, case: Case) -> dict[str, Any]:
-        """By field of the recipe, beside those of the method; the default says where its loss comes from too."""
+        """By field of the recipe, beside those of the method.
+
+        The default of a packaged recipe says where its loss comes from too: as long again as the evaluation.
+        """
         texts = {"calibration.dataset": self.calibrate, "evaluation.dataset": self.text}
-        sources = {"evaluation.sources": case.method == "default" and case.seed == 0}
-        return {"model": self.model, **texts, **sources, **RECIPES[case.recipe][1], **self.setting}
+        changed = RECIPES[case.recipe][1]
+        sources = {"evaluation.sources": case.method == "default" and case.seed == 0 and not changed}
+        return {"model": self.model, **texts, **sources, **changed, **self.setting}
 
     def prints(self, cases: Iterable[Case]) -> dict[str, str]:
         """The fingerprint of each case by its key.
@@ -208,5 +213,8 @@ def document(
     ]
     for recipe in RECIPES:
         lines += table(recipe, results)
+    changed = {label: given for label, (_, given) in RECIPES.items() if given and table(label, results)}
+    for label, given in changed.items():
+        lines += [f"`{label}` has {', '.join(f'`--{field} {value}`' for field, value in given.items())}.", ""]
     lines += source_lines(sources or {}, name)
     return "\n".join([*lines, *settings(dict.fromkeys(method for method, _, _ in rows(results)))]).rstrip() + "\n"

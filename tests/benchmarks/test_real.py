@@ -57,13 +57,14 @@ def judged(real: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_every_cell_is_a_recipe_of_its_own(real: Any) -> None:
     cases = real.cases(real.RECIPES, real.NAMES, ["rotation"], 1)
-    assert len(cases) == 9 * 6
+    assert len(cases) == 10 * 6
     subject = real.Subject("tiny", "a", "b", dict(real.REPORTED))
-    assert len(set(subject.prints(cases).values())) == 54
+    assert len(set(subject.prints(cases).values())) == 60
     for label, (name, changes) in real.RECIPES.items():
         recipe = build_recipe(load_recipe(name), changes)
         bits = f"w{recipe.weights.bits}a{recipe.activations.bits}" + ("kv4" if recipe.cache.key_bits == 4 else "")
-        assert label == bits + (f"-g{recipe.weights.group_size}" if recipe.weights.group_size else "")
+        group = recipe.weights.group_size or recipe.activations.group_size
+        assert label == bits + (f"-g{group}" if group else "")
     recipe = build_recipe({}, subject.changes(real.Case("w4a16", "default", "rotation", 0)))
     assert (recipe.calibration.samples, recipe.calibration.sequence_length, recipe.evaluation.windows) == (16, 2048, 20)
     assert recipe.calibration.seed == 0 and recipe.evaluation.dataset == ("a",)
