@@ -33,6 +33,7 @@ PLAIN: dict[str, Any] = {
     "activations.search": False,
     "cache.search": False,
     "cache.center": False,
+    "cache.sink": 0,
 }
 """GPTQ as published: no residual compensation, no refinement, columns in their order."""
 QUICK: dict[str, Any] = {

@@ -87,7 +87,7 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
     sink = (recipe.get("cache") or {}).get("sink")  # of older runs there is none
     if sink and min(bits["keys"], bits["values"]) < 16:
-        low += f", but for the first {sink} positions"
+        low += f", but for the first {sink} positions" if sink > 1 else ", but for the first position"
     turned = _turned(recipe["rotation"])
     return f"{row['model']}: {low}; {turned}; rounded by {row['method']}."
 

@@ -173,7 +173,7 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: b
         groups = f" in groups of {spec.activation_group}" if spec.activation_group else ""
         online.append(f"{spec.activation_bits}-bit activations{groups}")
     if spec.key_bits < 16 or spec.value_bits < 16:
-        sink = f", its first {spec.cache_sink} positions in 16 bits" if spec.cache_sink else ""
+        sink = f", its {spec.sink} in 16 bits" if spec.sink else ""
         online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}")
     if online:
         raise InputError(

@@ -87,6 +87,11 @@ class Spec:
         return self.r1 and not self.online_r1
 
     @property
+    def sink(self) -> str:
+        """The positions of the cache that are not quantized, in words; empty where there are none."""
+        return f"first {self.cache_sink} positions" if self.cache_sink > 1 else "first position" * self.cache_sink
+
+    @property
     def unrotated(self) -> Spec:
         """The same quantizers, with nothing else that runs online: the model rounded to nearest, to compare with."""
         return replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)

@@ -33,7 +33,7 @@ def load(cheap_run: Callable[..., Path]) -> Load:
     """load(setting): the small Llama, cache quantized and rotated, in float64."""
 
     def load(setting: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-        run = cheap_run("w4a4kv4", {"activations.bits": 16, **SETTINGS[setting]})
+        run = cheap_run("w4a4kv4", {"activations.bits": 16, "cache.sink": 0, **SETTINGS[setting]})
         return rotoboa.load(run, dtype=dtype)[0]
 
     return load

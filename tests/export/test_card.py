@@ -61,6 +61,8 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
     assert "import rotoboa" in card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4))[1]
     sink = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=3, cache_sink=2))[1]
     assert "| keys and values | 4 and 3 bits, of the first 2 positions 16 |" in sink
+    one = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4, cache_sink=1))[1]
+    assert "| keys and values | 4 and 4 bits, of the first position 16 |" in one
     assert "gguf_file=" in card(tmp_path, "gguf", Spec(bits=4, symmetric=True))[1]
     assert "GPTQModel" in card(tmp_path, "gptq", Spec(bits=4))[1]
 

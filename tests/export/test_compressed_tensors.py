@@ -140,7 +140,8 @@ def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int
 @pytest.mark.parametrize(
     ("recipe", "changes", "words"),
     [
-        ("w4a4kv4", {}, "needs .* R3 .*cache of 4-bit keys and 4-bit values, which compressed-tensors cannot hold"),
+        ("w4a4kv4", {}, "needs .* R3 .*cache of 4-bit keys and 4-bit values, its first position in 16 bits, "
+         "which compressed-tensors cannot hold"),
         ("w4a4kv4", {"cache.sink": 4}, "4-bit values, its first 4 positions in 16 bits, which compressed-tensors"),
         ("w4a16", {"rotation.r4": True}, "needs R4 of width 96, no power of two, .* --rotation.r4_blocks"),
         ("w4a16", {"activations.bits": 8, "activations.search": False}, "needs symmetric weights"),

@@ -92,7 +92,7 @@ def test_sources_are_those_of_a_whole_model(llama: Path, make_recipe: MakeRecipe
             if source in ("keys", "values"):
                 key, value = (cache if source == name else None for name in ("keys", "values"))
                 center = stored[f"model.layers.{index}.self_attn.{CENTER}"].float()
-                set_attention(layer.self_attn, AttentionTransform(None, key, value, center=center))
+                set_attention(layer.self_attn, AttentionTransform(None, key, value, recipe.cache.sink, center=center))
         kl = nn.functional.kl_div(logits(changed), original, log_target=True, reduction="batchmean")
         assert sources["kl"][source] == pytest.approx(float(kl), rel=1e-3), source
         first = changed(windows, output_hidden_states=True).hidden_states[1]  # what comes into block 0 is exact
