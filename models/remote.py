@@ -10,9 +10,10 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import InputError
-from .checkpoint import read_config, renamed
+from .checkpoint import read_config
 from .families import Family, family_for
 from .hub import WANTED, hub_errors
+from .names import left_out, left_out_notice, misfit, renamed
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -64,9 +65,14 @@ class Remote:
         tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
         for name, shape in expected.items():
             if name not in self._found and name != tied:
-                raise InputError(f"{self.source} has no tensor {name}, which its config.json asks for: choose another.")
+                raise InputError(f"{self.source} {misfit(self._found, name, self.family, self.config.architectures)}.")
             if name in self._found and tuple(self._found[name].shape) != tuple(shape):
                 raise InputError(
                     f"{self.source}: tensor {name} has shape {tuple(self._found[name].shape)}, and config.json asks "
                     f"for {tuple(shape)}: they do not belong together."
                 )
+
+    def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
+        """As `Checkpoint.notices`, of the tensors alone."""
+        names = left_out(self._found, expected, self.family)
+        return [left_out_notice(names, self.family)] if names else []

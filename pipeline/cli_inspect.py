@@ -60,6 +60,8 @@ def inspect(
         typer.echo(json.dumps(found, indent=2))
     else:
         print_tables(*plan_tables(found))
+        for notice in found["notices"]:
+            typer.echo(notice)
 
 
 def _inspect_run(run: Path, as_json: bool) -> None:

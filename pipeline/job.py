@@ -147,4 +147,6 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     rotations = rotations_of(recipe, decoder)
     spec = spec_of(recipe, rotations)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
-    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
+    job = Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
+    job.found += checkpoint.notices(decoder.shapes)
+    return job
