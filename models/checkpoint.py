@@ -22,6 +22,7 @@ from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .shape import Shape
+from .tokenizer import is_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -118,6 +119,8 @@ class Checkpoint:
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
+            if is_pointer(file):
+                raise InputError(f"{file} is a pointer of Git LFS: run `git lfs pull` in its folder.") from error
             raise InputError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
 
     def __contains__(self, name: str) -> bool:

@@ -19,7 +19,17 @@ from huggingface_hub.errors import (
 
 from ..errors import InputError
 
-WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md")
+WANTED = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "merges.txt",
+    "vocab.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "README.md",
+)
 
 
 def fetch(source: str, is_local: bool) -> Path:

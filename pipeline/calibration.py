@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..models.tiny import corpus
+from ..models.tokenizer import named
 
 Split = Literal["calibration", "validation", "evaluation"]
 
@@ -182,8 +183,8 @@ def _encode(
     tokens = np.concatenate(pieces)
     if vocab_size is not None and len(tokens) and (largest := int(tokens.max())) >= vocab_size:
         raise InputError(
-            f"The tokenizer gives token id {largest}, but the model's vocabulary ends at {vocab_size - 1}; use the "
-            "tokenizer that belongs to the model."
+            f"The tokenizer gives token id {named(tokenizer, largest)}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer that belongs to the model, or text without such tokens."
         )
     return torch.from_numpy(tokens)
 

@@ -75,7 +75,8 @@ def test_folder_without_a_tokenizer(user: User, copied: Path) -> None:
 
 def test_damaged_tokenizer(user: User, copied: Path) -> None:
     (copied / "tokenizer.json").write_text("{")
-    assert "has no tokenizer that can be read: copy its files there" in user.refused()
+    assert "has a tokenizer that cannot be read (Expecting property name" in user.refused()
+    assert "copy its files there again" in user.refused()
 
 
 def test_truncated_file(user: User, copied: Path) -> None:

@@ -267,7 +267,7 @@ def test_no_text_at_all(tokenizer: Any) -> None:
 
 def test_tokenizer_of_another_model(tokenizer: Any) -> None:
     assert calibration_tokens(tokenizer, TEXTS, 1, 8, seed=0, vocab_size=2048).max() < 2048
-    message = r"gives token id \d+, but the model's vocabulary ends at 99; use the tokenizer"
+    message = r"gives token id \d+ \(.+\), but the model's vocabulary ends at 99; use the tokenizer"
     with pytest.raises(InputError, match=message):
         calibration_tokens(tokenizer, TEXTS, 1, 8, seed=0, vocab_size=100)
     with pytest.raises(InputError, match=message):
