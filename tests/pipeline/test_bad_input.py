@@ -38,8 +38,14 @@ def test_unknown_model(user: User) -> None:
     ("error", "words"),
     [
         (GatedRepoError, "owner/name is gated: accept its licence on its model page, then set HF_TOKEN"),
-        (RepositoryNotFoundError, "the hub has no model owner/name that you may read"),
-        (LocalEntryNotFoundError, "owner/name could not be fetched and is not in the local cache"),
+        (
+            RepositoryNotFoundError,
+            "there is no folder owner/name here, and the hub has no model owner/name that you may read",
+        ),
+        (
+            LocalEntryNotFoundError,
+            "owner/name is no folder here, could not be fetched from the hub and is not in the local cache",
+        ),
     ],
 )
 def test_hub(user: User, error: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
