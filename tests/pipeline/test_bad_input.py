@@ -167,7 +167,9 @@ def test_text_that_is_too_short(user: User, tmp_path: Path) -> None:
 
 def test_text_that_is_not_there(user: User, tmp_path: Path) -> None:
     assert "absent.txt' does not exist" in user.refused("--calibration.dataset", tmp_path / "absent.txt")
-    assert "Dataset 'wikitext' is unknown; use 'stdlib'" in user.refused("--evaluation.dataset", "wikitext")
+    assert "Dataset 'wikitext' is unknown, and there is no such file or folder; use 'stdlib'" in user.refused(
+        "--evaluation.dataset", "wikitext"
+    )
 
 
 def test_local_folder_without_a_text(user: User) -> None:
