@@ -23,6 +23,9 @@ def refuse_adapter(folder: Path) -> None:
         return
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is an adapter, without the model that it was made for: {MERGE}.")
-    raise InputError(
-        f"{folder} holds an adapter ({CONFIG}) beside the model: {MERGE}, or remove {CONFIG} where that is done."
-    )
+    raise InputError(both(str(folder)))
+
+
+def both(where: str) -> str:
+    """The sentence on an adapter beside a model, in a folder or on the hub."""
+    return f"{where} holds an adapter ({CONFIG}) beside the model: {MERGE}, or remove {CONFIG} where that is done."

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub import file_exists, get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import InputError
+from . import adapters
 from .checkpoint import read_config
 from .families import Family, family_for
 from .hub import WANTED, hub_errors
@@ -25,7 +26,7 @@ class Remote:
         source: hub id.
 
     Raises:
-        InputError: as `fetch`, or the architecture is not supported.
+        InputError: as `fetch`, there is an adapter, or the architecture is not supported.
     """
 
     def __init__(self, source: str) -> None:
@@ -33,6 +34,8 @@ class Remote:
         with hub_errors(source):
             folder = Path(hf_hub_download(source, "config.json")).parent
             headers = get_safetensors_metadata(source)
+            if file_exists(source, adapters.CONFIG):
+                raise InputError(adapters.both(source))
         self.config = read_config(folder)
         self.family: Family = family_for(self.config, source)
         self._found = {

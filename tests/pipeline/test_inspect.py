@@ -8,6 +8,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
+from rotoboa.errors import InputError
+from rotoboa.export.record import read_record
 from rotoboa.pipeline.cli import app
 
 
@@ -55,6 +57,11 @@ def test_a_path_that_is_not_there_is_no_hub_id(tmp_path: Path, monkeypatch: pyte
     result = call("mine/secnd")
     assert result.exit_code == 2
     assert "mine/secnd is no folder of a run: it does not exist, while mine holds second, first." in result.stderr
+
+
+def test_an_export_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no folder .*absent: check the path, or write an export with"):
+        read_record(tmp_path / "absent")
 
 
 def test_a_hub_id_that_is_no_folder_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
