@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
+from ..errors import InputError, RunError
+from ..models.tokenizer import named, tokens_beyond
 
 PAPER_TASKS = (
     "arc_challenge",
@@ -144,6 +145,9 @@ def zero_shot(
     Returns:
         A score for each task, by its name; a group has one where lm-eval aggregates it, else each of its tasks has.
         Of several ranks only the first gets them.
+
+    Raises:
+        RunError: a task has a token that the model has no embedding for.
     """
     with _quiet():
         import lm_eval
@@ -155,7 +159,8 @@ def zero_shot(
         if ranks is not None and ranks.size > 1:
             _share(runner, ranks)
         # Not simple_evaluate, whose rest gathers facts about the machine and its packages: a minute on a slow one.
-        found = lm_eval.evaluate(runner, task_dict=tasks.loaded, limit=limit, log_samples=False)
+        with _only_known_tokens(model, tokenizer):
+            found = lm_eval.evaluate(runner, task_dict=tasks.loaded, limit=limit, log_samples=False)
     if found is None:
         return {}  # they are on the first process
     results = {name: score for name, entry in found["results"].items() if (score := _score(entry)) is not None}
@@ -174,6 +179,28 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     other = copy.deepcopy(tokenizer)
     other.add_bos_token = True
     return other
+
+
+@contextlib.contextmanager
+def _only_known_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Look at the tokens that a model is given, where its tokenizer has some that it has no embedding for."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if not tokens_beyond(tokenizer, vocabulary):
+        yield
+        return
+
+    def check(_: Any, arguments: tuple[Any, ...]) -> None:
+        if (largest := int(arguments[0].max())) >= vocabulary:
+            raise RunError(
+                f"a task has the token {named(tokenizer, largest)}, and the model's vocabulary ends at "
+                f"{vocabulary - 1}: use the tokenizer that belongs to the model, or another task."
+            )
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _share(runner: Any, ranks: Ranks) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from gguf import GGUFWriter, RopeScalingType, TokenType
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ..errors import InputError
+from ..models.tokenizer import read_tokenizer
 from .finished import Finished
 
 # The pattern that Llama 3's tokenizer splits text by, which llama.cpp knows by the name llama-bpe.
@@ -125,7 +125,7 @@ def add_tokenizer(writer: GGUFWriter, run: Finished) -> None:
     writer.add_token_types([kinds.get(index, TokenType.UNUSED) for index in range(size)])
     merges = data["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(run.folder)
     eos = run.config.get("eos_token_id")
     for index, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
@@ -133,7 +133,7 @@ def add_tokenizer(writer: GGUFWriter, run: Finished) -> None:
         (tokenizer.pad_token_id, writer.add_pad_token_id),
         (tokenizer.unk_token_id, writer.add_unk_token_id),
     ):
-        if isinstance(index, int):
+        if isinstance(index, int) and index < size:
             add(index)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     if isinstance(tokenizer.chat_template, str):

@@ -62,6 +62,8 @@ def read_record(folder: Path) -> Record:
         InputError: there is none, it is damaged, or of another version.
     """
     path = folder / RECORD
+    if not folder.exists():
+        raise InputError(f"there is no folder {folder}: check the path, or write an export with `rotoboa export`.")
     if not path.is_file():
         raise InputError(f"{folder} is no export: it has no {RECORD}; write one with `rotoboa export`.")
     try:

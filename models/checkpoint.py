@@ -15,21 +15,17 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError
+from .adapters import MERGE, TENSOR, refuse_adapter
 from .ends import Ends
 from .families import Family, family_for, family_of
 from .layout import split_tensors
-from .matrices import StoredMatrix, check_finite
+from .matrices import StoredMatrix, check_finite, spans
+from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .shape import Shape
+from .tokenizer import is_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def renamed(stored: str, family: Family) -> str:
-    """The name that a tensor has here, of the one in a file."""
-    for pattern, replacement in family.renamed:
-        stored = re.sub(pattern, replacement, stored)
-    return stored
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -63,16 +59,29 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint.")
         self.config = read_config(folder)
         self.family: Family = family_for(self.config, str(folder))
-        self._stored = {self._renamed(stored): (file, stored) for stored, file in self._locate().items()}
-        self._where = {name: file for name, (file, _) in self._stored.items()}
+        self._stored = {renamed(stored, self.family): (file, stored) for stored, file in self._locate().items()}
+        self._untied = self._settle_head()
 
-    def _renamed(self, stored: str) -> str:
-        """The name that a tensor has here, of the one in the file."""
-        return renamed(stored, self.family)
+    def _settle_head(self) -> bool:
+        """Where embedding and head are to be one, do as transformers does: either may be the one that is stored.
+
+        Returns:
+            Whether both are stored and differ: they stay two, whatever config.json says.
+        """
+        embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
+        if not self.config.tie_word_embeddings or head not in self._stored:
+            return False
+        self._stored.setdefault(embedding, self._stored[head])
+        one, other = (self.matrix(name) for name in (embedding, head))
+        if one.shape != other.shape or all(torch.equal(one[r], other[r].to(one[r].dtype)) for r in spans(one)):
+            return False
+        self.config.tie_word_embeddings = False
+        return True
 
     def _locate(self) -> dict[str, Path]:
         """Stored tensor name -> the file that holds it."""
@@ -110,15 +119,17 @@ class Checkpoint:
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
+            if is_pointer(file):
+                raise InputError(f"{file} is a pointer of Git LFS: run `git lfs pull` in its folder.") from error
             raise InputError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._stored
 
     @property
     def names(self) -> list[str]:
         """All tensor names."""
-        return sorted(self._where)
+        return sorted(self._stored)
 
     @property
     def bytes(self) -> int:
@@ -128,7 +139,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The tensor files."""
-        return sorted(set(self._where.values()))
+        return sorted({file for file, _ in self._stored.values()})
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, as stored, on the CPU.
@@ -137,7 +148,7 @@ class Checkpoint:
             InputError: the checkpoint has no such tensor, or its file is damaged.
             RunError: it holds NaN or Inf.
         """
-        if name not in self._where:
+        if name not in self._stored:
             raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
         file, stored = self._stored[name]
         try:
@@ -163,7 +174,7 @@ class Checkpoint:
         Raises:
             InputError: there is no such tensor.
         """
-        if name not in self._where:
+        if name not in self._stored:
             raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
         file, stored = self._stored[name]
         with self._open(file) as reader:
@@ -177,12 +188,13 @@ class Checkpoint:
         """
         tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
         for name in expected:
-            if name not in self._where and name != tied:
-                raise InputError(
-                    f"{self.folder} has no tensor {name}, which its config.json asks for: download it again."
-                )
+            if name not in self._stored and name != tied:
+                raise InputError(f"{self.folder} {misfit(self._stored, name, self.family, self.config.architectures)}.")
+        task = task_of(self.config.architectures)
+        if task and (extra := left_out(self._stored, expected, self.family)):
+            raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {GIVE_CAUSAL}.")
         count, layers = self.config.num_hidden_layers, re.escape(self.family.layers)
-        indices = [int(found[1]) for name in self._where if (found := re.match(rf"{layers}\.(\d+)\.", name))]
+        indices = [int(found[1]) for name in self._stored if (found := re.match(rf"{layers}\.(\d+)\.", name))]
         if max(indices, default=0) >= count:
             raise InputError(
                 f"{self.folder} holds block {max(indices)}, and num_hidden_layers of its config.json is {count}: "
@@ -200,15 +212,31 @@ class Checkpoint:
                     if name in expected:
                         _check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
                     elif name.startswith(blocks) and not name.endswith(self.family.ignored):
-                        raise InputError(
-                            f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture: "
-                            "give a full-precision checkpoint as transformers saves it."
-                        )
+                        what = f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture"
+                        if TENSOR.search(name):
+                            raise InputError(f"{what}, and is an adapter's: {MERGE}.")
+                        raise InputError(f"{what}: give a full-precision checkpoint as transformers saves it.")
+
+    def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
+        """A sentence on each kind of thing in the folder that has no part in the model whose tensors are `expected`."""
+        notices, unread = [], sorted(set(self.folder.glob("*.safetensors")) - set(self.files))
+        if names := left_out(self._stored, expected, self.family):
+            notices.append(left_out_notice(names, self.family))
+        if unread:
+            notices.append(
+                f"Left out: {listed(file.name for file in unread)}, which transformers does not read either."
+            )
+        if self._untied:
+            notices.append(
+                "The output layer is stored beside the embedding and differs from it: the two are used as they are, as "
+                "transformers does, though config.json says that they are one."
+            )
+        return notices
 
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of decoder block `index`, by their names inside the block, each projection by itself."""
         prefix = f"{self.family.layers}.{index}."
-        inside = [name.removeprefix(prefix) for name in self._where if name.startswith(prefix)]
+        inside = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
         return split_tensors(tensors, self.family, Shape.of(self.config))
 
@@ -239,8 +267,9 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the weights are stored in, as the embedding has it."""
-        with self._open(self._where[f"{self.family.embedding}.weight"]) as reader:
-            return reader.get_slice(f"{self.family.embedding}.weight")[:1].dtype
+        file, stored = self._stored[f"{self.family.embedding}.weight"]
+        with self._open(file) as reader:
+            return reader.get_slice(stored)[:1].dtype
 
 
 def _check_slice(what: str, found: Any, expected: torch.Size) -> None:

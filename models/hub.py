@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,17 @@ from huggingface_hub.errors import (
 
 from ..errors import InputError
 
-WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md")
+WANTED = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "merges.txt",
+    "vocab.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "README.md",
+)
 
 
 def fetch(source: str, is_local: bool) -> Path:
@@ -41,6 +52,9 @@ def hub_errors(source: str) -> Iterator[None]:
     Raises:
         InputError: the repository is unknown, gated, or out of reach.
     """
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells of every attempt, and the last one's error is told here
     try:
         yield
     except GatedRepoError as error:
@@ -49,8 +63,8 @@ def hub_errors(source: str) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"the hub has no model {source} that you may read: check its spelling, "
-            "or set HF_TOKEN when it is private; a local folder works without the hub."
+            f"there is no folder {source} here, and the hub has no model {source} that you may read: check its "
+            "spelling, or set HF_TOKEN when it is private; a local folder works without the hub."
         ) from error
     except HFValidationError as error:
         raise InputError(f"{source} is no id of a model on the hub: {str(error).rstrip('.')}.") from error
@@ -60,6 +74,9 @@ def hub_errors(source: str) -> Iterator[None]:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(f"{source} has no config.json: choose another repository.") from error
         raise InputError(
-            f"{source} could not be fetched and is not in the local cache ({type(error).__name__}): "
+            f"{source} is no folder here, could not be fetched from the hub and is not in the local cache "
+            f"({type(error).__name__}): "
             "check the connection, or give the folder of a downloaded checkpoint."
         ) from error
+    finally:
+        logger.setLevel(level)

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub import file_exists, get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import InputError
-from .checkpoint import read_config, renamed
+from . import adapters
+from .checkpoint import read_config
 from .families import Family, family_for
 from .hub import WANTED, hub_errors
+from .names import left_out, left_out_notice, misfit, renamed
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -24,7 +26,7 @@ class Remote:
         source: hub id.
 
     Raises:
-        InputError: as `fetch`, or the architecture is not supported.
+        InputError: as `fetch`, there is an adapter, or the architecture is not supported.
     """
 
     def __init__(self, source: str) -> None:
@@ -32,6 +34,8 @@ class Remote:
         with hub_errors(source):
             folder = Path(hf_hub_download(source, "config.json")).parent
             headers = get_safetensors_metadata(source)
+            if file_exists(source, adapters.CONFIG):
+                raise InputError(adapters.both(source))
         self.config = read_config(folder)
         self.family: Family = family_for(self.config, source)
         self._found = {
@@ -64,9 +68,14 @@ class Remote:
         tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
         for name, shape in expected.items():
             if name not in self._found and name != tied:
-                raise InputError(f"{self.source} has no tensor {name}, which its config.json asks for: choose another.")
+                raise InputError(f"{self.source} {misfit(self._found, name, self.family, self.config.architectures)}.")
             if name in self._found and tuple(self._found[name].shape) != tuple(shape):
                 raise InputError(
                     f"{self.source}: tensor {name} has shape {tuple(self._found[name].shape)}, and config.json asks "
                     f"for {tuple(shape)}: they do not belong together."
                 )
+
+    def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
+        """As `Checkpoint.notices`, of the tensors alone."""
+        names = left_out(self._found, expected, self.family)
+        return [left_out_notice(names, self.family)] if names else []

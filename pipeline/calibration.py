@@ -4,7 +4,7 @@
 - ``wikitext2``: the splits train, validation and test, each one text, its rows joined by blank lines.
 - ``c4``: calibration, the documents of the first training shard; evaluation, the first 1,100 documents of the first
   validation shard joined by spaces into one text; validation, the 1,100 documents after those, likewise.
-- a local ``.txt`` file (one text) or ``.jsonl`` file (the field ``text`` of each line): the same for every split.
+- a local file or folder, see `text_files`; several names with commas: their texts one after the other.
 
 The texts of wikitext2, and those c4 is evaluated on, are GPTQ's (https://github.com/IST-DASLab/gptq, `datautils.py`),
 the protocol of the figures that QuaRot, BoA and TurboBoA report.
@@ -12,8 +12,6 @@ the protocol of the figures that QuaRot, BoA and TurboBoA report.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from pathlib import Path
 from typing import Literal
@@ -24,12 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..models.tiny import corpus
+from ..models.tokenizer import named
+from .text_files import read_texts
 
 Split = Literal["calibration", "validation", "evaluation"]
 
-LINE_SUFFIXES = (".jsonl", ".json")
-TEXT_SUFFIXES = (".txt", *LINE_SUFFIXES)
-POSSIBLE = "'stdlib', 'wikitext2', 'c4', or the path of a local .txt file or .jsonl file with a field 'text' per line"
 TOKENIZER_BATCH = 16
 
 WIKITEXT2_SPLITS = {"calibration": "train", "validation": "validation", "evaluation": "test"}
@@ -47,12 +44,15 @@ def load_texts(dataset: str, split: Split) -> list[str]:
     """Return the texts of one split of a dataset, in a fixed order.
 
     Args:
-        dataset: 'stdlib', 'wikitext2', 'c4', or the path of a local ``.txt``, ``.jsonl`` or ``.json`` (lines) file.
+        dataset: 'stdlib', 'wikitext2', 'c4', or the path of a local file or folder; several with commas.
         split: 'calibration' for statistics, 'validation' for choosing settings, 'evaluation' for the reported figure.
 
     Raises:
         InputError: the dataset is unknown, cannot be downloaded, or its file cannot be read.
     """
+    if "," in dataset and not Path(dataset).exists():
+        names = (name.strip() for name in dataset.split(","))
+        return [text for name in names if name for text in load_texts(name, split)]
     if dataset == "stdlib":
         parts = {
             "calibration": corpus.calibration_texts,
@@ -67,7 +67,7 @@ def load_texts(dataset: str, split: Split) -> list[str]:
         shard, part = C4_SPLITS[split]
         texts = _download("allenai/c4", data_files={"train": shard}, split=part, verification_mode="no_checks")
         return texts if split == "calibration" else [" ".join(texts)]
-    return _read_file(dataset)
+    return read_texts(dataset, split)
 
 
 def calibration_tokens(
@@ -182,8 +182,8 @@ def _encode(
     tokens = np.concatenate(pieces)
     if vocab_size is not None and len(tokens) and (largest := int(tokens.max())) >= vocab_size:
         raise InputError(
-            f"The tokenizer gives token id {largest}, but the model's vocabulary ends at {vocab_size - 1}; use the "
-            "tokenizer that belongs to the model."
+            f"The tokenizer gives token id {named(tokenizer, largest)}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer that belongs to the model, or text without such tokens."
         )
     return torch.from_numpy(tokens)
 
@@ -201,37 +201,5 @@ def _download(path: str, *arguments: str, **options: object) -> list[str]:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
             f"The dataset {path} could not be had from the hub ({reason}); check the connection, or give a local "
-            ".txt or .jsonl file as the dataset."
+            "text file as the dataset."
         ) from error
-
-
-def _read_file(name: str) -> list[str]:
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        if suffix in TEXT_SUFFIXES or name.startswith((os.sep, ".", "~")):
-            raise InputError(f"Dataset file '{name}' does not exist; check the path, or use {POSSIBLE}.")
-        raise InputError(f"Dataset '{name}' is unknown; use {POSSIBLE}.")
-    if suffix not in TEXT_SUFFIXES:
-        raise InputError(f"Dataset file '{name}' is neither .txt nor .jsonl; rename or convert it.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Dataset file '{name}' cannot be read as UTF-8 text ({error}); check the file.") from error
-    if suffix not in LINE_SUFFIXES:
-        return [content]
-    # Not splitlines: it would also break at U+2028 and the like, which JSON allows inside a string.
-    lines = enumerate(content.split("\n"), start=1)
-    return [_text_of_line(line, f"line {number} of '{name}'") for number, line in lines if line.strip()]
-
-
-def _text_of_line(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f'Malformed JSON in {place} ({error.msg}); write one object {{"text": ...}} per line.'
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise InputError(f"No field 'text' with a string in {place}; write one object {{\"text\": ...}} per line.")
-    return row["text"]

@@ -11,7 +11,7 @@ import typer
 from ..errors import InputError
 from .cli_command import Device, facts_table, print_tables
 from .cli_recipe import DEFAULT_RECIPE, RecipeName, overrides, with_recipe_options
-from .files import read_json
+from .files import read_json, runs_in
 from .progress import cost_table, loss_table, result_table, source_table, task_table
 from .recipe_files import build_recipe, load_recipe
 
@@ -48,6 +48,8 @@ def inspect(
             raise InputError(f"{subject} is a run, which has its recipe: leave out the other options.")
         _inspect_run(Path(subject), as_json)
         return
+    if _is_path_of_a_run(subject):
+        read_json(Path(subject), "manifest.json")  # which says that it is not there
     if given.get("model") is not None:
         raise InputError("the model is given twice: leave out --model.")
     wanted = build_recipe(load_recipe(recipe or DEFAULT_RECIPE), {**overrides(given), "model": subject})
@@ -60,6 +62,14 @@ def inspect(
         typer.echo(json.dumps(found, indent=2))
     else:
         print_tables(*plan_tables(found))
+        for notice in found["notices"]:
+            typer.echo(notice)
+
+
+def _is_path_of_a_run(subject: str) -> bool:
+    """Whether what is no folder was meant as one, though it looks like the id of a model on the hub."""
+    path = Path(subject)
+    return not path.exists() and len(path.parts) > 1 and (path.parts[0] == "runs" or bool(runs_in(path.parent)))
 
 
 def _inspect_run(run: Path, as_json: bool) -> None:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+
+
+def absence(folder: Path, name: str) -> str:
+    """Why a folder has no file `name`: 'it has no report.json', or 'it does not exist, while runs holds first'."""
+    if folder.exists():
+        return f"it has no {name}"
+    near = difflib.get_close_matches(folder.name, runs_in(folder.parent), n=3, cutoff=0)
+    beside = f", while {folder.parent} holds {', '.join(near)}" if near else ""
+    return f"it does not exist{beside}"
+
+
+def runs_in(folder: Path) -> list[str]:
+    """The names of the runs in a folder; none where there is no such folder."""
+    return sorted(manifest.parent.name for manifest in folder.glob("*/manifest.json"))
 
 
 def read_json(run: Path, name: str) -> dict[str, Any]:
@@ -18,7 +33,7 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
     """
     path = run / name
     if not path.is_file():
-        raise InputError(f"{run} is no folder of a run: it has no {name}.")
+        raise InputError(f"{run} is no folder of a run: {absence(run, name)}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..boa.attention import NAME
 from ..boa.ranks import Ranks
@@ -21,6 +21,7 @@ from ..models.aliases import ResolvedModel, resolve_model
 from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder
 from ..models.hub import fetch
+from ..models.tokenizer import read_tokenizer, size_notices
 from ..rotation.balance import balanced_sites
 from ..rotation.rotate import Rotations
 from . import launch
@@ -139,12 +140,11 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     check_sizes(recipe, decoder, model)
     if recipe.weights.method == "brecq" and ranks is not None and ranks.size > 1:
         raise InputError("weights.method brecq learns a block in one process: start it without torchrun.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint.folder} has no tokenizer that can be read: copy its files there.") from error
+    tokenizer = read_tokenizer(checkpoint.folder)
     check_bos(recipe, decoder, tokenizer, model)
     rotations = rotations_of(recipe, decoder)
     spec = spec_of(recipe, rotations)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
-    return Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
+    job = Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
+    job.found += checkpoint.notices(decoder.shapes) + size_notices(tokenizer, decoder.shape.vocabulary)
+    return job

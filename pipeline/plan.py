@@ -113,6 +113,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
+        "notices": checkpoint.notices(decoder.shapes),
     }
     if machine is not None and cluster is not None:
         found["scaling"] = _scaling(counted, run, machine, cluster)

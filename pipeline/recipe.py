@@ -200,7 +200,9 @@ class Calibration(_Section):
     """Calibration (the text that the Hessians are measured on)."""
 
     dataset: str | None = Field(
-        default=None, description="stdlib, wikitext2, c4, or a .txt or .jsonl file; none: the model's default."
+        default=None,
+        description="stdlib, wikitext2, c4, or text: a file (also .jsonl, .json, .csv or .parquet with a field text) "
+        "or a folder of such, several with commas; none: the model's default.",
     )
     samples: int = Field(default=128, ge=1, description="Number of sequences.")
     sequence_length: int | None = Field(

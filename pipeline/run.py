@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..export.checkpoint import save_tensors
 from ..export.record import checksum
+from .files import absence
 from .recipe import Recipe
 
 MANIFEST, REPORT, RECIPE, LOCK = "manifest.json", "report.json", "recipe.yaml", ".lock"
@@ -226,7 +227,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path} is no run folder: it has no {MANIFEST}.") from error
+        raise InputError(f"{path} is no run folder: {absence(path, MANIFEST)}.") from error
     except (ValueError, OSError) as error:
         raise InputError(f"{path / MANIFEST} cannot be read ({error}).") from error
     if not isinstance(data, dict) or "identity" not in data:

@@ -22,7 +22,7 @@ def dataset_of(given: str | None, model: ResolvedModel, option: str) -> str:
     if dataset is None:
         raise InputError(
             f"{model.name} is a local folder, which has no default text: "
-            f"give {option} wikitext2 (a download), or a .txt or .jsonl file."
+            f"give {option} wikitext2 (a download), or a text file."
         )
     return dataset
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from ..boa.attention import NAME
 from ..errors import InputError, RunError
@@ -25,6 +24,7 @@ from ..export.native import load_native, packed_block
 from ..export.reading import read_config
 from ..export.record import check_files, read_record
 from ..models.decoder import Decoder
+from ..models.tokenizer import read_tokenizer
 from .exporting import blocks_digest, open_finished
 from .run import MANIFEST, RunFolder
 
@@ -125,7 +125,7 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
 
 def sample(run: Finished) -> Tensor:
     """(1, n) tokens of a text, at most 128 and no more than the model has positions."""
-    tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(run.folder)
     length = min(_TOKENS, int(getattr(run.transformers_config(), "max_position_embeddings", _TOKENS)))
     ids = torch.tensor(tokenizer(_TEXT)["input_ids"][:length])
     return ids[ids < run.shape.vocabulary][None]

@@ -79,7 +79,7 @@ def stdlib_files(held_out: bool) -> list[Path]:
     if not files:
         raise InputError(
             f"The dataset 'stdlib' is empty: this Python has no standard-library .py files in {root} (it may be zipped "
-            "or stripped); run with an ordinary CPython, or give a local .txt or .jsonl file as the dataset."
+            "or stripped); run with an ordinary CPython, or give a local text file as the dataset."
         )
     return files
 

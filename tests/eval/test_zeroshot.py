@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rotoboa.errors import InputError
+from rotoboa.errors import InputError, RunError
 from rotoboa.eval import zeroshot
 from rotoboa.eval.zeroshot import PAPER_TASKS, Score, average, load_tasks, task_names, zero_shot
 
@@ -172,3 +172,17 @@ def test_average() -> None:
 
 def test_the_eight_tasks_of_the_paper() -> None:
     assert len(PAPER_TASKS) == 8 and list(PAPER_TASKS) == sorted(PAPER_TASKS)
+
+
+def test_a_task_with_a_token_that_the_model_has_not(llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    write_task(tmp_path, "sound")
+    write_task(tmp_path, "chat", doc_to_text="{{context}}<|im_end|>")
+    assert zero_shot(model, tokenizer, load_tasks(["sound"], [tmp_path]))["sound"].value >= 0
+    with pytest.raises(
+        RunError, match=r"has the token 2048 \('<\|im_end\|>'\), and the model's vocabulary ends at 2047"
+    ):
+        zero_shot(model, tokenizer, load_tasks(["chat"], [tmp_path]))
+    assert not model.get_input_embeddings()._forward_pre_hooks

@@ -1,6 +1,7 @@
 """GGUF: what the gguf package reads back is the run exactly; llama.cpp's order of rows, sizes and tokenizer."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rotoboa.boa.rounding import Quantized
@@ -223,3 +225,17 @@ def test_damaged_files_are_named(opened_run: Opened, tmp_path: Path) -> None:
     file.rename(tmp_path / "other.txt")
     with pytest.raises(InputError, match="has 0 GGUF files"):
         inspect(tmp_path)
+
+
+def test_tokens_beyond_the_embedding_stay_out(opened_run: Opened, tmp_path: Path) -> None:
+    run = opened_run("w4a16", SYMMETRIC, NARROW)
+    folder = Path(shutil.copytree(run.folder, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(folder)
+    larger = Finished.open(folder, sorted((run.folder.parent / "blocks").iterdir()))
+    gguf.write(larger, tmp_path / "export")
+    reader = GGUFReader(inspect(tmp_path / "export"))
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    assert tokens is not None and len(tokens.contents()) == 2048 and "<|pad|>" not in tokens.contents()
+    assert reader.get_field("tokenizer.ggml.padding_token_id") is None

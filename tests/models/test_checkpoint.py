@@ -112,13 +112,6 @@ def test_a_run_unties_the_head(save_llama: Save, make_recipe: Callable[..., Any]
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_head_that_is_stored_goes_unread_where_the_config_ties_it(copied: Path, change_config: Change) -> None:
-    change_config(copied, tie_word_embeddings=True)
-    checkpoint = Checkpoint(copied)
-    checkpoint.check(Decoder(checkpoint.config).shapes)
-    assert torch.equal(checkpoint.head()[:], checkpoint.embedding()[:])
-
-
 # -- what is no checkpoint --------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def test_names_on_disk(save_family: Callable[..., Path], tmp_path: Path, name: s
 def test_an_expert_that_is_missing_is_named(save_family: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_family(tmp_path, "mixtral"))
     decoder = Decoder(checkpoint.config, attention=NAME)
-    checkpoint._where.pop("model.layers.1.mlp.experts.2.up_proj.weight")
+    checkpoint._stored.pop("model.layers.1.mlp.experts.2.up_proj.weight")
     with pytest.raises(InputError, match=r"has no tensor model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight"):
         checkpoint.check(decoder.shapes)
 

@@ -38,8 +38,14 @@ def test_unknown_model(user: User) -> None:
     ("error", "words"),
     [
         (GatedRepoError, "owner/name is gated: accept its licence on its model page, then set HF_TOKEN"),
-        (RepositoryNotFoundError, "the hub has no model owner/name that you may read"),
-        (LocalEntryNotFoundError, "owner/name could not be fetched and is not in the local cache"),
+        (
+            RepositoryNotFoundError,
+            "there is no folder owner/name here, and the hub has no model owner/name that you may read",
+        ),
+        (
+            LocalEntryNotFoundError,
+            "owner/name is no folder here, could not be fetched from the hub and is not in the local cache",
+        ),
     ],
 )
 def test_hub(user: User, error: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +81,8 @@ def test_folder_without_a_tokenizer(user: User, copied: Path) -> None:
 
 def test_damaged_tokenizer(user: User, copied: Path) -> None:
     (copied / "tokenizer.json").write_text("{")
-    assert "has no tokenizer that can be read: copy its files there" in user.refused()
+    assert "has a tokenizer that cannot be read (Expecting property name" in user.refused()
+    assert "copy its files there again" in user.refused()
 
 
 def test_truncated_file(user: User, copied: Path) -> None:
@@ -160,7 +167,9 @@ def test_text_that_is_too_short(user: User, tmp_path: Path) -> None:
 
 def test_text_that_is_not_there(user: User, tmp_path: Path) -> None:
     assert "absent.txt' does not exist" in user.refused("--calibration.dataset", tmp_path / "absent.txt")
-    assert "Dataset 'wikitext' is unknown; use 'stdlib'" in user.refused("--evaluation.dataset", "wikitext")
+    assert "Dataset 'wikitext' is unknown, and there is no such file or folder; use 'stdlib'" in user.refused(
+        "--evaluation.dataset", "wikitext"
+    )
 
 
 def test_local_folder_without_a_text(user: User) -> None:

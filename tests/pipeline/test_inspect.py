@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
+from rotoboa.errors import InputError
+from rotoboa.export.record import read_record
 from rotoboa.pipeline.cli import app
 
 
@@ -41,3 +45,31 @@ def test_what_cannot_be_planned_is_one_sentence(llama: Path, tiny_run: Path, tmp
         result = call(*map(str, arguments))
         assert result.exit_code == 2 and result.stdout == "", result.output
         assert words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_a_path_that_is_not_there_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr("rotoboa.models.remote.snapshot_download")  # the hub is not asked
+    assert "runs/nothing is no folder of a run: it does not exist.\n" in call("runs/nothing").stderr
+    for run in ("first", "second"):
+        (tmp_path / "mine" / run).mkdir(parents=True)
+        (tmp_path / "mine" / run / "manifest.json").write_text("{}")
+    result = call("mine/secnd")
+    assert result.exit_code == 2
+    assert "mine/secnd is no folder of a run: it does not exist, while mine holds second, first." in result.stderr
+
+
+def test_an_export_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no folder .*absent: check the path, or write an export with"):
+        read_record(tmp_path / "absent")
+
+
+def test_a_hub_id_that_is_no_folder_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **options: object) -> str:
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rotoboa.models.remote.snapshot_download", missing)
+    monkeypatch.setattr("rotoboa.models.remote.hf_hub_download", missing)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert "error: models/lama is no folder here, could not be fetched" in call("models/lama").stderr

@@ -225,6 +225,7 @@ def test_of_a_hub_model_only_headers_are_fetched(
     monkeypatch.setattr(f"{module}.snapshot_download", missing)
     monkeypatch.setattr(f"{module}.hf_hub_download", lambda source, name: str(llama / name))
     monkeypatch.setattr(f"{module}.get_safetensors_metadata", lambda source: headers(llama))
+    monkeypatch.setattr(f"{module}.file_exists", lambda source, name: (llama / name).is_file())
     monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: RATES)
     local = plan(make_recipe("w4a16", {"model": str(llama)}))
     remote = plan(make_recipe("w4a16", {"model": "owner/name"}))
@@ -233,6 +234,10 @@ def test_of_a_hub_model_only_headers_are_fetched(
     for part in ("rotations", "memory", "time"):
         assert remote[part] == local[part] or part == "memory"
     assert remote["sizes"]["quantized"] == local["sizes"]["quantized"]
+
+    monkeypatch.setattr(f"{module}.file_exists", lambda source, name: name == "adapter_config.json")
+    with pytest.raises(InputError, match=r"owner/name holds an adapter .* beside the model: merge it first"):
+        plan(make_recipe("w4a16", {"model": "owner/name"}))
 
     def pickles(source: str) -> None:
         raise NotASafetensorsRepoError("only .bin")
