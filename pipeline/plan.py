@@ -30,6 +30,7 @@ from .counting import Sizes, Work
 from .counting_run import Plan, whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import Machine, calibrated, measured, published
+from .notices import early_notices
 from .recipe import Recipe
 from .run import device_of
 from .scaling import Estimate, device_memory, estimate
@@ -113,6 +114,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
+        "notices": early_notices(recipe, decoder),
     }
     if machine is not None and cluster is not None:
         found["scaling"] = _scaling(counted, run, machine, cluster)

@@ -39,6 +39,7 @@ from .measure import (
     sizes,
     stage_seconds,
 )
+from .notices import early_notices
 from .overlap import Overlap
 from .pages import siblings, write_page
 from .placing import noise_of_r1, settle
@@ -75,6 +76,10 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if ranks.rank == 0:
         mine = RunFolder(recipe.output, identity(job))
         mine.at_work = ranks.tick
+        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder, ranks.size) if mine.is_new else [])
+        job.found += mine.manifest["notices"]
+        for notice in job.found:
+            progress.log(notice)
         mine.need_space(disk_bytes(job, recipe.calibration.samples * length))
     own_share(job, recipe.calibration.samples)
     check_alike(job)
@@ -127,8 +132,9 @@ def _run(
     recipe, known, ranks = job.recipe, folder.manifest, job.ranks
     if "r1_noise" not in known:
         folder.keep(r1_noise=noise_of_r1(job, tokens, progress))
+    told = len(job.found)
     settle(job, known["r1_noise"])
-    for notice in job.found if ranks.rank == 0 else ():
+    for notice in job.found[told:] if ranks.rank == 0 else ():
         progress.log(notice)
     if "rotation_seed" not in known:
         folder.keep(rotation_seed=choose_seed(job, tokens, progress))
