@@ -16,12 +16,11 @@ from .settings import rotations_of
 
 @dataclass(frozen=True)
 class _Case:
-    """What decides whether a field can do anything; `ranks` None: not known."""
+    """What decides whether a field can do anything."""
 
     recipe: Recipe
     decoder: Decoder
     rotations: Rotations
-    ranks: int | None
 
     @property
     def method(self) -> str:
@@ -130,26 +129,24 @@ IDLE: dict[str, _Why] = {
     "cache.clip": _cache_clip,
     "cache.search": _cache,
     "cache.sink": _cache,
-    "calibration.dataset": lambda case: _text(case, reads_some=True),
     "calibration.samples": _text,
     "calibration.seed": lambda case: _text(case, reads_some=True),
-    "timeout": lambda case: "there is one process" if case.ranks == 1 else None,
 }
 """Fields that can be without effect: why such a field is so in a recipe, else None. A result is then the same, byte for
 byte, whatever the field is; what is written down of the run is not. All other fields always have a part in it."""
 
 
-def idle_fields(recipe: Recipe, decoder: Decoder, ranks: int | None = None) -> dict[str, str]:
+def idle_fields(recipe: Recipe, decoder: Decoder) -> dict[str, str]:
     """The fields that were given and have no effect in this recipe, and why. Packaged recipes are nobody's wish."""
-    case = _Case(recipe, decoder, rotations_of(recipe, decoder), ranks)
+    case = _Case(recipe, decoder, rotations_of(recipe, decoder))
     reasons = {name: why(case) for name, why in IDLE.items() if name in given_fields(recipe)}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def early_notices(recipe: Recipe, decoder: Decoder, ranks: int | None = None) -> list[str]:
+def early_notices(recipe: Recipe, decoder: Decoder) -> list[str]:
     """What a user should know of a recipe before any work, a sentence each."""
     by_reason: dict[str, list[str]] = {}
-    for name, reason in idle_fields(recipe, decoder, ranks).items():
+    for name, reason in idle_fields(recipe, decoder).items():
         by_reason.setdefault(reason, []).append(name)
     parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
     return [f"Without effect in this recipe: {'; '.join(parts)}."] if parts else []

@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from .progress import human_size, human_time
+from .human import human_size, human_time
+from .sizes import size_rows
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """Tables of what `plan.plan` returns: the model and its rotations, then sizes, calibration, memory and time."""
-    model, sizes, calibration = plan["model"], plan["sizes"], plan["calibration"]
+    model, calibration = plan["model"], plan["calibration"]
     facts = _table("Model")
     for name, value in model.items():
         facts.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
@@ -22,9 +23,8 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     for name, rotation in plan["rotations"].items():
         rotations.add_row(name.upper(), rotation["where"], f"{rotation['size']:,}", rotation["construction"])
     costs = _table("Size and cost")
-    costs.add_row("original", human_size(sizes["original"]))
-    costs.add_row("quantized", human_size(sizes["quantized"]))
-    costs.add_row("bits per weight", f"{sizes['bits_per_weight']:.3f}")
+    for row in size_rows({"sizes": plan["sizes"], **plan["sizes"]}):
+        costs.add_row(*row)
     costs.add_section()
     sequences = f"{calibration['sequences']:,} x {calibration['sequence_length']:,}"
     costs.add_row("calibration tokens", f"{sequences} = {calibration['tokens']:,}")

@@ -50,6 +50,7 @@ from .recipe_files import recipe_to_yaml
 from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .sharing import check_alike, followed, own_share, shared_ends, shared_tokens
+from .sizes import bits_of_file, exported_sizes, was_tied
 from .sources import measure_sources
 from .tasks import task_scores, tasks_of
 from .texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
@@ -76,7 +77,7 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if ranks.rank == 0:
         mine = RunFolder(recipe.output, identity(job))
         mine.at_work = ranks.tick
-        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder, ranks.size) if mine.is_new else [])
+        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder) if mine.is_new else [])
         job.found += mine.manifest["notices"]
         for notice in job.found:
             progress.log(notice)
@@ -191,7 +192,9 @@ def _run(
         "peak_memory_bytes": peak,
         "sizes": sizes(job, folder),
         "memory": loaded(job, tokens.shape[1], tied=ends.tied),
+        "was_tied": was_tied(job.decoder),
         "bits_per_weight": bits_per_weight(job, folder),
+        "bits_per_weight_of_file": bits_of_file(exported_sizes(folder.path / "model"), job.decoder),
         "raised_damping": raised_damping(blocks),
         "versions": known["identity"]["versions"],
         "notices": [*job.notices, *fallback_notices(blocks)],

@@ -59,7 +59,14 @@ def test_what_is_planned_is_what_comes(
     assert planned["model"]["dtype"] == "bfloat16"
     assert planned["sizes"]["original"] == report["sizes"]["original"]
     assert planned["sizes"]["quantized"] == tensor_bytes(tmp_path / "run" / "model")
-    assert planned["sizes"]["bits_per_weight"] == pytest.approx(report["bits_per_weight"], rel=1e-12)
+    for name in ("bits_per_weight", "bits_per_weight_of_file"):
+        assert planned["sizes"][name] == pytest.approx(report[name], rel=1e-12)
+    for name in ("blocks", "embedding", "head"):
+        assert planned["sizes"][name] == report["sizes"][name]
+    assert report["sizes"]["embedding"] == report["sizes"]["head"] == 2 * 2048 * 64
+    parameters = sum(p.numel() for p in reference.parameters())
+    assert report["bits_per_weight_of_file"] == 8 * tensor_bytes(tmp_path / "run" / "model") / parameters
+    assert planned["sizes"]["was_tied"] is report["was_tied"] is tied
     samples, length = report["tokens"]["calibration"]
     assert planned["calibration"]["tokens"] == samples * length
     assert planned["calibration"]["evaluation_windows"] == 4
