@@ -146,6 +146,7 @@ def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
     }
     return {
         "device": str(device),
+        "disturbed": list(machine.disturbed),
         "rates": {kind: getattr(machine, kind) for kind in ("products", "wide", "elements", "bandwidth")},
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages.values()),

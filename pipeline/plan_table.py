@@ -50,10 +50,16 @@ def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:
     table.add_section()
     without = "" if calibration["evaluation_windows"] else ", without evaluation"
     table.add_row(f"in all{without}", "", "", human_time(time["seconds"]))
-    rates = ", ".join(f"{rate / 1e9:,.0f} G {kind}" for kind, rate in time["rates"].items())
+    rates = ", ".join(f"{rate / 1e9:,.3g} G {kind}" for kind, rate in time["rates"].items())
+    doubt = ""
+    if time["disturbed"]:
+        doubt = (
+            f"These times may be too long: something else was at work while {', '.join(time['disturbed'])} were "
+            "measured. On a machine that is free they are shorter. "
+        )
     table.caption = (
-        f"Counts over what this machine did in a second ({rates}), times factors from runs of the embedded model on a "
-        f"processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, and without "
+        f"{doubt}Counts over what this machine did in a second ({rates}), times factors from runs of the embedded "
+        f"model on a processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, and without "
         "downloads and tasks."
     )
     return table

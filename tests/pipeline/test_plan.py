@@ -23,6 +23,7 @@ from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.families import FAMILIES
 from rotoboa.pipeline.machines import Machine
 from rotoboa.pipeline.plan import MEMORY, TIME, Cluster, construction, estimate_here, plan
+from rotoboa.pipeline.plan_table import plan_tables
 from rotoboa.pipeline.recipe import Recipe
 from rotoboa.rotation.hadamard import Hadamard
 
@@ -104,6 +105,19 @@ def test_more_work_takes_longer(llama: Path, make_recipe: MakeRecipe, monkeypatc
     assert seconds(evaluation__baseline=False) < base
     assert seconds(evaluation__sources=True) > base
     assert seconds(weights__method="rtn") < seconds(weights__method="gptq")
+
+
+def test_the_table_says_when_its_times_look_wrong(
+    llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def caption(machine: Machine) -> str:
+        monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: machine)
+        found = plan(make_recipe("w4a16", {"model": str(llama)}))
+        return str(plan_tables(found)[-1].caption)
+
+    assert "may be too long" not in caption(RATES) and "0.1 G elements" in caption(RATES)
+    words = "These times may be too long: something else was at work while elements, bandwidth were measured."
+    assert caption(replace(RATES, disturbed=("elements", "bandwidth"))).startswith(words)
 
 
 def test_memory_grows_with_what_is_held(llama: Path, make_recipe: MakeRecipe) -> None:
