@@ -59,8 +59,8 @@ def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:
         )
     table.caption = (
         f"{doubt}Counts over what this machine did in a second ({rates}), times factors from runs of the embedded "
-        f"model on a processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, and without "
-        "downloads and tasks."
+        f"model on a processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, "
+        "and without downloads and tasks."
     )
     return table
 
