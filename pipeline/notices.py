@@ -1,4 +1,4 @@
-"""What is said of a recipe before any work: fields that were given and cannot do anything."""
+"""What is said of a recipe before any work: given fields that cannot do anything, and too little calibration text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..boa.activations import SEARCHED
+from ..boa.objective import FEW_TOKENS
 from ..boa.rounding import LAYERWISE
 from ..models.decoder import Decoder
 from ..rotation.rotate import Rotations
@@ -143,10 +144,31 @@ def idle_fields(recipe: Recipe, decoder: Decoder) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def early_notices(recipe: Recipe, decoder: Decoder) -> list[str]:
-    """What a user should know of a recipe before any work, a sentence each."""
+def early_notices(recipe: Recipe, decoder: Decoder, length: int) -> list[str]:
+    """What a user should know of a recipe, with sequences of `length`, before any work, a sentence each."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in idle_fields(recipe, decoder).items():
         by_reason.setdefault(reason, []).append(name)
     parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
-    return [f"Without effect in this recipe: {'; '.join(parts)}."] if parts else []
+    notices = [f"Without effect in this recipe: {'; '.join(parts)}."] if parts else []
+    return notices + _too_little_text(recipe, decoder, length)
+
+
+def _too_little_text(recipe: Recipe, decoder: Decoder, length: int) -> list[str]:
+    """A sentence where layers have more input channels than there are calibration tokens."""
+    samples, shape, family = recipe.calibration.samples, decoder.shape, decoder.family
+    tokens = samples * length
+    widths = {"q, k, v, gate and up": shape.hidden, "O": shape.query_width, "down": shape.ffn}
+    few = {name: width for name, width in widths.items() if tokens < width}
+    if recipe.weights.method == "rtn" or not few:
+        return []
+    inputs = ", ".join(f"{width:,} of {name}" for name, width in few.items())
+    times = max(few.values()) / tokens
+    enough = -(-FEW_TOKENS * max(few.values()) // length)
+    of_experts = ", and of each expert's own" if family.experts else ""
+    return [
+        f"Calibration has {tokens:,} tokens ({samples} x {length:,}), fewer than some layers have input channels "
+        f"({inputs}: {times:.1f} times as many): their Hessians are shrunk, and little is left of what rounding by "
+        f"them gains. At least {FEW_TOKENS} tokens a channel are needed{of_experts}: give --calibration.samples "
+        f"{enough:,} or more."
+    ]

@@ -113,7 +113,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
-        "notices": early_notices(recipe, decoder),
+        "notices": early_notices(recipe, decoder, length),
     }
     if machine is not None and cluster is not None:
         found["scaling"] = _scaling(counted, run, machine, cluster)

@@ -77,7 +77,7 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if ranks.rank == 0:
         mine = RunFolder(recipe.output, identity(job))
         mine.at_work = ranks.tick
-        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder) if mine.is_new else [])
+        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder, length) if mine.is_new else [])
         job.found += mine.manifest["notices"]
         for notice in job.found:
             progress.log(notice)

@@ -169,7 +169,7 @@ def test_only_what_the_user_gave_is_named(small: Path, tmp_path: Path) -> None:
 def test_a_family_can_make_a_field_idle(save_family: Callable[..., Path], tmp_path: Path) -> None:
     decoder = decoder_of(save_family(tmp_path, "gemma2", torch.bfloat16))
     recipe = build_recipe({}, {"weights.drift": False, "rotation.seed": 1, "rotation.r2": False})
-    (notice,) = early_notices(recipe, decoder)
+    (notice,) = early_notices(recipe, decoder, 512)
     assert "weights.drift (gemma2 has norms after attention and MLP)" in notice and "rotation.seed (only" in notice
 
 
@@ -178,6 +178,24 @@ def test_the_notice_comes_before_the_work_and_once(user: Any) -> None:
     shown = CliRunner().invoke(app, arguments).stderr
     words = "Without effect in this recipe: weights.iterations (weights.method is boa); activations.clip (activations"
     assert shown.startswith(words) and shown.count("Without effect") == 1
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
+def test_too_little_text_is_said_before_the_work(small: Path, method: str) -> None:
+    decoder = decoder_of(small)  # 32 hidden channels, 96 of down
+
+    def notices(samples: int) -> list[str]:
+        recipe = build_recipe(load_recipe("w4a16"), {"calibration.samples": samples, "weights.method": method})
+        return [notice for notice in early_notices(recipe, decoder, 16) if notice.startswith("Calibration")]
+
+    assert not notices(6)
+    if method == "rtn":  # reads none
+        assert not notices(1)
+        return
+    (few,) = notices(5)
+    assert few.startswith("Calibration has 80 tokens (5 x 16), fewer than some layers have input channels (96 of down:")
+    assert "1.2 times as many" in few and few.endswith("give --calibration.samples 24 or more.")
+    assert "32 of q, k, v, gate and up, 32 of O, 96 of down: 6.0 times" in notices(1)[0]
 
 
 def test_inspect_names_them_too(small: Path) -> None:
