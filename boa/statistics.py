@@ -76,6 +76,7 @@ class InputStatistics:
         self.h_in: Tensor | None = None
         self.residual: Tensor | None = None
         self.wanted: Tensor | None = None
+        self.tokens: Tensor | None = None  # how many, (1,)
 
     @stage("input statistics")
     def add(
@@ -104,10 +105,11 @@ class InputStatistics:
             self.residual = _plus(self.residual, difference.T @ x)
         if wanted is not None:
             self.wanted = _plus(self.wanted, wanted.T @ x)
+        self.tokens = _plus(self.tokens, x.new_full((1,), len(x)))
 
     def sums(self) -> dict[str, list[Tensor]]:
         """As `totals.Statistics` has it; of H_in what `add_gram` fills."""
-        return _named(h_in=gram_parts(self.h_in), residual=self.residual, wanted=self.wanted)
+        return _named(h_in=gram_parts(self.h_in), residual=self.residual, wanted=self.wanted, tokens=self.tokens)
 
     def objective(self, weight: Tensor | None = None) -> Objective:
         """One head, H_out the identity; `weight` (r, c) is the full-precision one, needed where outputs were wanted."""
@@ -115,7 +117,8 @@ class InputStatistics:
             raise ValueError("no calibration tokens were seen")
         h_in = mirrored(self.h_in[None])
         residual = None if self.residual is None else self.residual[None]
-        return Objective(h_in, residual=residual, drift=_drift(self.wanted, weight, h_in))
+        drift = _drift(self.wanted, weight, h_in)
+        return Objective(h_in, residual=residual, drift=drift, tokens=_number(self.tokens))
 
 
 def value_stride(tokens: int, heads: int, width: int, rows: int) -> int:
@@ -137,6 +140,7 @@ class AttentionStatistics:
         value_h_in: (key heads, c, c): X_q A_q^T A_q X_q^T, summed so; before `mirrored`, blocks above the diagonal
             say nothing.
         value_drift: (key heads, head_dim, c): (W X_f A_f^T - W X_q A_q^T) A_q X_q^T, summed so.
+        tokens: how many the values of both are of, (1,).
     """
 
     def __init__(self, rotation: Hadamard | None = None) -> None:
@@ -145,6 +149,7 @@ class AttentionStatistics:
         self.queries: Tensor | None = None
         self.value_h_in: Tensor | None = None
         self.value_drift: Tensor | None = None
+        self.tokens: Tensor | None = None
 
     @stage("head statistics")
     def add_grams(self, query: Tensor, key: Tensor) -> None:
@@ -184,6 +189,7 @@ class AttentionStatistics:
         if self.value_h_in is None or self.value_drift is None:
             self.value_h_in = inputs.new_zeros(groups, c, c)
             self.value_drift = inputs.new_zeros(weight.shape)
+        self.tokens = _plus(self.tokens, inputs.new_full((1,), len(inputs) * length))
         attended = attended.unflatten(-1, (groups, per, -1)).permute(0, 2, 3, 1, 4)
         quick = inputs.dtype if wide else mixing_dtype(inputs)
         room = 0 if wide else max(per * (step // stride), MIXED * scale // (groups * c))
@@ -243,6 +249,7 @@ class AttentionStatistics:
             queries=self.queries,
             value_h_in=gram_parts(self.value_h_in),
             value_drift=self.value_drift,
+            tokens=self.tokens,
         )
 
     def grams(self) -> tuple[Tensor, Tensor]:
@@ -258,7 +265,7 @@ class AttentionStatistics:
         groups, size = self.value_drift.shape[:2]
         parts = output.T.reshape(groups, -1, size, output.shape[0]).float()
         h_out = (parts @ parts.transpose(-1, -2)).sum(1)
-        return Objective(mirrored(self.value_h_in), h_out, drift=self.value_drift)
+        return Objective(mirrored(self.value_h_in), h_out, drift=self.value_drift, tokens=_number(self.tokens))
 
 
 @stage("factors")
@@ -278,6 +285,10 @@ def _named(**tensors: Tensor | list[Tensor] | None) -> dict[str, list[Tensor]]:
     """Parts by name, of those that are there."""
     lists = {name: [found] if isinstance(found, Tensor) else found for name, found in tensors.items()}
     return {name: parts for name, parts in lists.items() if parts}
+
+
+def _number(tokens: Tensor | None) -> int | None:
+    return None if tokens is None else round(float(tokens))
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ def _leave(code: int) -> None:
         leave(code)
 
 
+def say_idle(reason: str, **given: Any) -> None:
+    """Name, on standard error, the options that were given and have no effect; None and False are not given."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]
+    if names and launch.rank() == 0:
+        Console(stderr=True).print(f"Without effect here: {', '.join(names)} ({reason}).", soft_wrap=True, markup=False)
+
+
 def print_tables(*tables: Table) -> None:
     """Prints tables; as wide as they need where the output is a file or a pipe, which has no width."""
     console = Console()

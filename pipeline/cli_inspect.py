@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .cli_command import Device, facts_table, print_tables
+from .cli_command import Device, facts_table, print_tables, say_idle
 from .cli_recipe import DEFAULT_RECIPE, RecipeName, overrides, with_recipe_options
 from .files import read_json, runs_in
 from .progress import cost_table, loss_table, result_table, source_table, task_table
@@ -25,14 +25,16 @@ def inspect(
     recipe: RecipeName = None,
     device: Device = None,
     gpus: Annotated[int | None, typer.Option(min=1, metavar="INT", help="Estimate a run on so many GPUs too.")] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="a100, h100, h200, b200 or l40s. (default h100)")] = "h100",
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="a100, h100, h200, b200 or l40s. (default h100)")
+    ] = None,
     network: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help="Between nodes of eight: ndr, hdr, ethernet-100, ethernet-25 or ethernet-10. (default ndr)",
         ),
-    ] = "ndr",
+    ] = None,
     tf32: Annotated[bool, typer.Option("--tf32", help="Estimate matrix products in TF32.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **given: Any,
@@ -54,10 +56,13 @@ def inspect(
         raise InputError("the model is given twice: leave out --model.")
     wanted = build_recipe(load_recipe(recipe or DEFAULT_RECIPE), {**overrides(given), "model": subject})
 
+    if gpus is None:
+        say_idle("--gpus is not given", gpu=gpu, network=network, tf32=tf32)
+
     from .plan import Cluster, plan
     from .plan_table import plan_tables
 
-    found = plan(wanted, device, None if gpus is None else Cluster(gpus, gpu, network, tf32))
+    found = plan(wanted, device, None if gpus is None else Cluster(gpus, gpu or "h100", network or "ndr", tf32))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

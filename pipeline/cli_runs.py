@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import launch
-from .cli_command import Device, Quiet, Run, print_tables
+from .cli_command import Device, Quiet, Run, print_tables, say_idle
 from .files import read_json
 from .progress import Progress, result_table, source_table, task_table
 
@@ -51,6 +51,10 @@ def evaluate(
 ) -> None:
     """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
     read_json(run, "manifest.json")
+    if tasks is None and tasks_path is None:
+        say_idle("no tasks are measured", limit=limit)
+    elif dataset is None and not sources:
+        say_idle("no text is measured", windows=windows, sequence_length=sequence_length)
 
     from . import evaluating
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
-from .progress import MODELS, human_size, human_time
+from .human import human_size, human_time
+from .progress import MODELS
 
 Cell = Callable[[Mapping[str, Any]], str]  # of a row
 Format = Literal["markdown", "csv", "json"]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
+from statistics import median
 
 import torch
 
@@ -52,6 +53,11 @@ NETWORKS = {
 ACHIEVED = {"products": 0.6, "wide": 0.3, "elements": 0.1, "bandwidth": 0.8, "link": 0.7}
 """Part of the peak that large products, factorisations, columns one after another, copies and transfers are taken to
 reach."""
+SLOWEST = {"products": 1e9, "wide": 5e8, "elements": 1e8, "bandwidth": 1e9}
+"""Rates that one core of any processor of today reaches: what is measured below them is not of the machine."""
+LEAST_RUNS, MOST_RUNS, SPENT = 5, 200, 0.1  # of a measurement: as many runs as there is time for, in seconds
+UNEVEN = 3.0  # a median of all runs so many times the best one: something else is at work
+IN_THE_WAY = 1.5  # one thread so many times as fast as all of them: they wait for each other
 
 
 def calibrated() -> dict[str, float]:
@@ -74,6 +80,7 @@ class Machine:
         memory: bytes of the device; None: those of the host.
         link, network: bytes a second that a device sends to the next of its node, and a node to the next.
         per_node: devices of a node.
+        disturbed: the kinds that something else was at work beside while they were measured, as far as it shows.
         factors: by stage, how many times what is counted it takes; of other stages that of "", else 1.
     """
 
@@ -86,6 +93,7 @@ class Machine:
     link: float = 0.0
     network: float = 0.0
     per_node: int = 8
+    disturbed: tuple[str, ...] = ()
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Work, stage: str = "") -> float:
@@ -124,46 +132,81 @@ def published(gpu: str, network: str = "ndr", *, tf32: bool = False, per_node: i
 
 
 def measured(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Machine:
-    """This machine, by a few short products, sums in cache and copies; under a second on a processor.
+    """This machine, by short products, sums in cache and copies, of each the best; a second on a processor.
+
+    What else is at work can only make them slower, so one undisturbed run is enough. On a processor one thread is
+    measured too: where others want its cores, several wait for each other in every run. A rate is `SLOWEST` at least.
 
     Processes that talk through this host's memory (gloo on one machine) are taken to send at a quarter of its copying:
     a transfer is written and read on both sides.
     """
+    large, threads = device.type == "cuda", torch.get_num_threads()
+    found, disturbed = _rates(device, clock, 8192 if large else 1024)
+    if not large and threads > 1:
+        torch.set_num_threads(1)
+        try:
+            alone, uneven = _rates(device, clock, 512)
+        finally:
+            torch.set_num_threads(threads)
+        disturbed |= uneven | {kind for kind in found if alone[kind] > IN_THE_WAY * found[kind]}
+        found = {kind: max(rate, alone[kind]) for kind, rate in found.items()}
+    disturbed |= {kind for kind, rate in found.items() if rate < SLOWEST[kind]}
+    rates = {kind: max(rate, SLOWEST[kind]) for kind, rate in found.items()}
+    return Machine(
+        str(device),
+        products=rates["products"],
+        wide=rates["wide"],
+        elements=rates["elements"],
+        bandwidth=rates["bandwidth"],
+        memory=float(torch.cuda.get_device_properties(device).total_memory) if large else None,
+        link=rates["bandwidth"] / 4,
+        network=rates["bandwidth"] / 4,
+        disturbed=tuple(kind for kind in rates if kind in disturbed),
+    )
+
+
+def _rates(device: torch.device, clock: Callable[[], float], size: int) -> tuple[dict[str, float], set[str]]:
+    """Operations and bytes a second by kind, of products of `size`, and the kinds whose runs were uneven."""
     large = device.type == "cuda"
-
-    def best(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            if large:
-                torch.cuda.synchronize(device)
-            start = clock()
-            run()
-            if large:
-                torch.cuda.synchronize(device)
-            times.append(clock() - start)
-        return max(min(times), 1e-9)
-
-    def product(size: int, dtype: torch.dtype) -> float:
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        return 2 * size**3 / best(lambda: a @ a)
-
     x = torch.randn(2**22 if large else 2**16, device=device)
     out = torch.empty_like(x)
+    source = torch.zeros(2**28 if large else 2**24, device=device)
+    target = torch.zeros_like(source)
 
     def sums() -> None:
         for _ in range(16):
             torch.addcmul(x, x, x, out=out)
 
-    elements = 16 * 2 * x.numel() / best(sums)
-    source = torch.zeros(2**28 if large else 2**24, device=device)
-    target = torch.zeros_like(source)
-    bandwidth = 2 * 4 * source.numel() / best(lambda: target.copy_(source))
-    machine = Machine(
-        str(device),
-        products=product(8192 if large else 1024, torch.float32),
-        wide=product(4096 if large else 768, torch.float64),
-        elements=elements,
-        bandwidth=bandwidth,
-        memory=float(torch.cuda.get_device_properties(device).total_memory) if large else None,
-    )
-    return replace(machine, link=machine.bandwidth / 4, network=machine.bandwidth / 4)
+    def product(n: int, dtype: torch.dtype) -> tuple[float, Callable[[], object]]:
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        return 2 * n**3, lambda: a @ a
+
+    runs: dict[str, tuple[float, Callable[[], object]]] = {
+        "products": product(size, torch.float32),
+        "wide": product(size // 2, torch.float64),
+        "elements": (16 * 2 * x.numel(), sums),
+        "bandwidth": (2 * 4 * source.numel(), lambda: target.copy_(source)),
+    }
+    rates, uneven = {}, set()
+    for kind, (work, run) in runs.items():
+        times = _times(run, device, clock)
+        rates[kind] = work / max(min(times), 1e-9)
+        if median(times) > UNEVEN * min(times):
+            uneven.add(kind)
+    return rates, uneven
+
+
+def _times(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each of several runs."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or (sum(times) < SPENT and len(times) < MOST_RUNS):
+        start = now()
+        run()
+        times.append(now() - start)
+    return times

@@ -29,6 +29,7 @@ from .job import Job
 from .progress import Progress, peak_resident
 from .run import RunFolder
 from .sharing import own_share, own_windows, shared_block
+from .sizes import exported_sizes, part_sizes
 
 
 class Onlooker(Protocol):
@@ -158,10 +159,11 @@ def rounded_block(
 
 
 def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
-    """Bytes of the tensor files before and after."""
+    """Bytes of the tensor files before and after, and of the parts of the finished model."""
     exported = folder.path / "model"
     files = exported.glob("*.safetensors")
-    return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files)}
+    parts = part_sizes(exported_sizes(exported), job.decoder)
+    return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files), **parts}
 
 
 def loaded(job: Job, tokens: int, *, tied: bool) -> dict[str, Any]:

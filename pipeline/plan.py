@@ -30,10 +30,12 @@ from .counting import Sizes, Work
 from .counting_run import Plan, whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import Machine, calibrated, measured, published
+from .notices import early_notices
 from .recipe import Recipe
 from .run import device_of
 from .scaling import Estimate, device_memory, estimate
 from .settings import changed_ends, rotations_of, stays_tied
+from .sizes import bits_of_file, parameter_count, part_sizes, was_tied
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
@@ -76,7 +78,6 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
     }
     rotations = rotations_of(recipe, decoder)
     tied = stays_tied(recipe, rotations, decoder)
-    ends = decoder.shape.vocabulary * decoder.shape.hidden
     sizes = _sizes(recipe, decoder, projections, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
@@ -85,8 +86,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         "model": {
             "name": model.name,
             "architecture": decoder.family.model_type,
-            "parameters": sum(tensor.numel() for tensor in decoder.shapes.values())
-            - ends * bool(decoder.config.tie_word_embeddings),
+            "parameters": parameter_count(decoder),
             "quantized_parameters": sum(tensor.numel() for tensor in projections.values()),
             "blocks": shape.blocks,
             "hidden": shape.hidden,
@@ -113,7 +113,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
-        "notices": checkpoint.notices(decoder.shapes),
+        "notices": [*checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
     }
     if machine is not None and cluster is not None:
         found["scaling"] = _scaling(counted, run, machine, cluster)
@@ -146,6 +146,7 @@ def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
     }
     return {
         "device": str(device),
+        "disturbed": list(machine.disturbed),
         "rates": {kind: getattr(machine, kind) for kind in ("products", "wide", "elements", "bandwidth")},
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages.values()),
@@ -223,14 +224,24 @@ def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, 
 
 def _sizes(
     recipe: Recipe, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int, tied: bool
-) -> dict[str, int | float]:
-    """Bytes of the exported tensors, and the bits that a quantized weight takes, scales and zero points included."""
+) -> dict[str, Any]:
+    """Bytes of the exported tensors by part, and the bits of a weight, scales and zero points included."""
     packed = weights = 0
-    for rows, columns in projections.values():
-        groups = columns // (recipe.weights.group_size or columns)
-        packed += rows * (4 * packed_width(columns, recipe.weights.bits) + 3 * groups)
-        weights += rows * columns
-    others = sum(tensor.numel() for name, tensor in decoder.shapes.items() if name not in projections)
-    if tied:
-        others -= decoder.shape.vocabulary * decoder.shape.hidden  # the model names it twice
-    return {"quantized": packed + others * itemsize, "bits_per_weight": 8 * packed / weights}
+    stored: dict[str, int] = {}
+    for name, tensor in decoder.shapes.items():
+        stored[name] = tensor.numel() * itemsize
+        if name in projections:
+            rows, columns = tensor
+            groups = columns // (recipe.weights.group_size or columns)
+            stored[name] = rows * (4 * packed_width(columns, recipe.weights.bits) + 3 * groups)
+            packed += stored[name]
+            weights += tensor.numel()
+    if tied:  # the model names it twice
+        del stored[f"{decoder.family.head}.weight"]
+    return {
+        "quantized": sum(stored.values()),
+        **part_sizes(stored, decoder),
+        "was_tied": was_tied(decoder),
+        "bits_per_weight": 8 * packed / weights,
+        "bits_per_weight_of_file": bits_of_file(stored, decoder),
+    }

@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from .progress import human_size, human_time
+from .human import human_size, human_time
+from .sizes import size_rows
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """Tables of what `plan.plan` returns: the model and its rotations, then sizes, calibration, memory and time."""
-    model, sizes, calibration = plan["model"], plan["sizes"], plan["calibration"]
+    model, calibration = plan["model"], plan["calibration"]
     facts = _table("Model")
     for name, value in model.items():
         facts.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
@@ -22,9 +23,8 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     for name, rotation in plan["rotations"].items():
         rotations.add_row(name.upper(), rotation["where"], f"{rotation['size']:,}", rotation["construction"])
     costs = _table("Size and cost")
-    costs.add_row("original", human_size(sizes["original"]))
-    costs.add_row("quantized", human_size(sizes["quantized"]))
-    costs.add_row("bits per weight", f"{sizes['bits_per_weight']:.3f}")
+    for row in size_rows({"sizes": plan["sizes"], **plan["sizes"]}):
+        costs.add_row(*row)
     costs.add_section()
     sequences = f"{calibration['sequences']:,} x {calibration['sequence_length']:,}"
     costs.add_row("calibration tokens", f"{sequences} = {calibration['tokens']:,}")
@@ -50,11 +50,17 @@ def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:
     table.add_section()
     without = "" if calibration["evaluation_windows"] else ", without evaluation"
     table.add_row(f"in all{without}", "", "", human_time(time["seconds"]))
-    rates = ", ".join(f"{rate / 1e9:,.0f} G {kind}" for kind, rate in time["rates"].items())
+    rates = ", ".join(f"{rate / 1e9:,.3g} G {kind}" for kind, rate in time["rates"].items())
+    doubt = ""
+    if time["disturbed"]:
+        doubt = (
+            f"These times may be too long: something else was at work while {', '.join(time['disturbed'])} were "
+            "measured. On a machine that is free they are shorter. "
+        )
     table.caption = (
-        f"Counts over what this machine did in a second ({rates}), times factors from runs of the embedded model on a "
-        f"processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, and without "
-        "downloads and tasks."
+        f"{doubt}Counts over what this machine did in a second ({rates}), times factors from runs of the embedded "
+        f"model on a processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, "
+        "and without downloads and tasks."
     )
     return table
 

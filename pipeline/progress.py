@@ -17,27 +17,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ..eval import source_tables
+from .human import human_size, human_time
+from .sizes import size_rows
 
 MODELS = {"full_precision": "full precision", "rtn": "RTN, no rotation", "quantized": "quantized"}
-
-
-def human_size(size: float) -> str:
-    """Bytes in the unit that a person would use: 1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"
-
-
-def human_time(seconds: float) -> str:
-    """Seconds as '4.2 s', '3 min 05 s' or '2 h 07 min'."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def peak_resident() -> int | None:
@@ -240,8 +223,8 @@ def _cell(value: float | None, form: str) -> str:
 def cost_table(report: Mapping[str, Any]) -> Table:
     """What it took and what it takes.
 
-    `report["seconds"]` is {stage: seconds}, `report["sizes"]` {name: bytes} on disk; `report["memory"]` has, of the
-    loaded model and of its cache, {"bfloat16": bytes, "quantized": bytes}, and of the cache the number of tokens.
+    `report["seconds"]` is {stage: seconds}, sizes on disk are as of `size_rows`; `report["memory"]` has, of the loaded
+    model and of its cache, {"bfloat16": bytes, "quantized": bytes}, and of the cache the number of tokens.
     """
     table = Table(title="Time and size", title_justify="left")
     table.add_column("")
@@ -250,8 +233,8 @@ def cost_table(report: Mapping[str, Any]) -> Table:
         table.add_row(stage.replace("_", " "), human_time(seconds))
     if table.rows:
         table.add_section()
-    for name, size in (report.get("sizes") or {}).items():
-        table.add_row(name.replace("_", " "), human_size(size))
+    for row in size_rows(report):
+        table.add_row(*row)
     memory: Mapping[str, Mapping[str, int]] = report.get("memory") or {}
     if memory and table.rows:
         table.add_section()

@@ -84,6 +84,20 @@ def value_of(recipe: Recipe, name: str) -> Any:
     return getattr(getattr(recipe, section) if section else recipe, leaf)
 
 
+def given_fields(recipe: Recipe) -> set[str]:
+    """The dotted names of the leaf fields that somebody gave: not those of a packaged recipe, see `build_recipe`."""
+    found = recipe.model_fields_set - set(SECTIONS)
+    for name in SECTIONS:
+        found |= {f"{name}.{leaf}" for leaf in getattr(recipe, name).model_fields_set}
+    return found
+
+
+def forget_given(recipe: Recipe, name: str) -> None:
+    """Have a leaf field, by its dotted name, count as one that nobody gave; its value stays."""
+    section, _, leaf = name.rpartition(".")
+    (getattr(recipe, section) if section else recipe).model_fields_set.discard(leaf)
+
+
 def unknown_field(name: str) -> str:
     """The sentence about a field that Recipe has not."""
     if name in SECTIONS:

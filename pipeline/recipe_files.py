@@ -13,11 +13,18 @@ from pydantic import ValidationError
 
 from ..errors import InputError
 from .recipe import Recipe
-from .recipe_fields import LEAVES, SECTIONS, legal_values, unknown_field
+from .recipe_fields import LEAVES, SECTIONS, forget_given, legal_values, unknown_field, value_of
+
+
+class Packaged(dict[str, Any]):
+    """What a recipe of the package holds: choices of this project, not of its user."""
 
 
 def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Validates `base`, as read from YAML, after setting `overrides`, which map dotted names to values.
+
+    The recipe remembers what its user gave (`given_fields`): overrides, and of a file of his own what is not the
+    default, since the recipe.yaml of a run has every field.
 
     Raises InputError, in one sentence, for all unknown fields and illegal values together.
     """
@@ -49,6 +56,9 @@ def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
             complaints.append(f"{name} is {shown} but must be {legal_values(LEAVES[name])}")
     if complaints:
         raise InputError(f"The recipe cannot be used: {'; '.join(complaints)}.")
+    for name in flat.keys() - (overrides or {}).keys():
+        if isinstance(base, Packaged) or value_of(recipe, name) == LEAVES[name].default:
+            forget_given(recipe, name)
     return recipe
 
 
@@ -108,4 +118,4 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise InputError(f"The recipe {name_or_path}, line 1, must hold fields such as `model: tiny`, not a {kind}.")
-    return content
+    return Packaged(content) if name_or_path in recipe_names() else content

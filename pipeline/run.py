@@ -98,6 +98,11 @@ class RunFolder:
                 "give another --output, or remove the folder."
             )
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of this run has been computed before."""
+        return "parts" not in self.manifest
+
     def identify(self, **sections: Any) -> None:
         """Add sections to the identity, or compare them where the run has them already.
 

@@ -39,6 +39,7 @@ from .measure import (
     sizes,
     stage_seconds,
 )
+from .notices import early_notices
 from .overlap import Overlap
 from .pages import siblings, write_page
 from .placing import noise_of_r1, settle
@@ -49,6 +50,7 @@ from .recipe_files import recipe_to_yaml
 from .run import REPORT, RunFolder, write_json, write_tensors
 from .seeds import choose_seed
 from .sharing import check_alike, followed, own_share, shared_ends, shared_tokens
+from .sizes import bits_of_file, exported_sizes, was_tied
 from .sources import measure_sources
 from .tasks import task_scores, tasks_of
 from .texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
@@ -75,6 +77,10 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if ranks.rank == 0:
         mine = RunFolder(recipe.output, identity(job))
         mine.at_work = ranks.tick
+        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder, length) if mine.is_new else [])
+        job.found += mine.manifest["notices"]
+        for notice in job.found:
+            progress.log(notice)
         mine.need_space(disk_bytes(job, recipe.calibration.samples * length))
     own_share(job, recipe.calibration.samples)
     check_alike(job)
@@ -127,8 +133,9 @@ def _run(
     recipe, known, ranks = job.recipe, folder.manifest, job.ranks
     if "r1_noise" not in known:
         folder.keep(r1_noise=noise_of_r1(job, tokens, progress))
+    told = len(job.found)
     settle(job, known["r1_noise"])
-    for notice in job.found if ranks.rank == 0 else ():
+    for notice in job.found[told:] if ranks.rank == 0 else ():
         progress.log(notice)
     if "rotation_seed" not in known:
         folder.keep(rotation_seed=choose_seed(job, tokens, progress))
@@ -185,7 +192,9 @@ def _run(
         "peak_memory_bytes": peak,
         "sizes": sizes(job, folder),
         "memory": loaded(job, tokens.shape[1], tied=ends.tied),
+        "was_tied": was_tied(job.decoder),
         "bits_per_weight": bits_per_weight(job, folder),
+        "bits_per_weight_of_file": bits_of_file(exported_sizes(folder.path / "model"), job.decoder),
         "raised_damping": raised_damping(blocks),
         "versions": known["identity"]["versions"],
         "notices": [*job.notices, *fallback_notices(blocks)],

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.objective import FEW_TOKENS
 from rotoboa.boa.rounding import LAYERWISE
 
 from .small_block import (
@@ -14,7 +15,6 @@ from .small_block import (
     LLAMA,
     PLAIN,
     QUICK,
-    SEQUENCES,
     make_decoder,
     make_streams,
     make_tensors,
@@ -76,10 +76,11 @@ def test_what_arises_where_nothing_is_solved_is_named(layer: str) -> None:
 def test_damping_that_was_raised_is_told() -> None:
     decoder = make_decoder()
     generator = torch.Generator().manual_seed(0)
-    full = torch.randn(SEQUENCES, LENGTH, 2, generator=generator) @ torch.randn(2, HIDDEN, generator=generator)
+    enough = -(-FEW_TOKENS * HIDDEN // LENGTH)  # with fewer tokens Hessians are shrunk, and none fails
+    full = torch.randn(enough, LENGTH, 2, generator=generator) @ torch.randn(2, HIDDEN, generator=generator)
     settings = replace(QUICK, damping=1e-12, method="gptq", token_weights=False)
     solver = BlockQuantizer(decoder, decoder.block(0, make_tensors()), settings, PLAIN)
     solver.run(full, full.clone())
     assert {LLAMA.query, LLAMA.key} <= solver.damping.keys()  # inputs of two dimensions
-    assert all(1e-12 < value <= 1e-6 for value in solver.damping.values())
+    assert all(1e-12 < value <= 1e-5 for value in solver.damping.values())
     assert run_small().solver.damping == {}

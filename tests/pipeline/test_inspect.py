@@ -20,7 +20,14 @@ def call(*arguments: str | Path) -> Any:
 def test_tables_and_json(llama: Path) -> None:
     result = call(llama, "--recipe", "w2a16", "--weights.group_size", "16", "--evaluation.windows", "3")
     assert result.exit_code == 0, result.output
-    for words in ("quantized parameters", "Sylvester of order 64", "bits per weight", "3.500", "128 x 256 = 32,768"):
+    for words in (
+        "quantized parameters",
+        "Sylvester of order 64",
+        "bits per weight of what is quantized",
+        "3.500",
+        "bits per weight of the whole file",
+        "128 x 256 = 32,768",
+    ):
         assert words in result.stdout
     found = json.loads(call(llama, "--recipe", "w2a16", "--json").stdout)
     assert found["model"]["blocks"] == 2 and found["rotations"].keys() == {"r1", "r2"}

@@ -23,6 +23,7 @@ from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.families import FAMILIES
 from rotoboa.pipeline.machines import Machine
 from rotoboa.pipeline.plan import MEMORY, TIME, Cluster, construction, estimate_here, plan
+from rotoboa.pipeline.plan_table import plan_tables
 from rotoboa.pipeline.recipe import Recipe
 from rotoboa.rotation.hadamard import Hadamard
 
@@ -59,7 +60,14 @@ def test_what_is_planned_is_what_comes(
     assert planned["model"]["dtype"] == "bfloat16"
     assert planned["sizes"]["original"] == report["sizes"]["original"]
     assert planned["sizes"]["quantized"] == tensor_bytes(tmp_path / "run" / "model")
-    assert planned["sizes"]["bits_per_weight"] == pytest.approx(report["bits_per_weight"], rel=1e-12)
+    for name in ("bits_per_weight", "bits_per_weight_of_file"):
+        assert planned["sizes"][name] == pytest.approx(report[name], rel=1e-12)
+    for name in ("blocks", "embedding", "head"):
+        assert planned["sizes"][name] == report["sizes"][name]
+    assert report["sizes"]["embedding"] == report["sizes"]["head"] == 2 * 2048 * 64
+    parameters = sum(p.numel() for p in reference.parameters())
+    assert report["bits_per_weight_of_file"] == 8 * tensor_bytes(tmp_path / "run" / "model") / parameters
+    assert planned["sizes"]["was_tied"] is report["was_tied"] is tied
     samples, length = report["tokens"]["calibration"]
     assert planned["calibration"]["tokens"] == samples * length
     assert planned["calibration"]["evaluation_windows"] == 4
@@ -97,6 +105,19 @@ def test_more_work_takes_longer(llama: Path, make_recipe: MakeRecipe, monkeypatc
     assert seconds(evaluation__baseline=False) < base
     assert seconds(evaluation__sources=True) > base
     assert seconds(weights__method="rtn") < seconds(weights__method="gptq")
+
+
+def test_the_table_says_when_its_times_look_wrong(
+    llama: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def caption(machine: Machine) -> str:
+        monkeypatch.setattr("rotoboa.pipeline.plan.measured", lambda device: machine)
+        found = plan(make_recipe("w4a16", {"model": str(llama)}))
+        return str(plan_tables(found)[-1].caption)
+
+    assert "may be too long" not in caption(RATES) and "0.1 G elements" in caption(RATES)
+    words = "These times may be too long: something else was at work while elements, bandwidth were measured."
+    assert caption(replace(RATES, disturbed=("elements", "bandwidth"))).startswith(words)
 
 
 def test_memory_grows_with_what_is_held(llama: Path, make_recipe: MakeRecipe) -> None:

@@ -6,16 +6,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from rotoboa.pipeline.human import human_size, human_time
 from rotoboa.pipeline.progress import (
     Progress,
     cost_table,
-    human_size,
-    human_time,
     loss_table,
     peak_memory,
     result_table,
     task_table,
 )
+from rotoboa.pipeline.sizes import size_rows
 
 
 def recorder(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -167,6 +167,28 @@ def test_cost_table() -> None:
     shown = text(cost_table({"seconds": {"quantize": 61.0}, "sizes": {"full_precision": 2**21, "quantized": 2**19}}))
     for words in ("quantize", "1 min 01 s", "full precision", "2 MiB", "512 KiB"):
         assert words in shown
+
+
+def test_sizes_are_those_that_people_count() -> None:
+    def rows(**found: Any) -> list[tuple[str, str]]:
+        parts = {"original": 2000, "quantized": 1000, "blocks": 200, "embedding": 400, "head": 400}
+        return list(size_rows({"sizes": parts | found.pop("sizes", {}), **found}))
+
+    bits = {"bits_per_weight": 2.25, "bits_per_weight_of_file": 8.0}
+    assert rows(was_tied=True, **bits) == [
+        ("original", "1.95 KiB"),
+        ("quantized", "1000 B, 50% of the original"),
+        ("  blocks", "200 B"),
+        ("  embedding", "400 B"),
+        ("  head, which was the embedding", "400 B"),
+        ("bits per weight of what is quantized", "2.250"),
+        ("bits per weight of the whole file", "8.000"),
+    ]
+    assert [name for name, _ in rows()][2:] == ["  blocks", "  embedding", "  head"]
+    assert [name for name, _ in rows(sizes={"head": 0}, was_tied=True)][2:] == [
+        "  blocks",
+        "  embedding, which is the head",
+    ]
 
 
 def test_cost_table_shows_memory_against_bfloat16() -> None:
