@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import InputError
 from ..rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 
@@ -103,7 +104,15 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...)."""
+    """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...).
+
+    Without a mask it is causal, a query at the key of its own index: later keys are room in a cache that is empty so
+    far. One query sees every key. A row of the mask that lets nothing through (padding on the left) gives any finite
+    number.
+
+    Raises:
+        InputError: the mask is neither of booleans nor of floating-point numbers.
+    """
     transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
     if transform is not None and getattr(key, "rotoboa_stored", False):
         query = transform.rotate(query)
@@ -113,6 +122,10 @@ def attention_forward(
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5
         recorder(Seen(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+    if attention_mask is not None:
+        attention_mask = open_rows(attention_mask, query.dtype)
+    elif query.shape[2] > 1:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if kwargs.get("softcap") is not None:
         return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
     groups, prompt = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1
@@ -122,6 +135,26 @@ def attention_forward(
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
         module = _Ungrouped(getattr(module, "is_causal", True))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def open_rows(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (..., length, key length) whose rows that let nothing through let all through; numbers become `dtype`.
+
+    The softmax of no logits is NaN, in the forward or the backward pass, whichever kernel computes it.
+
+    Raises:
+        InputError: the mask is neither of booleans nor of floating-point numbers.
+    """
+    if mask.dtype == torch.bool:
+        return mask | ~mask.any(-1, keepdim=True)
+    if not mask.is_floating_point():
+        kind = str(mask.dtype).removeprefix("torch.")
+        raise InputError(
+            f"an attention_mask of 4 dimensions is of booleans or of numbers to add, and this one is of {kind}: "
+            "give mask.bool(), or the mask of 2 dimensions."
+        )
+    mask = mask.to(dtype)  # the smallest number of a wider type becomes minus infinity
+    return mask.masked_fill((mask <= torch.finfo(dtype).min).all(-1, keepdim=True), 0.0)
 
 
 def capped_attention(
