@@ -30,8 +30,8 @@ NAME = "rotoboa"
 class AttentionTransform:
     """What happens to queries, keys and values of one attention layer on their way into the product.
 
-    Keys and values of the first `sink` positions are not quantized. Of a padded sequence these are padding, if that
-    is on the left; of a cache that forgets, and is not ours, they are the first that it still holds.
+    Keys and values of the first `sink` positions are not quantized; of a cache that forgets, and is not ours, they are
+    the first that it still holds.
     """
 
     rotation: Hadamard | None = None
@@ -39,17 +39,26 @@ class AttentionTransform:
     value: DynamicQuantizer | None = None
     sink: int = 0
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (batch, heads, length, head_dim), after RoPE, from the first position on."""
-        query, key = self.rotate(query), self.rotate(key)
-        return query, self._rounded(key, self.key), self._rounded(value, self.value)
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (batch, heads, length, head_dim), after RoPE, from the first position on.
 
-    def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None) -> Tensor:
+        `starts` (batch or 1,) says how much padding is before the first position of each sequence.
+        """
+        query, key = self.rotate(query), self.rotate(key)
+        return query, self._rounded(key, self.key, starts), self._rounded(value, self.value, starts)
+
+    def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None, starts: Tensor | None) -> Tensor:
         if quantizer is None:
             return x
         if not self.sink:
             return quantizer(x)
-        return torch.cat([x[..., : self.sink, :], quantizer(x[..., self.sink :, :])], -2)
+        if starts is None:
+            return torch.cat([x[..., : self.sink, :], quantizer(x[..., self.sink :, :])], -2)
+        index = torch.arange(x.shape[-2], device=x.device) - starts.to(x.device)[:, None]
+        kept = (index >= 0) & (index < self.sink)
+        return torch.where(kept[:, None, :, None], x, quantizer(x))
 
     def rotate(self, x: Tensor) -> Tensor:
         """Queries or keys (..., head_dim), rotated."""
@@ -117,7 +126,7 @@ def attention_forward(
     if transform is not None and getattr(key, "rotoboa_stored", False):
         query = transform.rotate(query)
     elif transform is not None:
-        query, key, value = transform(query, key, value)
+        query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -25,7 +25,7 @@ from ..models.decoder import Decoder
 from ..models.families import Family, family_for
 from ..models.layout import fold_layer_norms, split_modules
 from ..models.shape import Shape
-from .cache import use_packed_cache
+from .cache_hook import use_packed_cache
 from .linear import QuantizedLinear
 from .packing import pack, unpack
 from .spec import Spec

@@ -188,7 +188,7 @@ class Cache(_Section):
         default=0,
         ge=0,
         description="Positions of the cache, from the first, that stay in 16 bits: keys and values of a sequence's "
-        "first tokens are unlike all others. In a batch padded on the left they are padding.",
+        "first tokens are unlike all others.",
     )
 
 
