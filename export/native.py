@@ -7,6 +7,7 @@ quantized: weights packed, online rotations, activation and cache quantizers on.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class RotoboaQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
         if config._attn_implementation is not None:
-            _refuse_attention(config._attn_implementation)
+            _keep_attention(config._attn_implementation)
         config._attn_implementation = NAME
         return config
 
@@ -145,7 +146,7 @@ class RotoboaQuantizer(HfQuantizer):
             _check_files(model, [Path(file) for file in kwargs["checkpoint_files"]])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        model.set_attn_implementation = _refuse_attention  # type: ignore[assignment]
+        model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
         model.requires_grad_(False)
         spec = self.quantization_config.spec
         if min(spec.key_bits, spec.value_bits) < 16:
@@ -165,10 +166,13 @@ class RotoboaQuantizer(HfQuantizer):
         return False
 
 
-def _refuse_attention(requested: Any, *arguments: Any, **options: Any) -> None:
+def _keep_attention(requested: Any, *arguments: Any, **options: Any) -> None:
+    """Say that another attention is not taken: scripts ask for one by habit."""
     if requested != NAME:
-        raise InputError(
-            f"this model runs with attn_implementation='{NAME}' alone, not with '{requested}': leave it as it is."
+        warnings.warn(
+            f"this model runs with attn_implementation='{NAME}', which rotates and quantizes the cache and computes "
+            f"with SDPA: '{requested}' is not used.",
+            stacklevel=2,
         )
 
 
