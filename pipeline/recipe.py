@@ -10,8 +10,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from ..errors import InputError
 from .recipe_values import Bits, Legal, Names, Placement, Sites, WeightBits
 
 
@@ -239,7 +240,11 @@ class Evaluation(_Section):
 
 
 class Recipe(_Section):
-    """All that decides the result of a run."""
+    """All that decides the result of a run.
+
+    Raises:
+        InputError: a field is unknown or has an illegal value, in the words of the command line.
+    """
 
     model: str = Field(
         default="tiny",
@@ -272,3 +277,11 @@ class Recipe(_Section):
         description="Seconds that the ranks of torchrun wait for one whose work does not go on, before all end.",
     )
     output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            from .recipe_fields import complaints  # which reads the fields of this class
+
+            raise InputError(f"The recipe cannot be used: {'; '.join(complaints(error))}.") from error
