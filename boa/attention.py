@@ -52,6 +52,8 @@ class AttentionTransform:
     def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None, starts: Tensor | None) -> Tensor:
         if quantizer is None:
             return x
+        if x.requires_grad and torch.is_grad_enabled():  # adapters are trained: rounding has a gradient of 0
+            return self._rounded(x.detach(), quantizer, starts) + (x - x.detach())
         if not self.sink:
             return quantizer(x)
         if starts is None:

@@ -59,15 +59,18 @@ class PackedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         key_states = self.transform.rotate(key_states)
         before = self.get_seq_length()
+        plain = key_states.detach(), value_states.detach()
         if self.sinks is not None:
             self.sinks.start(self.starts)
-            self.sinks.keep(key_states, value_states, before)
+            self.sinks.keep(*plain, before)
         key, value = self.transform.key, self.transform.value
-        self._append(_PACKED, (*_store(key_states, key), *_store(value_states, value)))
+        self._append(_PACKED, (*_store(plain[0], key), *_store(plain[1], value)))
         keys = _read(self.keys, self.key_spans, key, self.sizes["key"], self.dtype)
         values = _read(self.values, self.value_spans, value, self.sizes["value"], self.dtype)
         if self.sinks is not None:
             self.sinks.restore(keys, values, before + key_states.shape[2] - keys.shape[2])
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            keys, values = (_with_gradient(*pair) for pair in ((keys, key_states), (values, value_states)))
         return mark_stored(keys), values
 
     def _append(self, names: Sequence[str], new: Sequence[Tensor | None]) -> None:
@@ -221,6 +224,12 @@ def _read(
     scale, zero = quantizer.grid(span)
     levels = unpack(stored.flatten(0, 2), quantizer.bits, size).view(*stored.shape[:3], size).to(scale.dtype)
     return quantizer.values(levels.sub_(_lowest(quantizer)), scale, zero, dtype)
+
+
+def _with_gradient(read: Tensor, new: Tensor) -> Tensor:
+    """What was read, with the gradient of the new states that it ends with: adapters are trained with a cache too."""
+    past = read.shape[2] - new.shape[2]
+    return torch.cat([read[:, :, :past], read[:, :, past:] + (new - new.detach())], 2)
 
 
 def _lowest(quantizer: DynamicQuantizer) -> int:

@@ -170,8 +170,8 @@ class RotoboaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integers have no gradient."""
-        return False
+        """Adapters on it are (`add_lora`); the integers have no gradient."""
+        return True
 
 
 def _keep_attention(requested: Any, *arguments: Any, **options: Any) -> None:
