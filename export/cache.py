@@ -50,7 +50,8 @@ class PackedLayer(DynamicLayer):
         self.keys, self.key_spans = _store(key_states[:, :, :0], self.transform.key)
         self.values, self.value_spans = _store(value_states[:, :, :0], self.transform.value)
         if self.transform.sink:
-            self.sinks = Sinks(self.transform.sink, key_states, value_states)
+            quantized = (self.transform.key is not None, self.transform.value is not None)
+            self.sinks = Sinks(self.transform.sink, (key_states, value_states), quantized)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -62,13 +63,13 @@ class PackedLayer(DynamicLayer):
         plain = key_states.detach(), value_states.detach()
         if self.sinks is not None:
             self.sinks.start(self.starts)
-            self.sinks.keep(*plain, before)
+            self.sinks.keep(plain, before)
         key, value = self.transform.key, self.transform.value
         self._append(_PACKED, (*_store(plain[0], key), *_store(plain[1], value)))
         keys = _read(self.keys, self.key_spans, key, self.sizes["key"], self.dtype)
         values = _read(self.values, self.value_spans, value, self.sizes["value"], self.dtype)
         if self.sinks is not None:
-            self.sinks.restore(keys, values, before + key_states.shape[2] - keys.shape[2])
+            self.sinks.restore((keys, values), before + key_states.shape[2] - keys.shape[2])
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             keys, values = (_with_gradient(*pair) for pair in ((keys, key_states), (values, value_states)))
         return mark_stored(keys), values
@@ -81,10 +82,9 @@ class PackedLayer(DynamicLayer):
     @property
     def bytes(self) -> int:
         """What this layer holds."""
-        state = [getattr(self, name) for name in _PACKED]
-        if self.sinks is not None:
-            state += [self.sinks.keys, self.sinks.values]
-        return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor is not None)
+        state = (getattr(self, name) for name in _PACKED)
+        packed = sum(tensor.numel() * tensor.element_size() for tensor in state if tensor is not None)
+        return packed + (0 if self.sinks is None else self.sinks.bytes)
 
     def get_seq_length(self) -> int:
         """Tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,40 +14,52 @@ class Sinks:
 
     Args:
         count: how many.
-        key, value: states of a sequence, for their sizes.
+        parts: states of keys and of values, for their sizes; those that are not quantized are exact already.
+        quantized: whether keys are, and values.
     """
 
-    def __init__(self, count: int, key: Tensor, value: Tensor) -> None:
-        shapes = ((*part.shape[:2], count, part.shape[3]) for part in (key, value))
-        self.keys, self.values = (key.new_zeros(shape) for shape in shapes)
-        self.starts = torch.zeros(len(key), dtype=torch.long, device=key.device)
+    def __init__(self, count: int, parts: Sequence[Tensor], quantized: Sequence[bool]) -> None:
+        self.count = count
+        self.kept: list[Tensor | None] = [
+            part.new_zeros(*part.shape[:2], count, part.shape[3]) if wanted else None
+            for part, wanted in zip(parts, quantized, strict=True)
+        ]
+        self.starts = torch.zeros(len(parts[0]), dtype=torch.long, device=parts[0].device)
 
     def start(self, starts: Tensor | None) -> None:
         """Say where sequences begin, (batch or 1,) positions; None changes nothing."""
         if starts is not None:
-            self.starts = starts.to(self.keys.device).expand(len(self.keys))
+            self.starts = starts.to(self.starts.device).expand(len(self.starts))
 
-    def keep(self, key: Tensor, value: Tensor, before: int) -> None:
-        """Take from states (batch, heads, new, size), of which the first is at position `before`."""
-        rows, index, which = self._where(before, key.shape[2])
-        for mine, new in ((self.keys, key), (self.values, value)):
-            mine[rows, :, which] = new[rows, :, index]
+    def keep(self, parts: Sequence[Tensor], before: int) -> None:
+        """Take from keys and values (batch, heads, new, size), of which the first are at position `before`."""
+        rows, index, which = self._where(before, parts[0].shape[2])
+        for mine, new in zip(self.kept, parts, strict=True):
+            if mine is not None:
+                mine[rows, :, which] = new[rows, :, index]
 
-    def restore(self, key: Tensor, value: Tensor, before: int) -> None:
-        """Put them back into such states, in place."""
-        rows, index, which = self._where(before, key.shape[2])
-        for mine, read in ((self.keys, key), (self.values, value)):
-            read[rows, :, index] = mine[rows, :, which]
+    def restore(self, parts: Sequence[Tensor], before: int) -> None:
+        """Put them back into such keys and values, in place."""
+        rows, index, which = self._where(before, parts[0].shape[2])
+        for mine, read in zip(self.kept, parts, strict=True):
+            if mine is not None:
+                read[rows, :, index] = mine[rows, :, which]
+
+    @property
+    def bytes(self) -> int:
+        """What they take."""
+        return sum(part.numel() * part.element_size() for part in self.kept if part is not None)
 
     def _where(self, before: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of those within `length` positions from `before` on: the sequence, the index there, and which it is."""
-        index = self.starts[:, None] - before + torch.arange(self.keys.shape[2], device=self.starts.device)
+        index = self.starts[:, None] - before + torch.arange(self.count, device=self.starts.device)
         rows, which = ((index >= 0) & (index < length)).nonzero(as_tuple=True)
         return rows, index[rows, which], which
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Choose, repeat or move sequences."""
-        self.keys, self.values, self.starts = change(self.keys), change(self.values), change(self.starts)
+        self.kept = [None if part is None else change(part) for part in self.kept]
+        self.starts = change(self.starts)
 
 
 def first_positions(mask: Any) -> Tensor | None:

@@ -174,7 +174,7 @@ def test_a_prompt_shorter_than_the_sink(load: Load) -> None:
     model, tokens = load("k4v16, sink of 15"), ids(2, 20)
     expected, mine = logits(model, tokens, use_cache=False), DynamicCache()
     logits(model, tokens[:, :9], past_key_values=mine)
-    assert all(layer.keys.shape[2] == 9 and layer.sinks.keys.shape[2] == 15 for layer in mine.layers)
+    assert all(layer.keys.shape[2] == 9 and layer.sinks.kept[0].shape[2] == 15 for layer in mine.layers)
     logits(model, tokens[:, 9:17], past_key_values=mine)
     mine.crop(-5)
     assert mine.get_seq_length() == 12
