@@ -14,6 +14,8 @@ from rotoboa.errors import InputError
 from rotoboa.pipeline import progress, stages
 from rotoboa.pipeline.recipe import Recipe
 
+ANYTHING: Any = 4
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]:
@@ -69,7 +71,10 @@ def test_the_default_is_that_of_the_command(asked: list[Any], tmp_path: Path) ->
         (lambda: rotoboa.quantize("w4a16", weights={"bits": 9}), "weights.bits is 9 but must be 2 to 8"),
         (lambda: rotoboa.quantize("w4a16", bits=4), r"there is no field bits \(perhaps"),
         (lambda: rotoboa.quantize("w4a61"), "There is no recipe 'w4a61': perhaps w4a16"),
-        (lambda: rotoboa.quantize(4), "A recipe is a name such as w4a4kv4, a .yaml file or a rotoboa.Recipe, and 4"),
+        (
+            lambda: rotoboa.quantize(ANYTHING),
+            "A recipe is a name such as w4a4kv4, a .yaml file or a rotoboa.Recipe, and 4",
+        ),
         (lambda: rotoboa.quantize(Recipe(), bits=4), "there is no field bits"),
     ],
 )
