@@ -1,7 +1,7 @@
 """RotoBoA: large language models to 4 and 2 bits, by rotations and attention-aware error compensation.
 
     import rotoboa
-    report = rotoboa.quantize(rotoboa.Recipe(model="tiny", output="runs/tiny"))
+    report = rotoboa.quantize("w4a16", model="tiny", output="runs/tiny")
     model, tokenizer = rotoboa.load("runs/tiny")
 
 Importing it also registers the native format with transformers: `AutoModelForCausalLM.from_pretrained` then loads it.
@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .export.lora import add_lora
     from .pipeline.recipe import Recipe
 
-__all__ = ["InputError", "Recipe", "RunError", "load", "quantize"]
+__all__ = ["InputError", "Recipe", "RunError", "add_lora", "load", "quantize"]
 
 # The command line loads torch only when a command computes. While `python -m rotoboa` imports this package,
 # argv[0] is -m, as it is while `python -m other` imports a package that imports this one.
@@ -36,19 +39,46 @@ def __getattr__(name: str) -> Any:
         from .pipeline.recipe import Recipe
 
         return Recipe
+    if name == "add_lora":
+        from .export.lora import add_lora
+
+        return add_lora
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def quantize(recipe: Recipe, *, device: str | None = None) -> dict[str, Any]:
-    """Run a recipe from checkpoint to a measured run folder, `recipe.output`; returns the report.
+def quantize(
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    quiet: bool | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Run a recipe from checkpoint to a measured run folder; returns the report.
+
+        rotoboa.quantize("w4a16", model="tiny")                                     # in runs/tiny-w4a16
+        rotoboa.quantize(model="tiny", recipe="w2a16", weights={"group_size": 16})  # fields by section
+        rotoboa.quantize(rotoboa.Recipe(model="tiny", output="runs/mine"))
+
+    Args:
+        recipe: the name of one (`rotoboa recipes` lists them), a .yaml file, or a recipe; None: w4a4kv4.
+        device: "cpu", "cuda", ...; None: a GPU where there is one.
+        quiet: whether to show no progress; None: it is shown in notebooks and on terminals.
+        fields: `model`, `output` and all others of Recipe, which replace the recipe's own.
 
     Raises:
         InputError: something in the recipe cannot be used; nothing was written.
         RunError: the run failed; finished blocks are kept.
     """
-    from .pipeline import stages
+    from .pipeline.recipe_files import recipe_from
 
-    return stages.quantize(recipe, device=device)
+    run = recipe_from(recipe, fields)
+
+    from .pipeline import launch, stages
+    from .pipeline.progress import Progress, is_watched
+
+    silent = not is_watched() if quiet is None else quiet
+    with Progress(quiet=silent or launch.rank() > 0) as progress:
+        return stages.quantize(run, device=device, progress=progress)
 
 
 def load(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import InputError
 from ..rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 
@@ -31,8 +32,8 @@ CENTER = "key_center"
 class AttentionTransform:
     """What happens to queries, keys and values of one attention layer on their way into the product.
 
-    Keys and values of the first `sink` positions are not quantized. Of a padded sequence these are padding, if that
-    is on the left; of a cache that forgets, and is not ours, they are the first that it still holds.
+    Keys and values of the first `sink` positions are not quantized; of a cache that forgets, and is not ours, they are
+    the first that it still holds.
 
     `centered` keys are rounded without `center`, what the keys of a head have in common, (key heads * head_dim,) after
     rotation, which is added again. It is of a block's own, and not here before it is known.
@@ -45,17 +46,31 @@ class AttentionTransform:
     centered: bool = False
     center: Tensor | None = field(default=None, compare=False)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (batch, heads, length, head_dim), after RoPE, from the first position on."""
-        query, key = self.rotate(query), self.rotate(key)
-        return query, self._rounded(key, self.key, self.center_of(key)), self._rounded(value, self.value)
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (batch, heads, length, head_dim), after RoPE, from the first position on.
 
-    def _rounded(self, x: Tensor, quantizer: DynamicQuantizer | None, center: Tensor | None = None) -> Tensor:
+        `starts` (batch or 1,) says how much padding is before the first position of each sequence.
+        """
+        query, key = self.rotate(query), self.rotate(key)
+        key = self._rounded(key, self.key, starts, self.center_of(key))
+        return query, key, self._rounded(value, self.value, starts)
+
+    def _rounded(
+        self, x: Tensor, quantizer: DynamicQuantizer | None, starts: Tensor | None, center: Tensor | None = None
+    ) -> Tensor:
         if quantizer is None:
             return x
-        kept, rest = x[..., : self.sink, :], x[..., self.sink :, :]
-        rest = quantizer(rest) if center is None else quantizer(rest - center) + center
-        return torch.cat([kept, rest], -2) if self.sink else rest
+        if x.requires_grad and torch.is_grad_enabled():  # adapters are trained: rounding has a gradient of 0
+            return self._rounded(x.detach(), quantizer, starts, center) + (x - x.detach())
+        if not self.sink:
+            return _beside(center, quantizer, x)
+        if starts is None:
+            return torch.cat([x[..., : self.sink, :], _beside(center, quantizer, x[..., self.sink :, :])], -2)
+        index = torch.arange(x.shape[-2], device=x.device) - starts.to(x.device)[:, None]
+        kept = (index >= 0) & (index < self.sink)
+        return torch.where(kept[:, None, :, None], x, _beside(center, quantizer, x))
 
     def center_of(self, key: Tensor) -> Tensor | None:
         """(key heads, 1, head_dim), for keys (batch, key heads, length, head_dim) that are rounded; None without."""
@@ -66,6 +81,11 @@ class AttentionTransform:
     def rotate(self, x: Tensor) -> Tensor:
         """Queries or keys (..., head_dim), rotated."""
         return x if self.rotation is None else self.rotation.apply(x)
+
+
+def _beside(center: Tensor | None, quantizer: DynamicQuantizer, x: Tensor) -> Tensor:
+    """`x`, what it is without `center` rounded."""
+    return quantizer(x) if center is None else quantizer(x - center) + center
 
 
 def mark_stored(key: Tensor) -> Tensor:
@@ -123,16 +143,28 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...)."""
+    """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...).
+
+    Without a mask it is causal, a query at the key of its own index: later keys are room in a cache that is empty so
+    far. One query sees every key. A row of the mask that lets nothing through (padding on the left) gives any finite
+    number.
+
+    Raises:
+        InputError: the mask is neither of booleans nor of floating-point numbers.
+    """
     transform = transform_of(module)
     if transform is not None and getattr(key, "rotoboa_stored", False):
         query = transform.rotate(query)
     elif transform is not None:
-        query, key, value = transform(query, key, value)
+        query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5
         recorder(Seen(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+    if attention_mask is not None:
+        attention_mask = open_rows(attention_mask, query.dtype)
+    elif query.shape[2] > 1:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if kwargs.get("softcap") is not None:
         return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
     groups, prompt = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1
@@ -142,6 +174,26 @@ def attention_forward(
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
         module = _Ungrouped(getattr(module, "is_causal", True))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def open_rows(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (..., length, key length) whose rows that let nothing through let all through; numbers become `dtype`.
+
+    The softmax of no logits is NaN, in the forward or the backward pass, whichever kernel computes it.
+
+    Raises:
+        InputError: the mask is neither of booleans nor of floating-point numbers.
+    """
+    if mask.dtype == torch.bool:
+        return mask | ~mask.any(-1, keepdim=True)
+    if not mask.is_floating_point():
+        kind = str(mask.dtype).removeprefix("torch.")
+        raise InputError(
+            f"an attention_mask of 4 dimensions is of booleans or of numbers to add, and this one is of {kind}: "
+            "give mask.bool(), or the mask of 2 dimensions."
+        )
+    mask = mask.to(dtype)  # the smallest number of a wider type becomes minus infinity
+    return mask.masked_fill((mask <= torch.finfo(dtype).min).all(-1, keepdim=True), 0.0)
 
 
 def capped_attention(

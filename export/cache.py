@@ -6,21 +6,19 @@ quantizer that calibration and evaluation use; what attention gets is what they 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..boa.activations import DynamicQuantizer
-from ..boa.attention import AttentionTransform, mark_stored, transform_of
+from ..boa.attention import AttentionTransform, mark_stored
 from .packing import pack_levels, packed_width, unpack
+from .sinks import Sinks
 
-_SINK = ("sink_keys", "sink_values")
 _PACKED = ("keys", "key_spans", "values", "value_spans")
 
 
@@ -30,9 +28,8 @@ class PackedLayer(DynamicLayer):
     `keys` and `values` are (batch, heads, tokens, words) int32; `key_spans` and `value_spans` (batch, heads, tokens, 2)
     hold the smallest and the largest entry of each vector in the model's dtype, from which its scale and zero point
     follow (`DynamicQuantizer.grid`). Keys that have a center are stored without it. Without a quantizer, vectors are
-    kept as they are and have no span. Those of the transform's `sink` first positions are kept as they are in
-    `sink_keys` and `sink_values`, and are not among these. Positions are those of the cache: of a sequence padded on
-    the left the first ones are padding.
+    kept as they are and have no span. Those of the transform's `sink` first positions are kept beside them as they
+    came, in `sinks`; `starts` (batch or 1,) says how much padding is before these.
 
     Args:
         transform: of the attention module, whose quantizers and rotation these are.
@@ -43,8 +40,8 @@ class PackedLayer(DynamicLayer):
         self.transform = transform
         self.key_spans: Tensor | None = None
         self.value_spans: Tensor | None = None
-        self.sink_keys: Tensor | None = None  # none are kept where there is no sink
-        self.sink_values: Tensor | None = None
+        self.sinks: Sinks | None = None
+        self.starts: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty cache for states of these sizes."""
@@ -53,7 +50,8 @@ class PackedLayer(DynamicLayer):
         self.keys, self.key_spans = _store(key_states[:, :, :0], self.transform.key)
         self.values, self.value_spans = _store(value_states[:, :, :0], self.transform.value)
         if self.transform.sink:
-            self.sink_keys, self.sink_values = key_states[:, :, :0], value_states[:, :, :0]
+            quantized = (self.transform.key is not None, self.transform.value is not None)
+            self.sinks = Sinks(self.transform.sink, (key_states, value_states), quantized)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -61,19 +59,22 @@ class PackedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key_states = self.transform.rotate(key_states)
-        sink = max(0, self.transform.sink - self.get_seq_length())
-        if sink:
-            self._append(_SINK, (key_states[:, :, :sink], value_states[:, :, :sink]))
-            key_states, value_states = key_states[:, :, sink:], value_states[:, :, sink:]
+        before = self.get_seq_length()
+        plain = key_states.detach(), value_states.detach()
+        if self.sinks is not None:
+            self.sinks.start(self.starts)
+            self.sinks.keep(plain, before)
         key, value = self.transform.key, self.transform.value
         center = self.transform.center_of(key_states)
-        near = key_states if center is None else key_states - center
-        self._append(_PACKED, (*_store(near, key), *_store(value_states, value)))
+        near = plain[0] if center is None else plain[0] - center
+        self._append(_PACKED, (*_store(near, key), *_store(plain[1], value)))
         keys = _read(self.keys, self.key_spans, key, self.sizes["key"], self.dtype)
         keys = keys if center is None else keys + center
         values = _read(self.values, self.value_spans, value, self.sizes["value"], self.dtype)
-        if self.sink_keys is not None and self.sink_values is not None:
-            keys, values = torch.cat([self.sink_keys, keys], 2), torch.cat([self.sink_values, values], 2)
+        if self.sinks is not None:
+            self.sinks.restore((keys, values), before + key_states.shape[2] - keys.shape[2])
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            keys, values = (_with_gradient(*pair) for pair in ((keys, key_states), (values, value_states)))
         return mark_stored(keys), values
 
     def _append(self, names: Sequence[str], new: Sequence[Tensor | None]) -> None:
@@ -84,56 +85,58 @@ class PackedLayer(DynamicLayer):
     @property
     def bytes(self) -> int:
         """What this layer holds."""
-        state = (getattr(self, name) for name in (*_SINK, *_PACKED))
-        return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor is not None)
+        state = (getattr(self, name) for name in _PACKED)
+        packed = sum(tensor.numel() * tensor.element_size() for tensor in state if tensor is not None)
+        return packed + (0 if self.sinks is None else self.sinks.bytes)
 
     def get_seq_length(self) -> int:
         """Tokens."""
-        return self._sinks() + int(self.keys.shape[2]) if self.is_initialized else 0
-
-    def _sinks(self) -> int:
-        """Tokens that are kept as they are."""
-        return 0 if self.sink_keys is None else int(self.sink_keys.shape[2])
+        return int(self.keys.shape[2]) if self.is_initialized else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; transformers gives a number that is not positive."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         if tokens_to_remove < 0 and self.is_initialized:
-            packed, sinks = self.keys.shape[2], self._sinks()
-            self._change(lambda tensor: tensor[:, :, : max(0, packed + tokens_to_remove)], _PACKED)
-            self._change(lambda tensor: tensor[:, :, : max(0, sinks + min(0, packed + tokens_to_remove))], _SINK)
+            left = max(0, self.keys.shape[2] + tokens_to_remove)
+            self._change(lambda tensor: tensor[:, :, :left])
 
     def reset(self) -> None:
         """Forget everything."""
-        for name in (*_SINK, *_PACKED):
+        for name in (*_PACKED, "sinks", "starts"):
             setattr(self, name, None)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._choose(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times."""
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        self._choose(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences."""
-        self._change(lambda tensor: tensor[indices])
+        self._choose(lambda tensor: tensor[indices])
 
     def offload(self) -> None:
         """Move it to the CPU."""
-        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self._choose(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move it back."""
-        self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
+        self._choose(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def _change(self, change: Callable[[Tensor], Tensor], names: Sequence[str] = (*_SINK, *_PACKED)) -> None:
-        for name in names:
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in _PACKED:
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
+
+    def _choose(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change(change)
+        self.starts = None  # where there are sinks, they know
+        if self.sinks is not None:
+            self.sinks.change(change)
 
 
 class PackedSlidingLayer(PackedLayer):
@@ -198,12 +201,10 @@ class PackedSlidingLayer(PackedLayer):
         self.cumulative_length = 0
 
     def _keep(self) -> None:
-        sinks = self._sinks()
-        gone = sinks + self.keys.shape[2] - (self.sliding_window - 1) if self.is_initialized else 0
+        gone = self.keys.shape[2] - (self.sliding_window - 1) if self.is_initialized else 0
         if gone > 0:
             # A copy: of a view, what is forgotten would stay in memory.
-            self._change(lambda tensor: tensor[:, :, min(gone, sinks) :].clone(), _SINK)
-            self._change(lambda tensor: tensor[:, :, max(0, gone - sinks) :].clone(), _PACKED)
+            self._change(lambda tensor: tensor[:, :, gone:].clone())
 
 
 def _store(x: Tensor, quantizer: DynamicQuantizer | None) -> tuple[Tensor, Tensor | None]:
@@ -228,6 +229,12 @@ def _read(
     return quantizer.values(levels.sub_(_lowest(quantizer)), scale, zero, dtype)
 
 
+def _with_gradient(read: Tensor, new: Tensor) -> Tensor:
+    """What was read, with the gradient of the new states that it ends with: adapters are trained with a cache too."""
+    past = read.shape[2] - new.shape[2]
+    return torch.cat([read[:, :, :past], read[:, :, past:] + (new - new.detach())], 2)
+
+
 def _lowest(quantizer: DynamicQuantizer) -> int:
     """What symmetric levels need to be added to become 0 .. 2^bits - 1."""
     return 2 ** (quantizer.bits - 1) if quantizer.symmetric else 0
@@ -246,45 +253,11 @@ def cache_bytes(cache: Cache) -> int:
 def packed_cache(transforms: Sequence[AttentionTransform]) -> DynamicCache:
     """An empty cache of packed layers."""
     cache = DynamicCache()
-    _pack_layers(cache, transforms)
+    pack_layers(cache, transforms)
     return cache
 
 
-def use_packed_cache(decoder: nn.Module, layers: str, attention: str) -> None:
-    """Let `decoder` (the module whose forward takes `past_key_values`) pack what it keeps, in place.
-
-    A cache that it would make, and an empty `DynamicCache` that it is given (`generate` makes one), gets packed layers.
-    Any other cache was somebody's choice and is left as it is; attention then rounds what it reads from there.
-
-    Args:
-        layers: attribute of the decoder that lists its blocks.
-        attention: name of the attention module in a block, which carries its transform.
-    """
-    # transformers 5.24 calls it `cache`, and still takes the older name.
-    own = inspect.signature(type(decoder).forward).parameters
-    name = "cache" if "cache" in own else "past_key_values"
-    hook = partial(_give_cache, name=name, layers=layers, attention=attention)
-    decoder.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _give_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, layers: str, attention: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    cache, wanted = kwargs.get(name), kwargs.get("use_cache")
-    if cache is None and kwargs.get("past_key_values") is not None:
-        cache = kwargs["past_key_values"]
-    if wanted is None:
-        wanted = getattr(decoder.config, "use_cache", False)
-    if cache is None and wanted:
-        cache = DynamicCache(config=decoder.config)
-        kwargs = {**kwargs, name: cache}
-    if isinstance(cache, DynamicCache) and type(cache) is DynamicCache and cache.get_seq_length() == 0:
-        blocks = decoder.get_submodule(layers).children()
-        _pack_layers(cache, [transform_of(block.get_submodule(attention)) for block in blocks])  # type: ignore[misc]
-    return args, kwargs
-
-
-def _pack_layers(cache: DynamicCache, transforms: Sequence[AttentionTransform]) -> None:
+def pack_layers(cache: DynamicCache, transforms: Sequence[AttentionTransform]) -> None:
     """Put packed layers in place of stock ones that hold keys and values alone; others stay."""
     layers = cache.layers or [DynamicLayer() for _ in transforms]
     cache.layers = [_packed(layer, transform) for layer, transform in zip(layers, transforms, strict=True)]

@@ -19,6 +19,7 @@ from ..models.checkpoint import INDEX, SINGLE, Checkpoint
 from ..models.ends import Ends
 from ..models.families import Family
 from ..models.matrices import StoredMatrix
+from ..models.running import what_it_is
 from .native import METHOD
 from .shards import SHARD_BYTES, write_shards
 from .spec import Spec
@@ -62,7 +63,7 @@ def write_native(
         tied: embedding and head are one, and `groups` have no head.
         shard_bytes: the most bytes of one tensor file.
     """
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = what_it_is(json.loads((source.folder / "config.json").read_text(encoding="utf-8")))
     config["tie_word_embeddings"] = tied  # where rotated, the two are different
     if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
         config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
@@ -113,7 +114,19 @@ def write_extras(folder: Path, source: Path, config: dict[str, Any]) -> None:
     """Write config.json; copy tokenizer, chat template, generation config and licence, as far as `source` has them."""
     for file in copied_files(source):
         shutil.copyfile(file, folder / file.name)
+        if file.name == "generation_config.json":
+            _keep_what_it_is(folder / file.name)
     write_json(folder / "config.json", config)
+
+
+def _keep_what_it_is(file: Path) -> None:
+    """Take the fields out of a generation config that say how to run: a cache by name would keep ours out."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # it is as the checkpoint had it, and transformers says so where it is read
+    if isinstance(fields, dict) and fields != (kept := what_it_is(fields)):
+        write_json(file, kept)
 
 
 def copied_files(folder: Path) -> list[Path]:

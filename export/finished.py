@@ -19,6 +19,7 @@ from ..boa.rounding import Quantized
 from ..errors import InputError
 from ..models.ends import Ends
 from ..models.families import Family, family_for, family_of
+from ..models.running import what_it_is
 from ..models.shape import Shape
 from .checkpoint import read_ends
 from .native import METHOD, unpack_block
@@ -51,7 +52,7 @@ class Finished:
             InputError: it is missing, damaged, or of another number of blocks.
         """
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = what_it_is(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             quantization = dict(config.pop("quantization_config"))
             if quantization.get("quant_method") != METHOD:
                 raise ValueError(f"it is in the format {quantization.get('quant_method')}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..boa.activations import DynamicQuantizer
 from ..boa.transforms import InputTransform
+from .gradient import with_gradient
 from .packing import packed_width, planes, unpack
 
 _CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
@@ -76,7 +77,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x, quantizer = self.transform.rotate(x), self.transform.quantizer
+        return with_gradient(self.transform.rotate(x), self._from_rotated, self.dequantize)
+
+    def _from_rotated(self, x: Tensor) -> Tensor:
+        quantizer = self.transform.quantizer
         flat = x.reshape(-1, self.in_features)
         if quantizer is not None and len(flat) and self.counts(quantizer, x.device):
             y = self._from_integers(flat, quantizer)

@@ -7,6 +7,7 @@ quantized: weights packed, online rotations, activation and cache quantizers on.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from ..models.decoder import Decoder
 from ..models.families import Family, family_for
 from ..models.layout import fold_layer_norms, split_modules
 from ..models.shape import Shape
-from .cache import use_packed_cache
+from .cache_hook import use_packed_cache
 from .linear import QuantizedLinear
 from .packing import pack, unpack
+from .parts import base_prefix, family_in, is_new_head
 from .spec import Spec
 
 METHOD = "rotoboa"
@@ -133,29 +135,36 @@ class RotoboaQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
         if config._attn_implementation is not None:
-            _refuse_attention(config._attn_implementation)
+            _keep_attention(config._attn_implementation)
         config._attn_implementation = NAME
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: Any = model.config
-        family, shape = family_for(config, "the checkpoint"), Shape.of(config)
+        family, shape = family_in(model, family_for(config, "the checkpoint")), Shape.of(config)
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
         spec = self.quantization_config.spec
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
+        if base_prefix(model) and spec.turned:
+            warnings.warn(
+                "the hidden states of this run are rotated, and the weight of its last norm is in its head (R1 is "
+                "merged): for states like the original's quantize with --rotation.r1 online or none.",
+                stacklevel=2,
+            )
         if kwargs.get("checkpoint_files"):
-            _check_files(model, [Path(file) for file in kwargs["checkpoint_files"]])
+            _check_files(model, family, [Path(file) for file in kwargs["checkpoint_files"]])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        model.set_attn_implementation = _refuse_attention  # type: ignore[assignment]
-        model.requires_grad_(False)
+        model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
+        config: Any = model.config
+        family = family_in(model, family_for(config, "the checkpoint"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_new_head(name, model, family))
         spec = self.quantization_config.spec
         if min(spec.key_bits, spec.value_bits) < 16:
-            config: Any = model.config
-            family = family_for(config, "the checkpoint")
             decoder, _, layers = family.layers.rpartition(".")
             use_packed_cache(model.get_submodule(decoder), layers, family.attention)
         return model
@@ -166,18 +175,21 @@ class RotoboaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integers have no gradient."""
-        return False
+        """Adapters on it are (`add_lora`); the integers have no gradient."""
+        return True
 
 
-def _refuse_attention(requested: Any, *arguments: Any, **options: Any) -> None:
+def _keep_attention(requested: Any, *arguments: Any, **options: Any) -> None:
+    """Say that another attention is not taken: scripts ask for one by habit."""
     if requested != NAME:
-        raise InputError(
-            f"this model runs with attn_implementation='{NAME}' alone, not with '{requested}': leave it as it is."
+        warnings.warn(
+            f"this model runs with attn_implementation='{NAME}', which rotates and quantizes the cache and computes "
+            f"with SDPA: '{requested}' is not used.",
+            stacklevel=2,
         )
 
 
-def _check_files(model: nn.Module, files: list[Path]) -> None:
+def _check_files(model: nn.Module, family: Family, files: list[Path]) -> None:
     """Compare the headers of a checkpoint with the model made from its config: transformers fills gaps with noise.
 
     Raises:
@@ -192,8 +204,10 @@ def _check_files(model: nn.Module, files: list[Path]) -> None:
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
     tied: Any = getattr(model, "all_tied_weights_keys", {})
-    for name, tensor in model.state_dict().items():
-        if name in tied:
+    prefix = base_prefix(model)
+    for own, tensor in model.state_dict().items():
+        name = prefix + own
+        if own in tied or (name not in found and is_new_head(name, model, family)):
             continue
         if name not in found:
             raise InputError(f"{files[0].parent} has no tensor {name}: copy or export it again.")

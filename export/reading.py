@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import InputError
 from ..models.checkpoint import INDEX, SINGLE
+from ..models.running import what_it_is
 
 
 def read_config(folder: Path, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -24,7 +25,7 @@ def read_config(folder: Path, method: str) -> tuple[dict[str, Any], dict[str, An
         InputError: the file is missing or damaged, or of another format.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = what_it_is(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         quantization = dict(config.pop("quantization_config"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__

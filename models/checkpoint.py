@@ -21,6 +21,7 @@ from .families import Family, family_for, family_of
 from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
+from .running import forget_running
 from .shape import Shape
 from .tokenizer import is_pointer
 
@@ -41,7 +42,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         family_of(str(raw.get("model_type")), str(folder))
         if raw.get("quantization_config"):
             raise InputError(f"{folder} is quantized already: give the full-precision checkpoint.")
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return forget_running(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{folder / 'config.json'} cannot be read ({what}): download it again.") from error

@@ -135,6 +135,8 @@ def fold_layer_norms(model: nn.Module, family: Family) -> None:
         for norm in (family.attention_norm, family.mlp_norm):
             drop_norm_bias(block, norm)
     drop_norm_bias(model, family.final_norm)
+    if not hasattr(model, family.head):
+        return  # a decoder alone, or with another head
     head = model.get_submodule(family.head)
     assert isinstance(head, nn.Linear)
     head.bias = nn.Parameter(head.weight.new_zeros(head.out_features), requires_grad=False)

@@ -10,10 +10,10 @@ import typer
 
 from ..errors import InputError
 from .cli_command import Device, facts_table, print_tables, say_idle
-from .cli_recipe import DEFAULT_RECIPE, RecipeName, overrides, with_recipe_options
+from .cli_recipe import RecipeName, overrides, with_recipe_options
 from .files import read_json, runs_in
 from .progress import cost_table, loss_table, result_table, source_table, task_table
-from .recipe_files import build_recipe, load_recipe
+from .recipe_files import DEFAULT_RECIPE, build_recipe, load_recipe
 
 
 @with_recipe_options(after="recipe")

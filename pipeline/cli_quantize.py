@@ -10,12 +10,12 @@ import typer
 from ..errors import InputError
 from . import launch
 from .cli_command import Device, Quiet, print_tables
-from .cli_recipe import DEFAULT_RECIPE, RecipeName, overrides, with_recipe_options
+from .cli_recipe import RecipeName, overrides, with_recipe_options
 from .files import read_json
 from .progress import Progress, cost_table, result_table, source_table, task_table
 from .recipe import Recipe
 from .recipe_fields import value_of
-from .recipe_files import build_recipe, load_recipe
+from .recipe_files import DEFAULT_RECIPE, build_recipe, default_output, load_recipe
 
 
 @with_recipe_options(after="resume")
@@ -41,8 +41,7 @@ def quantize(
         recipe = recipe or DEFAULT_RECIPE
         run = build_recipe(load_recipe(recipe), overrides(given))
         if run.output is None:
-            model = Path(run.model).name or Path(run.model).resolve().name or "model"
-            run = run.model_copy(update={"output": Path("runs") / f"{model}-{Path(recipe).stem}"})
+            run = run.model_copy(update={"output": default_output(run.model, recipe)})
 
     from . import stages
 

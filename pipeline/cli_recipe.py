@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from .recipe_fields import SECTIONS, field_paths
+from .recipe_files import DEFAULT_RECIPE
 
-DEFAULT_RECIPE = "w4a4kv4"
 RecipeName = Annotated[
     str | None,
     typer.Option(

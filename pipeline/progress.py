@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from types import TracebackType
@@ -50,11 +51,19 @@ def peak_memory() -> str:
     return ", ".join(parts)
 
 
+def is_watched(console: Console | None = None) -> bool:
+    """Whether bars can be shown: on a terminal, or in a notebook, where rich needs ipywidgets for them."""
+    console = console or Console(stderr=True)
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 class Progress:
     """Shows the stages of a run one after the other; a context manager.
 
-    On a terminal each stage is a bar. Elsewhere, as in a CI log, it is a plain line for each finished block and
-    for each finished stage. `quiet` shows nothing at all. All of it goes to standard error.
+    On a terminal and in a notebook each stage is a bar. Elsewhere, as in a CI log, it is a plain line for each finished
+    block and for each finished stage. `quiet` shows nothing at all. All of it goes to standard error.
 
         with Progress() as progress:
             progress.stage("quantize", total=2)
@@ -65,7 +74,7 @@ class Progress:
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
         self.console = console or Console(stderr=True)
-        live = not quiet and self.console.is_terminal and not self.console.is_dumb_terminal
+        live = not quiet and is_watched(self.console)
         self._bars = self._new_bars() if live else None
         self._task: TaskID | None = None
         self._name: str | None = None

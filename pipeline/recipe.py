@@ -10,8 +10,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from ..errors import InputError
 from .recipe_values import Bits, Legal, Names, Placement, Sites, WeightBits
 
 
@@ -192,7 +193,7 @@ class Cache(_Section):
         default=0,
         ge=0,
         description="Positions of the cache, from the first, that stay in 16 bits: keys and values of a sequence's "
-        "first tokens are unlike all others. In a batch padded on the left they are padding.",
+        "first tokens are unlike all others.",
     )
 
 
@@ -245,7 +246,11 @@ class Evaluation(_Section):
 
 
 class Recipe(_Section):
-    """All that decides the result of a run."""
+    """All that decides the result of a run.
+
+    Raises:
+        InputError: a field is unknown or has an illegal value, in the words of the command line.
+    """
 
     model: str = Field(
         default="tiny",
@@ -278,3 +283,11 @@ class Recipe(_Section):
         description="Seconds that the ranks of torchrun wait for one whose work does not go on, before all end.",
     )
     output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            from .recipe_fields import complaints  # which reads the fields of this class
+
+            raise InputError(f"The recipe cannot be used: {'; '.join(complaints(error))}.") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from .recipe import Recipe
@@ -105,3 +105,14 @@ def unknown_field(name: str) -> str:
     close = [path for path in LEAVES if path.endswith(f".{name}")] or difflib.get_close_matches(name, LEAVES, 1)
     hint = f"perhaps {' or '.join(close)}" if close else "`rotoboa quantize --help` lists the fields"
     return f"there is no field {name} ({hint})"
+
+
+def complaints(error: ValidationError) -> list[str]:
+    """What pydantic found wrong with the fields of a Recipe, each in a few words."""
+    found = []
+    for item in error.errors():
+        name, given = ".".join(str(part) for part in item["loc"][:2]), item["input"]
+        shown = given if isinstance(given, str) and given else repr(given)
+        known = name in LEAVES
+        found.append(f"{name} is {shown} but must be {legal_values(LEAVES[name])}" if known else unknown_field(name))
+    return found

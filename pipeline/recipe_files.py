@@ -9,54 +9,95 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import InputError
 from .recipe import Recipe
-from .recipe_fields import LEAVES, SECTIONS, forget_given, legal_values, unknown_field, value_of
+from .recipe_fields import LEAVES, SECTIONS, complaints, forget_given, unknown_field, value_of
+
+DEFAULT_RECIPE = "w4a4kv4"
 
 
 class Packaged(dict[str, Any]):
     """What a recipe of the package holds: choices of this project, not of its user."""
 
 
-def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Validates `base`, as read from YAML, after setting `overrides`, which map dotted names to values.
-
-    The recipe remembers what its user gave (`given_fields`): overrides, and of a file of his own what is not the
-    default, since the recipe.yaml of a run has every field.
-
-    Raises InputError, in one sentence, for all unknown fields and illegal values together.
-    """
+def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Fields by their dotted names, and the names of those that are given twice."""
     flat: dict[str, Any] = {}
     doubled: list[str] = []
-    for key, value in base.items():
+    for key, value in fields.items():
         found: dict[str, Any] = {}
+        if key in SECTIONS and isinstance(value, SECTIONS[key]):
+            value = value.model_dump(exclude_unset=True)
         if key in SECTIONS and isinstance(value, Mapping):
             found = {f"{key}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
         elif key not in SECTIONS or value is not None:  # a section whose lines are all commented out is None
             found = {str(key): value}
         doubled += [name for name in found if name in flat]
         flat |= found
-    flat |= overrides or {}
+    return flat, doubled
+
+
+def default_output(model: str, recipe: str) -> Path:
+    """The folder of a run that names none: runs/<model>-<recipe>."""
+    name = Path(model).name or Path(model).resolve().name or "model"
+    return Path("runs") / f"{name}-{Path(recipe).stem}"
+
+
+def recipe_from(recipe: Recipe | str | Path | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Recipe:
+    """The recipe of a call from Python.
+
+    Args:
+        recipe: a recipe, its fields, or the name or file of one; None: `DEFAULT_RECIPE`.
+        fields: replace its own, by section (`weights={"bits": 3}`) or by dotted names.
+
+    Raises:
+        InputError: there is no such recipe, or a field is unknown or illegal.
+    """
+    recipe = DEFAULT_RECIPE if recipe is None else recipe
+    if isinstance(recipe, Recipe):
+        return build_recipe(recipe.model_dump(mode="json"), fields) if fields else recipe
+    if isinstance(recipe, Mapping):
+        return build_recipe(recipe, fields)
+    if not isinstance(recipe, str | Path):
+        raise InputError(
+            f"A recipe is a name such as {DEFAULT_RECIPE}, a .yaml file or a rotoboa.Recipe, and {recipe!r} is none."
+        )
+    built = build_recipe(load_recipe(str(recipe)), fields)
+    if built.output is not None:
+        return built
+    return built.model_copy(update={"output": default_output(built.model, str(recipe))})
+
+
+def build_recipe(base: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Validates `base`, as read from YAML, after setting `overrides`, by dotted names or by section.
+
+    The recipe remembers what its user gave (`given_fields`): overrides, and of a file of his own what is not the
+    default, since the recipe.yaml of a run has every field.
+
+    Raises InputError, in one sentence, for all unknown fields and illegal values together.
+    """
+    flat, doubled = _flat(base)
+    changed, twice = _flat(overrides or {})
+    flat |= changed
+    doubled += twice
 
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         if name in LEAVES:
             section, _, leaf = name.rpartition(".")
             (nested.setdefault(section, {}) if section else nested)[leaf] = value
-    complaints = [f"{name} is given twice, with its section and within it" for name in doubled]
-    complaints += [unknown_field(name) for name in flat if name not in LEAVES]
+    wrong = [f"{name} is given twice, with its section and within it" for name in doubled]
+    wrong += [unknown_field(name) for name in flat if name not in LEAVES]
+    recipe = Recipe.__new__(Recipe)
     try:
-        recipe = Recipe.model_validate(nested)
+        BaseModel.__init__(recipe, **nested)
     except ValidationError as error:
-        for item in error.errors():
-            name, given = ".".join(str(part) for part in item["loc"]), item["input"]
-            shown = given if isinstance(given, str) and given else repr(given)
-            complaints.append(f"{name} is {shown} but must be {legal_values(LEAVES[name])}")
-    if complaints:
-        raise InputError(f"The recipe cannot be used: {'; '.join(complaints)}.")
-    for name in flat.keys() - (overrides or {}).keys():
+        wrong += complaints(error)
+    if wrong:
+        raise InputError(f"The recipe cannot be used: {'; '.join(wrong)}.")
+    for name in flat.keys() - changed.keys():
         if isinstance(base, Packaged) or value_of(recipe, name) == LEAVES[name].default:
             forget_given(recipe, name)
     return recipe

@@ -92,7 +92,8 @@ def _models(job: Job, folder: RunFolder) -> Iterator[tuple[str, Any]]:
     """Each model by name. In float32 on the CPU, as perplexity is measured; else in the dtype it is stored in."""
     compute, family = job.decoder, job.decoder.family
     dtype = compute.dtype if compute.device.type == "cpu" else job.checkpoint.dtype
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME}
+    config = job.checkpoint.config  # of the file, it would say how to run
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME, "config": config}
 
     def original() -> Any:
         model = AutoModelForCausalLM.from_pretrained(

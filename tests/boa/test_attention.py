@@ -10,6 +10,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import AttentionTransform, Seen, attention_forward, capped_attention, causal_probabilities
+from rotoboa.errors import InputError
 from rotoboa.rotation.hadamard import Hadamard
 
 from .problems import random
@@ -107,3 +108,50 @@ def test_capped_attention_takes_a_mask_of_numbers() -> None:
     expected = capped_attention(query, key, value, _mask(5), scaling=None, softcap=1.5)
     found = capped_attention(query, key, value, numbers, scaling=None, softcap=1.5)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def _numbers(mask: Tensor, dtype: torch.dtype, low: float) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, low)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("form", ["booleans", "minus infinity", "smallest", "smallest of float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_see_nothing(softcap: float | None, form: str, dtype: torch.dtype) -> None:
+    """Padding on the left: the other rows are those of the sequence alone, these are finite, and so are gradients."""
+    states = [part.to(dtype).requires_grad_() for part in _inputs()]
+    mask = _mask(5).repeat(BATCH, 1, 1, 1)
+    mask[0, ..., :4] = False
+    forms = {
+        "minus infinity": lambda: _numbers(mask, dtype, float("-inf")),
+        "smallest": lambda: _numbers(mask, dtype, torch.finfo(dtype).min),
+        "smallest of float32": lambda: _numbers(mask, torch.float32, torch.finfo(torch.float32).min),
+    }
+    given = mask if form == "booleans" else forms[form]()
+    found, _ = attention_forward(MODULE, *states, given, scaling=0.3, softcap=softcap)
+    alone, _ = attention_forward(
+        MODULE, *(part[:1, :, 4:] for part in states), _mask(5)[..., 4:, 4:], scaling=0.3, softcap=softcap
+    )
+    torch.testing.assert_close(
+        found[:1, 4:],
+        alone,
+        rtol=1e-2 if dtype != torch.float32 else 1e-5,
+        atol=1e-2 if dtype != torch.float32 else 1e-5,
+    )
+    found.float().square().sum().backward()
+    assert found.isfinite().all() and all(part.grad is not None and part.grad.isfinite().all() for part in states)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_without_a_mask_later_keys_are_room_in_a_cache(softcap: float | None) -> None:
+    """As transformers leaves the mask out for the prompt in a static cache."""
+    query, key, value = _inputs()
+    expected, _ = attention_forward(MODULE, query[:, :, :7], key, value, _mask(None)[..., :7, :], softcap=softcap)
+    found, _ = attention_forward(MODULE, query[:, :, :7], key, value, None, softcap=softcap)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_mask_of_integers_is_refused(softcap: float | None) -> None:
+    with pytest.raises(InputError, match=r"booleans or of numbers to add, and this one is of int64: give mask\.bool"):
+        attention_forward(MODULE, *_inputs(), _mask(None).long(), softcap=softcap)

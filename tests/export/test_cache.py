@@ -13,7 +13,8 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTra
 import rotoboa
 from rotoboa.boa.activations import DynamicQuantizer
 from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
-from rotoboa.export.cache import PackedLayer, PackedSlidingLayer, cache_bytes, packed_cache, use_packed_cache
+from rotoboa.export.cache import PackedLayer, PackedSlidingLayer, cache_bytes, packed_cache
+from rotoboa.export.cache_hook import use_packed_cache
 from rotoboa.rotation.hadamard import Hadamard
 
 # The small Llama has key heads of 16, so 4 bits are two words. Activations of 16 bits: a token more or less in a
@@ -124,8 +125,7 @@ def test_generate_stores_packed_integers(load: Load, setting: str) -> None:
     assert packed(result.past_key_values) and result.past_key_values.get_seq_length() == 12 + 16 - 1
     stored = result.past_key_values.layers[0]
     words = -(-16 * SETTINGS[setting]["cache.key_bits"] // 32)
-    sink = SETTINGS[setting].get("cache.sink", 0)
-    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27 - sink, words)
+    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27, words)
 
 
 def test_four_bits_an_entry(load: Load) -> None:
@@ -174,7 +174,7 @@ def test_a_prompt_shorter_than_the_sink(load: Load) -> None:
     model, tokens = load("k4v16, sink of 15"), ids(2, 20)
     expected, mine = logits(model, tokens, use_cache=False), DynamicCache()
     logits(model, tokens[:, :9], past_key_values=mine)
-    assert all(layer.keys.shape[2] == 0 and layer.sink_keys.shape[2] == 9 for layer in mine.layers)
+    assert all(layer.keys.shape[2] == 9 and layer.sinks.kept[0].shape[2] == 15 for layer in mine.layers)
     logits(model, tokens[:, 9:17], past_key_values=mine)
     mine.crop(-5)
     assert mine.get_seq_length() == 12
@@ -218,8 +218,8 @@ def test_sliding_window(sliding: MistralForCausalLM, kept: bool, steps: list[int
     mine = DynamicCache() if kept else DynamicCache(config=sliding.config)
     found = torch.cat([logits(sliding, part, past_key_values=mine) for part in tokens.split(steps, 1)], 1)
     assert {type(layer) for layer in mine.layers} == {PackedLayer if kept else PackedSlidingLayer}
-    sizes = {(layer.keys.shape[2], 0 if not sink else layer.sink_keys.shape[2]) for layer in mine.layers}
-    assert mine.get_seq_length() == 20 and sizes == {(20 - sink, sink) if kept else (4, 0)}
+    sizes = {layer.keys.shape[2] for layer in mine.layers}
+    assert mine.get_seq_length() == 20 and sizes == {20 if kept else 4}
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 

@@ -113,8 +113,7 @@ def test_the_first_positions_are_kept_as_they_are(sink: int, steps: list[int]) -
         torch.testing.assert_close(part[:, :, :sink], exact[i][:, :, :sink], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(part[:, :, sink:], rounded[i][:, :, sink:], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(part, how(key, key, value)[i], rtol=1e-6, atol=1e-6)
-    vectors, kept = BATCH * HEADS, min(sink, 9)
-    assert layer.bytes == 2 * vectors * (kept * 16 * 4 + (9 - kept) * (2 * 4 + 2 * 4))
+    assert layer.bytes == 2 * BATCH * HEADS * (sink * 16 * 4 + 9 * (2 * 4 + 2 * 4))
 
 
 def test_crop_wants_the_number_of_tokens_to_remove() -> None:

@@ -58,7 +58,7 @@ def test_cache(key_bits: int, value_bits: int) -> None:
 def test_cache_with_a_sink() -> None:
     spec = Spec(4, r3=True, key_bits=4, value_bits=16, cache_sink=3)
     found = memory(Decoder(config(), attention=NAME), spec, torch.bfloat16, 10)["cache"]
-    assert found["quantized"] == KEY_HEADS * BLOCKS * (3 * 32 + 7 * (8 + 4) + 10 * 32)
+    assert found["quantized"] == KEY_HEADS * BLOCKS * (3 * 32 + 10 * (8 + 4) + 10 * 32)
 
 
 def test_model_bytes_count_what_is_tied_once() -> None:
