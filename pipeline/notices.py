@@ -67,7 +67,8 @@ def _seed(case: _Case) -> str | None:
 def _text(case: _Case, *, reads_some: bool = False) -> str | None:
     """Calibration text, that the weights are not rounded by; `reads_some`: but the first of it places R1."""
     rotation = case.recipe.rotation
-    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded)
+    cache = case.recipe.cache
+    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded) or (cache.center and cache.key_bits < 16)
     read = read or (reads_some and rotation.r1 == "auto" and case.rotations.turned)
     return None if read else _RTN(case)
 
@@ -84,6 +85,10 @@ def _activation_clip(case: _Case) -> str | None:
 def _cache(case: _Case) -> str | None:
     stays = {case.recipe.cache.key_bits, case.recipe.cache.value_bits} == {16}
     return "cache.key_bits and cache.value_bits are 16" if stays else None
+
+
+def _center(case: _Case) -> str | None:
+    return "cache.key_bits is 16" if case.recipe.cache.key_bits == 16 else None
 
 
 def _cache_clip(case: _Case) -> str | None:
@@ -129,6 +134,7 @@ IDLE: dict[str, _Why] = {
     "activations.search": _activations,
     "cache.clip": _cache_clip,
     "cache.search": _cache,
+    "cache.center": _center,
     "cache.sink": _cache,
     "calibration.samples": _text,
     "calibration.seed": lambda case: _text(case, reads_some=True),
