@@ -72,6 +72,9 @@ def unpack_block(
 
 def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: OnlineTransforms) -> nn.Module:
     """Replace a block's projections by packed layers and switch its attention's transforms on, in place."""
+    attention = block.get_submodule(family.attention)
+    if transforms.attention.centered:
+        attention.register_buffer(CENTER, torch.zeros_like(block.get_parameter(f"{family.key}.weight")[:, 0]))
     for name, transform in transforms.by_projection(family).items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -85,11 +88,6 @@ def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: Onli
                 transform=transform,
             )
         block.set_submodule(name, packed)
-    attention = block.get_submodule(family.attention)
-    if transforms.attention.centered:
-        keys = block.get_submodule(family.key)
-        assert isinstance(keys, QuantizedLinear)
-        attention.register_buffer(CENTER, torch.zeros(keys.out_features, device=keys.qweight.device))
     set_attention(attention, transforms.attention)
     return block
 

@@ -246,9 +246,10 @@ def recipe_of(path: Path) -> Recipe:
     Raises:
         InputError: it is not one that this release reads.
     """
+    manifest = read_manifest(path)
     try:
-        return Recipe.model_validate(read_manifest(path)["identity"]["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
+        return Recipe.model_validate(manifest["identity"]["recipe"])
+    except (InputError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the recipe in {path / MANIFEST} is not one that this release of rotoboa reads: "
             "use the release that made the run, or run it again."

@@ -95,8 +95,9 @@ class User:
 
     @staticmethod
     def sentence(stderr: str) -> str:
-        """What is on standard error, which is one sentence."""
-        lines = stderr.splitlines()
+        """What is on standard error but for notices of the work before: one sentence."""
+        notices = ("Calibration has ", "The tokenizer has ")
+        lines = [line for line in stderr.splitlines() if not line.startswith(notices)]
         assert len(lines) == 1, stderr
         assert lines[0].startswith("error: ") and lines[0].endswith("."), stderr
         assert "Traceback" not in stderr and "unexpected" not in stderr

@@ -204,8 +204,11 @@ def test_only_a_finished_run_is_opened(tmp_path: Path) -> None:
     folder.block_path(0).write_bytes(b"")
     with pytest.raises(InputError, match=r"00000\.safetensors is missing or damaged"):
         RunFolder.open(tmp_path)
-    with pytest.raises(InputError, match="is no run folder: it has no manifest"):
+    with pytest.raises(InputError, match="is no run folder: it does not exist"):
         RunFolder.open(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is no run folder: it has no manifest"):
+        RunFolder.open(tmp_path / "empty")
 
 
 def test_the_recipe_of_a_run(tmp_path: Path) -> None:
