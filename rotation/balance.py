@@ -69,9 +69,9 @@ class Moments:
         family: Family,
         block: nn.Module,
         names: tuple[str, ...],
-        record: Record | None = None,
+        record: Record,
         *,
-        centered: bool = False,
+        centered: bool,
     ) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
@@ -82,7 +82,7 @@ class Moments:
             if name not in HEADS
         ]
         self._stop: Callable[[], None] = lambda: None
-        if "keys" in names and record is not None:
+        if "keys" in names:
             attention = block.get_submodule(family.attention)
             record(attention, None, self._meet)
             self._stop = partial(record, attention, None, None)
@@ -131,9 +131,9 @@ def moments(
     hidden: Tensor,
     names: tuple[str, ...],
     batch: int,
-    record: Record | None = None,
+    record: Record,
     *,
-    centered: bool = False,
+    centered: bool,
 ) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
     seen = Moments(decoder.family, block, names, record, centered=centered)
