@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .export.lora import add_lora
-    from .pipeline.recipe import Recipe
+    from .export.runtime.lora import add_lora
+    from .pipeline.recipe.recipe import Recipe
 
 __all__ = ["InputError", "Recipe", "RunError", "add_lora", "load", "quantize"]
 
@@ -31,16 +31,16 @@ _PROGRAM = next(iter(sys.argv), "")
 _COMMAND_LINE = Path(_PROGRAM).stem == "rotoboa" or (_PROGRAM == "-m" and "rotoboa" in sys.orig_argv)
 
 if not _COMMAND_LINE:
-    from .export import native as _native  # noqa: F401  (registers with transformers)
+    from .export.formats import native as _native  # noqa: F401  (registers with transformers)
 
 
 def __getattr__(name: str) -> Any:
     if name == "Recipe":
-        from .pipeline.recipe import Recipe
+        from .pipeline.recipe.recipe import Recipe
 
         return Recipe
     if name == "add_lora":
-        from .export.lora import add_lora
+        from .export.runtime.lora import add_lora
 
         return add_lora
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -69,12 +69,13 @@ def quantize(
         InputError: something in the recipe cannot be used; nothing was written.
         RunError: the run failed; finished blocks are kept.
     """
-    from .pipeline.recipe_files import recipe_from
+    from .pipeline.recipe.recipe_files import recipe_from
 
     run = recipe_from(recipe, fields)
 
-    from .pipeline import launch, stages
-    from .pipeline.progress import Progress, is_watched
+    from .pipeline import stages
+    from .pipeline.console.progress import Progress, is_watched
+    from .pipeline.ranks import launch
 
     silent = not is_watched() if quiet is None else quiet
     with Progress(quiet=silent or launch.rank() > 0) as progress:
@@ -87,6 +88,6 @@ def load(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedT
     Raises:
         InputError: the folder holds no finished model.
     """
-    from .export.native import load_native
+    from .export.formats.native import load_native
 
     return load_native(Path(path), **options)

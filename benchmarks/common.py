@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import rotoboa
-from rotoboa.pipeline.recipe import Recipe
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 

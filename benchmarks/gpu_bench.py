@@ -17,15 +17,15 @@ from gpu_page import BLOCKS, markdown
 from torch import Tensor
 from transformers import LlamaConfig
 
-from rotoboa.boa.attention import NAME
-from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.stopwatch import Stopwatch
-from rotoboa.export.native import pack_block
+from rotoboa.export.packing import pack_block
 from rotoboa.models.decoder import Decoder
-from rotoboa.pipeline.buffers import Buffers
-from rotoboa.pipeline.progress import peak_resident
-from rotoboa.pipeline.recipe import Recipe
-from rotoboa.pipeline.settings import rotations_of, settings_of, spec_of
+from rotoboa.pipeline.console.progress import peak_resident
+from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.settings import rotations_of, settings_of, spec_of
+from rotoboa.pipeline.storage.buffers import Buffers
 
 LARGE: dict[str, Any] = {
     "hidden_size": 4096,

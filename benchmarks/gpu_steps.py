@@ -13,15 +13,15 @@ from gpu_bench import BLOCKS, Bench, fastest, now, peak
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rotoboa.boa import block as block_module
-from rotoboa.boa import kernels
-from rotoboa.boa.compiled import COLUMNS
+from rotoboa.boa.block import block as block_module
+from rotoboa.boa.kernels import dispatch as kernels
+from rotoboa.boa.kernels.compiled import COLUMNS
 from rotoboa.boa.precision import quick_products
-from rotoboa.boa.tabu import WIDTH
-from rotoboa.pipeline.counting import Sizes
-from rotoboa.pipeline.counting_run import Plan
-from rotoboa.pipeline.counting_run import block as counted
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.boa.solver.tabu import WIDTH
+from rotoboa.pipeline.estimate.counting import Sizes
+from rotoboa.pipeline.estimate.counting_run import Plan
+from rotoboa.pipeline.estimate.counting_run import block as counted
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 MOVES = 256  # of a tabu search that is timed
 PLAIN_ROUNDING = {"weights.refine": 0, "weights.starts": 1, "weights.tabu": 0}
@@ -66,7 +66,7 @@ def _triton() -> Any:
     """Triton's kernels whether or not the quantizer takes them, or None where they have been ruled out."""
     if os.environ.get("ROTOBOA_TRITON") == "0":
         return None
-    from rotoboa.boa import triton_kernels
+    from rotoboa.boa.kernels import triton_kernels
 
     return triton_kernels
 

@@ -1,8 +1,8 @@
 """What the arithmetic of a run needs, stage by stage, and what many GPUs would make of it: limits.md and scaling.md.
 
-    python benchmarks/limits.py        writes both, and pipeline/factors.json; nothing is run: speed.json was measured
+    python benchmarks/limits.py        writes both, and factors.json; nothing is run: speed.json was measured
 
-Counts are those of `rotoboa.pipeline.counting`, of the recipe `w2a16` with every lever on.
+Counts are those of `rotoboa.pipeline.estimate.counting`, of the recipe `w2a16` with every lever on.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from statistics import median
 from typing import Any
 
 from rotoboa.models.shape import Shape
-from rotoboa.pipeline.counting import Sizes, Work, total
-from rotoboa.pipeline.counting_run import Plan, whole
-from rotoboa.pipeline.machines import ACHIEVED, GPUS, NETWORKS, Machine, published
-from rotoboa.pipeline.recipe import Recipe
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
-from rotoboa.pipeline.scaling import device_memory, estimate
+from rotoboa.pipeline.estimate.counting import Sizes, Work, total
+from rotoboa.pipeline.estimate.counting_run import Plan, whole
+from rotoboa.pipeline.estimate.machines import ACHIEVED, GPUS, NETWORKS, Machine, published
+from rotoboa.pipeline.estimate.scaling import device_memory, estimate
+from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 # blocks, hidden, ffn, query heads, key heads, head_dim, vocabulary: as their config.json has them.
@@ -124,7 +124,7 @@ def limits(speed: Mapping[str, Any]) -> str:
     text = [
         f"Made by `make limits`, from sizes: operations and bytes of a whole run of `{RECIPE}` with every lever on, "
         "without evaluation and without the report's references. A multiplication and an addition are two operations; "
-        "how each stage is counted is in the docstrings of `pipeline/counting.py` and `pipeline/counting_solver.py`, "
+        "how each stage is counted is in the docstrings in `pipeline/estimate/` (counting.py, counting_solver.py), "
         "and a test holds the counts against the products that torch runs. Refinement and starts are counted as if "
         "every round of every row were taken: rounds and rows in which nothing moves are left out when they run.",
         "## The embedded model",
@@ -232,7 +232,7 @@ def scaling_page() -> str:
         f"Counted operations and bytes over published peaks, of which it is assumed to reach {fractions}. "
         f"A ring over several nodes goes at the speed of the network, {NETWORKS['ndr'] / 1e9:.0f} GB/s of a node. "
         "Reading the checkpoint, evaluation and waiting are not in it. What is shared out and what is not is in "
-        "`pipeline/scaling.py`; the same for any model: `rotoboa inspect MODEL --gpus N`."
+        "`pipeline/estimate/scaling.py`; the same for any model: `rotoboa inspect MODEL --gpus N`."
     )
     note = "Time by number of GPUs; \\* is more than the memory of this GPU holds."
     parts = [note, summary(), "## Products in float32", scaling(False), "## Products in TF32", scaling(True)]
@@ -243,7 +243,7 @@ def main() -> None:
     """Write both pages and the factors."""
     speed = json.loads((HERE / "speed.json").read_text(encoding="utf-8"))
     (HERE / "limits.md").write_text(limits(speed), encoding="utf-8")
-    target = HERE.parent / "pipeline" / "factors.json"
+    target = HERE.parent / "pipeline" / "estimate" / "factors.json"
     target.write_text(json.dumps(factors(speed), indent=2) + "\n", encoding="utf-8")
     (HERE / "scaling.md").write_text(scaling_page(), encoding="utf-8")
 

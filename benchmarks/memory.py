@@ -58,7 +58,7 @@ GROWTH, LIMIT = 1.10, 12 * 2**30
 RUN = """
 import json, sys
 import rotoboa
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 recipe, changes = json.loads(sys.argv[1])
 report = rotoboa.quantize(build_recipe(load_recipe(recipe), changes))
 print(json.dumps({"peak": report["peak_memory_bytes"]["host"], "seconds": report["seconds"]}))

@@ -23,7 +23,7 @@ import torch
 import typer
 from common import HERE, PLAIN, measure, perplexity, side_by_side, standalone
 
-from rotoboa.eval.charts import Chart, legend, log_scale, span
+from rotoboa.eval.drawing.charts import Chart, legend, log_scale, span
 
 RECIPES = ("w2a16", "w4a4kv4")
 PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1, "weights.value_rows": 0}

@@ -25,9 +25,9 @@ from common import HERE, perplexity
 from safetensors.torch import load_file
 
 from rotoboa.export.packing import unpack
-from rotoboa.pipeline.plan import estimate_here
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
-from rotoboa.pipeline.scaling import Estimate
+from rotoboa.pipeline.estimate.plan import estimate_here
+from rotoboa.pipeline.estimate.scaling import Estimate
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 TABLE = HERE / "ranks.md"
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")

@@ -20,10 +20,10 @@ from methods import METHODS, PLACEMENTS, Case, run
 from real_page import RECIPES, Subject, document, picture, sources_picture
 
 from rotoboa.errors import InputError, RunError
-from rotoboa.pipeline.calibration import load_texts
-from rotoboa.pipeline.job import prepare
-from rotoboa.pipeline.recipe_files import build_recipe
-from rotoboa.pipeline.run import write_json, write_text
+from rotoboa.pipeline.job.calibration import load_texts
+from rotoboa.pipeline.job.job import prepare
+from rotoboa.pipeline.recipe.recipe_files import build_recipe
+from rotoboa.pipeline.storage.run_folder import write_json, write_text
 
 NAMES = ("RTN", "GPTQ", "BoA", "TurboBoA", "aespa", "default")
 REPORTED: dict[str, Any] = {

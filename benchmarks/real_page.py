@@ -11,10 +11,10 @@ from typing import Any
 from common import QUICK, command_of, content, fingerprint, shown, standalone
 from methods import METHODS, PLACEMENTS, Case, mean, settings
 
-from rotoboa.eval.charts import Chart, legend, log_scale, span
-from rotoboa.eval.source_figures import kl_by_source
-from rotoboa.eval.source_tables import BY_BLOCK, markdown, markdown_by_block, measured_on
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.eval.drawing.charts import Chart, legend, log_scale, span
+from rotoboa.eval.drawing.source_figures import kl_by_source
+from rotoboa.eval.drawing.source_tables import BY_BLOCK, markdown, markdown_by_block, measured_on
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 Results = dict[str, dict[str, float]]
 """Figures by the key of a case."""

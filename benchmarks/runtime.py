@@ -23,12 +23,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from rotoboa.boa.attention import NAME
-from rotoboa.export.cache import cache_bytes
-from rotoboa.export.checkpoint import save_tensors
-from rotoboa.export.memory import model_bytes
-from rotoboa.export.native import METHOD, prepare_block
-from rotoboa.export.spec import Spec
+from rotoboa.boa.online.attention import NAME
+from rotoboa.export.runtime.cache import cache_bytes
+from rotoboa.export.runtime.memory import model_bytes
+from rotoboa.export.runtime.prepared import prepare_block
+from rotoboa.export.spec import METHOD, Spec
+from rotoboa.export.writing import save_tensors
 from rotoboa.models.families import family_of
 from rotoboa.models.shape import Shape
 

@@ -47,7 +47,7 @@ def run(recipe: str, threads: int, changes: dict[str, str]) -> dict[str, Any]:
     from common import measure as report_of
     from common import ratio
 
-    from rotoboa.pipeline.machines import measured
+    from rotoboa.pipeline.estimate.machines import measured
 
     torch.set_num_threads(threads)
     report = report_of(recipe, changes)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import rotoboa
 from rotoboa.pipeline.exporting import export
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.verifying import verify
 
 CHEAP: dict[str, Any] = {

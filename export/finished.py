@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from ..boa.rounding import Quantized
+from ..boa.solver.rounding import Quantized
 from ..errors import InputError
-from ..models.ends import Ends
 from ..models.families import Family, family_for, family_of
+from ..models.outer_layers import Ends
 from ..models.running import what_it_is
 from ..models.shape import Shape
-from .checkpoint import read_ends
-from .native import METHOD, unpack_block
-from .spec import Spec
+from .packing import unpack_block
+from .spec import METHOD, Spec
+from .writing import read_ends
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import sys
 import torch
 from torch import Tensor
 
+from ..boa.solver.rounding import Quantized
+from ..models.families import Family
+
 _CHUNK = 1 << 20  # values at a time
 
 
@@ -132,3 +135,38 @@ def _check(bits: int) -> None:
         raise ValueError(f"{bits} bits cannot be packed; 2 to 8 can")
     if sys.byteorder != "little":
         raise ValueError("words are cut into bytes here as little-endian machines have them, which this is not")
+
+
+def pack_block(
+    results: dict[str, Quantized], others: dict[str, Tensor], bits: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a finished block by their names inside the block.
+
+    Args:
+        results: integers (r, c), scale and zero (r, groups) of each projection.
+        others: the block's tensors after rotation; those that are no quantized weight are kept, in `dtype`.
+    """
+    packed = {
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in others.items()
+        if name.removesuffix(".weight") not in results
+    }
+    for name, result in results.items():
+        packed[f"{name}.qweight"] = pack(result.integers, bits)
+        packed[f"{name}.scale"] = result.scale.to(torch.float16).contiguous()
+        packed[f"{name}.zero"] = result.zero.to(torch.uint8).contiguous()
+    return packed
+
+
+def unpack_block(
+    tensors: dict[str, Tensor], family: Family, bits: int, columns: dict[str, int]
+) -> dict[str, Quantized]:
+    """The inverse, for the projections: `columns` says how many inputs each has."""
+    return {
+        name: Quantized(
+            unpack(tensors[f"{name}.qweight"], bits, columns[name]),
+            tensors[f"{name}.scale"].float(),
+            tensors[f"{name}.zero"].float(),
+        )
+        for name in family.projections
+    }

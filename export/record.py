@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import InputError
-from .checkpoint import write_json
+from .writing import write_json
 
 RECORD, RECORD_VERSION = "export.json", 1
 _FREE = {RECORD, "README.md", ".gitattributes"}  # may be edited

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..boa.activations import DynamicQuantizer
-from ..boa.attention import AttentionTransform
-from ..boa.transforms import InputTransform, OnlineTransforms
+from ..boa.online.activations import DynamicQuantizer
+from ..boa.online.attention import AttentionTransform
+from ..boa.online.transforms import InputTransform, OnlineTransforms
 from ..errors import InputError
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
 
+METHOD = "rotoboa"  # quant_method in config.json
 FORMAT_VERSION = 2
 
 

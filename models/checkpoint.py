@@ -16,11 +16,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
-from .ends import Ends
 from .families import Family, family_for, family_of
 from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
+from .outer_layers import Ends
 from .running import forget_running
 from .shape import Shape
 from .tokenizer import is_pointer

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import InputError
-from .ends import Ends
 from .families import Family, family_for
 from .layout import drop_norm_bias, expected_shapes, split_modules
 from .matrices import spans
+from .outer_layers import Ends
 from .shape import Shape
 
 

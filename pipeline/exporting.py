@@ -14,16 +14,16 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..errors import InputError, RunError
-from ..export import compressed_tensors, gguf, gptq
-from ..export.card import licence_of, write_card
-from ..export.checkpoint import SHARD_BYTES, write_checkpoint
 from ..export.finished import Finished
-from ..export.native import METHOD
+from ..export.formats import compressed_tensors, gguf, gptq
+from ..export.formats.card import licence_of, write_card
 from ..export.record import RECORD, digest, write_record
+from ..export.spec import METHOD
+from ..export.writing import SHARD_BYTES, write_checkpoint
 from ..models.aliases import HUB_ID, resolve_model
-from .recipe import Recipe
-from .recipe_files import recipe_to_yaml
-from .run import RECIPE, REPORT, RunFolder, recipe_of, write_json, write_text
+from .recipe.recipe import Recipe
+from .recipe.recipe_files import recipe_to_yaml
+from .storage.run_folder import RECIPE, REPORT, RunFolder, recipe_of, write_json, write_text
 
 
 class Format(NamedTuple):

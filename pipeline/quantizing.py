@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..boa.block import BlockQuantizer
+from ..boa.block.block import BlockQuantizer
 from ..boa.stopwatch import Stopwatch, stage
 from ..errors import RunError
-from ..export.native import pack_block, unpack_block
-from ..models.ends import Ends
-from .buffers import trim
-from .job import Job
-from .measure import peak_so_far
-from .overlap import Overlap
-from .progress import Progress
-from .run import RunFolder
-from .sharing import own_share, shared_block
+from ..export.packing import pack_block, unpack_block
+from ..models.outer_layers import Ends
+from .console.progress import Progress
+from .job.job import Job
+from .job.sharing import own_share, shared_block
+from .measure.measuring import peak_so_far
+from .storage.buffers import trim
+from .storage.prefetch import Overlap
+from .storage.run_folder import RunFolder
 
 
 def quantize_blocks(

@@ -15,19 +15,21 @@ from torch import Tensor
 from ..boa.ranks import Ranks
 from ..errors import InputError, RunError
 from ..eval.zeroshot import Tasks
-from ..export.checkpoint import write_native
-from ..models.ends import Ends
-from .activations import ACTIVATIONS, ActivationProfile
-from .balancing import Balance, read_scales
-from .checks import length_of
-from .distributed import joined, shared_by
-from .ends import corrected_head, rotated_ends
-from .evaluating import shapes
+from ..export.writing import write_native
+from ..models.outer_layers import Ends
+from .console.progress import Progress
+from .console.sizes import bits_of_file, exported_sizes, was_tied
+from .estimate.footprint import disk_bytes
 from .exporting import base_of, describe, open_finished
-from .footprint import disk_bytes
-from .identity import checkpoint_checksums, identity, tokens_checksum
-from .job import Job, prepare
-from .measure import (
+from .job.checks import length_of
+from .job.identity import checkpoint_checksums, identity, tokens_checksum
+from .job.job import Job, prepare
+from .job.notices import early_notices
+from .job.sharing import check_alike, followed, own_share, shared_ends, shared_tokens
+from .job.texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
+from .measure.activation_profile import ACTIVATIONS, ActivationProfile
+from .measure.evaluating import shapes
+from .measure.measuring import (
     bits_per_weight,
     device_name,
     fallback_notices,
@@ -39,21 +41,19 @@ from .measure import (
     sizes,
     stage_seconds,
 )
-from .notices import early_notices
-from .overlap import Overlap
-from .pages import siblings, write_page
-from .placing import noise_of_r1, settle
-from .progress import Progress
+from .measure.pages import siblings, write_page
+from .measure.sources import measure_sources
+from .measure.tasks import task_scores, tasks_of
 from .quantizing import quantize_blocks
-from .recipe import Recipe
-from .recipe_files import recipe_to_yaml
-from .run import REPORT, RunFolder, write_json, write_tensors
-from .seeds import choose_seed
-from .sharing import check_alike, followed, own_share, shared_ends, shared_tokens
-from .sizes import bits_of_file, exported_sizes, was_tied
-from .sources import measure_sources
-from .tasks import task_scores, tasks_of
-from .texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
+from .ranks.distributed import joined, shared_by
+from .recipe.recipe import Recipe
+from .recipe.recipe_files import recipe_to_yaml
+from .rotating.balancing import Balance, read_scales
+from .rotating.outside_blocks import corrected_head, rotated_ends
+from .rotating.placing import noise_of_r1, settle
+from .rotating.seeds import choose_seed
+from .storage.prefetch import Overlap
+from .storage.run_folder import REPORT, RunFolder, write_json, write_tensors
 
 
 def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | None = None) -> dict[str, Any]:

@@ -15,18 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..boa.attention import NAME
+from ..boa.online.attention import NAME
 from ..errors import InputError, RunError
-from ..export import compressed_tensors, gguf_reader, gptq
 from ..export.finished import Finished
-from ..export.linear import QuantizedLinear
-from ..export.native import load_native, packed_block
+from ..export.formats import compressed_tensors, gguf_reader, gptq
+from ..export.formats.native import load_native
 from ..export.reading import read_config
 from ..export.record import check_files, read_record
+from ..export.runtime.linear import QuantizedLinear
+from ..export.runtime.prepared import packed_block
 from ..models.decoder import Decoder
 from ..models.tokenizer import read_tokenizer
 from .exporting import blocks_digest, open_finished
-from .run import MANIFEST, RunFolder
+from .storage.run_folder import MANIFEST, RunFolder
 
 # Half prose, half code; long enough that every position is not the first.
 _TEXT = '''"""Count the words of a file, and print the most frequent ones.

@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..models.ends import Ends
 from ..models.families import Family
+from ..models.outer_layers import Ends
 from ..models.shape import Shape
 from .channels import scale_channels
 from .fold import fold_norms, readers, remove_mean

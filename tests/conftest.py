@@ -23,8 +23,8 @@ from transformers import (
 
 import rotoboa
 from rotoboa.models.aliases import TINY_FOLDER
-from rotoboa.pipeline.recipe import Recipe
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 from .small_families import make_family, save_as_family
 

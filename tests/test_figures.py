@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import rotoboa
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 # Plain GPTQ on the same tokens: after the rotation for W4A4KV4, without one for W2A16.
 GPTQ = {"w4a4kv4": 13.56, "w2a16": 13.97}

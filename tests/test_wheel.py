@@ -39,8 +39,8 @@ def test_contents(installed: Path) -> None:
         "models/tiny/model.safetensors",
         "models/tiny/tokenizer.json",
         "py.typed",
-        "pipeline/cli.py",
-        "eval/report.html.jinja",
+        "pipeline/cli/app.py",
+        "eval/drawing/report.html.jinja",
     ):
         assert f"rotoboa/{name}" in names
     assert not [name for name in names if "tests/" in name or "benchmarks/" in name]
@@ -51,7 +51,7 @@ def test_it_quantizes(installed: Path, tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'rotoboa'\n"
         "import rotoboa; assert rotoboa.__file__.startswith(sys.path[0]), rotoboa.__file__\n"
-        "from rotoboa.pipeline.cli import main; main()\n"
+        "from rotoboa.pipeline.cli.app import main; main()\n"
     )
     options = "--weights.refine 0 --weights.starts 1 --calibration.samples 2 --calibration.sequence_length 32 "
     options += "--evaluation.windows 2"

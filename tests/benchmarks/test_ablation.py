@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ def test_pages_are_made_anew_when_counts_change() -> None:
     speed = json.loads((BENCHMARKS / "speed.json").read_text(encoding="utf-8"))
     assert (BENCHMARKS / "limits.md").read_text(encoding="utf-8") == limits.limits(speed)
     assert (BENCHMARKS / "scaling.md").read_text(encoding="utf-8") == limits.scaling_page()
-    factors = (BENCHMARKS.parent / "pipeline" / "factors.json").read_text(encoding="utf-8")
+    factors = (BENCHMARKS.parent / "pipeline" / "estimate" / "factors.json").read_text(encoding="utf-8")
     assert json.loads(factors) == limits.factors(speed)
 
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 SIZES = {"samples": 2, "windows": 2, "length": 32}
 OFF = ["weights.refine=0", "weights.starts=1", "weights.tabu=0", "weights.grid=minmax"]

@@ -3,9 +3,9 @@
 import pytest
 from torch import Tensor
 
-from rotoboa.boa import units
-from rotoboa.boa.objective import Objective
-from rotoboa.boa.rounding import Quantized, Settings, quantize
+from rotoboa.boa.objective.objective import Objective
+from rotoboa.boa.solver import units
+from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
 
 from .small_block import Solved
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from rotoboa.boa.activations import DynamicQuantizer
-from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
-from rotoboa.boa.block import BlockQuantizer
-from rotoboa.boa.objective import Objective
-from rotoboa.boa.rounding import Settings
-from rotoboa.boa.transforms import InputTransform, OnlineTransforms
+from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.objective.objective import Objective
+from rotoboa.boa.online.activations import DynamicQuantizer
+from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
+from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
+from rotoboa.boa.solver.rounding import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES
 from rotoboa.models.layout import split_tensors

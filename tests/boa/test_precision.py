@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from rotoboa.boa import block as block_module
-from rotoboa.boa import workspace
+from rotoboa.boa.block import block as block_module
+from rotoboa.boa.block import workspace
+from rotoboa.boa.objective.statistics import InputStatistics
 from rotoboa.boa.precision import exact_products, quick_products
-from rotoboa.boa.rounding import Settings
-from rotoboa.boa.statistics import InputStatistics
+from rotoboa.boa.solver.rounding import Settings
 
 from .small_block import run_small
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from rotoboa.boa.attention import Seen
-from rotoboa.boa.statistics import AttentionStatistics, InputStatistics
+from rotoboa.boa.objective.statistics import AttentionStatistics, InputStatistics
+from rotoboa.boa.online.attention import Seen
 
 from .problems import random
 

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.eval.perplexity import Divergence, States, last_states
-from rotoboa.export.checkpoint import read_ends
-from rotoboa.export.native import packed_block
+from rotoboa.export.runtime.prepared import packed_block
+from rotoboa.export.writing import read_ends
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.ends import Ends
-from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
-from rotoboa.pipeline.job import prepare
-from rotoboa.pipeline.run import RunFolder, recipe_of
+from rotoboa.models.outer_layers import Ends
+from rotoboa.pipeline.job.calibration import evaluation_tokens, load_texts
+from rotoboa.pipeline.job.job import prepare
+from rotoboa.pipeline.storage.run_folder import RunFolder, recipe_of
 
 from .scoring import scores
 

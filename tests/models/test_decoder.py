@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rotoboa.boa.attention import NAME
+from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint

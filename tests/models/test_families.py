@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from rotoboa.boa.attention import NAME
+from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rotoboa.boa.attention import NAME
+from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError, RunError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.ends import Ends
 from rotoboa.models.matrices import StoredMatrix, spans
+from rotoboa.models.outer_layers import Ends
 
 
 def stored(folder: Path, tensor: Tensor) -> StoredMatrix:

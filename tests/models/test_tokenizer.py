@@ -16,8 +16,8 @@ from rotoboa.errors import InputError
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.tokenizer import read_tokenizer, size_notices, tokens_beyond
-from rotoboa.pipeline.calibration import calibration_tokens, evaluation_tokens
-from rotoboa.pipeline.job import prepare
+from rotoboa.pipeline.job.calibration import calibration_tokens, evaluation_tokens
+from rotoboa.pipeline.job.job import prepare
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 

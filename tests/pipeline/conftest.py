@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import rotoboa
-from rotoboa.pipeline.cli import app
-from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.cli.app import app
+from rotoboa.pipeline.recipe.recipe import Recipe
 
 QUICK = ["--weights.grid", "minmax", "--weights.refine", "0", "--weights.starts", "1", "--weights.rows", "8"]
 SMALL = [

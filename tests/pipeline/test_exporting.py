@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline import exporting
-from rotoboa.pipeline.cli import app
+from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.exporting import FORMATS, export, shard_size
-from rotoboa.pipeline.recipe_files import build_recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe
 
 Runs = Callable[..., Path]
 ALWAYS = {"README.md", "recipe.yaml", "report.json", "export.json", "config.json", "generation_config.json"}

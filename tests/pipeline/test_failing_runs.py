@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.block.block import BlockQuantizer
 from rotoboa.models.checkpoint import SINGLE
-from rotoboa.pipeline.cli import app
+from rotoboa.pipeline.cli.app import app
 
 if TYPE_CHECKING:
     from rotoboa.tests.pipeline.conftest import User
@@ -75,7 +75,7 @@ def test_a_full_disk_while_it_runs(user: User, monkeypatch: pytest.MonkeyPatch) 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rotoboa.pipeline.run.write_tensors", full)
+    monkeypatch.setattr("rotoboa.pipeline.storage.run_folder.write_tensors", full)
     assert "failed: [Errno 28] No space left on device; the same command goes on" in user.fails(1, "--quiet")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import rotoboa
-from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.block.block import BlockQuantizer
 from rotoboa.boa.ranks import Ranks
 from rotoboa.errors import InputError
-from rotoboa.pipeline.job import prepare
-from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.job.job import prepare
+from rotoboa.pipeline.recipe.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 SHORT = {"weights.iterations": 8, "weights.learning_rate": 0.1, "weights.bits": 2, "evaluation.baseline": False}

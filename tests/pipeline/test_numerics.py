@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import rotoboa
 from rotoboa.errors import RunError
 from rotoboa.export.packing import unpack
-from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 SaveLlama = Callable[..., Path]
@@ -100,7 +100,7 @@ def test_raised_damping_is_in_manifest_and_report(
     save_llama: SaveLlama, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Fewer tokens than channels: the Hessians are singular, and this damping is below their rounding errors.
-    monkeypatch.setattr("rotoboa.boa.objective.FEW_TOKENS", 0)  # they would be shrunk, and not fail
+    monkeypatch.setattr("rotoboa.boa.objective.objective.FEW_TOKENS", 0)  # they would be shrunk, and not fail
     model = save_llama(tmp_path / "model")
     small = {"calibration.samples": 1, "calibration.sequence_length": 16, "weights.damping": 1e-13}
     recipe = make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", "weights.method": "gptq", **small})

@@ -11,8 +11,9 @@ from rich.console import Console
 
 import rotoboa
 from rotoboa.errors import InputError
-from rotoboa.pipeline import progress, stages
-from rotoboa.pipeline.recipe import Recipe
+from rotoboa.pipeline import stages
+from rotoboa.pipeline.console import progress
+from rotoboa.pipeline.recipe.recipe import Recipe
 
 ANYTHING: Any = 4
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import rotoboa
-from rotoboa.boa.block import BlockQuantizer
+from rotoboa.boa.block.block import BlockQuantizer
 from rotoboa.errors import InputError
 from rotoboa.pipeline import stages
-from rotoboa.pipeline.recipe import Recipe
-from rotoboa.pipeline.run import RunFolder
+from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.storage.run_folder import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
 Interrupted = Callable[..., Path]
@@ -109,7 +109,7 @@ def test_a_killed_process_ends_with_the_same_bytes(finished: Finished, model_fil
     code = (
         "import os, signal, sys\n"
         "import rotoboa\n"
-        "from rotoboa.pipeline.recipe_files import build_recipe, load_recipe\n"
+        "from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe\n"
         "from rotoboa.pipeline import run, stages\n"
         "write = run.write_tensors\n"
         "def killed(path, tensors):\n"

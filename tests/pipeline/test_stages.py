@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rotoboa
 from rotoboa.errors import InputError
-from rotoboa.export.memory import model_bytes
-from rotoboa.pipeline import evaluating
-from rotoboa.pipeline.calibration import evaluation_tokens, load_texts
-from rotoboa.pipeline.files import tensor_sizes
-from rotoboa.pipeline.recipe import Recipe
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
+from rotoboa.export.runtime.memory import model_bytes
+from rotoboa.pipeline.job.calibration import evaluation_tokens, load_texts
+from rotoboa.pipeline.measure import evaluating
+from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.storage.files import tensor_sizes
 
 MakeRecipe = Callable[..., Recipe]
 ModelFiles = Callable[[Path], dict[str, bytes]]

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.errors import InputError
-from rotoboa.export.gguf_reader import inspect
-from rotoboa.export.memory import model_bytes
+from rotoboa.export.formats.gguf_reader import inspect
+from rotoboa.export.runtime.memory import model_bytes
 from rotoboa.models.checkpoint import Checkpoint
-from rotoboa.models.ends import Ends
-from rotoboa.pipeline.evaluating import evaluate
+from rotoboa.models.outer_layers import Ends
+from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import FORMATS, export, open_finished
-from rotoboa.pipeline.plan import plan
-from rotoboa.pipeline.run import RunFolder
+from rotoboa.pipeline.measure.evaluating import evaluate
+from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits, verify
 
 MakeRecipe = Callable[..., Any]

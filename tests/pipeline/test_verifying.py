@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from rotoboa.errors import InputError, RunError
 from rotoboa.export.record import read_record, write_record
 from rotoboa.pipeline import verifying
-from rotoboa.pipeline.cli import app
+from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.exporting import export
 from rotoboa.pipeline.verifying import Verified, verify
 
@@ -125,7 +125,7 @@ def test_nan_is_no_agreement() -> None:
 
 
 def test_sample_is_text_within_the_positions(cheap_run: Runs) -> None:
-    from rotoboa.pipeline.run import RunFolder
+    from rotoboa.pipeline.storage.run_folder import RunFolder
 
     finished = verifying.open_finished(RunFolder.open(cheap_run("w4a16")))
     ids = verifying.sample(finished)

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from rotoboa.pipeline import distributed, stages
-from rotoboa.pipeline.recipe_files import build_recipe, load_recipe
-from rotoboa.pipeline.sharing import FollowedRun
+from rotoboa.pipeline import stages
+from rotoboa.pipeline.job.sharing import FollowedRun
+from rotoboa.pipeline.ranks import distributed
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 LIMIT = 100.0  # seconds for a case
 

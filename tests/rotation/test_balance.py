@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa.attention import set_attention
+from rotoboa.boa.online.attention import set_attention
 from rotoboa.models.families import FAMILIES
 from rotoboa.models.shape import Shape
 from rotoboa.rotation.balance import BOUND, STORED, Moments, balance, balanced_sites, scales

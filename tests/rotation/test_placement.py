@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa.attention import NAME
+from rotoboa.boa.online.attention import NAME
 from rotoboa.models.decoder import Decoder
 from rotoboa.rotation.placement import HARMFUL, noise_figure, noise_figures
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rotoboa.boa.attention import NAME, AttentionTransform, Seen, set_attention
+from rotoboa.boa.online.attention import NAME, AttentionTransform, Seen, set_attention
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder

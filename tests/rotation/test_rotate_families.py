@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa.attention import NAME, AttentionTransform, set_attention
+from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.ends import Ends
 from rotoboa.models.families import FAMILIES, family_for
 from rotoboa.models.layout import split_modules
+from rotoboa.models.outer_layers import Ends
 from rotoboa.rotation import channels
 from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels

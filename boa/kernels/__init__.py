@@ -1,0 +1,1 @@
+"""What runs for every weight: dispatch to compiled, Triton or torch."""

@@ -1,0 +1,1 @@
+"""What runs with the model: quantizers of activations and cache, attention, transforms of inputs."""

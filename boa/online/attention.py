@@ -1,0 +1,258 @@
+"""The attention function registered with transformers as "rotoboa".
+
+It sees queries and keys after RoPE. Where a module carries an `AttentionTransform`, it rotates queries and keys (R3)
+and quantizes keys and values as the cache will hold them, unless they come from a cache that has done so; where it
+carries a recorder, the recorder sees what attention computes with. The product itself is transformers' SDPA, and
+`capped_attention` where logits have a soft cap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ...errors import InputError
+from ...rotation.hadamard import Hadamard
+from .activations import DynamicQuantizer
+
+NAME = "rotoboa"
+CENTER = "key_center"
+"""Of an attention module: the tensor with the center of its keys."""
+
+
+@dataclass(frozen=True)
+class AttentionTransform:
+    """What happens to queries, keys and values of one attention layer on their way into the product.
+
+    Keys and values of the first `sink` positions are not quantized; of a cache that forgets, and is not ours, they are
+    the first that it still holds.
+
+    `centered` keys are rounded without `center`, what the keys of a head have in common, (key heads * head_dim,) after
+    rotation, which is added again. It is of a block's own, and not here before it is known.
+    """
+
+    rotation: Hadamard | None = None
+    key: DynamicQuantizer | None = None
+    value: DynamicQuantizer | None = None
+    sink: int = 0
+    centered: bool = False
+    center: Tensor | None = field(default=None, compare=False)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (batch, heads, length, head_dim), after RoPE, from the first position on.
+
+        `starts` (batch or 1,) says how much padding is before the first position of each sequence.
+        """
+        query, key = self.rotate(query), self.rotate(key)
+        key = self._rounded(key, self.key, starts, self.center_of(key))
+        return query, key, self._rounded(value, self.value, starts)
+
+    def _rounded(
+        self, x: Tensor, quantizer: DynamicQuantizer | None, starts: Tensor | None, center: Tensor | None = None
+    ) -> Tensor:
+        if quantizer is None:
+            return x
+        if x.requires_grad and torch.is_grad_enabled():  # adapters are trained: rounding has a gradient of 0
+            return self._rounded(x.detach(), quantizer, starts, center) + (x - x.detach())
+        if not self.sink:
+            return _beside(center, quantizer, x)
+        if starts is None:
+            return torch.cat([x[..., : self.sink, :], _beside(center, quantizer, x[..., self.sink :, :])], -2)
+        index = torch.arange(x.shape[-2], device=x.device) - starts.to(x.device)[:, None]
+        kept = (index >= 0) & (index < self.sink)
+        return torch.where(kept[:, None, :, None], x, _beside(center, quantizer, x))
+
+    def center_of(self, key: Tensor) -> Tensor | None:
+        """(key heads, 1, head_dim), for keys (batch, key heads, length, head_dim) that are rounded; None without."""
+        if self.center is None or self.key is None:
+            return None
+        return self.center.view(key.shape[1], 1, -1)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., head_dim), rotated."""
+        return x if self.rotation is None else self.rotation.apply(x)
+
+
+def _beside(center: Tensor | None, quantizer: DynamicQuantizer, x: Tensor) -> Tensor:
+    """`x`, what it is without `center` rounded."""
+    return quantizer(x) if center is None else quantizer(x - center) + center
+
+
+def mark_stored(key: Tensor) -> Tensor:
+    """Say of keys that they, and the values beside them, come from a cache: rotated and rounded already."""
+    key.rotoboa_stored = True  # type: ignore[attr-defined]
+    return key
+
+
+class Seen(NamedTuple):
+    """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
+
+    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class _Ungrouped(nn.Module):
+    """Stands for an attention module whose key heads are as many as its query heads."""
+
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
+Recorder = Callable[[Seen], None]
+
+
+def set_attention(module: nn.Module, transform: AttentionTransform | None, recorder: Recorder | None = None) -> None:
+    """Put a transform and a recorder on an attention module.
+
+    The recorder is called with what attention computes with, after the transform.
+    """
+    module.rotoboa_transform = transform  # type: ignore[assignment]
+    module.rotoboa_recorder = recorder  # type: ignore[assignment]
+
+
+def transform_of(module: nn.Module) -> AttentionTransform | None:
+    """The transform on an attention module; with the center of its keys, where the module holds that itself."""
+    transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
+    center: Tensor | None = getattr(module, CENTER, None)
+    return transform if transform is None or center is None else replace(transform, center=center)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` (batch, heads, length, head_dim) over `key`, `value` (batch, key heads, length, ...).
+
+    Without a mask it is causal, a query at the key of its own index: later keys are room in a cache that is empty so
+    far. One query sees every key. A row of the mask that lets nothing through (padding on the left) gives any finite
+    number.
+
+    Raises:
+        InputError: the mask is neither of booleans nor of floating-point numbers.
+    """
+    transform = transform_of(module)
+    if transform is not None and getattr(key, "rotoboa_stored", False):
+        query = transform.rotate(query)
+    elif transform is not None:
+        query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
+    recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
+    if recorder is not None:
+        own = scaling if scaling is not None else query.shape[-1] ** -0.5
+        recorder(Seen(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+    if attention_mask is not None:
+        attention_mask = open_rows(attention_mask, query.dtype)
+    elif query.shape[2] > 1:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if kwargs.get("softcap") is not None:
+        return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
+    groups, prompt = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1
+    if groups > 1 and prompt and query.is_cuda and query.dtype == torch.float32:
+        # transformers would leave the groups to SDPA, whose one fused kernel for float32 on CUDA takes none: it would
+        # form all logits.
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        module = _Ungrouped(getattr(module, "is_causal", True))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def open_rows(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (..., length, key length) whose rows that let nothing through let all through; numbers become `dtype`.
+
+    The softmax of no logits is NaN, in the forward or the backward pass, whichever kernel computes it.
+
+    Raises:
+        InputError: the mask is neither of booleans nor of floating-point numbers.
+    """
+    if mask.dtype == torch.bool:
+        return mask | ~mask.any(-1, keepdim=True)
+    if not mask.is_floating_point():
+        kind = str(mask.dtype).removeprefix("torch.")
+        raise InputError(
+            f"an attention_mask of 4 dimensions is of booleans or of numbers to add, and this one is of {kind}: "
+            "give mask.bool(), or the mask of 2 dimensions."
+        )
+    mask = mask.to(dtype)  # the smallest number of a wider type becomes minus infinity
+    return mask.masked_fill((mask <= torch.finfo(dtype).min).all(-1, keepdim=True), 0.0)
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, softcap: float
+) -> Tensor:
+    """Attention whose logits s are `softcap * tanh(s / softcap)` (Gemma 2), which SDPA has not.
+
+    Args:
+        query, key, value: as in `attention_forward`.
+        mask: (batch or 1, 1 or heads, length, key length), true or 0 where a key is seen; None is causal, the last
+            query at the last key.
+
+    Returns:
+        (batch, length, heads, head_dim). One sequence at a time: the logits of a batch would not fit.
+    """
+    heads, length, size = query.shape[1:]
+    groups, seen = key.shape[1:3]
+    if mask is None:
+        mask = torch.ones(1, 1, length, seen, dtype=torch.bool, device=query.device).tril_(seen - length)
+    output = torch.empty_like(query).transpose(1, 2)
+    for i in range(len(query)):
+        logits = query[i].reshape(groups, -1, size) @ key[i].transpose(1, 2)
+        logits = logits.mul_(scaling if scaling is not None else size**-0.5).div_(softcap).tanh_().mul(softcap)
+        logits, own = logits.view(heads, length, seen), mask[min(i, len(mask) - 1), ..., :seen]
+        logits = logits.masked_fill_(~own, float("-inf")) if own.dtype == torch.bool else logits + own
+        part = logits.softmax(-1).view(groups, -1, seen) @ value[i]
+        output[i] = part.view(heads, length, -1).transpose(0, 1)
+    return output.contiguous()
+
+
+def causal_probabilities(seen: Seen, index: int, start: int, stop: int, step: int = 1) -> Tensor:
+    """Softmax probabilities A of causal attention of one sequence, for n query positions range(start, stop, step).
+
+    Args:
+        seen: queries, keys and scaling of a batch.
+        index: which sequence of the batch.
+
+    Returns:
+        (key heads, heads / key heads * n, stop): rows are the group's heads, then query positions; columns are the key
+        positions that any of them may see.
+    """
+    query, key = seen.query[index, :, start:stop:step], seen.key[index, :, :stop]
+    logits = (query * seen.scaling).reshape(len(key), -1, query.shape[-1]) @ key.transpose(1, 2)
+    if seen.softcap is not None:
+        logits = logits.div_(seen.softcap).tanh_().mul_(seen.softcap)
+    by_head = logits.unflatten(1, (-1, query.shape[1]))
+    by_head[..., start:] += _future(stop - start, step, logits.dtype, logits.device)
+    if seen.window is not None and stop > seen.window:
+        rows = torch.arange(start, stop, step, device=query.device)
+        gone = torch.arange(stop, device=query.device)[None] <= rows[:, None] - seen.window
+        by_head.masked_fill_(gone, float("-inf"))
+    return logits.softmax(-1)
+
+
+@lru_cache(maxsize=8)
+def _future(size: int, step: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Added to logits of `size` keys, for queries at every `step` of them: minus infinity where a key is later."""
+    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)[::step].contiguous()
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

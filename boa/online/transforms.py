@@ -1,0 +1,50 @@
+"""What runs online beside the linear layers of a quantized block: rotations and dynamic quantizers, by site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ...models.families import Family
+from ...rotation.hadamard import Hadamard
+from .activations import DynamicQuantizer
+from .attention import AttentionTransform
+
+INPUT_SITES = ("qkv", "output", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """On its way into a linear layer, x (..., c) is rotated, then quantized; None leaves either out."""
+
+    rotation: Hadamard | None = None
+    quantizer: DynamicQuantizer | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's input as it computes with it."""
+        x = self.rotate(x)
+        return x if self.quantizer is None else self.quantizer(x)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The exact part only, as the full-precision stream has it."""
+        return x if self.rotation is None else self.rotation.apply(x)
+
+
+@dataclass(frozen=True)
+class OnlineTransforms:
+    """One decoder block's sites: `qkv`, `output`, `gate_up` and `down` are inputs of linear layers."""
+
+    qkv: InputTransform = InputTransform()
+    output: InputTransform = InputTransform()
+    gate_up: InputTransform = InputTransform()
+    down: InputTransform = InputTransform()
+    attention: AttentionTransform = field(default_factory=AttentionTransform)
+
+    def by_projection(self, family: Family) -> dict[str, InputTransform]:
+        """The transform of each projection's input."""
+        return {name: getattr(self, site) for name, site in family.sites.items()}
+
+    def with_input(self, site: str, transform: InputTransform) -> OnlineTransforms:
+        """The same but for the input of one site."""
+        return replace(self, **{site: transform})  # type: ignore[arg-type]

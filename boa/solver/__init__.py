@@ -1,0 +1,1 @@
+"""From an objective to integers: scales, rounding, refinement."""

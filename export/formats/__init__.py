@@ -1,0 +1,1 @@
+"""What other runtimes and transformers read: native, compressed-tensors, GPTQ, GGUF."""

@@ -1,0 +1,98 @@
+"""The model card, README.md of a hub repository, and the licence of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from ..spec import Spec
+from .compressed_tensors import NAME, stock_clip
+
+FORMATS = {
+    "native": "rotoboa",
+    NAME: "compressed-tensors, `pack-quantized`",
+    "gptq": "GPTQ, `gptq_v2`",
+    "gptq-v1": "GPTQ, version 1",
+    "gguf": "GGUF",
+}
+
+
+@cache
+def _template() -> Any:
+    # A card is Markdown, which HTML escapes would spoil; what goes in is the user's own recipe and report.
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    text = (resources.files("rotoboa.export.formats") / "card.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence of a checkpoint: `license` of its card's front matter, else the first line of its LICENSE file."""
+    try:
+        _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
+        data = yaml.safe_load(front)
+        name = data.get("license_name") or data.get("license")
+        if isinstance(name, str):
+            return name
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        pass
+    for file in sorted(folder.glob("LICENSE*")):
+        lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if named := next((line for line in lines if line), None):
+            return named
+    return None
+
+
+def write_card(
+    folder: Path,
+    format_name: str,
+    spec: Spec,
+    report: Mapping[str, Any],
+    recipe: str,
+    *,
+    base: Mapping[str, Any],
+    files: Mapping[str, int],
+) -> None:
+    """Write README.md.
+
+    Args:
+        folder: of the export.
+        format_name: a key of `FORMATS`.
+        spec: what the run is.
+        report: report.json of the run: perplexities, sizes.
+        recipe: recipe.yaml of the run.
+        base: `model`, its name or hub id; `hub`, whether it is one; `licence`, or None where it is not known.
+        files: bytes of each file with weights.
+    """
+    text = _template().render(
+        format=format_name,
+        format_name=FORMATS[format_name],
+        spec=spec,
+        base=base,
+        weights="W" + str(spec.bits),
+        kind=_kind(spec),
+        perplexity=report.get("perplexity") or {},
+        tokens=report.get("tokens") or {},
+        bos=report.get("bos", False),
+        original=(report.get("sizes") or {}).get("original"),
+        size=sum(files.values()),
+        files=files,
+        recipe=recipe.strip(),
+        transformers=version("transformers"),
+        clip=stock_clip(spec.activation_bits) if spec.activation_bits < 16 else None,
+        rotoboa=version("rotoboa"),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _kind(spec: Spec) -> str:
+    """Such as W4A16, or W4A4KV4."""
+    cache_bits = {spec.key_bits, spec.value_bits}
+    cached = "" if cache_bits == {16} else "KV" + "/".join(str(bits) for bits in sorted(cache_bits))
+    return f"W{spec.bits}A{spec.activation_bits}{cached}"

@@ -1,0 +1,171 @@
+"""The GPTQ checkpoint format, versions 2 and 1, for GPTQModel, vLLM and the many kernels that read it.
+
+Of a linear layer with `in` inputs and `out` outputs, and groups of `g` inputs:
+
+| | |
+|---|---|
+| `qweight` | (in * bits / 32, out) int32: integers packed along the inputs, least significant bits first |
+| `qzeros` | (in / g, out * bits / 32) int32: zero points packed along the outputs |
+| `scales` | (in / g, out) float16 |
+| `g_idx` | (in,) int32: the group of each input |
+
+The weight is `scales[g] * (integer - zero[g])`. `gptq_v2` stores zero points as they are; `gptq`, version 1, stores
+them less one, and its readers add the one. Values of 3 bits run across words, 32 of them in 3, which is also how 2, 4
+and 8 bits lie: one rule for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...boa.solver.rounding import Quantized
+from ...errors import InputError
+from ...models.families import Family, family_of
+from ..finished import Finished, refuse_layout, refuse_online
+from ..packing import pack, unpack
+from ..reading import read_config, read_tensors, stock_model
+from ..spec import Spec
+from ..writing import SHARD_BYTES, write_checkpoint, write_json
+
+V2, V1 = "gptq_v2", "gptq"
+BITS = (2, 3, 4, 8)
+CONFIG = "quantize_config.json"
+
+
+def check(run: Finished, version: str = V2) -> None:
+    """Check that the format holds the run.
+
+    Raises:
+        InputError: it does not; the sentence says why and what to use instead.
+    """
+    spec = run.spec
+    refuse_layout(run.family, "GPTQ")
+    refuse_online(spec, "GPTQ")
+    if spec.bits not in BITS:
+        raise InputError(f"GPTQ has 2, 3, 4 and 8 bits, and the run has {spec.bits}: use --format compressed-tensors.")
+    if version == V1 and not spec.symmetric:
+        raise InputError(
+            "version 1 of GPTQ stores zero points less one, so that a zero point of 0 is lost, and this run is "
+            "asymmetric: use --format gptq, or quantize with --weights.symmetric."
+        )
+    whole = 32 if spec.bits == 3 else 32 // spec.bits
+    for name in run.family.projections:
+        for what, size in (("inputs", run.columns[name]), ("outputs", run.rows[name])):
+            if size % whole:
+                raise InputError(
+                    f"GPTQ packs {whole} values of {spec.bits} bits together, and the {size} {what} of {name} are no "
+                    f"multiple of {whole}: use --format compressed-tensors."
+                )
+
+
+def quantize_config(spec: Spec, version: str) -> dict[str, Any]:
+    """The content of quantize_config.json, and `quantization_config` of config.json."""
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": version,
+        "bits": spec.bits,
+        "group_size": spec.group_size or -1,
+        "sym": spec.symmetric,
+        "desc_act": False,  # the columns were rounded in another order, and are stored in their own
+        "lm_head": False,
+        "pack_dtype": "int32",
+    }
+
+
+def to_gptq(result: Quantized, bits: int, version: str = V2) -> dict[str, Tensor]:
+    """One projection: integers (out, in), scale and zero (out, groups) -> the tensors of the table above."""
+    inputs, groups = result.integers.shape[1], result.scale.shape[1]
+    zero = result.zero.to(torch.int64) - int(version == V1)
+    return {
+        "qweight": pack(result.integers, bits).T.contiguous(),
+        "qzeros": pack(zero.T, bits),
+        "scales": result.scale.to(torch.float16).T.contiguous(),
+        "g_idx": (torch.arange(inputs) // (inputs // groups)).to(torch.int32),
+    }
+
+
+def from_gptq(tensors: Mapping[str, Tensor], bits: int, version: str = V2) -> Quantized:
+    """The inverse of `to_gptq`, where the inputs of a group lie together.
+
+    Raises:
+        ValueError: the shapes contradict each other, or `g_idx` names a group that is not there.
+    """
+    qweight, qzeros, scales, g_idx = (tensors[part] for part in ("qweight", "qzeros", "scales", "g_idx"))
+    groups, outputs = scales.shape
+    inputs = g_idx.numel()
+    if qzeros.shape[0] != groups or qweight.shape[1] != outputs:
+        raise ValueError(f"qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)}, scales {tuple(scales.shape)}")
+    if inputs % groups or not torch.equal(g_idx.long(), torch.arange(inputs) // (inputs // groups)):
+        raise ValueError(f"g_idx does not put {inputs} inputs in {groups} groups, one after another")
+    integers = unpack(qweight.T.contiguous(), bits, inputs)
+    zero = unpack(qzeros, bits, outputs).T.float() + int(version == V1)
+    return Quantized(integers, scales.T.float(), zero)
+
+
+def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, version: str = V2) -> None:
+    """Write a finished run in version 2 of this format, or in version 1.
+
+    Raises:
+        InputError: the format cannot hold the run.
+    """
+    check(run, version)
+    quantization = quantize_config(run.spec, version)
+    config = {**run.config, "quantization_config": quantization}
+    write_checkpoint(
+        folder,
+        run.folder,
+        config,
+        run.groups(lambda result: to_gptq(result, run.spec.bits, version)),
+        shard_bytes=shard_bytes,
+    )
+    write_json(folder / CONFIG, quantization)
+
+
+def read(folder: Path) -> nn.Module:
+    """The stock transformers model of a checkpoint in this format, unpacked to float32; it follows the table above.
+
+    Raises:
+        InputError: the checkpoint is damaged, contradicts its config, or is of another version.
+    """
+    config, quantization = read_config(folder, "gptq")
+    family = family_of(str(config.get("model_type")), str(folder))
+    bits, version = quantization.get("bits"), quantization.get("checkpoint_format")
+    if version not in (V1, V2):
+        raise InputError(f"{folder} is in the format {version}, and {V1} and {V2} are read: export it again.")
+    if bits not in BITS:
+        raise InputError(f"{folder / 'config.json'} says {bits} bits, and GPTQ has 2, 3, 4 and 8: export it again.")
+    state = _dense(folder, family, bits, version, quantization.get("group_size"))
+    return stock_model(folder, config, state)
+
+
+def _dense(folder: Path, family: Family, bits: int, version: str, group_size: Any) -> dict[str, Tensor]:
+    """All weights in float32, by the names of the unquantized model."""
+    tensors = read_tensors(folder)
+    packed = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    if not any(name.endswith(family.down) for name in packed):
+        raise InputError(f"{folder} has no packed weights, which its config.json speaks of: export it again.")
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    state = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith(parts)}
+    for name in packed:
+        found = {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
+        if len(found) < len(parts):
+            missing = next(part for part in parts if part not in found)
+            raise InputError(f"{folder} has no tensor {name}.{missing}: copy or export it again.")
+        inputs, groups = found["g_idx"].numel(), found["scales"].shape[0]
+        if groups != (1 if group_size == -1 else inputs / group_size):
+            raise InputError(
+                f"{folder}: tensor {name}.scales has {groups} groups, and config.json says group_size {group_size} for "
+                f"{inputs} inputs: they do not belong together, export the model again."
+            )
+        try:
+            state[f"{name}.weight"] = from_gptq(found, bits, version).dequantize()
+        except ValueError as error:
+            raise InputError(
+                f"{folder}: {name} and {bits} bits of config.json do not belong together ({error}): export it again."
+            ) from error
+    return state

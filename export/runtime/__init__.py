@@ -1,0 +1,1 @@
+"""What runs a finished model: packed layers, packed cache, memory, adapters."""

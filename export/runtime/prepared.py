@@ -1,0 +1,51 @@
+"""Blocks and models of transformers made ready for packed weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...boa.online.attention import CENTER, set_attention
+from ...boa.online.transforms import OnlineTransforms
+from ...models.decoder import Decoder
+from ...models.families import Family
+from ...models.layout import fold_layer_norms, split_modules
+from ...models.shape import Shape
+from ..spec import Spec
+from .linear import QuantizedLinear
+
+
+def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: OnlineTransforms) -> nn.Module:
+    """Replace a block's projections by packed layers and switch its attention's transforms on, in place."""
+    attention = block.get_submodule(family.attention)
+    if transforms.attention.centered:
+        attention.register_buffer(CENTER, torch.zeros_like(block.get_parameter(f"{family.key}.weight")[:, 0]))
+    for name, transform in transforms.by_projection(family).items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        with linear.weight.device:
+            packed = QuantizedLinear(
+                linear.in_features,
+                linear.out_features,
+                bits=spec.bits,
+                group_size=spec.group_size,
+                bias=linear.bias is not None,
+                transform=transform,
+            )
+        block.set_submodule(name, packed)
+    set_attention(attention, transforms.attention)
+    return block
+
+
+def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) -> None:
+    """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
+    for block in model.get_submodule(family.layers).children():
+        prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape))
+    if family.layer_norm and spec.turned:
+        fold_layer_norms(model, family)
+
+
+def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
+    """Block `index` made from the tensors of `pack_block`, ready to compute."""
+    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape))
+    return decoder.block(index, tensors, module)

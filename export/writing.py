@@ -1,0 +1,179 @@
+"""Writes the model folder of a finished run: config, tokenizer, generation config and sharded safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.checkpoint import INDEX, SINGLE, Checkpoint
+from ..models.families import Family
+from ..models.matrices import StoredMatrix
+from ..models.outer_layers import Ends
+from ..models.running import what_it_is
+from .shards import SHARD_BYTES, write_shards
+from .spec import METHOD, Spec
+
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors, readable by whom the umask lets read: the library itself makes it the owner's alone."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
+def write_native(
+    folder: Path,
+    source: Checkpoint,
+    spec: Spec,
+    groups: Iterable[dict[str, Tensor]],
+    *,
+    tied: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `folder` as a checkpoint that transformers loads after `import rotoboa`.
+
+    Args:
+        folder: made new; what an interrupted export left there is replaced.
+        source: the full-precision checkpoint, for its config and tokenizer.
+        groups: tensors by their full names, a decoder block at a time; shards are filled in this order.
+        tied: embedding and head are one, and `groups` have no head.
+        shard_bytes: the most bytes of one tensor file.
+    """
+    config = what_it_is(json.loads((source.folder / "config.json").read_text(encoding="utf-8")))
+    config["tie_word_embeddings"] = tied  # where rotated, the two are different
+    if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
+        config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
+    config["quantization_config"] = {"quant_method": METHOD, **spec.to_dict()}
+    write_checkpoint(folder, source.folder, config, groups, shard_bytes=shard_bytes)
+
+
+def write_checkpoint(
+    folder: Path,
+    source: Path,
+    config: dict[str, Any],
+    groups: Iterable[dict[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint in the layout of the hub: tensors, index, config.json, and what goes with them.
+
+    Args:
+        folder: made new; what is there is replaced.
+        source: the folder whose tokenizer, generation config and licence are copied.
+        config: the whole of config.json.
+        groups: tensors by their full names; shards are filled in this order, and a group is not split.
+        shard_bytes: the most bytes of one tensor file, where its first group is not larger.
+    """
+    fresh_folder(folder)
+    shards = write_shards(folder, groups, shard_bytes)
+    if len(shards) == 1:
+        (folder / shards[0][0]).replace(folder / SINGLE)
+    else:
+        weight_map, total = {}, 0
+        for i, (temporary, names, size) in enumerate(shards):
+            final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            (folder / temporary).replace(folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+            total += size
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_extras(folder, source, config)
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make a folder; what is there is removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def write_extras(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """Write config.json; copy tokenizer, chat template, generation config and licence, as far as `source` has them."""
+    for file in copied_files(source):
+        shutil.copyfile(file, folder / file.name)
+        if file.name == "generation_config.json":
+            _keep_what_it_is(folder / file.name)
+    write_json(folder / "config.json", config)
+
+
+def _keep_what_it_is(file: Path) -> None:
+    """Take the fields out of a generation config that say how to run: a cache by name would keep ours out."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # it is as the checkpoint had it, and transformers says so where it is read
+    if isinstance(fields, dict) and fields != (kept := what_it_is(fields)):
+        write_json(file, kept)
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that go into the model folder as they are."""
+    return sorted({file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()})
+
+
+def read_ends(folder: Path, family: Family) -> Ends:
+    """What is outside the blocks of a model folder, as stored, embedding and head not read yet.
+
+    Raises:
+        InputError: some of it is missing, or a file is damaged.
+    """
+    tied = is_tied(folder)
+    names, large = set(Ends.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
+    names -= {f"{family.head}.weight"} if tied else set()
+    found: dict[str, Tensor | StoredMatrix] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in names & set(reader.keys()):
+                    shape = torch.Size(reader.get_slice(name).get_shape())
+                    found[name] = (
+                        StoredMatrix(file, name, shape, name, "run the recipe again")
+                        if name in large
+                        else reader.get_tensor(name)
+                    )
+        except SafetensorError as error:
+            raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
+    if missing := Ends.missing(family, found, tied=tied):
+        raise InputError(f"{folder} lacks {', '.join(missing)}: run the recipe again.")
+    return Ends.of(family, found)
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether embedding and head of a model folder are one, by its config.json.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} cannot be read ({error}): run the recipe or export it again."
+        ) from error
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON into a folder that is not in use yet."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""The commands `export` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ...errors import RunError
+from ..storage.files import read_json
+from .command import Run, print_tables
+
+
+def export(
+    run: Run,
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="native|compressed-tensors|gptq|gptq-v1|gguf",
+            help="native: rotoboa's own; compressed-tensors: transformers and vLLM; gptq: version 2; gptq-v1: its "
+            "version 1, symmetric alone; gguf: llama.cpp, symmetric weights of 4 or 8 bits.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write. (default RUN/exports/FORMAT)")
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The most of one tensor file, such as 500MB.")
+    ] = "5GB",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository; made where it is missing.")
+    ] = None,
+) -> None:
+    """Write a finished run in a format that others read, without quantizing again."""
+    read_json(run, "manifest.json")
+
+    from .. import exporting
+
+    size = exporting.shard_size(shard_size)
+    target = exporting.export(run, format_name, output=output, shard_bytes=size, push=push)
+    typer.echo(f"The export is in {target}" + (f" and in {push}" if push else ""))
+
+
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an export, or of a run.", metavar="EXPORT", show_default=False)
+    ],
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="Its run. (default where the export says)")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="The largest difference of a logit allowed. (default 1 % of their "
+            "standard deviation, 20 % with quantized activations or cache)",
+        ),
+    ] = None,
+) -> None:
+    """Load an export with its stock reader and compare its logits with those of the run."""
+    from .. import verifying
+
+    results = verifying.verify(folder, run=run, tolerance=tolerance)
+    table = Table("format", "reader", "largest difference", "std of logits", "same top token", "tolerance", "")
+    for r in results:
+        limit = "none" if r.tolerance is None else f"{r.tolerance:.3g}"
+        row = (f"{r.difference:.3g}", f"{r.deviation:.3g}", f"{r.agreement:.1%}", limit)
+        table.add_row(r.format, r.reader, *row, "shown" if r.tolerance is None else "ok" if r.passed else "TOO LARGE")
+    print_tables(table)
+    if failed := [r for r in results if not r.passed]:
+        worst = failed[0]
+        raise RunError(
+            f"{folder} differs from its run by {worst.difference:.3g} in a logit, above {worst.tolerance:.3g}: "
+            "export it again, or give the --tolerance you can live with."
+        )

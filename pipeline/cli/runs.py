@@ -1,0 +1,117 @@
+"""The commands on finished runs: `evaluate`, `compare` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ...errors import InputError
+from ..console.progress import Progress, result_table, source_table, task_table
+from ..ranks import launch
+from ..storage.files import read_json
+from .command import Device, Quiet, Run, print_tables, say_idle
+
+
+def evaluate(
+    run: Run,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Data sets, with commas. (default those of the run)")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="INT", help="Windows of text. (default as in the run)")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, metavar="INT", help="Tokens of a window. (default as in the run)")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Zero-shot tasks by lm-eval's names, with commas; 'default': the eight of the BoA paper, or the three "
+            "of the embedded model. Text is then measured only where --dataset is given.",
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of task files that --tasks may name; else all of them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="INT", help="Items of a task. (default all)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="INT", help="Sequences of a task at a time.")] = 8,
+    sources: Annotated[
+        bool,
+        typer.Option(
+            "--sources",
+            help="Measure what each quantizer costs alone, on at most 4 windows of the first text, or --windows of it. "
+            "Perplexity is then only measured where --dataset is given.",
+        ),
+    ] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
+    read_json(run, "manifest.json")
+    if tasks is None and tasks_path is None:
+        say_idle("no tasks are measured", limit=limit)
+    elif dataset is None and not sources:
+        say_idle("no text is measured", windows=windows, sequence_length=sequence_length)
+
+    from ..measure import evaluating
+
+    with Progress(quiet=quiet or launch.rank() > 0) as progress:
+        report = evaluating.evaluate(
+            run,
+            dataset=dataset,
+            windows=windows,
+            sequence_length=sequence_length,
+            tasks=tasks,
+            tasks_path=tasks_path,
+            limit=limit,
+            batch=batch_size,
+            sources=sources,
+            device=device,
+            progress=progress,
+        )
+    if launch.rank() > 0:
+        return
+    print_tables(result_table(report), task_table(report), source_table(report))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)],
+    form: Annotated[
+        Literal["markdown", "csv", "json"] | None,
+        typer.Option("--format", metavar="markdown|csv|json", help="(default by --output's name, else markdown)"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a file. (default to the screen)")] = None,
+) -> None:
+    """Compare runs in one table: bits, size, perplexities, tasks, seconds, memory.
+
+    What makes a run's figures others than those of the first, another model or text, is in its notes.
+    """
+    from ..measure.comparing import comparison, format_of, render
+    from ..storage.files import read_report
+
+    form = form or format_of(output)
+    text = render(comparison([(run, read_report(run)) for run in runs]), form)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): give another --output.") from error
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)],
+) -> None:
+    """Make report.html of each run again, beside the other runs given, or beside those in the same folder.
+
+    What has changed since: other runs, or their figures. What a run measured of itself stays as it is.
+    """
+    from ..measure.pages import siblings, write_page
+
+    for run in runs:
+        others = [other for other in runs if other.resolve() != run.resolve()] or siblings(run)
+        typer.echo(write_page(run, others))

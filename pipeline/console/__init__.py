@@ -1,0 +1,1 @@
+"""What is printed: progress, tables, sizes and times as people read them."""

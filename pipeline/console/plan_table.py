@@ -1,0 +1,100 @@
+"""The plan of a run as tables for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from .human import human_size, human_time
+from .sizes import size_rows
+
+
+def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
+    """Tables of what `plan.plan` returns: the model and its rotations, then sizes, calibration, memory and time."""
+    model, calibration = plan["model"], plan["calibration"]
+    facts = _table("Model")
+    for name, value in model.items():
+        facts.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    rotations = Table(title="Rotations", title_justify="left")
+    for column in ("rotation", "where", "size", "Hadamard matrix"):
+        rotations.add_column(column, justify="right" if column == "size" else "left")
+    for name, rotation in plan["rotations"].items():
+        rotations.add_row(name.upper(), rotation["where"], f"{rotation['size']:,}", rotation["construction"])
+    costs = _table("Size and cost")
+    for row in size_rows({"sizes": plan["sizes"], **plan["sizes"]}):
+        costs.add_row(*row)
+    costs.add_section()
+    sequences = f"{calibration['sequences']:,} x {calibration['sequence_length']:,}"
+    costs.add_row("calibration tokens", f"{sequences} = {calibration['tokens']:,}")
+    costs.add_row("windows begin with BOS", "yes" if calibration["bos"] else "no")
+    costs.add_row("evaluation windows", _or(calibration["evaluation_windows"], "all"))
+    costs.add_row("both streams", human_size(calibration["streams"]))
+    costs.add_row("inputs of a layer", human_size(calibration["block"]))
+    costs.add_row("memory for these", human_size(calibration["memory"]))
+    costs.add_row("in files, with embedding and head", human_size(calibration["spilled"]))
+    costs.add_section()
+    for name, size in plan["memory"].items():
+        costs.add_row(f"memory: {name}", human_size(round(size)))
+    tables = [facts, rotations, costs, _times(plan["time"], calibration)]
+    return [*tables, _scaling(plan["scaling"])] if "scaling" in plan else tables
+
+
+def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:
+    """Operations, bytes and seconds by stage on this machine."""
+    table = _columns(f"Time, estimated, on {time['device']}", "stage", "operations", "bytes", "time")
+    for name, stage in time["stages"].items():
+        size = human_size(round(stage["bytes"]))
+        table.add_row(name, f"{stage['operations']:.2e}", size, human_time(stage["seconds"]))
+    table.add_section()
+    without = "" if calibration["evaluation_windows"] else ", without evaluation"
+    table.add_row(f"in all{without}", "", "", human_time(time["seconds"]))
+    rates = ", ".join(f"{rate / 1e9:,.3g} G {kind}" for kind, rate in time["rates"].items())
+    doubt = ""
+    if time["disturbed"]:
+        doubt = (
+            f"These times may be too long: something else was at work while {', '.join(time['disturbed'])} were "
+            "measured. On a machine that is free they are shorter. "
+        )
+    table.caption = (
+        f"{doubt}Counts over what this machine did in a second ({rates}), times factors from runs of the embedded "
+        f"model on a processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, "
+        "and without downloads and tasks."
+    )
+    return table
+
+
+def _scaling(scaling: Mapping[str, Any]) -> Table:
+    """Seconds and bytes on the wire by stage on several GPUs."""
+    what = f"{scaling['gpus']} x {scaling['machine']}, {scaling['network']}, products in {scaling['products']}"
+    table = _columns(f"{what}: an estimate", "stage", "computing", "transfer", "sent by each")
+    for name, stage in scaling["stages"].items():
+        sent = human_size(round(stage["wire"])) if stage["wire"] else ""
+        table.add_row(name, *(human_time(stage[kind]) if stage[kind] else "" for kind in ("seconds", "transfer")), sent)
+    table.add_section()
+    computing, transfer = (sum(stage[kind] for stage in scaling["stages"].values()) for kind in ("seconds", "transfer"))
+    table.add_row("in all", human_time(computing), human_time(transfer), human_size(round(scaling["wire"])))
+    table.add_row("time", human_time(scaling["seconds"]), "", "")
+    table.add_row("memory of each", human_size(round(scaling["device_memory"])), "", "")
+    fits = "" if scaling["device_memory"] <= scaling["device_has"] else "It does not fit into the memory of this GPU. "
+    table.caption = f"{fits}Published rates and what of them is assumed to be reached: pipeline/estimate/machines.py."
+    return table
+
+
+def _columns(title: str, *names: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name == names[0] else "right")
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    return table
+
+
+def _or(value: int | None, other: str) -> str:
+    return other if value is None else f"{value:,}"

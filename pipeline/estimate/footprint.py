@@ -1,0 +1,131 @@
+"""Bytes that a run holds where most is, in memory and on disk, counted from sizes; notation as in `counting`.
+
+What is held at once is read off the code: both versions of a block, statistics, the solver's copies of Hessians (four
+bytes as collected, eight as factored) and of rows (four each), a batch's activations. On a processor all of it is the
+host's. `PROCESS` is what a process holds besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...models.shape import Shape
+from ..job.job import Job
+from ..recipe.settings import changed_ends, stays_tied
+from .counting import DOUBLE, FLOAT, Sizes
+from .counting_run import Plan
+from .counting_solver import Problem, problems
+
+# Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
+PROCESS = 700 * 2**20
+OTHERS = 2**24  # bytes of what else a run writes: tokenizer, manifest, report
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by stage, without `PROCESS` and without `activation_bytes`, those of all tokens.
+
+    Attributes:
+        rotation: a block in float64 and float32, on the host.
+        forward: both versions of a block, a batch on its way through it, statistics.
+        solver: both versions, statistics, the largest problem.
+        evaluation: a block, embedding and head, logits of a window.
+    """
+
+    rotation: float
+    forward: float
+    solver: float
+    evaluation: float
+
+    @property
+    def device(self) -> float:
+        """The most that is where blocks compute."""
+        return max(self.forward, self.solver, self.evaluation)
+
+    @property
+    def peak(self) -> float:
+        """The most of all, where host and device are one."""
+        return max(self.rotation, self.device)
+
+
+def activation_bytes(shape: Shape, tokens: int, method: str) -> dict[str, int]:
+    """Bytes of both streams, twice for brecq, and of what a block holds for all tokens at once, in float32."""
+    mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
+    streams = 4 if method == "brecq" else 2
+    return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * shape.query_width, mlp)}
+
+
+def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int, changed: int = 2) -> int:
+    """What lies in files while a run works: activations beyond the budget, and `changed` of embedding and head."""
+    return max(0, activations - budget) + changed * shape.vocabulary * shape.hidden * itemsize
+
+
+def disk_bytes(job: Job, tokens: int) -> int:
+    """An upper estimate of what a run on so many calibration tokens needs on disk: blocks, model, what is spilled."""
+    s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
+    weights = s.hidden * (2 * s.query_width + 2 * s.key_width + 3 * s.ffn * max(s.experts, 1))
+    scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_width))
+    ends = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
+    model = s.blocks * (weights * job.spec.bits // 8 + scales) + ends * s.vocabulary * s.hidden * itemsize
+    activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
+    changed = changed_ends(job.recipe, job.rotations)
+    return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
+
+
+def collected(p: Problem) -> float:
+    """Bytes of a problem's statistics, of a batch and of all (float64): H_in, and c^2 or r c for its target."""
+    return (FLOAT + DOUBLE) * (
+        p.hessians * p.columns**2 + (p.columns**2 if p.shift == "residual" else p.all_rows * p.columns)
+    )
+
+
+def solver(p: Problem, run: Plan, pieces: int = 1) -> float:
+    """Bytes of one problem where most are, beside its statistics; `pieces` share its rows or heads.
+
+    Hessians: as mirrored (4), damped (8); then while they are factored damped and permuted (8), two copies (16) and in
+    float32 (4). Rows: weight, target, work, result (4 each, 1); the shift in float64 three times (24). Other starts:
+    target, work, E H_in, (I - z) H_in, integers, steps, products and losses, 4 each for every start, and Hessians again
+    where heads have their own.
+    """
+    square = float(p.hessians * p.columns**2)
+    rows = p.all_rows * p.columns / pieces
+    if p.hessians > 1:
+        square /= pieces
+    if run.settings.method == "rtn":
+        return 4 * FLOAT * rows
+    held = (FLOAT + DOUBLE) * square + 3 * FLOAT * rows
+    targets = held + DOUBLE * square + 3 * DOUBLE * rows
+    factored = held + (3 * DOUBLE + FLOAT) * square + 2 * FLOAT * rows
+    more = max(run.settings.starts - 1, 0)
+    again = DOUBLE * square * more if p.hessians > 1 else 0.0
+    many = square * max(more, 1) if p.hessians > 1 else square
+    kept = held + again + (2 * FLOAT * many if run.settings.refine else 0)
+    refined = kept + 10 * FLOAT * rows * max(more, 1)
+    return max(targets, factored, held + again + (3 * DOUBLE + FLOAT) * many + 4 * FLOAT * rows * more, refined)
+
+
+def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, int] | None = None) -> Footprint:
+    """What a run holds by stage; `itemsize` is that of the checkpoint's dtype, `pieces` of each problem's sharing."""
+    s, weights = sizes.shape, sizes.block_weights
+    batch = min(run.batch, run.samples) * run.length
+    both = 2 * FLOAT * weights
+    attention = [p for p in problems(sizes) if p.name in ("query and key", "value", "output")]
+    mlp = [p for p in problems(sizes) if p not in attention]
+    statistics = {p.name: sum(map(collected, half)) for half in (attention, mlp) for p in half}
+    wide = max(4 * s.ffn * sizes.routed, 3 * s.query_width + 2 * s.key_width + s.hidden)
+    moving = FLOAT * batch * (wide + 4 * s.hidden)
+    if s.experts:
+        moving = FLOAT * batch * (wide + 6 * s.hidden)
+    solved = max(statistics[p.name] + solver(p, run, (pieces or {}).get(p.name, 1)) for p in problems(sizes))
+    ends = s.vocabulary * s.hidden
+    logits = 4 * FLOAT * run.length * s.vocabulary
+    window = FLOAT * min(run.batch, max(run.windows, 1)) * run.length * (wide + 2 * s.hidden)
+    models = 3 if run.baseline else 2
+    logits += models * FLOAT * run.windows * run.length * s.hidden  # their last hidden states
+    return Footprint(
+        rotation=(itemsize + 2 * DOUBLE + FLOAT) * weights,
+        forward=both + moving + max(statistics.values()),
+        solver=both + solved,
+        evaluation=FLOAT * weights + ends * (FLOAT + (1 if sizes.tied else 2) * itemsize) + max(logits, window),
+    )

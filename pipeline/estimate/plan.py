@@ -1,0 +1,247 @@
+"""The plan of a run, before any work: sizes, rotations, memory and time, from config and headers of files alone.
+
+Operations and bytes are counted (`counting`), and a second of products and copies says what this machine makes of them;
+factors by stage, from runs of the embedded model, say how much longer a run takes than that. Memory is the sum of what
+is held at once where most is (`footprint`). With `Cluster` the same counts are laid over published rates (`scaling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...boa.online.attention import NAME
+from ...export.packing import packed_width
+from ...models.aliases import resolve_model
+from ...models.checkpoint import Checkpoint
+from ...models.decoder import Decoder
+from ...models.hub import fetch
+from ...models.remote import Remote
+from ...models.shape import Shape
+from ...rotation import hadamard_matrices
+from ...rotation.hadamard import Hadamard
+from ...rotation.rotate import Rotations
+from ..console.sizes import bits_of_file, parameter_count, part_sizes, was_tied
+from ..job.checks import bos_of, check_sizes, length_of
+from ..job.notices import early_notices
+from ..recipe.recipe import Recipe
+from ..recipe.settings import changed_ends, rotations_of, stays_tied
+from ..storage.buffers import free_memory
+from ..storage.run_folder import device_of
+from .counting import Sizes, Work
+from .counting_run import Plan, whole
+from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
+from .machines import Machine, calibrated, measured, published
+from .scaling import Estimate, device_memory, estimate
+
+TIME, MEMORY = 2.0, 1.25
+"""Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs to estimate a run on: how many, and of `machines.GPUS` and `NETWORKS` which."""
+
+    gpus: int
+    gpu: str = "h100"
+    network: str = "ndr"
+    tf32: bool = False
+
+
+def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = None) -> dict[str, Any]:
+    """The plan of a recipe as plain data; bytes, seconds and operations in units of one. `scaling` is of a cluster.
+
+    Of a hub model that is not in the local cache only config.json and the headers of its files are fetched.
+
+    Raises:
+        InputError: the model cannot be read, is not supported, or does not fit the recipe; no such GPU is known.
+    """
+    machine = None if cluster is None else published(cluster.gpu, cluster.network, tf32=cluster.tf32)
+    target = device_of(device)
+    model = resolve_model(recipe.model)
+    source = Remote.of(model.source) if not model.is_local else None
+    checkpoint = source or Checkpoint(fetch(model.source, model.is_local))
+    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    checkpoint.check(decoder.shapes)
+    check_sizes(recipe, decoder, model)
+    shape, length = decoder.shape, length_of(recipe, model, decoder)
+    windows = recipe.evaluation.windows or model.windows
+    tokens = recipe.calibration.samples * length
+    itemsize = checkpoint.dtype.itemsize
+    projections = {
+        name: tensor
+        for name, tensor in decoder.shapes.items()
+        if name.removesuffix(".weight").endswith(decoder.family.projections) and len(tensor) == 2
+    }
+    rotations = rotations_of(recipe, decoder)
+    tied = stays_tied(recipe, rotations, decoder)
+    sizes = _sizes(recipe, decoder, projections, itemsize, tied)
+    activations = activation_bytes(shape, tokens, recipe.weights.method)
+    budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
+    counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
+    found = {
+        "model": {
+            "name": model.name,
+            "architecture": decoder.family.model_type,
+            "parameters": parameter_count(decoder),
+            "quantized_parameters": sum(tensor.numel() for tensor in projections.values()),
+            "blocks": shape.blocks,
+            "hidden": shape.hidden,
+            "ffn": shape.ffn,
+            "query_heads": shape.query_heads,
+            "key_heads": shape.key_heads,
+            "head_dim": shape.head_dim,
+            "vocabulary": shape.vocabulary,
+            "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        },
+        "rotations": _rotations(recipe, rotations, shape),
+        "sizes": {"original": checkpoint.bytes, **sizes},
+        "calibration": {
+            "sequences": recipe.calibration.samples,
+            "sequence_length": length,
+            "bos": bos_of(recipe, decoder),
+            "tokens": tokens,
+            "evaluation_windows": windows,
+            **activations,
+            "memory": budget,
+            "spilled": spilled_bytes(
+                shape, sum(activations.values()), budget, itemsize, changed_ends(recipe, rotations)
+            ),
+        },
+        "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
+        "time": _time(counted, run, target),
+        "notices": [*checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
+    }
+    if machine is not None and cluster is not None:
+        found["scaling"] = _scaling(counted, run, machine, cluster)
+    return found
+
+
+def estimate_here(recipe: Recipe, ranks: int, device: str | None = None) -> dict[str, Estimate]:
+    """A run of a recipe on several processes of this machine, by stage: what `benchmarks/ranks.py` measures.
+
+    Each has one thread, as the one that asks, and they talk through the host's memory (`machines.measured`). Where
+    there are fewer processors than ranks it takes longer.
+
+    Raises:
+        InputError: as of `plan`.
+    """
+    target, model = device_of(device), resolve_model(recipe.model)
+    checkpoint = Checkpoint(fetch(model.source, model.is_local))
+    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    run = Plan.of(recipe, length_of(recipe, model, decoder), recipe.evaluation.windows or model.windows)
+    return estimate(Sizes.of(decoder), run, replace(measured(target), factors=calibrated()), ranks)
+
+
+def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
+    """Operations, bytes and seconds by stage."""
+    machine = replace(measured(device), factors=calibrated())
+    stages = {
+        name: {"operations": work.operations, "bytes": work.bytes, "seconds": machine.seconds(work, name)}
+        for name, work in whole(sizes, run).items()
+        if work != Work()
+    }
+    return {
+        "device": str(device),
+        "disturbed": list(machine.disturbed),
+        "rates": {kind: getattr(machine, kind) for kind in ("products", "wide", "elements", "bandwidth")},
+        "stages": stages,
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "within": TIME,
+    }
+
+
+def _memory(sizes: Sizes, run: Plan, held: float, itemsize: int, device: torch.device) -> dict[str, float]:
+    """Bytes held where most is, by stage, and the most of them; on a GPU those of the device apart from the host's."""
+    parts = footprint(sizes, run, itemsize)
+    host = PROCESS + held
+    stages = {name: getattr(parts, name) for name in ("rotation", "forward", "solver", "evaluation")}
+    if device.type == "cpu":
+        stages = {name: host + size for name, size in stages.items()}
+        return {**stages, "peak": host + parts.peak}
+    stages["rotation"] += host
+    return {**stages, "device": parts.device, "peak": stages["rotation"]}
+
+
+def _scaling(sizes: Sizes, run: Plan, machine: Machine, cluster: Cluster) -> dict[str, Any]:
+    """Of several GPUs: seconds, bytes that each sends, and memory."""
+    stages = estimate(sizes, run, machine, cluster.gpus)
+    memory = device_memory(sizes, run, cluster.gpus)
+    return {
+        "gpus": cluster.gpus,
+        "machine": machine.name,
+        "network": cluster.network,
+        "products": "TF32" if cluster.tf32 else "float32",
+        "stages": {
+            name: {"seconds": stage.seconds, "transfer": stage.transfer, "wire": stage.wire}
+            for name, stage in stages.items()
+        },
+        "seconds": sum(stage.total for stage in stages.values()),
+        "wire": sum(stage.wire for stage in stages.values()),
+        "device_memory": memory,
+        "device_has": machine.memory,
+    }
+
+
+def construction(rotation: Hadamard) -> str:
+    """How its matrix is made, in words."""
+    parts = [hadamard_matrices.construction(rotation.base)] if rotation.base > 1 else []
+    doubled = rotation.order // rotation.base
+    if doubled > 1 or not parts:
+        parts.append(f"Sylvester of order {doubled}")
+    text = " x ".join(parts)
+    return text if rotation.blocks == 1 else f"{rotation.blocks} blocks, each {text}"
+
+
+def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, dict[str, Any]]:
+    where = "inputs of q, k, v, gate and up, online" if rotations.online_r1 else "residual stream, folded"
+    places = {
+        "r1": (rotations.r1 is not None, shape.hidden, where),
+        "r2": (recipe.rotation.r2, shape.head_dim, "values of each head, folded"),
+        "r3": (recipe.rotation.r3, shape.head_dim, "queries and keys, online"),
+        "heads": (recipe.rotation.heads, shape.query_width, "input of O, over all heads, online"),
+        "r4": (recipe.rotation.r4, shape.ffn, "input of down, online"),
+    }
+    found = {}
+    for name, (wanted, size, place) in places.items():
+        if wanted:
+            rotation = Hadamard.of(size, powers=name == "r4" and recipe.rotation.r4_blocks)
+            if name == "heads":
+                rotation = Hadamard.across(shape.query_heads, shape.head_dim)
+            found[name] = {
+                "where": place,
+                "size": size,
+                "order": rotation.order,
+                "blocks": rotation.blocks,
+                "base": rotation.base,
+                "construction": construction(rotation),
+            }
+    return found
+
+
+def _sizes(
+    recipe: Recipe, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int, tied: bool
+) -> dict[str, Any]:
+    """Bytes of the exported tensors by part, and the bits of a weight, scales and zero points included."""
+    packed = weights = 0
+    stored: dict[str, int] = {}
+    for name, tensor in decoder.shapes.items():
+        stored[name] = tensor.numel() * itemsize
+        if name in projections:
+            rows, columns = tensor
+            groups = columns // (recipe.weights.group_size or columns)
+            stored[name] = rows * (4 * packed_width(columns, recipe.weights.bits) + 3 * groups)
+            packed += stored[name]
+            weights += tensor.numel()
+    if tied:  # the model names it twice
+        del stored[f"{decoder.family.head}.weight"]
+    return {
+        "quantized": sum(stored.values()),
+        **part_sizes(stored, decoder),
+        "was_tied": was_tied(decoder),
+        "bits_per_weight": 8 * packed / weights,
+        "bits_per_weight_of_file": bits_of_file(stored, decoder),
+    }

@@ -1,0 +1,1 @@
+"""What a run begins with: checks and notices, text, what it is identified by, what ranks share."""

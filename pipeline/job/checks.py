@@ -1,0 +1,92 @@
+"""Whether a recipe and a model go together: group size, positions, channel scales, BOS."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from transformers import PreTrainedTokenizerBase
+
+from ...errors import InputError
+from ...models.aliases import ResolvedModel
+from ...models.decoder import Decoder
+from ...rotation.channels import SITES, obstacle
+from ..recipe.recipe import Recipe
+from ..recipe.settings import is_r1_online
+
+
+def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that the sizes of a recipe and of a model go together.
+
+    Raises:
+        InputError: they do not.
+    """
+    shape = decoder.shape
+    widths = {"hidden size": shape.hidden, "attention width": shape.query_heads * shape.head_dim, "ffn size": shape.ffn}
+    groups = {
+        "weights.group_size": (recipe.weights.group_size, "channel"),
+        "activations.group_size": (recipe.activations.group_size, "token"),
+    }
+    for (field, (group, whole)), (name, width) in product(groups.items(), widths.items()):
+        if group and width % group:
+            fitting = [g for g in (32, 64, 128, 16, 8) if all(w % g == 0 for w in widths.values())]
+            hint = f"one of {', '.join(map(str, fitting))}" if fitting else f"none (one scale per {whole})"
+            raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
+    check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
+    check_zfold(recipe, decoder, model)
+
+
+def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that there is a layer to take the channel scales of every site that weights.zfold names.
+
+    Raises:
+        InputError: there is none, or the method has no objective to find them by.
+    """
+    sites, rotation, family = recipe.weights.zfold or (), recipe.rotation, decoder.family
+    if sites and recipe.weights.method == "rtn":
+        raise InputError("weights.zfold finds its scales by an objective, and method rtn has none: choose another.")
+    on = {"online_r1": is_r1_online(recipe, family), "heads": rotation.heads, "r4": rotation.r4}
+    reasons = {site: obstacle(family, decoder.config, site, **on) for site in SITES}
+    stopped = {site: reasons[site] for site in sites if reasons[site]}
+    if stopped:
+        can = ",".join(site for site in sites if site not in stopped)
+        change = [f"turn rotation.{r} off" for r in ("r1", "r4") if any(r.upper() in why for why in stopped.values())]
+        change.append(f"give --weights.zfold {can}" if can else "leave weights.zfold out")
+        raise InputError(
+            f"weights.zfold: nothing before {' and '.join(stopped)} of {model.name} can take a scale a channel, since "
+            f"{' and '.join(stopped.values())}: {' or '.join(change)}."
+        )
+
+
+def check_length(length: int, decoder: Decoder, model: ResolvedModel, option: str) -> None:
+    """Check that a model has `length` positions; `option` is what the user would change.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    most = getattr(decoder.config, "max_position_embeddings", None)
+    if most and length > most:
+        raise InputError(f"{option} {length} is more than the {most} positions of {model.name}: give at most {most}.")
+
+
+def check_bos(recipe: Recipe, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:
+    """Check that there is a BOS where windows of text begin with one.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    if bos_of(recipe, decoder) and tokenizer.bos_token_id is None:
+        why = "bos is true" if recipe.bos else f"{decoder.family.model_type} models begin text with BOS"
+        raise InputError(f"{why}, and the tokenizer of {model.name} has none: give --no-bos, or name its bos_token.")
+
+
+def bos_of(recipe: Recipe, decoder: Decoder) -> bool:
+    """Whether windows of text begin with BOS: as the recipe says, else as the family does."""
+    return decoder.family.bos if recipe.bos is None else recipe.bos
+
+
+def length_of(recipe: Recipe, model: ResolvedModel, decoder: Decoder) -> int:
+    """The recipe's sequence length, else the model's default, cut to the positions that it has."""
+    if recipe.calibration.sequence_length:
+        return recipe.calibration.sequence_length
+    most = getattr(decoder.config, "max_position_embeddings", None) or model.sequence_length
+    return min(model.sequence_length, most)

@@ -1,0 +1,150 @@
+"""A job: everything that a run stands on, resolved and checked before any long work."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ...boa.online.attention import NAME
+from ...boa.ranks import Ranks
+from ...boa.solver.rounding import Settings
+from ...errors import InputError
+from ...export.spec import Spec
+from ...models.aliases import ResolvedModel, resolve_model
+from ...models.checkpoint import Checkpoint
+from ...models.decoder import Decoder
+from ...models.hub import fetch
+from ...models.tokenizer import read_tokenizer, size_notices
+from ...rotation.balance import balanced_sites
+from ...rotation.rotate import Rotations
+from ..ranks import launch
+from ..ranks.distributed import device_name
+from ..recipe.recipe import Recipe
+from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of
+from ..storage.buffers import Buffers
+from ..storage.run_folder import device_of
+from .checks import bos_of, check_bos, check_sizes
+
+
+@dataclass
+class Job:
+    """Everything that a run stands on, checked before any long work."""
+
+    recipe: Recipe
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder
+    rotations: Rotations
+    spec: Spec
+    buffers: Buffers
+    ranks: Ranks = field(default_factory=Ranks)
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    found: list[str] = field(default_factory=list)
+    _running: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        """Of the rounding, as the recipe has them."""
+        return settings_of(self.recipe, self.rotations)
+
+    @property
+    def bos(self) -> bool:
+        """Whether windows of text begin with the tokenizer's BOS."""
+        return bos_of(self.recipe, self.decoder)
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know of how the recipe was carried out, a sentence each."""
+        notices = list(self.found)
+        if self.rotations.online_r1 and self.recipe.rotation.r1 == "merged":
+            notices.append(
+                f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into "
+                "the weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
+            )
+        if self.recipe.rotation.scale:
+            notices += self._unbalanced()
+        if self.decoder.config.tie_word_embeddings and not self.rotations.turned and moves_head(self.recipe):
+            notices.append(
+                "weights.head moves the output layer away from the embedding that it was tied to, and both are stored; "
+                "with weights.head 0 they stay one."
+            )
+        return notices
+
+    def _unbalanced(self) -> list[str]:
+        """A sentence where rotation.scale leaves inputs out."""
+        family, config = self.decoder.family, self.decoder.config
+        if self.rotations.turned:
+            return [
+                "The inputs of q, k, v, gate and up are not balanced: with R1 merged their norms are folded into the "
+                "weights. With rotation.r1 online or none they are."
+            ]
+        if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
+            function = config.activation_function
+            return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
+        return []
+
+    def leave_r1_out(self) -> None:
+        """Have R1 nowhere, where the recipe leaves it to the model."""
+        self.rotations = replace(self.rotations, r1=None, online_r1=False)
+        self.spec = replace(self.spec, r1=False, online_r1=False)
+
+    def release(self) -> None:
+        """Called after each batch: what lies in files need not stay in memory, and this rank is at work."""
+        self.buffers.release()
+        self.ranks.tick()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a stage to `seconds`."""
+        self._running[stage] = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.decoder.device.type == "cuda":
+                torch.cuda.synchronize(self.decoder.device)
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - self._running.pop(stage)
+
+    def go_on(self, seconds: Mapping[str, float]) -> None:
+        """Count on from what earlier parts of the run have spent, as `spent` gave it."""
+        earlier = dict(seconds)
+        self.started -= earlier.pop("total", 0.0)
+        self.seconds = {name: earlier.get(name, 0.0) + self.seconds.get(name, 0.0) for name in earlier | self.seconds}
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by stage, those of the running ones up to now, and in total."""
+        now = time.perf_counter()
+        running = {name: self.seconds.get(name, 0.0) + now - start for name, start in self._running.items()}
+        return {**self.seconds, **running, "total": now - self.started}
+
+
+def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = None) -> Job:
+    """Resolve and check a recipe; `ranks` are those that the run is shared by.
+
+    Raises:
+        InputError: the model, its files, the sizes or the device do not fit the recipe.
+    """
+    target = device_of(device_name(device))
+    model = resolve_model(recipe.model)
+    checkpoint = Checkpoint(fetch(model.source, model.is_local))
+    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    checkpoint.check(decoder.shapes)
+    check_sizes(recipe, decoder, model)
+    if recipe.weights.method == "brecq" and ranks is not None and ranks.size > 1:
+        raise InputError("weights.method brecq learns a block in one process: start it without torchrun.")
+    tokenizer = read_tokenizer(checkpoint.folder)
+    check_bos(recipe, decoder, tokenizer, model)
+    rotations = rotations_of(recipe, decoder)
+    spec = spec_of(recipe, rotations)
+    buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
+    job = Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
+    job.found += checkpoint.notices(decoder.shapes) + size_notices(tokenizer, decoder.shape.vocabulary)
+    return job

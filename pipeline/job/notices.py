@@ -1,0 +1,180 @@
+"""What is said of a recipe before any work: given fields that cannot do anything, and too little calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...boa.objective.objective import FEW_TOKENS
+from ...boa.online.activations import SEARCHED
+from ...boa.solver.rounding import LAYERWISE
+from ...models.decoder import Decoder
+from ...rotation.rotate import Rotations
+from ..recipe.fields import given_fields
+from ..recipe.recipe import Recipe
+from ..recipe.settings import rotations_of
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What decides whether a field can do anything."""
+
+    recipe: Recipe
+    decoder: Decoder
+    rotations: Rotations
+
+    @property
+    def method(self) -> str:
+        return self.recipe.weights.method
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether a rotation has random signs: those that run online have none."""
+        return self.rotations.turned or self.rotations.r2
+
+
+_Why = Callable[[_Case], str | None]
+
+
+def _of_method(*methods: str) -> _Why:
+    """A field that these methods do not read."""
+    return lambda case: f"weights.method is {case.method}" if case.method in methods else None
+
+
+def _drift(case: _Case) -> str | None:
+    if case.method == "rtn":
+        return "weights.method is rtn"
+    if case.recipe.weights.alpha == 0:
+        return "weights.alpha is 0"
+    if case.decoder.family.post_norms:
+        return f"{case.decoder.family.model_type} has norms after attention and MLP"
+    return None
+
+
+def _grid(case: _Case) -> str | None:
+    """Without a Hessian both searches weigh all errors alike."""
+    return _RTN(case) if case.recipe.weights.grid in ("diagonal", "hessian") else None
+
+
+def _learned(case: _Case) -> str | None:
+    return None if case.method in ("adaround", "aespa", "brecq") else f"weights.method is {case.method}"
+
+
+def _seed(case: _Case) -> str | None:
+    return None if case.is_seeded else "only R1 merged and R2 are random, and both are off"
+
+
+def _text(case: _Case, *, reads_some: bool = False) -> str | None:
+    """Calibration text, that the weights are not rounded by; `reads_some`: but the first of it places R1."""
+    rotation = case.recipe.rotation
+    cache = case.recipe.cache
+    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded) or (cache.center and cache.key_bits < 16)
+    read = read or (reads_some and rotation.r1 == "auto" and case.rotations.turned)
+    return None if read else _RTN(case)
+
+
+def _activations(case: _Case) -> str | None:
+    return "activations.bits is 16" if case.recipe.activations.bits == 16 else None
+
+
+def _activation_clip(case: _Case) -> str | None:
+    found = case.recipe.activations
+    return _activations(case) or _searched("activations", found.search, found.bits)
+
+
+def _cache(case: _Case) -> str | None:
+    stays = {case.recipe.cache.key_bits, case.recipe.cache.value_bits} == {16}
+    return "cache.key_bits and cache.value_bits are 16" if stays else None
+
+
+def _center(case: _Case) -> str | None:
+    return "cache.key_bits is 16" if case.recipe.cache.key_bits == 16 else None
+
+
+def _cache_clip(case: _Case) -> str | None:
+    found = case.recipe.cache
+    return _cache(case) or _searched("cache", found.search, min(found.key_bits, found.value_bits))
+
+
+def _searched(section: str, search: bool, bits: int) -> str | None:
+    if not search:
+        return None
+    return f"{section}.search is on, which " + (
+        "chooses it each time" if bits <= SEARCHED else f"clips nothing at more than {SEARCHED} bits"
+    )
+
+
+_RTN = _of_method("rtn")
+_BY_LAYER = _of_method(*LAYERWISE)
+
+IDLE: dict[str, _Why] = {
+    "rotation.r4_blocks": lambda case: None if case.recipe.rotation.r4 else "rotation.r4 is off",
+    "rotation.seed": _seed,
+    "rotation.seeds": _seed,
+    "weights.rows": _BY_LAYER,
+    "weights.act_order": _RTN,
+    "weights.grid": _grid,
+    "weights.damping": _RTN,
+    "weights.alpha": _RTN,
+    "weights.refine": _RTN,
+    "weights.starts": _RTN,
+    "weights.tabu": _RTN,
+    "weights.drift": _drift,
+    "weights.token_weights": _RTN,
+    "weights.head": _RTN,
+    "weights.sequential": _BY_LAYER,
+    "weights.value_rows": _BY_LAYER,
+    "weights.value_output": _BY_LAYER,
+    "weights.iterations": _learned,
+    "weights.learning_rate": _learned,
+    "weights.regulariser": _learned,
+    "activations.group_size": _activations,
+    "activations.symmetric": _activations,
+    "activations.clip": _activation_clip,
+    "activations.search": _activations,
+    "cache.clip": _cache_clip,
+    "cache.search": _cache,
+    "cache.center": _center,
+    "cache.sink": _cache,
+    "calibration.samples": _text,
+    "calibration.seed": lambda case: _text(case, reads_some=True),
+}
+"""Fields that can be without effect: why such a field is so in a recipe, else None. A result is then the same, byte for
+byte, whatever the field is; what is written down of the run is not. All other fields always have a part in it."""
+
+
+def idle_fields(recipe: Recipe, decoder: Decoder) -> dict[str, str]:
+    """The fields that were given and have no effect in this recipe, and why. Packaged recipes are nobody's wish."""
+    case = _Case(recipe, decoder, rotations_of(recipe, decoder))
+    reasons = {name: why(case) for name, why in IDLE.items() if name in given_fields(recipe)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def early_notices(recipe: Recipe, decoder: Decoder, length: int) -> list[str]:
+    """What a user should know of a recipe, with sequences of `length`, before any work, a sentence each."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in idle_fields(recipe, decoder).items():
+        by_reason.setdefault(reason, []).append(name)
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    notices = [f"Without effect in this recipe: {'; '.join(parts)}."] if parts else []
+    return notices + _too_little_text(recipe, decoder, length)
+
+
+def _too_little_text(recipe: Recipe, decoder: Decoder, length: int) -> list[str]:
+    """A sentence where layers have more input channels than there are calibration tokens."""
+    samples, shape, family = recipe.calibration.samples, decoder.shape, decoder.family
+    tokens = samples * length
+    widths = {"q, k, v, gate and up": shape.hidden, "O": shape.query_width, "down": shape.ffn}
+    few = {name: width for name, width in widths.items() if tokens < width}
+    if recipe.weights.method == "rtn" or not few:
+        return []
+    inputs = ", ".join(f"{width:,} of {name}" for name, width in few.items())
+    times = max(few.values()) / tokens
+    enough = -(-FEW_TOKENS * max(few.values()) // length)
+    of_experts = ", and of each expert's own" if family.experts else ""
+    return [
+        f"Calibration has {tokens:,} tokens ({samples} x {length:,}), fewer than some layers have input channels "
+        f"({inputs}: {times:.1f} times as many): their Hessians are shrunk, and little is left of what rounding by "
+        f"them gains. At least {FEW_TOKENS} tokens a channel are needed{of_experts}: give --calibration.samples "
+        f"{enough:,} or more."
+    ]

@@ -1,0 +1,130 @@
+"""What ranks share of a run: its texts, the folder that the first of them writes, and the tensors in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...boa.ranks import Ranks
+from ...errors import InputError
+from ...export.writing import read_ends
+from ...models.outer_layers import Ends
+from ..ranks import launch
+from ..recipe.recipe import Recipe
+from ..storage.run_folder import RunFolder, recipe_of
+from .identity import identity
+from .job import Job
+
+
+class FollowedRun(RunFolder):
+    """A run folder on another rank than the first: it knows what is in the manifest, and writes nothing.
+
+    Args:
+        path: the folder.
+        manifest: the first rank's.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest, self.clock = path, manifest, None
+
+    def start(self, recipe: str) -> None:
+        """Nothing: the first rank does."""
+
+    def close(self) -> None:
+        """Nothing: the first rank does."""
+
+    def save(self) -> None:
+        """Nothing: the first rank does."""
+
+    def write_block(self, index: int, tensors: dict[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """Remember what the manifest says of a block."""
+        self.manifest["blocks"].append({"index": index, **entry})
+
+
+def followed(ranks: Ranks, folder: RunFolder | None, path: Path) -> RunFolder:
+    """The folder of a run on every rank, of that on the first."""
+    manifest = ranks.tell(None if folder is None else folder.manifest)
+    return folder if folder is not None else FollowedRun(path, manifest)
+
+
+def shared_recipe(ranks: Ranks, run: Path) -> Recipe:
+    """The recipe of a run folder, which the first rank reads."""
+    recipe = recipe_of(run) if ranks.rank == 0 else None
+    data = ranks.tell(None if recipe is None else recipe.model_dump(mode="json"))
+    return recipe or Recipe.model_validate(data)
+
+
+def shared_tokens(ranks: Ranks, load: Callable[[], Tensor]) -> Tensor:
+    """Tokens that the first rank loads."""
+    return shared_tensors(ranks, (lambda: {"tokens": load()}) if ranks.rank == 0 else None)["tokens"]
+
+
+def shared_tensors(ranks: Ranks, load: Callable[[], dict[str, Tensor]] | None) -> dict[str, Tensor]:
+    """Tensors on the CPU by name, that the first rank loads; only its `load` is called."""
+    tensors = load() if load is not None and ranks.rank == 0 else {}
+    form = ranks.tell([(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()])
+    if ranks.rank > 0:
+        tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in form}
+    ranks.spread(list(tensors.values()))
+    return tensors
+
+
+def shared_block(job: Job, folder: RunFolder, index: int) -> dict[str, Tensor]:
+    """The tensors of a finished block, which the first rank reads."""
+    if job.ranks.size == 1:
+        return folder.read_block(index)
+    return shared_tensors(job.ranks, lambda: folder.read_block(index))
+
+
+def shared_ends(job: Job, folder: RunFolder) -> Ends:
+    """What is outside the blocks of the exported model, which the first rank reads."""
+    family = job.decoder.family
+    if job.ranks.size == 1:
+        return read_ends(folder.path / "model", family)
+    found = shared_tensors(job.ranks, lambda: read_ends(folder.path / "model", family).named(family))
+    return Ends.of(family, found)
+
+
+def check_alike(job: Job) -> None:
+    """Check that every rank has the same versions and a checkpoint of the same files.
+
+    Raises:
+        InputError: one has not.
+    """
+    facts = {f"version of {name}": version for name, version in identity(job)["versions"].items()}
+    facts |= {f"size of {file.name}": file.stat().st_size for file in job.checkpoint.files}
+    found = job.ranks.gather({"host": launch.host(), "facts": facts})
+    for rank, other in enumerate(found):
+        theirs, first = other["facts"], found[0]["facts"]
+        if differing := sorted(name for name in theirs | first if theirs.get(name) != first.get(name)):
+            raise InputError(
+                f"rank {rank} ({other['host']}) has another {differing[0]} than rank 0: "
+                "install the same versions, and copy the same checkpoint, on every machine."
+            )
+
+
+def own_share(job: Job, count: int) -> range:
+    """The calibration sequences of this rank, of `count` in all.
+
+    Raises:
+        InputError: a rank has none.
+    """
+    batch = job.recipe.calibration.batch
+    shares = job.ranks.shares(count, batch)
+    if empty := [rank for rank, share in enumerate(shares) if not share]:
+        batches = f", in batches of {batch}," if job.ranks.deterministic else ""
+        smaller = ", or a smaller --calibration.batch" if job.ranks.deterministic else ""
+        raise InputError(
+            f"{count} calibration sequences{batches} leave rank {empty[0]} of {job.ranks.size} without work: "
+            f"start fewer ranks, or give more --calibration.samples{smaller}."
+        )
+    return shares[job.ranks.rank]
+
+
+def own_windows(job: Job, count: int) -> range:
+    """The windows of text that this rank measures, of `count` in all; perhaps none."""
+    return job.ranks.shares(count, job.recipe.calibration.batch)[job.ranks.rank]

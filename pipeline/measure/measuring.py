@@ -1,0 +1,235 @@
+"""What is measured of a run: perplexities, divergence, the plain forward pass of ratios, memory, sizes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...boa.online.transforms import OnlineTransforms
+from ...boa.precision import quick_products
+from ...boa.solver.rounding import Quantized, Settings, quantize
+from ...boa.stopwatch import STAGES
+from ...eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
+from ...export.packing import pack_block
+from ...export.runtime.memory import memory
+from ...export.runtime.prepared import packed_block, prepare_block
+from ...export.spec import Spec
+from ...models.decoder import Decoder
+from ...models.outer_layers import Ends
+from ..console.progress import Progress, peak_resident
+from ..console.sizes import exported_sizes, part_sizes
+from ..job.job import Job
+from ..job.sharing import own_share, own_windows, shared_block
+from ..storage.buffers import trim
+from ..storage.files import tensor_sizes
+from ..storage.run_folder import RunFolder
+
+
+class Onlooker(Protocol):
+    """Sees the blocks of the plain forward pass, and the stream of the first `sequences` of all."""
+
+    sequences: int
+
+    def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
+        """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
+
+
+def plain_forward(job: Job, tokens: Tensor, progress: Progress, onlookers: Sequence[Onlooker] = ()) -> float:
+    """Seconds of one plain forward pass over the calibration set: the measure that ratios are taken to.
+
+    `onlookers` see each block on the way; their seconds do not count. Of several ranks the slowest counts.
+    """
+    progress.stage("plain forward pass", job.decoder.shape.blocks)
+    compute, share = job.decoder, own_share(job, len(tokens))
+    tokens = tokens[share.start : max(share.stop, *(onlooker.sequences for onlooker in onlookers), 0)]
+    ends = job.checkpoint.ends()
+    hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
+    for part, ids in zip(
+        hidden.split(job.recipe.calibration.batch), tokens.split(job.recipe.calibration.batch), strict=True
+    ):
+        part.copy_(compute.embed(ends, ids))
+    seconds = 0.0
+    with torch.no_grad(), quick_products(compute.device):  # as the quantizer's own passes are
+        for index in range(compute.shape.blocks):
+            tensors = job.checkpoint.block(index)
+            block = compute.block(index, tensors)
+            for onlooker in onlookers:
+                onlooker.add(index, tensors, block, hidden)
+                job.ranks.tick()
+            start = time.perf_counter()
+            for part in hidden.split(job.recipe.calibration.batch):
+                part.copy_(compute.run(block, part.to(compute.device)))
+                job.release()
+            if compute.device.type == "cuda":
+                torch.cuda.synchronize(compute.device)
+            seconds += time.perf_counter() - start
+            trim()
+            progress.advance()
+    return float(max(job.ranks.gather(seconds)))
+
+
+def perplexities(
+    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: Ends, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Full precision, RTN without rotation and the quantized model on the same texts, each run through them once.
+
+    Args:
+        job, folder: the run; its blocks are finished.
+        texts: (windows, length) tokens by the name of the data set.
+        ends: what is outside the blocks of the quantized model.
+        progress: told of each block.
+
+    Returns:
+        `perplexity`, by data set and model, and `divergence` from full precision by data set: `kl` and `top1` of the
+        quantized model, and `rtn` with both of RTN.
+    """
+    measured: dict[str, dict[str, Any]] = {"perplexity": {}, "divergence": {}}
+    original = job.checkpoint.ends()
+    for dataset, windows in texts.items():
+        found = _perplexities(job, folder, windows, original, ends, progress)
+        measured["perplexity"][dataset], measured["divergence"][dataset] = found
+    return measured
+
+
+def _perplexities(
+    job: Job, folder: RunFolder, windows: Tensor, plain_ends: Ends, ends: Ends, progress: Progress
+) -> tuple[dict[str, float], dict[str, Any]]:
+    compute, checkpoint = job.decoder, job.checkpoint
+    share = own_windows(job, len(windows))
+    own = windows[share.start : share.stop]
+    transforms = job.spec.unrotated.transforms(compute.shape)
+
+    def advance() -> None:
+        trim()
+        progress.advance()
+        job.ranks.tick()
+
+    def states(name: str, blocks: Iterator[nn.Module], ends: Ends) -> States:
+        progress.stage(f"evaluate {name}", compute.shape.blocks)
+        with job.timed(f"evaluate {name}"):
+            return last_states(
+                own,
+                partial(compute.embed, ends),
+                (partial(compute.run, block) for block in blocks),
+                compute.logits(ends),
+                batch=job.recipe.calibration.batch,
+                device=compute.device,
+                advance=advance,
+                empty=job.buffers.empty,
+                release=job.release,
+            )
+
+    indices, models = range(compute.shape.blocks), {}
+    original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), plain_ends)
+    if job.recipe.evaluation.baseline:
+        rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
+        models["rtn"] = states("rtn", rounded, plain_ends)
+    packed = (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices)
+    models["quantized"] = states("quantized", packed, ends)
+    with job.timed("evaluate logits"):
+        sums = job.ranks.gather(part_sums(own, models, original, advance=job.ranks.tick))
+    found = {
+        name: summary([part for rank in sums for part in rank[name]], windows.numel() - len(windows), True)
+        for name in (ORIGINAL, *models)
+    }
+    divergence = {name: asdict(far) for name, (_, far) in found.items() if far is not None}
+    perplexity = {"full_precision": found[ORIGINAL][0], **{name: found[name][0] for name in models}}
+    return perplexity, divergence["quantized"] | {name: divergence[name] for name in models if name != "quantized"}
+
+
+def rounded_block(
+    decoder: Decoder, index: int, tensors: Mapping[str, Tensor], settings: Settings, transforms: OnlineTransforms
+) -> nn.Module:
+    """Block `index` of the original checkpoint, every projection rounded to nearest."""
+    family, rtn = decoder.family, replace(settings, method="rtn")
+    results = {}
+    for name in family.projections:
+        result = quantize(tensors[f"{name}.weight"].float()[None], None, rtn)
+        results[name] = Quantized(result.integers[0], result.scale[0], result.zero[0])
+    spec = Spec(settings.bits, settings.group_size, settings.symmetric)
+    module = prepare_block(decoder.empty_block(index), family, spec, transforms)
+    return decoder.block(index, pack_block(results, dict(tensors), settings.bits, decoder.dtype), module)
+
+
+def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
+    """Bytes of the tensor files before and after, and of the parts of the finished model."""
+    exported = folder.path / "model"
+    files = exported.glob("*.safetensors")
+    parts = part_sizes(exported_sizes(exported), job.decoder)
+    return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files), **parts}
+
+
+def loaded(job: Job, tokens: int, *, tied: bool) -> dict[str, Any]:
+    """Bytes that the loaded model holds, `tied` or not, and its cache of `tokens` tokens, beside those in bfloat16."""
+    return memory(job.decoder, job.spec, job.checkpoint.dtype, tokens, tied=tied)
+
+
+def bits_per_weight(job: Job, folder: RunFolder) -> float:
+    """Bits that a quantized weight takes as it is stored, scales, zero points and padding included."""
+    stored = weights = 0
+    for index in range(job.decoder.shape.blocks):
+        sizes, block = tensor_sizes(folder.block_path(index)), job.decoder.empty_block(index)
+        for name in (name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")):
+            stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("qweight", "scale", "zero"))
+            weights += block.get_parameter(f"{name}.weight").numel()
+    return 8 * stored / weights
+
+
+def fallback_notices(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each block of the manifest with experts that saw too few tokens."""
+    notices = []
+    for block in blocks:
+        few = {n: layer["fallback_tokens"] for n, layer in block["layers"].items() if "fallback_tokens" in layer}
+        if few:
+            seen = ", ".join(f"{name} ({count})" for name, count in few.items())
+            notices.append(
+                f"Block {block['index']}: experts that saw fewer tokens than they have input channels were calibrated "
+                f"on tokens of the whole layer: {seen}."
+            )
+    return notices
+
+
+def raised_damping(blocks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Layers whose Cholesky decomposition needed more damping than the recipe has, by block and name."""
+    return {
+        f"{block['index']}.{name}": layer["damping"]
+        for block in blocks
+        for name, layer in block["layers"].items()
+        if "damping" in layer
+    }
+
+
+def stage_seconds(blocks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by stage of the quantizer, of all blocks."""
+    stages = [block.get("stages", {}) for block in blocks]
+    return {name: sum(block.get(name, 0.0) for block in stages) for name in STAGES}
+
+
+def peak_so_far(job: Job, folder: RunFolder) -> dict[str, int]:
+    """The most memory that any part of the run has held so far on any rank."""
+    earlier = folder.manifest.get("peak_memory_bytes", {})
+    now = job.ranks.gather({**peak_memory(job.decoder.device), "spilled": job.buffers.peak})
+    return {name: max(earlier.get(name, 0), *(held[name] for held in now)) for name in now[0]}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory held so far, in bytes, of this process and of the device."""
+    peak = {"host": peak_resident() or 0}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    """What computed, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"

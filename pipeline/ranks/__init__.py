@@ -1,0 +1,1 @@
+"""Many processes: launch, collectives, watch."""

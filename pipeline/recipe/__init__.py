@@ -1,0 +1,1 @@
+"""The one description of a run: fields, files, and the settings that follow from them."""

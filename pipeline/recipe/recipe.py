@@ -1,0 +1,293 @@
+"""Recipe: the one description of a run, read alike by YAML files, the command line and the Python API.
+
+Every field carries its own description, which is the text of `rotoboa quantize --help` (`recipe_fields`). Recipes are
+frozen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from ...errors import InputError
+from .values import Bits, Legal, Names, Placement, Sites, WeightBits
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads 'none' as None where a field can be None, in YAML and on the command line; no bool is a number."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and value.strip().lower() in ("none", "null") and NoneType in get_args(annotation):
+            return None
+        switch = bool in (annotation, *get_args(annotation)) or info.field_name in ("zfold", "r1")
+        if value == "" or (isinstance(value, bool) and not switch):
+            raise ValueError("not a value for this field")
+        return value
+
+
+class Rotation(_Section):
+    """Rotation (orthogonal matrices that spread outliers over the channels)."""
+
+    r1: Placement = Field(
+        default="merged",
+        description="Where R1 stands, which spreads outliers over the hidden channels. merged: in the residual stream, "
+        "free at run time (QuaRot); online: behind the norms, a Hadamard transform at the inputs of q, k, v and of "
+        "gate and up, which rounds what the layers read; none: nowhere; auto: merged, or none in a model whose norms "
+        "make that harmful.",
+    )
+    r2: bool = Field(default=True, description="Rotate the values of each head, between V and O. Free at run time.")
+    r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
+    r4: bool = Field(default=False, description="Rotate the input of down, online: for low-bit activations.")
+    r4_blocks: bool = Field(
+        default=False,
+        description="Make R4 of blocks of the largest power of two that divides its width, as vLLM can run it.",
+    )
+    heads: bool = Field(
+        default=False, description="Rotate the input of O over all heads, online, as QuaRot does: for low-bit inputs."
+    )
+    scale: bool = Field(
+        default=False,
+        description="Balance the channels of every input against the weights that read them, before it is rotated, and "
+        "of quantized keys against the queries. Free at run time.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the random signs of the Hadamard matrices.")
+    seeds: int = Field(
+        default=1,
+        ge=1,
+        description="How many seeds, from the above on, are tried on a little calibration text; the one that loses "
+        "least to rounding to nearest is used.",
+    )
+
+
+class Weights(_Section):
+    """Weights (their integer grid, and how they are rounded to it)."""
+
+    bits: WeightBits = Field(default=4, description="Bits of a weight.")
+    group_size: int | None = Field(
+        default=None,
+        ge=8,
+        description="Input channels that share a scale and zero point; none: all of an output channel.",
+    )
+    symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
+    method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
+        default="boa",
+        description="How weights are rounded. rtn: to the nearest; gptq: errors compensated within a row, layer by "
+        "layer; boa: also across the rows of an attention head, by what attention makes of them; adaround, aespa: "
+        "rounding learned on the objective of gptq, of boa, from their result; brecq: learned by backpropagation on "
+        "the output of the block, from the result of boa.",
+    )
+    rows: int = Field(
+        default=4, ge=1, description="Rows of a head rounded at a time by boa: fewer are more exact, and slower."
+    )
+    act_order: bool = Field(default=True, description="Round the input channels with the largest activations first.")
+    grid: Literal["auto", "minmax", "diagonal", "hessian"] = Field(
+        default="auto",
+        description="How scale and zero point are chosen. minmax: the full range of the weights; diagonal: a search "
+        "over smaller ranges, weighting errors by the diagonal of the input Hessian; hessian: by all of it; auto: "
+        "diagonal with R1, hessian without it.",
+    )
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Part of a Hessian's mean diagonal added to its diagonal."
+    )
+    alpha: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows.",
+    )
+    refine: int = Field(default=8, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
+    starts: int = Field(
+        default=3,
+        ge=1,
+        description="How often rows are rounded and refined, from grids of other widths; every row keeps its best.",
+    )
+    tabu: float = Field(
+        default=2.0,
+        ge=0,
+        description="Moves of a tabu search after refinement, for each input channel of a row; 0: none.",
+    )
+    drift: bool = Field(
+        default=True, description="Let O and down also make up for what the residual stream has lost before them."
+    )
+    token_weights: bool = Field(
+        default=False,
+        description="Count a token's errors in O, gate, up and down by one over the mean square of the residual stream "
+        "that they end in.",
+    )
+    head: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How far the output layer, which stays as it is otherwise, makes up for what the last hidden "
+        "states have lost.",
+    )
+    sequential: bool = Field(
+        default=False, description="Weigh values by the attention of quantized queries and keys, not of the originals."
+    )
+    zfold: Sites = Field(
+        default=None,
+        description="A scale per input channel too, folded into the layer before (Z-Fold): true, or the inputs that "
+        "get one, of qkv (norm), output (V), gate_up (norm) and down (up).",
+    )
+    value_rows: int = Field(
+        default=128,
+        ge=0,
+        description="Values are weighed by the attention of every n-th query, so that this many rows remain for each "
+        "input channel; 0: of all queries.",
+    )
+    value_output: bool = Field(
+        default=True, description="Weigh the errors of values by the output projection; false: alike, as aespa does."
+    )
+    iterations: int = Field(default=2000, ge=1, description="Steps of learned rounding (adaround, aespa, brecq).")
+    learning_rate: float = Field(default=0.015, gt=0, description="Learning rate of learned rounding.")
+    regulariser: float = Field(
+        default=1.5, ge=0, description="How hard learned rounding is driven to integers; 0: not at all."
+    )
+
+
+class Activations(_Section):
+    """Activations (inputs of linear layers, quantized per token as the model runs)."""
+
+    bits: Bits = Field(default=16, description="Bits of an activation.")
+    group_size: int | None = Field(
+        default=None,
+        ge=8,
+        description="Channels of a token that share a scale, after online rotations; none: all of them.",
+    )
+    symmetric: bool = Field(default=True, description="Quantize without a zero point.")
+    clip: float = Field(
+        default=0.9, gt=0, le=1, description="Part of a token's range that the grid covers; the rest is clipped."
+    )
+    search: bool = Field(
+        default=True,
+        description="Every token chooses its clip ratio as the model runs, by its least squared error, in place of "
+        "clip; none is clipped at more than 4 bits.",
+    )
+
+
+class Cache(_Section):
+    """Cache (keys and values, quantized per token and head, with a zero point)."""
+
+    key_bits: Bits = Field(default=16, description="Bits of a cached key.")
+    value_bits: Bits = Field(default=16, description="Bits of a cached value.")
+    clip: float = Field(
+        default=0.95, gt=0, le=1, description="Part of the range that the grid covers; the rest is clipped."
+    )
+    search: bool = Field(
+        default=True,
+        description="Every vector chooses its clip ratio as it is stored, by its least squared error, in place of "
+        "clip; none is clipped at more than 4 bits.",
+    )
+    center: bool = Field(
+        default=True,
+        description="Round keys without what all keys of a head have in common, their mean over the calibration text.",
+    )
+    sink: int = Field(
+        default=0,
+        ge=0,
+        description="Positions of the cache, from the first, that stay in 16 bits: keys and values of a sequence's "
+        "first tokens are unlike all others.",
+    )
+
+
+class Calibration(_Section):
+    """Calibration (the text that the Hessians are measured on)."""
+
+    dataset: str | None = Field(
+        default=None,
+        description="stdlib, wikitext2, c4, or text: a file (also .jsonl, .json, .csv or .parquet with a field text) "
+        "or a folder of such, several with commas; none: the model's default.",
+    )
+    samples: int = Field(default=128, ge=1, description="Number of sequences.")
+    sequence_length: int | None = Field(
+        default=None, ge=2, description="Tokens of a sequence; none: the model's default."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of sequences.")
+    batch: int = Field(default=8, ge=1, description="Sequences computed at a time: fewer need less memory.")
+
+
+class Evaluation(_Section):
+    """Evaluation (what is measured when the weights are done)."""
+
+    dataset: Names = Field(
+        default=None, description="Text for perplexity and divergence, as for calibration; several with commas."
+    )
+    split: Literal["evaluation", "validation"] = Field(
+        default="evaluation", description="evaluation: the text to report; validation: other text, to choose by."
+    )
+    windows: int | None = Field(
+        default=None, ge=1, description="Windows of text to measure; none: all, or the model's default."
+    )
+    baseline: bool = Field(default=True, description="Also measure the model rounded to nearest without rotation.")
+    tasks: Names = Field(
+        default=None,
+        description="Zero-shot tasks, names of lm-eval with commas; default: for the embedded model the three made "
+        "for it, for others the eight of the BoA paper.",
+    )
+    tasks_path: Path | None = Field(
+        default=None, description="Folder of lm-eval task files (YAML) that tasks may name too; without tasks, all."
+    )
+    references: bool = Field(
+        default=True, description="Also measure the loss that RTN and plain GPTQ have in each layer, for the report."
+    )
+    sources: bool = Field(
+        default=False,
+        description="Also measure what each quantizer costs alone: weights, the inputs of each kind of layer, keys and "
+        "values, all else in full precision, on at most 4 windows of the first text.",
+    )
+    report: bool = Field(default=True, description="Write report.html, with the activations before and after rotation.")
+
+
+class Recipe(_Section):
+    """All that decides the result of a run.
+
+    Raises:
+        InputError: a field is unknown or has an illegal value, in the words of the command line.
+    """
+
+    model: str = Field(
+        default="tiny",
+        description="An alias (see `rotoboa models`), a folder with a checkpoint, or a Hugging Face model id.",
+    )
+    rotation: Rotation = Rotation()
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    cache: Cache = Cache()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    bos: bool | None = Field(
+        default=None,
+        description="Begin every window of text, in calibration and evaluation, with the tokenizer's BOS; none: as the "
+        "family does, which only Gemma's do.",
+    )
+    memory: Annotated[ByteSize | None, Legal("a size such as 12GiB")] = Field(
+        default=None,
+        ge=0,
+        description="Host memory for activations; more than that lies in files without a name on the disk of the run; "
+        "none: half of what is free.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Sum in a fixed order, and on one thread: the same bytes on any number of ranks of torchrun.",
+    )
+    timeout: int = Field(
+        default=600,
+        ge=1,
+        description="Seconds that the ranks of torchrun wait for one whose work does not go on, before all end.",
+    )
+    output: Path | None = Field(default=None, description="Folder of the run; none: runs/<model>-<recipe>.")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            from .fields import complaints  # which reads the fields of this class
+
+            raise InputError(f"The recipe cannot be used: {'; '.join(complaints(error))}.") from error

@@ -1,0 +1,85 @@
+"""What a recipe asks of the quantizer: settings of the rounding, rotations, and what runs online."""
+
+from __future__ import annotations
+
+from ...boa.solver.rounding import Settings
+from ...export.spec import Spec
+from ...models.decoder import Decoder
+from ...models.families import Family
+from ...rotation.rotate import Rotations
+from .recipe import Recipe
+
+
+def settings_of(recipe: Recipe, rotations: Rotations | None = None) -> Settings:
+    """Of the rounding; `rotations` where they are known, else R1 is where the recipe has it."""
+    grid = recipe.weights.grid
+    if grid == "auto":
+        has_r1 = recipe.rotation.r1 != "none" if rotations is None else rotations.r1 is not None
+        grid = "diagonal" if has_r1 else "hessian"
+    fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
+    return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
+
+
+def is_r1_online(recipe: Recipe, family: Family) -> bool:
+    """Whether R1 stands behind the norms; families with post norms cannot have it merged."""
+    return recipe.rotation.r1 == "online" or (recipe.rotation.r1 == "merged" and family.post_norms)
+
+
+def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
+    """Those of a decoder; R1 is merged where the recipe leaves it to the model, and the family does not forbid it."""
+    rotation = recipe.rotation
+    off = rotation.r1 == "none" or (rotation.r1 == "auto" and decoder.family.post_norms)
+    return Rotations.of(
+        decoder.shape,
+        r1=not off,
+        r2=rotation.r2,
+        r3=rotation.r3,
+        r4=rotation.r4,
+        r4_blocks=rotation.r4_blocks,
+        seed=rotation.seed,
+        online_r1=is_r1_online(recipe, decoder.family),
+        heads=rotation.heads,
+    )
+
+
+def moves_head(recipe: Recipe) -> bool:
+    """Whether the output layer is moved to make up for errors."""
+    return recipe.weights.head > 0 and recipe.weights.method != "rtn"
+
+
+def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
+    """Whether embedding and head of the finished model are one matrix: they were, and neither is changed."""
+    return bool(decoder.config.tie_word_embeddings) and not rotations.turned and not moves_head(recipe)
+
+
+def changed_ends(recipe: Recipe, rotations: Rotations) -> int:
+    """How many of embedding and head are changed, and lie in files while a run works."""
+    return 2 if rotations.turned else int(moves_head(recipe))
+
+
+def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
+    """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
+    rotation = recipe.rotation
+    return Spec(
+        bits=recipe.weights.bits,
+        group_size=recipe.weights.group_size,
+        symmetric=recipe.weights.symmetric,
+        r1=rotations.r1 is not None,
+        r2=rotation.r2,
+        r3=rotation.r3,
+        r4=rotation.r4,
+        r4_blocks=rotation.r4_blocks,
+        heads=rotation.heads,
+        activation_bits=recipe.activations.bits,
+        activation_symmetric=recipe.activations.symmetric,
+        activation_clip=recipe.activations.clip,
+        activation_group=recipe.activations.group_size,
+        activation_search=recipe.activations.search,
+        key_bits=recipe.cache.key_bits,
+        value_bits=recipe.cache.value_bits,
+        cache_clip=recipe.cache.clip,
+        cache_search=recipe.cache.search,
+        cache_sink=recipe.cache.sink,
+        cache_center=recipe.cache.center and recipe.cache.key_bits < 16,
+        online_r1=rotations.online_r1,
+    )

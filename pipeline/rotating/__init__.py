@@ -1,0 +1,1 @@
+"""What calibration decides of the rotation, and what is outside the blocks."""

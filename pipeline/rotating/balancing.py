@@ -1,0 +1,54 @@
+"""The scales of `rotation.scale`: measured along the plain forward pass, kept in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...boa.online.attention import set_attention
+from ...rotation.balance import balanced_sites, moments, scales
+from ..job.job import Job
+from ..job.sharing import shared_tensors
+from ..storage.run_folder import write_tensors
+
+SCALES = "scales.safetensors"
+TOKENS = 16_384  # that moments are averages over: of the first sequences, which are at random places of the text
+
+
+class Balance:
+    """Finds the scales of each block, on the first rank; those found so far are in the rotations of the job."""
+
+    def __init__(self, job: Job, length: int) -> None:
+        self.job, self.sequences = job, -(-TOKENS // length)
+        self.found: list[dict[str, Tensor]] = []
+        keys = job.recipe.cache.key_bits < 16
+        self.centered = job.spec.cache_center
+        self.sites = balanced_sites(job.decoder.family, job.decoder.config, folded=job.rotations.turned, keys=keys)
+        job.rotations = replace(job.rotations, scales=self.found)
+
+    def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
+        """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
+        compute, batch = self.job.decoder, self.job.recipe.calibration.batch
+        seen = moments(
+            compute, block, hidden[: self.sequences], self.sites, batch, set_attention, centered=self.centered
+        )
+        rotary = compute.position_embeddings(1, index)[0].shape[-1]
+        self.found.append(scales(tensors, compute.family, compute.shape, seen, rotary))
+
+    def write(self, folder: Path) -> None:
+        """Keep them in the folder of the run."""
+        write_tensors(folder / SCALES, {f"{i}.{site}": t for i, of in enumerate(self.found) for site, t in of.items()})
+
+
+def read_scales(job: Job, folder: Path) -> None:
+    """Give the rotations of the job, on every rank, the scales that are kept in the folder of its run."""
+    kept = shared_tensors(job.ranks, lambda: load_file(folder / SCALES))
+    found: list[dict[str, Tensor]] = [{} for _ in range(job.decoder.shape.blocks)]
+    for name, scale in kept.items():
+        index, _, site = name.partition(".")
+        found[int(index)][site] = scale
+    job.rotations = replace(job.rotations, scales=found)

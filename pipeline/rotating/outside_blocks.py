@@ -1,0 +1,83 @@
+"""What is outside the blocks, embedding, final norm and output layer, on its way through a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...boa.objective.objective import is_finite
+from ...boa.objective.statistics import InputStatistics
+from ...boa.objective.totals import Total
+from ...errors import RunError
+from ...models.families import Family
+from ...models.matrices import SPAN, spans
+from ...models.outer_layers import Ends
+from ..job.job import Job
+from ..recipe.settings import moves_head
+
+
+def rotated_ends(job: Job) -> Ends:
+    """What is outside the blocks, rotated, in the checkpoint's dtype: what is stored is what is measured.
+
+    Rows of embedding and head are rotated some at a time (in float64), into files. Where the stream is not turned, they
+    are those of the checkpoint, tied if they were.
+
+    Raises:
+        RunError: values do not fit into the dtype.
+    """
+    source, family, dtype = job.checkpoint.ends(), job.decoder.family, job.checkpoint.dtype
+    if not job.rotations.turned and source.head[:1].dtype == dtype:
+        rest = source.rows(slice(1)).map(lambda tensor: tensor.to(dtype))
+        _check_fits(rest, family, dtype)
+        return replace(rest, embedding=source.embedding, head=source.head)
+    embedding, head = (job.buffers.file(*source.embedding.shape, dtype=dtype) for _ in range(2))
+    biases: list[Tensor] = []
+    for rows in spans(source.head):
+        part = job.rotations.rotate_ends(source.rows(rows), family).map(lambda tensor: tensor.to(dtype))
+        _check_fits(part, family, dtype)
+        embedding[rows], head[rows] = part.embedding[:], part.head[:]
+        biases += [] if part.head_bias is None else [part.head_bias]
+        job.release()
+    return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
+
+
+def _check_fits(part: Ends, family: Family, dtype: torch.dtype) -> None:
+    for name, tensor in part.named(family).items():
+        if not is_finite(tensor):
+            raise RunError(
+                f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
+                "as bfloat16 or float32."
+            )
+
+
+@torch.no_grad()
+def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> Ends:
+    """The output layer, which is not quantized, moved to make up for what the last hidden states lost.
+
+    It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with no rounding after it. A head that is
+    still the checkpoint's is copied into a file for it.
+    """
+    weights = job.recipe.weights
+    if not moves_head(job.recipe):
+        return ends
+    final, batch = job.decoder.norm(ends.norm, ends.norm_bias), job.recipe.calibration.batch
+    shares = job.ranks.shares(job.recipe.calibration.samples, batch)
+    batches = [range(share.start // batch, -(-share.stop // batch)) for share in shares]
+    statistics, first = Total(InputStatistics, job.ranks, batches), shares[job.ranks.rank].start
+    for i, (f, q) in enumerate(zip(*(stream.split(batch) for stream in (full, quantized)), strict=True)):
+        statistics.at(first // batch + i).add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
+        job.release()
+    objective = statistics.value().objective().damped(weights.damping)
+    if job.ranks.rank > 0:
+        return ends  # the first rank writes them
+    ours = isinstance(ends.head, Tensor)
+    head = ends.head if ours else job.buffers.file(*ends.head.shape, dtype=job.checkpoint.dtype)
+    assert isinstance(head, Tensor)
+    for rows in spans(ends.head, 4 * SPAN):  # the Hessian is factored anew for each
+        part = ends.head[rows]
+        moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
+        head[rows].copy_(moved)
+        job.buffers.release()
+    return replace(ends, head=head)

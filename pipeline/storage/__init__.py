@@ -1,0 +1,1 @@
+"""Run folders, streams in files, reading ahead."""

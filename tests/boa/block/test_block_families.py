@@ -1,0 +1,249 @@
+"""One block of every family through the quantizer: shapes of the objectives, streams, experts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rotoboa.boa.block import workspace
+from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.objective import statistics
+from rotoboa.boa.online.activations import DynamicQuantizer
+from rotoboa.boa.online.attention import NAME, AttentionTransform
+from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
+from rotoboa.boa.solver.rounding import Settings
+from rotoboa.models.decoder import Decoder
+from rotoboa.rotation.rotate import Rotations
+
+from ..small_block import Ran, Solved, block_tensors, forward, run_block
+
+NAMES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"]
+MIXTURES = ["mixtral", "qwen3_moe"]
+SETTINGS = Settings(bits=4, refine=1, starts=1, tabu=0)
+SEQUENCES, LENGTH, HIDDEN = 3, 24, 32
+EVERYTHING = {"r1": True, "r2": True, "r3": True, "r4": True}
+ROTATIONS = {"plain": {}, "rotated": EVERYTHING, "behind the norms": {**EVERYTHING, "online_r1": True, "heads": True}}
+
+
+class Setup:
+    """Block 1 of a family, rotated or not, its transforms, and two streams."""
+
+    def __init__(self, model: nn.Module, bits: int = 16, **rotations: bool) -> None:
+        self.decoder = Decoder(model.config, attention=NAME)
+        family, shape = self.decoder.family, self.decoder.shape
+        tensors = block_tensors(model, self.decoder, 1)
+        chosen = {name: rotations.get(name, False) for name in EVERYTHING}
+        online = rotations.get("online_r1", False) or family.post_norms
+        self.rotations = Rotations.of(shape, **chosen, online_r1=online, heads=rotations.get("heads", False))
+        self.block = self.decoder.block(1, self.rotations.rotate_block(tensors, family, 1))
+        quantizer = DynamicQuantizer.of(bits, True, 0.9)
+        read = InputTransform(self.rotations.r1 if self.rotations.online_r1 else None, quantizer)
+        self.transforms = OnlineTransforms(
+            read,
+            InputTransform(self.rotations.heads, quantizer),
+            read,
+            InputTransform(self.rotations.r4, quantizer),
+            AttentionTransform(
+                self.rotations.r3, DynamicQuantizer.of(bits, False, 0.95), DynamicQuantizer.of(bits, False, 0.95)
+            ),
+        )
+
+    def streams(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(5)
+        full = torch.randn(SEQUENCES, LENGTH, HIDDEN, generator=generator)
+        if self.decoder.family.layer_norm:  # as a rotated stream is: without a mean
+            full = full - full.mean(-1, keepdim=True)
+        if self.rotations.r1 is not None and not self.rotations.online_r1:
+            full = self.rotations.r1.apply(full)
+        return full, full + 0.05 * torch.randn(full.shape, generator=generator)
+
+    def forward(self, block: nn.Module, hidden: Tensor, *, exact: bool) -> Tensor:
+        return forward(self.decoder, block, hidden, self.transforms, exact=exact)
+
+
+def _run(setup: Setup, settings: Settings = SETTINGS, **options: Any) -> Ran:
+    return run_block(setup.decoder, setup.block, settings, setup.transforms, setup.streams(), **options)
+
+
+@pytest.mark.parametrize("rotated", ROTATIONS)
+@pytest.mark.parametrize("name", NAMES + MIXTURES)
+def test_streams_are_forward_passes(family_model: Callable[..., nn.Module], name: str, rotated: str) -> None:
+    setup = Setup(family_model(name), 16 if rotated == "plain" else 4, **ROTATIONS[rotated])
+    solver, full, quantized = _run(setup)
+    before_full, before_quantized = setup.streams()
+    torch.testing.assert_close(full, setup.forward(setup.block, before_full, exact=True), rtol=0, atol=2e-5)
+    expected = setup.forward(solver.quantized, before_quantized, exact=False)
+    far = ((quantized - expected).abs() > 1e-4).float().mean()
+    assert far < 0.02, "a value at the edge of two levels may fall to either side, and no more"
+    assert (full - quantized).abs().max() > 0.01
+    assert list(solver.results) == list(solver.losses) == list(setup.decoder.family.projections)
+
+
+@pytest.mark.parametrize("name", NAMES + MIXTURES)
+def test_going_on_gives_the_same(family_model: Callable[..., nn.Module], name: str) -> None:
+    first, full, quantized = _run(Setup(family_model(name), 4, **EVERYTHING))
+    again, full_again, quantized_again = _run(Setup(family_model(name), 4, **EVERYTHING), done=first.results)
+    assert torch.equal(full, full_again) and torch.equal(quantized, quantized_again)
+    assert list(again.results) == list(first.results)
+
+
+@pytest.mark.parametrize("name", NAMES + MIXTURES)
+def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solved) -> None:
+    setup = Setup(family_model(name))
+    _run(setup)
+    s, f = setup.decoder.shape, setup.decoder.family
+    query_key, value, output, *mlp = solved
+    d, both = s.head_dim, s.query_heads + s.key_heads
+    assert query_key[0].shape == (both, d, HIDDEN)
+    assert query_key[1].h_in.shape == (1, HIDDEN, HIDDEN)
+    assert query_key[1].h_out is not None and query_key[1].h_out.shape == (both, d, d)
+    assert value[0].shape == (s.key_heads, d, HIDDEN)
+    assert value[1].h_in.shape == (s.key_heads, HIDDEN, HIDDEN)
+    assert value[1].h_out is not None and value[1].h_out.shape == (s.key_heads, d, d)
+    assert output[0].shape == (1, HIDDEN, s.query_heads * d)
+    assert output[1].h_in.shape == (1, s.query_heads * d, s.query_heads * d) and output[1].h_out is None
+    assert len(mlp) == 2 * max(s.experts, 1)
+    for (inner, inner_goal), (down, down_goal) in zip(mlp[::2], mlp[1::2], strict=True):
+        assert inner.shape == ((1, s.ffn, HIDDEN) if f.activation else (2, s.ffn, HIDDEN))
+        assert inner_goal.h_in.shape == (1, HIDDEN, HIDDEN) and inner_goal.h_out is None
+        assert down.shape == (1, HIDDEN, s.ffn) and down_goal.h_in.shape == (1, s.ffn, s.ffn)
+    for weight, goal in solved:
+        assert torch.linalg.eigvalsh(goal.h_in.double()).min() > -1e-3 * goal.h_in.abs().max()
+        if goal.h_out is not None:
+            assert torch.linalg.eigvalsh(goal.h_out.double()).min() > -1e-4 * goal.h_out.abs().max()
+        assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "opt"])
+def test_a_bias_of_values_is_not_made_up_for(
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
+) -> None:
+    """Where both streams are the same, V has lost nothing; what its bias adds to every output is no part of that."""
+    monkeypatch.setattr(statistics, "_has_bfloat16", lambda: False)
+    setup = Setup(family_model(name))
+    bias = setup.block.get_submodule(setup.decoder.family.value).bias
+    assert isinstance(bias, Tensor)
+    bias.data = torch.linspace(-3, 3, len(bias))
+    full, _ = setup.streams()
+    run_block(setup.decoder, setup.block, SETTINGS, setup.transforms, (full, full.clone()))
+    weight, goal = solved[1]
+    assert goal.drift is not None
+    assert goal.drift.abs().max() < 1e-4 * (weight @ goal.h_in).abs().max()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_what_a_post_norm_divides_by_weighs_tokens(
+    family_model: Callable[..., nn.Module], name: str, solved: Solved
+) -> None:
+    setup = Setup(family_model(name))
+    solver, _, _ = _run(setup, replace(SETTINGS, token_weights=False))
+    full, quantized = setup.streams()
+    family = setup.decoder.family
+    x = [
+        workspace.capture(block.get_submodule(family.output), partial(setup.decoder.run, block, hidden))
+        for block, hidden in ((setup.block, full), (solver.quantized, quantized))
+    ]
+    y = torch.nn.functional.linear(x[0], setup.block.get_parameter(f"{family.output}.weight"))
+    weighted = (x[1] / y.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1)
+    torch.testing.assert_close(solved[2][1].h_in[0], weighted.T @ weighted, rtol=1e-3, atol=1e-3)
+
+
+# -- experts ---
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_expert_is_calibrated_on_its_tokens(
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
+) -> None:
+    monkeypatch.setattr(Setup, "streams", _many(Setup.streams))
+    setup = Setup(family_model(name))
+    solver, _, _ = _run(setup, replace(SETTINGS, token_weights=False))
+    family, shape = setup.decoder.family, setup.decoder.shape
+    assert not solver.fallbacks
+    x, weights, index = _routed(setup, solver)
+    counts = torch.bincount(index.flatten(), minlength=shape.experts)
+    assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
+    for i in range(shape.experts):
+        p = (weights * (index == i)).sum(-1, keepdim=True)
+        goal = solved[3 + 2 * i][1]
+        torch.testing.assert_close(goal.h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
+    assert family.expert_count == shape.experts == 4
+
+
+def _routed(setup: Setup, solver: BlockQuantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """What the quantized block gives to its MLP, (tokens, hidden), as transformers runs it; weights and experts."""
+    block, (_, quantized) = solver.quantized, setup.streams()
+    x = workspace.capture(block.get_submodule("mlp"), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
+    _, weights, index = setup.block.get_submodule("mlp.gate")(x)
+    return x, weights, index
+
+
+def _many(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup], tuple[Tensor, Tensor]]:
+    """More and more varied tokens, so that every expert has enough."""
+
+    def longer(self: Setup) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(6)
+        full = torch.randn(12, LENGTH, HIDDEN, generator=generator)
+        return full, full + 0.05 * torch.randn(full.shape, generator=generator)
+
+    return longer
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_expert_with_few_tokens_falls_back(
+    family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
+) -> None:
+    """A text of 24 tokens gives no expert 32 of them: each is calibrated on all, and named with its number."""
+    monkeypatch.setattr(Setup, "streams", _first(Setup.streams))
+    setup = Setup(family_model(name))
+    solver, _, quantized = _run(setup, replace(SETTINGS, token_weights=False))
+    x, _, index = _routed(setup, solver)
+    counts = torch.bincount(index.flatten(), minlength=4).tolist()
+    family = setup.decoder.family
+    assert solver.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
+    for i in range(4):
+        torch.testing.assert_close(solved[3 + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(quantized).all() and max(solver.losses.values()) < 0.2
+
+
+def _first(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup], tuple[Tensor, Tensor]]:
+    def shorter(self: Setup) -> tuple[Tensor, Tensor]:
+        full, quantized = streams(self)
+        return full[:1], quantized[:1]
+
+    return shorter
+
+
+# -- numerics ---
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("phi3", "mlp.gate_up_proj.up"), ("mixtral", "mlp.experts.2.down_proj"), ("opt", "fc1")]
+)
+def test_nan_in_a_weight_is_named(family_model: Callable[..., nn.Module], name: str, tensor: str) -> None:
+    setup = Setup(family_model(name))
+    setup.block.get_parameter(f"{tensor}.weight").data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{tensor}: its weight holds NaN or Inf$"):
+        _run(setup)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("opt", "fc2.bias", "fc2: what it should put out holds NaN or Inf"),
+        ("gemma2", "post_feedforward_layernorm.weight", "mlp.down_proj: the full-precision stream after it"),
+        ("gemma2", "post_attention_layernorm.weight", "self_attn.o_proj: the full-precision stream after it"),
+        ("qwen2", "self_attn.k_proj.bias", "self_attn.q_proj, self_attn.k_proj: "),
+    ],
+)
+def test_inf_is_named_where_it_arises(
+    family_model: Callable[..., nn.Module], name: str, tensor: str, message: str
+) -> None:
+    setup = Setup(family_model(name))
+    setup.block.get_parameter(tensor).data[0] = float("inf")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _run(setup)

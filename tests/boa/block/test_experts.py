@@ -1,0 +1,87 @@
+"""What the experts of a mixture are asked to make up for, where the weights of a token need not sum to 1."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block.experts_half import ExpertsHalf
+from rotoboa.boa.block.workspace import capture
+from rotoboa.models.decoder import Decoder
+
+from ..small_block import PLAIN, QUICK, Solved, make_decoder, run_block
+
+HIDDEN, FFN, EXPERTS = 16, 12, 4
+
+
+class Mixture(NamedTuple):
+    decoder: Decoder
+    block: nn.Module
+
+    def streams(self, sequences: int) -> tuple[Tensor, Tensor]:
+        full = torch.randn(sequences, 24, HIDDEN, generator=torch.Generator().manual_seed(6))
+        return full, full + 0.2 * torch.randn(full.shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def mixture() -> Mixture:
+    """A block of Qwen3 with two of four experts for each token, whose weights are not made to sum to 1."""
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "head_dim": 8, "num_experts": EXPERTS}
+    decoder = make_decoder("qwen3_moe", num_experts_per_tok=2, norm_topk_prob=False, mlp_only_layers=[], **sizes)
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, like in decoder.empty_block(0).state_dict().items():
+        noise = torch.randn(like.shape, generator=generator)
+        tensors[name] = 1 + 0.3 * noise if like.ndim == 1 else noise / like.shape[1] ** 0.5
+    return Mixture(decoder, decoder.block(0, tensors))
+
+
+def _down_goals(mixture: Mixture, sequences: int, solved: Solved) -> list[tuple[Tensor, Tensor]]:
+    """Run, and of each expert's down projection: Y X^T that was asked for, and that of the formula."""
+    decoder, block = mixture
+    solver: BlockQuantizer = run_block(decoder, block, QUICK, PLAIN, mixture.streams(sequences)).solver
+    family = decoder.family
+    hf, hq = (
+        capture(part.get_submodule(family.mlp_norm), partial(decoder.run, part, h)).flatten(0, 1)
+        for part, h in zip((block, solver.quantized), mixture.streams(sequences), strict=True)
+    )
+    norm = block.get_submodule(family.mlp_norm)
+    index, weights = solver._choose(norm(hq))
+    total = weights.sum(-1, keepdim=True)
+    found = []
+    for i in range(EXPERTS):
+        p = (weights * (index == i)).sum(-1, keepdim=True)
+        share = torch.where(total > 0, p / total, 0)
+        if solver.fallbacks:
+            p = share = torch.ones_like(p)
+        full, quantized = solver._expert(block, i), solver._expert(solver.quantized, i)
+        y, x = full.down_proj(full.inside(norm(hf))), quantized.inside(norm(hq)) * p
+        weight, goal = solved[3 + 2 * i + 1]
+        assert goal.drift is not None
+        found.append((goal.drift[0] + weight[0] @ goal.h_in[0], (p * y + share * (hf - hq)).T @ x))
+    return found
+
+
+@pytest.mark.parametrize("sequences", [12, 1], ids=["own tokens", "fallback"])
+def test_experts_of_a_token_make_up_for_all_of_the_drift(mixture: Mixture, sequences: int, solved: Solved) -> None:
+    """An expert's output counts by its p, and what the p y lack of the full-precision stream is shared out by p."""
+    for asked, expected in _down_goals(mixture, sequences, solved):
+        torch.testing.assert_close(asked, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-42])
+def test_a_token_that_hardly_goes_anywhere(
+    mixture: Mixture, least: float, solved: Solved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that vanish, or whose sum cannot be divided by, ask for nothing that is not finite."""
+    plain = ExpertsHalf._choose
+
+    def choose(self: ExpertsHalf, x: Tensor) -> tuple[Tensor, Tensor]:
+        index, weights = plain(self, x)
+        return index, torch.where((torch.arange(len(x)) % 3 == 0)[:, None], least * weights, weights)
+
+    monkeypatch.setattr(ExpertsHalf, "_choose", choose)
+    for asked, expected in _down_goals(mixture, 12, solved):
+        torch.testing.assert_close(asked, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,134 @@
+"""Every family through whole runs: measured as transformers measures it, saved, loaded, computed again."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import rotoboa
+from rotoboa.boa.online.attention import NAME
+from rotoboa.eval.perplexity import last_states, part_sums, summary
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.decoder import Decoder
+from rotoboa.pipeline.exporting import open_finished
+from rotoboa.pipeline.job.job import prepare
+from rotoboa.pipeline.storage.run_folder import RunFolder
+from rotoboa.pipeline.verifying import run_logits
+
+NAMES = [
+    *("llama-biases", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"),
+    *("mixtral", "qwen3_moe"),
+]
+# The first as a user has it by default: with what the report's page shows.
+RECIPES: dict[str, dict[str, Any]] = {
+    "w4a4kv4": {"evaluation.report": True, "evaluation.references": True},
+    "w2a16": {"weights.group_size": 16},
+}
+SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(save_family: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoints("gemma2"): its folder, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save_family(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return get
+
+
+@torch.no_grad()
+def _original(folder: Path) -> Any:
+    """The original model by transformers alone, with its own attention."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perplexity_is_that_of_transformers(checkpoints: Callable[[str], Path], name: str) -> None:
+    """Block by block as the whole model: masks, windows, caps, kinds of RoPE, positions, experts."""
+    folder, windows = checkpoints(name), _tokens(3, 60)
+    checkpoint = Checkpoint(folder)
+    decoder, ends = Decoder(checkpoint.config, attention=NAME), checkpoint.ends()
+    checkpoint.check(decoder.shapes)
+    blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
+    states = last_states(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=2)
+    found, _ = summary(part_sums(windows, {"model": states})["model"], windows.numel() - len(windows), False)
+    model = _original(folder)
+    with torch.no_grad():
+        losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
+    expected = math.exp(sum(losses) / len(losses))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected > 120, "a model that guesses would be right without computing anything"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_run_save_and_load(
+    checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str, recipe: str
+) -> None:
+    settings = make_recipe(
+        recipe, {"model": str(checkpoints(name)), "output": tmp_path / "run", **SMALL, **RECIPES[recipe]}
+    )
+    report = rotoboa.quantize(settings)
+    assert (tmp_path / "run" / "report.html").is_file() == settings.evaluation.report
+    (measured,) = report["perplexity"].values()
+    assert all(math.isfinite(value) for value in measured.values())
+    family, run = prepare(settings).decoder.family, RunFolder.open(tmp_path / "run")
+    for block in run.manifest["blocks"]:
+        assert list(block["layers"]) == list(family.projections)
+        # A loss of 1 is that of a weight of zero.
+        assert all(0 <= layer["loss"] < (0.1 if recipe == "w4a4kv4" else 0.6) for layer in block["layers"].values())
+
+    ids = _tokens(2, 50)
+    model, tokenizer = rotoboa.load(tmp_path / "run", dtype=torch.float32)
+    logits = model(ids).logits
+    # A value at the edge of two levels of an activation may fall to either side.
+    torch.testing.assert_close(logits, run_logits(open_finished(run), ids), rtol=1e-3, atol=1e-3)
+    assert len(tokenizer("abc")["input_ids"]) == 3
+    if recipe == "w4a4kv4":
+        original = _original(checkpoints(name))(ids).logits
+        assert 0.001 < (logits - original).norm() / original.norm() < 0.9, "quantized, and still the same model"
+    notices = " ".join(report["notices"])
+    assert "R1" not in notices, "no recipe merges it where it cannot be"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral"])
+def test_loaded_model_generates_and_is_saved_again(
+    checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """With a cache, past the window, the same tokens as without; saved by transformers, the same logits."""
+    changes = {"activations.bits": 16, "evaluation.baseline": False}  # a rounded activation may fall to either side
+    settings = make_recipe("w4a4kv4", {"model": str(checkpoints(name)), "output": tmp_path / "run", **SMALL, **changes})
+    rotoboa.quantize(settings)
+    model, _ = rotoboa.load(tmp_path / "run", dtype=torch.float32)
+    ids, logits = _tokens(2, 8), []
+    for _ in range(12):
+        logits.append(model(ids, use_cache=False).logits[:, -1])
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)
+    cache, found, step = None, [], ids[:, :8]
+    for i in range(12):
+        output = model(step, past_key_values=cache, use_cache=True)
+        cache, step = output.past_key_values, ids[:, 8 + i : 9 + i]
+        found.append(output.logits[:, -1])
+    torch.testing.assert_close(torch.stack(found), torch.stack(logits), rtol=1e-3, atol=1e-3)
+    generated = model.generate(ids[:, :8], max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert generated.shape == ids.shape
+
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
