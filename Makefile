@@ -40,8 +40,9 @@ test: $(STAMP)  ## run the tests, a process with one thread on each core
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy .
-	cd benchmarks && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --explicit-package-bases *.py
+	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/rotoboa
+	cd $(VENV)/typing && $(abspath $(BIN))/mypy --config-file "$(CURDIR)/pyproject.toml" --package rotoboa
+	cd benchmarks && MYPYPATH=$(abspath $(VENV))/typing $(abspath $(BIN))/mypy --config-file ../pyproject.toml --explicit-package-bases *.py
 
 bench: $(STAMP)  ## the regression benchmark against benchmarks/baseline.json
 	$(BIN)/python benchmarks/bench.py

@@ -83,7 +83,7 @@ def make_checkpoint(folder: Path, blocks: int, sizes: dict[str, Any]) -> Path:
 
     folder.mkdir(parents=True)
     shards = write_shards(folder, groups(), 2**30)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, (file, names, _) in enumerate(shards):
         final = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         (folder / file).rename(folder / final)

@@ -46,7 +46,7 @@ def fail(kind: str, blocks: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
-    FollowedRun.write_block = write_block
+    FollowedRun.write_block = write_block  # type: ignore[method-assign]
 
 
 def child(case: dict[str, Any], rank: int, port: int, said: Path) -> int:

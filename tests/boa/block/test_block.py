@@ -92,9 +92,9 @@ def test_the_quantized_copy_shares_weights_until_they_are_replaced() -> None:
         assert weight is not block.get_parameter(name) and weight.data_ptr() == block.get_parameter(name).data_ptr()
     solver.run(*make_streams())
     projections = {f"{name}.weight" for name in decoder.family.projections}
-    for name, weight in before.items():
-        assert torch.equal(block.get_parameter(name), weight)
-        assert torch.equal(solver.quantized.get_parameter(name), weight) == (name not in projections)
+    for name, given in before.items():
+        assert torch.equal(block.get_parameter(name), given)
+        assert torch.equal(solver.quantized.get_parameter(name), given) == (name not in projections)
 
 
 def test_values_without_the_output_projection() -> None:

@@ -66,7 +66,8 @@ def test_totals(batches: int) -> None:
     assert wide is not None and torch.equal(wide, exact.float())
     assert total.value().total is wide
     tree = fold(((0, batch, part) for batch, part in enumerate(x)), torch.add)
-    assert torch.equal(fixed.value().total, tree)
+    found = fixed.value().total
+    assert found is not None and torch.equal(found, tree)
 
 
 def test_nothing_was_seen() -> None:

@@ -229,4 +229,5 @@ def test_a_massive_token_is_kept_whole_beside_others_that_are_clipped() -> None:
 @pytest.mark.parametrize("bits", [SEARCHED + 1, 8])
 def test_many_levels_are_not_clipped(bits: int) -> None:
     x = _tokens()
-    assert torch.equal(DynamicQuantizer.of(bits, True, 0.9, search=True)(x), DynamicQuantizer(bits)(x))
+    quantizer = DynamicQuantizer.of(bits, True, 0.9, search=True)
+    assert quantizer is not None and torch.equal(quantizer(x), DynamicQuantizer(bits)(x))

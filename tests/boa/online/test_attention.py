@@ -95,8 +95,8 @@ def test_keys_are_rounded_beside_their_center(sink: int) -> None:
         exact = turned[:, head]
         expected = quantizer(exact[:, sink:] - center[head]) + center[head]
         assert torch.equal(found[1][:, head], torch.cat([exact[:, :sink], expected], 1))
-    exact = replace(transform, key=None, center=center.flatten())(query, key, value)
-    assert torch.equal(exact[1], turned), "what is not rounded is not changed"
+    unrounded = replace(transform, key=None, center=center.flatten())(query, key, value)
+    assert torch.equal(unrounded[1], turned), "what is not rounded is not changed"
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -125,7 +125,7 @@ def _numbers(mask: Tensor, dtype: torch.dtype, low: float) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_that_see_nothing(softcap: float | None, form: str, dtype: torch.dtype) -> None:
     """Padding on the left: the other rows are those of the sequence alone, these are finite, and so are gradients."""
-    states = [part.to(dtype).requires_grad_() for part in _inputs()]
+    query, key, value = (part.to(dtype).requires_grad_() for part in _inputs())
     mask = _mask(5).repeat(BATCH, 1, 1, 1)
     mask[0, ..., :4] = False
     forms = {
@@ -134,9 +134,10 @@ def test_rows_that_see_nothing(softcap: float | None, form: str, dtype: torch.dt
         "smallest of float32": lambda: _numbers(mask, torch.float32, torch.finfo(torch.float32).min),
     }
     given = mask if form == "booleans" else forms[form]()
-    found, _ = attention_forward(MODULE, *states, given, scaling=0.3, softcap=softcap)
+    found, _ = attention_forward(MODULE, query, key, value, given, scaling=0.3, softcap=softcap)
+    first = (slice(1), slice(None), slice(4, None))
     alone, _ = attention_forward(
-        MODULE, *(part[:1, :, 4:] for part in states), _mask(5)[..., 4:, 4:], scaling=0.3, softcap=softcap
+        MODULE, query[first], key[first], value[first], _mask(5)[..., 4:, 4:], scaling=0.3, softcap=softcap
     )
     torch.testing.assert_close(
         found[:1, 4:],
@@ -145,7 +146,9 @@ def test_rows_that_see_nothing(softcap: float | None, form: str, dtype: torch.dt
         atol=1e-2 if dtype != torch.float32 else 1e-5,
     )
     found.float().square().sum().backward()
-    assert found.isfinite().all() and all(part.grad is not None and part.grad.isfinite().all() for part in states)
+    assert found.isfinite().all() and all(
+        part.grad is not None and part.grad.isfinite().all() for part in (query, key, value)
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

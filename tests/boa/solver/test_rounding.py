@@ -42,8 +42,8 @@ def test_rtn_is_the_nearest_level(symmetric: bool, group_size: int | None) -> No
     # The grid is searched for the plain error, group by group.
     width = group_size or 24
     for g in range(24 // width):
-        scale, zero = search(weight[..., g * width : (g + 1) * width], None, settings.grid_settings)
-        assert torch.equal(scale, result.scale[..., g]) and torch.equal(zero, result.zero[..., g])
+        scales, zeros = search(weight[..., g * width : (g + 1) * width], None, settings.grid_settings)
+        assert torch.equal(scales, result.scale[..., g]) and torch.equal(zeros, result.zero[..., g])
 
 
 @pytest.mark.parametrize("method", ["boa", "gptq"])

@@ -70,10 +70,10 @@ def test_every_form_takes_the_steps_of_a_slow_search(
 
 
 def test_torch_and_compiled_form_agree_where_there_are_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = whole(2, 3, 150, shared=True)
-    found = search_block(*given, 3, 300)
+    gradient, integers, scale, h_in = whole(2, 3, 150, shared=True)
+    found = search_block(gradient, integers, scale, h_in, 3, 300)
     monkeypatch.setattr(kernels, "is_compiled", lambda tensor: False)
-    assert torch.equal(found, search_block(*given, 3, 300))
+    assert torch.equal(found, search_block(gradient, integers, scale, h_in, 3, 300))
 
 
 def test_no_row_depends_on_what_it_is_searched_beside(monkeypatch: pytest.MonkeyPatch) -> None:

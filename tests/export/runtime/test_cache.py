@@ -199,9 +199,9 @@ def sliding() -> MistralForCausalLM:
         attn_implementation=NAME,
     )
     model = MistralForCausalLM(config).double().eval()
-    quantizers = [DynamicQuantizer(4, False, clip) for clip in (0.95, 0.9)]
+    keys, values = (DynamicQuantizer(4, False, clip) for clip in (0.95, 0.9))
     for block in model.model.layers:
-        set_attention(block.self_attn, AttentionTransform(Hadamard.of(8), *quantizers))
+        set_attention(block.self_attn, AttentionTransform(Hadamard.of(8), keys, values))
     return model
 
 

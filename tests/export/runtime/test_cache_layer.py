@@ -53,8 +53,8 @@ def test_holds_what_the_simulation_computes(bits: int, symmetric: bool, dtype: t
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 4), (3, 16), (16, 16), (2, 8)])
 def test_sixteen_bits_are_kept_as_they_are(key_bits: int, value_bits: int) -> None:
-    quantizers = [DynamicQuantizer.of(bits, False, 0.95) for bits in (key_bits, value_bits)]
-    how, (key, value) = AttentionTransform(Hadamard.of(16), *quantizers), states(6, 16)
+    keys, values = (DynamicQuantizer.of(bits, False, 0.95) for bits in (key_bits, value_bits))
+    how, (key, value) = AttentionTransform(Hadamard.of(16), keys, values), states(6, 16)
     layer = PackedLayer(how)
     layer.update(key[:, :, :5], value[:, :, :5])
     found, expected = layer.update(key[:, :, 5:], value[:, :, 5:]), simulated(how, key, value)

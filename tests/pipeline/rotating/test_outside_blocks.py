@@ -71,7 +71,7 @@ def test_a_head_of_another_dtype_gets_that_of_the_embedding(
 def test_what_does_not_fit_is_named(save_family: Callable[..., Path], make_recipe: MakeRecipe, tmp_path: Path) -> None:
     folder = save_family(tmp_path, "llama", torch.float16)
     job = job_of(make_recipe, folder)
-    job.rotations = _Huge(job.rotations)
+    job.rotations = _Huge(job.rotations)  # type: ignore[assignment]
     with pytest.raises(RunError, match=r"tensor lm_head\.weight does not fit into float16 once rotated"):
         rotated_ends(job)
 
