@@ -116,7 +116,7 @@ def table(found: dict[int, dict[str, Any]], plans: dict[int, dict[str, Estimate]
         {n: f"{ranks[n].get('spread', 0) / 1e6:.1f}" for n in counts},
         {n: f"{plans[n].get('results', Estimate()).wire / 1e6:.1f} (results)" for n in counts},
     )
-    add("facts (JSON), MB", {n: f"{ranks[n].get('tell', 0) / 1e6:.2f}" for n in counts})
+    add("facts (JSON), MB", {n: f"{ranks[n].get('values', 0) / 1e6:.2f}" for n in counts})
     add("crossed the loopback interface, MB", {n: f"{found[n]['loopback'] / 1e6:.1f}" for n in counts})
     alone = found[counts[0]]["integers"]
     changed = {n: float((found[n]["integers"] != alone).double().mean()) for n in counts}

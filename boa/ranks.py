@@ -42,15 +42,15 @@ class Ranks:
         """Begin to sum tensors over ranks, in place; the function that is returned waits until that is done."""
         return lambda: None
 
-    def spread(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Make tensors, of the same shapes on every rank, what they are on rank `source`, in place."""
 
     def exchange(self, parts: Sequence[Sequence[Tensor]]) -> None:
-        """`spread` of `parts[r]` from rank r, for every r."""
+        """`broadcast` of `parts[r]` from rank r, for every r."""
         for source, tensors in enumerate(parts):
-            self.spread(tensors, source)
+            self.broadcast(tensors, source)
 
-    def tell(self, value: Any = None, source: int = 0) -> Any:
+    def broadcast_value(self, value: Any = None, source: int = 0) -> Any:
         """What rank `source` gave: anything that JSON can hold."""
         return value
 

@@ -18,12 +18,12 @@ from transformers import AutoConfig, PretrainedConfig
 from ..boa.solver.rounding import Quantized
 from ..errors import InputError
 from ..models.families import Family, family_for, family_of
-from ..models.outer_layers import Ends
+from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from ..models.shape import Shape
 from .packing import unpack_block
 from .spec import METHOD, Spec
-from .writing import read_ends
+from .writing import read_outer_layers
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Finished:
         """The config as transformers reads it, without quantization."""
         return AutoConfig.for_model(**self.config)
 
-    def ends(self) -> Ends:
+    def outer_layers(self) -> OuterLayers:
         """What is outside the blocks, as the run computed with it."""
-        return read_ends(self.folder, self.family)
+        return read_outer_layers(self.folder, self.family)
 
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` by their names inside the block: `qweight`, `scale`, `zero`, and the others.
@@ -114,8 +114,8 @@ class Finished:
             stored: the tensors that a format has for one projection, by the last part of their names; None: ours.
         """
         f = self.family
-        ends = self.ends()
-        yield ends.before(f)
+        outer = self.outer_layers()
+        yield outer.before(f)
         for index in range(self.shape.blocks):
             if stored is None:
                 tensors = self.block(index)
@@ -124,7 +124,7 @@ class Finished:
                 for name, result in quantized.items():
                     tensors |= {f"{name}.{part}": tensor for part, tensor in stored(result).items()}
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
-        yield ends.after(f)
+        yield outer.after(f)
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:

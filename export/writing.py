@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
 from ..models.families import Family
 from ..models.matrices import StoredMatrix
-from ..models.outer_layers import Ends
+from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from .shards import SHARD_BYTES, write_shards
 from .spec import METHOD, Spec
@@ -133,14 +133,14 @@ def copied_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()})
 
 
-def read_ends(folder: Path, family: Family) -> Ends:
+def read_outer_layers(folder: Path, family: Family) -> OuterLayers:
     """What is outside the blocks of a model folder, as stored, embedding and head not read yet.
 
     Raises:
         InputError: some of it is missing, or a file is damaged.
     """
     tied = is_tied(folder)
-    names, large = set(Ends.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
+    names, large = set(OuterLayers.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
     names -= {f"{family.head}.weight"} if tied else set()
     found: dict[str, Tensor | StoredMatrix] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -155,9 +155,9 @@ def read_ends(folder: Path, family: Family) -> Ends:
                     )
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
-    if missing := Ends.missing(family, found, tied=tied):
+    if missing := OuterLayers.missing(family, found, tied=tied):
         raise InputError(f"{folder} lacks {', '.join(missing)}: run the recipe again.")
-    return Ends.of(family, found)
+    return OuterLayers.of(family, found)
 
 
 def is_tied(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from .families import Family, family_for, family_of
 from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
-from .outer_layers import Ends
+from .outer_layers import OuterLayers
 from .running import forget_running
 from .shape import Shape
 from .tokenizer import is_pointer
@@ -254,10 +254,10 @@ class Checkpoint:
         name = f"{self.family.head}.weight"
         return self.embedding() if self.config.tie_word_embeddings or name not in self else self.matrix(name)
 
-    def ends(self) -> Ends:
+    def outer_layers(self) -> OuterLayers:
         """All that is outside the blocks, embedding and head not read yet."""
         family, embedding, head = self.family, self.embedding(), self.head()
-        return Ends(
+        return OuterLayers(
             embedding,
             self.final_norm(),
             embedding if head == embedding else head,

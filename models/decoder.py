@@ -14,7 +14,7 @@ from ..errors import InputError
 from .families import Family, family_for
 from .layout import drop_norm_bias, expected_shapes, split_modules
 from .matrices import spans
-from .outer_layers import Ends
+from .outer_layers import OuterLayers
 from .shape import Shape
 
 
@@ -107,32 +107,32 @@ class Decoder:
         module.load_state_dict({name: t.to(self.device, self.dtype) for name, t in state.items()}, assign=True)
         return module.requires_grad_(False)
 
-    def embed(self, ends: Ends, tokens: Tensor) -> Tensor:
+    def embed(self, outer: OuterLayers, tokens: Tensor) -> Tensor:
         """(batch, length) token ids -> (batch, length, hidden), what the first block reads, on the CPU."""
-        hidden = ends.embedding[tokens.cpu()].to(self.dtype)
+        hidden = outer.embedding[tokens.cpu()].to(self.dtype)
         if self.family.scaled_embedding:
             hidden = hidden * torch.tensor(self.shape.hidden**0.5).to(self.dtype)  # by way of float32, as Gemma has it
-        if ends.positions is not None:
+        if outer.positions is not None:
             start = self.family.position_offset
-            hidden = hidden + ends.positions[start : start + tokens.shape[1]].to(self.dtype)
+            hidden = hidden + outer.positions[start : start + tokens.shape[1]].to(self.dtype)
         return hidden.cpu()
 
-    def logits(self, ends: Ends) -> Callable[[Tensor], Tensor]:
+    def logits(self, outer: OuterLayers) -> Callable[[Tensor], Tensor]:
         """The function from the last block's output (..., hidden) to logits (..., vocabulary).
 
         It takes some rows of the head at a time and casts them to `dtype`. Another device than the CPU is given a copy
         of the head, as stored, so that it is not sent there for every call.
         """
-        norm = self.norm(ends.norm, ends.norm_bias)
-        bias = None if ends.head_bias is None else ends.head_bias.to(self.device, self.dtype)
+        norm = self.norm(outer.norm, outer.norm_bias)
+        bias = None if outer.head_bias is None else outer.head_bias.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
-        parts = spans(ends.head)
-        sent = None if self.device.type == "cpu" else [ends.head[rows].to(self.device) for rows in parts]
+        parts = spans(outer.head)
+        sent = None if self.device.type == "cpu" else [outer.head[rows].to(self.device) for rows in parts]
 
         def function(hidden: Tensor) -> Tensor:
             x, found = norm(hidden), []
             for i, rows in enumerate(parts):
-                weight = (ends.head[rows] if sent is None else sent[i]).to(self.dtype)
+                weight = (outer.head[rows] if sent is None else sent[i]).to(self.dtype)
                 found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))
             logits = found[0] if len(found) == 1 else torch.cat(found, -1)
             return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -13,7 +13,7 @@ from .matrices import Matrix
 
 
 @dataclass(frozen=True)
-class Ends:
+class OuterLayers:
     """The tensors outside the blocks.
 
     Attributes:
@@ -37,11 +37,11 @@ class Ends:
         """Whether embedding and head are one matrix, which is stored once."""
         return self.head is self.embedding
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Ends:
+    def map(self, function: Callable[[Tensor], Tensor]) -> OuterLayers:
         """The same with `function` of every tensor that is there, whole."""
-        return Ends(**{name: function(tensor[:]) for name, tensor in vars(self).items() if tensor is not None})
+        return OuterLayers(**{name: function(tensor[:]) for name, tensor in vars(self).items() if tensor is not None})
 
-    def rows(self, index: slice | Tensor) -> Ends:
+    def rows(self, index: slice | Tensor) -> OuterLayers:
         """Those of some tokens: the rows `index` of embedding, head and its bias, and the rest as it is."""
         bias = None if self.head_bias is None else self.head_bias[index]
         return replace(self, embedding=self.embedding[index], head=self.head[index], head_bias=bias)
@@ -69,7 +69,7 @@ class Ends:
         return [name for field, name in _names(family).items() if field in fields and name not in found]
 
     @classmethod
-    def of(cls, family: Family, found: Mapping[str, Any]) -> Ends:
+    def of(cls, family: Family, found: Mapping[str, Any]) -> OuterLayers:
         """From tensors by their full names; see `missing`. Where there is no head, it is the embedding."""
         fields = {field: found[name] for field, name in _names(family).items() if name in found}
         return cls(**{"head": fields["embedding"], **fields})

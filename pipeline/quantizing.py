@@ -12,25 +12,25 @@ from ..boa.block.block import BlockQuantizer
 from ..boa.stopwatch import Stopwatch, stage
 from ..errors import RunError
 from ..export.packing import pack_block, unpack_block
-from ..models.outer_layers import Ends
+from ..models.outer_layers import OuterLayers
 from .console.progress import Progress
 from .job.job import Job
 from .job.sharing import own_share, shared_block
 from .measure.measuring import peak_so_far
 from .storage.buffers import trim
-from .storage.prefetch import Overlap
+from .storage.prefetch import Prefetcher
 from .storage.run_folder import RunFolder
 
 
 def quantize_blocks(
-    job: Job, folder: RunFolder, tokens: Tensor, ends: Ends, progress: Progress, beside: Overlap
+    job: Job, folder: RunFolder, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
     tokens = tokens[share.start : share.stop]
     full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
     for i in range(len(tokens)):
-        full[i] = quantized[i] = compute.embed(ends, tokens[i : i + 1])[0]
+        full[i] = quantized[i] = compute.embed(outer, tokens[i : i + 1])[0]
     finished = len(folder.manifest["blocks"])
     transforms = job.spec.transforms(compute.shape)
     progress.stage("quantize", compute.shape.blocks)
@@ -38,11 +38,11 @@ def quantize_blocks(
         start = time.perf_counter()
         watch = Stopwatch(compute.device)
         with watch, stage("rotation"):
-            rotated = job.rotations.rotate_block(beside.block(index), family, index)
-        done = None
+            rotated = job.rotations.rotate_block(prefetcher.block(index), family, index)
+        previous = None
         if index < finished:
             columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
-            done = unpack_block(shared_block(job, folder, index), family, job.spec.bits, columns)
+            previous = unpack_block(shared_block(job, folder, index), family, job.spec.bits, columns)
         block = compute.block(index, rotated)
         projections = {f"{name}.weight" for name in family.projections}
         others = {name: tensor for name, tensor in rotated.items() if name not in projections}
@@ -54,10 +54,10 @@ def quantize_blocks(
             transforms,
             batch=job.recipe.calibration.batch,
             report=partial(_show, progress, index),
-            done=done,
+            previous=previous,
             empty=job.buffers.empty,
             release=job.release,
-            references=job.recipe.evaluation.references and done is None,
+            references=job.recipe.evaluation.references and previous is None,
             ranks=ranks,
         )
         try:
@@ -65,17 +65,19 @@ def quantize_blocks(
                 solver.run(full, quantized)
         except ValueError as error:
             raise RunError(f"block {index}, {error}: look for NaN, Inf or huge values in the checkpoint.") from error
-        if done is None:
+        if previous is None:
             for name, damping in solver.damping.items():
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
             others |= solver.folded | solver.centers
             pack = partial(pack_block, solver.results, others, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = spent | _found(solver)
-            beside.write(index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=peak_so_far(job, folder))
+            prefetcher.write(
+                index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=peak_so_far(job, folder)
+            )
         trim()
         progress.advance(block=index)
-    beside.finish()
+    prefetcher.finish()
     return full, quantized
 
 

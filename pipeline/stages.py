@@ -16,7 +16,7 @@ from ..boa.ranks import Ranks
 from ..errors import InputError, RunError
 from ..eval.zeroshot import Tasks
 from ..export.writing import write_native
-from ..models.outer_layers import Ends
+from ..models.outer_layers import OuterLayers
 from .console.progress import Progress
 from .console.sizes import bits_of_file, exported_sizes, was_tied
 from .estimate.footprint import disk_bytes
@@ -25,7 +25,7 @@ from .job.checks import length_of
 from .job.identity import checkpoint_checksums, identity, tokens_checksum
 from .job.job import Job, prepare
 from .job.notices import early_notices
-from .job.sharing import check_alike, followed, own_share, shared_ends, shared_tokens
+from .job.sharing import check_alike, followed, own_share, shared_outer_layers, shared_tokens
 from .job.texts import calibration_windows, dataset_of, evaluation_sets, evaluation_windows
 from .measure.activation_profile import ACTIVATIONS, ActivationProfile
 from .measure.evaluating import shapes
@@ -49,10 +49,10 @@ from .ranks.distributed import joined, shared_by
 from .recipe.recipe import Recipe
 from .recipe.recipe_files import recipe_to_yaml
 from .rotating.balancing import Balance, read_scales
-from .rotating.outside_blocks import corrected_head, rotated_ends
+from .rotating.outside_blocks import corrected_head, rotated_outer_layers
 from .rotating.placing import noise_of_r1, settle
 from .rotating.seeds import choose_seed
-from .storage.prefetch import Overlap
+from .storage.prefetch import Prefetcher
 from .storage.run_folder import REPORT, RunFolder, write_json, write_tensors
 
 
@@ -153,31 +153,31 @@ def _run(
         folder.keep(plain_forward_seconds=seconds)
     if recipe.rotation.scale:
         read_scales(job, folder.path)
-    if not ranks.tell(ranks.rank == 0 and folder.is_exported()):
-        ends = rotated_ends(job)
-        beside = Overlap(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
-        with job.timed("quantize"), beside:
+    if not ranks.broadcast_value(ranks.rank == 0 and folder.is_exported()):
+        outer = rotated_outer_layers(job)
+        prefetcher = Prefetcher(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
+        with job.timed("quantize"), prefetcher:
             # Streams get no name: evaluation needs their memory.
-            ends = corrected_head(job, ends, *quantize_blocks(job, folder, tokens, ends, progress, beside))
+            outer = corrected_head(job, outer, *quantize_blocks(job, folder, tokens, outer, progress, prefetcher))
         with job.timed("export"):
             if ranks.rank == 0:
                 temporary = folder.path / ".model.tmp"
-                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, ends), tied=ends.tied)
+                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, outer), tied=outer.tied)
                 shutil.rmtree(folder.path / "model", ignore_errors=True)
                 temporary.replace(folder.path / "model")
                 folder.keep(model=folder.model_files())
-            ranks.tell()  # wait for it
-    ends = shared_ends(job, folder)
-    measured = perplexities(job, folder, windows, ends, progress)
+            ranks.broadcast_value()  # wait for it
+    outer = shared_outer_layers(job, folder)
+    measured = perplexities(job, folder, windows, outer, progress)
     if recipe.evaluation.sources:
         if "sources" not in known:
-            folder.keep(sources=measure_sources(job, folder, windows, ends, progress))
+            folder.keep(sources=measure_sources(job, folder, windows, outer, progress))
         measured["sources"] = known["sources"]
     if tasks:
         measured["tasks"] = task_scores(job, folder, tasks, progress)
     peak, blocks = peak_so_far(job, folder), known["blocks"]
     if ranks.rank > 0:
-        found: dict[str, Any] = ranks.tell()
+        found: dict[str, Any] = ranks.broadcast_value()
         return found
     report = {
         "model": job.model.name,
@@ -191,7 +191,7 @@ def _run(
         "plain_forward_seconds": known["plain_forward_seconds"],
         "peak_memory_bytes": peak,
         "sizes": sizes(job, folder),
-        "memory": loaded(job, tokens.shape[1], tied=ends.tied),
+        "memory": loaded(job, tokens.shape[1], tied=outer.tied),
         "was_tied": was_tied(job.decoder),
         "bits_per_weight": bits_per_weight(job, folder),
         "bits_per_weight_of_file": bits_of_file(exported_sizes(folder.path / "model"), job.decoder),
@@ -209,15 +209,15 @@ def _run(
     folder.keep(finished=True)
     if recipe.evaluation.report:
         write_page(folder.path, siblings(folder.path))
-    ranks.tell(report)
+    ranks.broadcast_value(report)
     return report
 
 
-def _groups(job: Job, folder: RunFolder, ends: Ends) -> Iterator[dict[str, Tensor]]:
+def _groups(job: Job, folder: RunFolder, outer: OuterLayers) -> Iterator[dict[str, Tensor]]:
     f = job.decoder.family
-    yield ends.before(f)
+    yield outer.before(f)
     job.buffers.release()
     for index in range(job.decoder.shape.blocks):
         job.ranks.tick()
         yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in folder.read_block(index).items()}
-    yield ends.after(f)
+    yield outer.after(f)

@@ -140,8 +140,8 @@ def run_logits(run: Finished, ids: Tensor, *, plain: bool = False) -> Tensor:
     which now and then turns a tie in the rounding of the next activation into a whole level.
     """
     decoder = Decoder(run.transformers_config(), attention=NAME)
-    ends = run.ends()
-    hidden = decoder.embed(ends, ids)
+    outer = run.outer_layers()
+    hidden = decoder.embed(outer, ids)
     for index in range(run.shape.blocks):
         block = packed_block(decoder, index, run.block(index), run.spec)
         for name in run.family.projections if plain else ():
@@ -149,7 +149,7 @@ def run_logits(run: Finished, ids: Tensor, *, plain: bool = False) -> Tensor:
             assert isinstance(packed, QuantizedLinear)
             block.set_submodule(name, _Plain(packed))
         hidden = decoder.run(block, hidden)
-    return decoder.logits(ends)(hidden)
+    return decoder.logits(outer)(hidden)
 
 
 class _Plain(nn.Module):

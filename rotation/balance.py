@@ -84,7 +84,7 @@ class Moments:
         self._stop: Callable[[], None] = lambda: None
         if "keys" in names:
             attention = block.get_submodule(family.attention)
-            record(attention, None, self._meet)
+            record(attention, None, self._attention_inputs)
             self._stop = partial(record, attention, None, None)
 
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -93,7 +93,7 @@ class Moments:
 
         return hook
 
-    def _meet(self, seen: Any) -> None:
+    def _attention_inputs(self, seen: Any) -> None:
         query, key = (part.transpose(1, 2).flatten(0, 1).float() for part in (seen.query, seen.key))
         weight = _per_square(key.square())
         for name, part in (

@@ -37,7 +37,7 @@ def remove_mean(block: dict[str, Tensor], family: Family) -> None:
     """Take the mean over channels out of what is written to the residual stream, in place.
 
     LayerNorm subtracts that mean anyway, so nothing changes; a stream of mean zero needs an RMSNorm alone, which
-    commutes with rotations. The embedding's mean goes likewise, in `rotate.Rotations.rotate_ends`.
+    commutes with rotations. The embedding's mean goes likewise, in `rotate.Rotations.rotate_outer_layers`.
     """
     for name in (family.output, *family.downs):
         for kind in ("weight", "bias"):

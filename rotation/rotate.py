@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..models.families import Family
-from ..models.outer_layers import Ends
+from ..models.outer_layers import OuterLayers
 from ..models.shape import Shape
 from .channels import scale_channels
 from .fold import fold_norms, readers, remove_mean
@@ -130,7 +130,7 @@ class Rotations:
                 _rotate_inputs(block, name, self.r4)
         return block
 
-    def rotate_ends(self, ends: Ends, family: Family) -> Ends:
+    def rotate_outer_layers(self, outer: OuterLayers, family: Family) -> OuterLayers:
         """What is outside the blocks, the final norm folded into the head and both ends rotated, in float64.
 
         For LayerNorm the mean over channels is taken out of embedding and positions, and the final norm's bias b
@@ -138,16 +138,16 @@ class Rotations:
         """
         embedding, head, norm, positions, bias = (
             None if part is None else part[:].to(torch.float64)
-            for part in (ends.embedding, ends.head, ends.norm, ends.positions, ends.norm_bias)
+            for part in (outer.embedding, outer.head, outer.norm, outer.positions, outer.norm_bias)
         )
         assert embedding is not None and head is not None and norm is not None
         if not self.turned:
-            return Ends(embedding, norm, head, positions=positions, norm_bias=bias)
+            return OuterLayers(embedding, norm, head, positions=positions, norm_bias=bias)
         if family.layer_norm:
             embedding, positions = (None if s is None else s - s.mean(-1, keepdim=True) for s in (embedding, positions))
         assert embedding is not None
         turned, neutral = self.rotate_head(head, norm, family)
-        return Ends(
+        return OuterLayers(
             self.rotate_embedding(embedding),
             neutral,
             turned,

@@ -35,7 +35,7 @@ def test_perplexity(report: tuple[str, dict[str, Any]]) -> None:
 def test_sizes(report: tuple[str, dict[str, Any]]) -> None:
     name, measured = report
     bits = {"w4a4kv4": 4, "w2a16": 2}[name]
-    blocks, ends = 4 * (256 * (2 * 256 + 2 * 128 + 3 * 688)), 2 * 2048 * 256
+    blocks, outer = 4 * (256 * (2 * 256 + 2 * 128 + 3 * 688)), 2 * 2048 * 256
     packed, rows = blocks * bits // 8, 4 * (2 * 256 + 2 * 128 + 2 * 688 + 256)
     overhead = 3 * rows + 2 * 256 * 9 + 16384  # scales and zero points, norms, headers
-    assert measured["sizes"]["quantized"] <= packed + 2 * ends + overhead
+    assert measured["sizes"]["quantized"] <= packed + 2 * outer + overhead

@@ -14,7 +14,7 @@ from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back
 from ..objective.statistics import AttentionStatistics, InputStatistics, KeyMean, value_stride
 from ..objective.totals import Total
-from ..online.attention import CENTER, AttentionTransform, Recorder, Seen, set_attention
+from ..online.attention import CENTER, AttentionInputs, AttentionTransform, Recorder, set_attention
 from ..solver.rounding import LAYERWISE
 from .workspace import Captured, Pending, Workspace, capture, layer_objective
 
@@ -47,12 +47,12 @@ class AttentionHalf(Workspace):
         for span, hf, hq in self._batches(full, quantized):
             xf, xq = t.qkv.rotate(norm(hf)), t.qkv(norm(hq))
             attended[span] = wanted = self._attend(self.full, xf, exact)
-            if self.done is None:
+            if self.previous is None:
                 n = self._number(span)
                 inputs.at(n).add(*self._weighted(norms, n, xf, xq))
                 if layerwise:
                     continue
-                seen = self._meet(self.quantized, xq, t.attention)
+                seen = self._attention_inputs(self.quantized, xq, t.attention)
                 grams.at(n).add_grams(seen.query, seen.key)
                 if span.stop >= self.own:
                     for norm_total in norms.values():
@@ -74,10 +74,10 @@ class AttentionHalf(Workspace):
             self._solve(queries, value)
         else:
             self._solve(queries)
-            if self.done is None:  # values are weighed by the attention of quantized queries and keys
+            if self.previous is None:  # values are weighed by the attention of quantized queries and keys
                 for span, _, hq in self._batches(full, quantized):
                     xq = t.qkv(norm(hq))
-                    seen = self._meet(self.quantized, xq, t.attention)
+                    seen = self._attention_inputs(self.quantized, xq, t.attention)
                     self._add_values(values, span, xq, attended[span], seen)
             self._solve(value)
         for span, hf, hq in self._batches(full, quantized):
@@ -98,14 +98,14 @@ class AttentionHalf(Workspace):
             return
         means, plain = self._total(KeyMean), AttentionTransform(t.attention.rotation)
         for span, _, hq in self._batches(full, quantized):
-            means.at(self._number(span)).add(self._meet(self.quantized, t.qkv(norm(hq)), plain).key)
+            means.at(self._number(span)).add(self._attention_inputs(self.quantized, t.qkv(norm(hq)), plain).key)
         # As any dtype of a checkpoint holds it, so that what is measured is what is stored.
         center = means.value().mean.flatten().bfloat16().to(quantized.dtype)
         self.transforms = replace(t, attention=replace(t.attention, center=center))
         self.centers = {f"{self.family.attention}.{CENTER}": center}
 
     def _add_values(
-        self, values: Total[AttentionStatistics], span: slice, xq: Tensor, attended: Tensor, seen: Seen
+        self, values: Total[AttentionStatistics], span: slice, xq: Tensor, attended: Tensor, seen: AttentionInputs
     ) -> None:
         shape, wanted = self.shape, self._without_bias(attended.to(xq.device))
         heads = shape.query_heads // shape.key_heads
@@ -125,17 +125,17 @@ class AttentionHalf(Workspace):
         heads = bias.unflatten(0, (self.shape.key_heads, -1))
         return attended - heads.repeat_interleave(self.shape.query_heads // self.shape.key_heads, 0).flatten()
 
-    def _meet(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Seen:
+    def _attention_inputs(self, block: nn.Module, x: Tensor, transform: AttentionTransform) -> AttentionInputs:
         """Queries and keys: the forward pass ends where attention would begin."""
 
-        def stop(seen: Seen) -> None:
+        def stop(seen: AttentionInputs) -> None:
             raise Captured(seen)
 
         try:
             with _nothing_of(block.get_submodule(self.family.value)):
                 self._attention(block, x, replace(transform, value=None), stop)()
         except Captured as captured:
-            seen: Seen = captured.value
+            seen: AttentionInputs = captured.value
             return seen
         raise RuntimeError("attention did not run")
 

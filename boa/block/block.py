@@ -66,7 +66,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
                 raise ValueError(f"{name}: its weight holds NaN or Inf")
         self._check("", full, quantized)
         self._fold(full)
-        learns = self.settings.method == "brecq" and self.done is None
+        learns = self.settings.method == "brecq" and self.previous is None
         streams = (full, quantized)
         before = [self.empty(*part.shape, dtype=part.dtype).copy_(part) for part in streams if learns]
         self._halves(full, quantized)
@@ -86,7 +86,7 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
         found, *errors = learn_block(output, start, bits, self.settings.learning, self.batch)
         self.output_error = (errors[0], errors[1])
         self.results = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
-        self.done = self.results
+        self.previous = self.results
 
     def _halves(self, full: Tensor, quantized: Tensor) -> None:
         self._attention_half(full, quantized)

@@ -53,7 +53,7 @@ class ExpertsHalf(Workspace):
             names = {i: self.family.expert(i) for i in routed}
             inputs, downs = ({i: self._total(InputStatistics) for i in routed} for _ in range(2))
             seen = {}
-            if self.done is None:
+            if self.previous is None:
                 seen = {i: self._calibrated_on(i, int(counts[i]), routed[i], full.shape[1]) for i in routed}
             for i, tokens in seen.items():
                 self._add_inputs(inputs[i], flat_full, flat_quantized, tokens, full.shape[1])

@@ -46,7 +46,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
         projections = {f"{name}.weight" for name in self.family.projections}
         for site in (site for site in SITES if site in self.settings.zfold):
             found = channel_scales(self._terms(site, seen), self.settings, ties(self.shape, site))
-            self.ranks.spread([found.zeta])  # which all have found, and which must not differ in its last bits
+            self.ranks.broadcast([found.zeta])  # which all have found, and which must not differ in its last bits
             self.channel_scales[site] = found
             state = self.full.state_dict()
             zeta = absorbable(state, self.family, site, found.zeta)
@@ -73,7 +73,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
             x = t.qkv.rotate(self.full.get_submodule(f.attention_norm)(h))
             attended = self._attend(self.full, x, AttentionTransform())
             if "qkv" in sites:
-                met = self._meet(self.full, x, AttentionTransform())
+                met = self._attention_inputs(self.full, x, AttentionTransform())
                 seen.inputs["qkv"].at(n).add(None, self._weighted(seen.norms, n, x, x)[0])
                 seen.grams.at(n).add_grams(met.query, met.key)
                 if self.settings.method not in LAYERWISE:

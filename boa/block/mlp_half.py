@@ -17,7 +17,7 @@ class MlpHalf(Workspace):
         readers = list(f.mlp_inputs)
         t = self.transforms
         inputs, downs = self._total(InputStatistics), self._total(InputStatistics)
-        if self.done is None:
+        if self.previous is None:
             for span, hf, hq in self._batches(full, quantized):
                 xf, xq = t.gate_up.rotate(norm(hf)), t.gate_up(norm(hq))
                 inputs.at(self._number(span)).add(xf, xq, stream=hf if self.settings.token_weights else None)

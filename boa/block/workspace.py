@@ -54,7 +54,7 @@ class Workspace:
         *,
         batch: int = 8,
         report: Report | None = None,
-        done: Mapping[str, Quantized] | None = None,
+        previous: Mapping[str, Quantized] | None = None,
         empty: Callable[..., Tensor] = torch.empty,
         release: Callable[[], None] = lambda: None,
         references: bool = False,
@@ -67,7 +67,7 @@ class Workspace:
         self.quantized = copy.deepcopy(block, memo)
         self.settings, self.transforms, self.batch = settings, transforms, batch
         self.report = report or (lambda name, loss: None)
-        self.done = done
+        self.previous = previous
         self.empty, self.release = empty, release
         self.results: dict[str, Quantized] = {}
         self.losses: dict[str, float] = {}
@@ -139,7 +139,7 @@ class Workspace:
         """
         projection = self.full.get_submodule(name)
         written = projection(exact)
-        if self.done is None:
+        if self.previous is None:
             wanted = written if projection.bias is None else written - projection.bias
             if post_norm is not None:
                 weight = written.square().mean(-1, keepdim=True).clamp_min(torch.finfo(written.dtype).tiny).rsqrt()
@@ -173,14 +173,14 @@ class Workspace:
             for problem in problems:  # no need to hold all objectives at once
                 self._solve(problem)
             return
-        if self.done is None:
+        if self.previous is None:
             given = [self._problem(pending) for pending in problems]
             solved = solve(given, self.settings, self.ranks, references=self.references)
             for whole, found in zip(given, solved, strict=True):
                 self._keep(whole, found)
         for name in (name for problem in problems for name in problem.names):
-            if self.done is not None:
-                self.results[name] = self.done[name]
+            if self.previous is not None:
+                self.results[name] = self.previous[name]
             weight = self.quantized.get_parameter(f"{name}.weight")
             weight.data = self.results[name].dequantize().to(weight.device, weight.dtype)
 

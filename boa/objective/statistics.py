@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...rotation.hadamard import Hadamard
-from ..online.attention import Seen, causal_probabilities
+from ..online.attention import AttentionInputs, causal_probabilities
 from ..stopwatch import stage
 from .grams import add_gram, gram_parts, mirrored
 from .objective import Objective
@@ -162,7 +162,14 @@ class AttentionStatistics:
 
     @stage("value statistics")
     def add_values(
-        self, inputs: Tensor, attended: Tensor, seen: Seen, weight: Tensor, *, stride: int = 1, first: int = 0
+        self,
+        inputs: Tensor,
+        attended: Tensor,
+        seen: AttentionInputs,
+        weight: Tensor,
+        *,
+        stride: int = 1,
+        first: int = 0,
     ) -> None:
         """One batch of value inputs, weighted by causal attention.
 
@@ -221,7 +228,9 @@ class AttentionStatistics:
         self.value_drift.baddbmm_(outputs.transpose(1, 2), mixed)
         add_gram(self.value_h_in, mixed)
 
-    def _add_wide(self, x: Tensor, weight: Tensor, seen: Seen, index: int, chunks: list[tuple[slice, Tensor]]) -> None:
+    def _add_wide(
+        self, x: Tensor, weight: Tensor, seen: AttentionInputs, index: int, chunks: list[tuple[slice, Tensor]]
+    ) -> None:
         """One sequence (length, c), by way of the group's sum of A^T A; of chunks the queries and what they want."""
         assert self.value_h_in is not None and self.value_drift is not None
         groups, length = len(weight), len(x)

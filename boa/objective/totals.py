@@ -98,7 +98,7 @@ class Total(Generic[S]):
         if all(self._batches):
             return
         first = self._value if self._ranks.rank == 0 else None
-        shapes = self._ranks.tell(None if first is None else _form(first))
+        shapes = self._ranks.broadcast_value(None if first is None else _form(first))
         if self._value is None:
             self._value = _empty(self._make(), shapes)
             self._wide = [part.to(torch.float64, copy=True) for part in _parts(self._value)]
@@ -113,7 +113,7 @@ class Total(Generic[S]):
             for rank, batches in enumerate(self._batches):
                 for level, index in dyadic(batches):
                     node = next(mine)[2] if rank == self._ranks.rank else _empty(self._make(), form)
-                    self._ranks.spread(_parts(node), rank)
+                    self._ranks.broadcast(_parts(node), rank)
                     yield level, index, node
 
         return fold(nodes(), _merge)

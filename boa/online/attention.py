@@ -94,7 +94,7 @@ def mark_stored(key: Tensor) -> Tensor:
     return key
 
 
-class Seen(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
 
     A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`.
@@ -115,7 +115,7 @@ class _Ungrouped(nn.Module):
         self.is_causal = is_causal
 
 
-Recorder = Callable[[Seen], None]
+Recorder = Callable[[AttentionInputs], None]
 
 
 def set_attention(module: nn.Module, transform: AttentionTransform | None, recorder: Recorder | None = None) -> None:
@@ -160,7 +160,7 @@ def attention_forward(
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5
-        recorder(Seen(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
     if attention_mask is not None:
         attention_mask = open_rows(attention_mask, query.dtype)
     elif query.shape[2] > 1:
@@ -224,7 +224,7 @@ def capped_attention(
     return output.contiguous()
 
 
-def causal_probabilities(seen: Seen, index: int, start: int, stop: int, step: int = 1) -> Tensor:
+def causal_probabilities(seen: AttentionInputs, index: int, start: int, stop: int, step: int = 1) -> Tensor:
     """Softmax probabilities A of causal attention of one sequence, for n query positions range(start, stop, step).
 
     Args:

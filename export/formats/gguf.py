@@ -129,8 +129,8 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     f, s, bits, names = run.family, run.shape, run.spec.bits, _names(run)
     ffn = padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads}
-    ends = run.ends()
-    yield _dense("token_embd.weight", ends.embedding[:])
+    outer = run.outer_layers()
+    yield _dense("token_embd.weight", outer.embedding[:])
     factors = rope_factors(run)
     if factors is not None:
         yield _dense("rope_freqs.weight", factors)
@@ -149,9 +149,9 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
             if part in (f.gate, f.up):
                 wide = torch.nn.functional.pad(wide, (0, ffn - s.ffn))
             yield _dense(f"blk.{index}.{names[part]}.{kind}", wide.float())
-    yield _dense("output_norm.weight", ends.norm.float())
-    if not ends.tied:  # llama.cpp takes the embedding where there is none
-        yield _dense("output.weight", ends.head[:])
+    yield _dense("output_norm.weight", outer.norm.float())
+    if not outer.tied:  # llama.cpp takes the embedding where there is none
+        yield _dense("output.weight", outer.head[:])
 
 
 def _dense(name: str, tensor: Tensor) -> tuple[str, Array, GGMLQuantizationType]:

@@ -69,5 +69,5 @@ def _expected(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
         for index in range(sizes["block_count"])
         for part, shape in zip(_PARTS, shapes, strict=True)
     }
-    ends = {"token_embd.weight": (vocabulary, hidden), "output_norm.weight": (hidden,)}
-    return {**expected, **ends, "output.weight": (vocabulary, hidden)}
+    outer = {"token_embd.weight": (vocabulary, hidden), "output_norm.weight": (hidden,)}
+    return {**expected, **outer, "output.weight": (vocabulary, hidden)}

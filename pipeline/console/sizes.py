@@ -42,8 +42,8 @@ def part_sizes(stored: Mapping[str, int], decoder: Decoder) -> dict[str, int]:
 
 def parameter_count(decoder: Decoder) -> int:
     """Parameters of the original model; what is tied counts once."""
-    ends = decoder.shape.vocabulary * decoder.shape.hidden
-    return sum(tensor.numel() for tensor in decoder.shapes.values()) - ends * was_tied(decoder)
+    outer = decoder.shape.vocabulary * decoder.shape.hidden
+    return sum(tensor.numel() for tensor in decoder.shapes.values()) - outer * was_tied(decoder)
 
 
 def was_tied(decoder: Decoder) -> bool:

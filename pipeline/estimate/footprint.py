@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...models.shape import Shape
 from ..job.job import Job
-from ..recipe.settings import changed_ends, stays_tied
+from ..recipe.settings import changed_outer_layers, stays_tied
 from .counting import DOUBLE, FLOAT, Sizes
 from .counting_run import Plan
 from .counting_solver import Problem, problems
@@ -66,10 +66,10 @@ def disk_bytes(job: Job, tokens: int) -> int:
     s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
     weights = s.hidden * (2 * s.query_width + 2 * s.key_width + 3 * s.ffn * max(s.experts, 1))
     scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_width))
-    ends = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
-    model = s.blocks * (weights * job.spec.bits // 8 + scales) + ends * s.vocabulary * s.hidden * itemsize
+    outer = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
+    model = s.blocks * (weights * job.spec.bits // 8 + scales) + outer * s.vocabulary * s.hidden * itemsize
     activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
-    changed = changed_ends(job.recipe, job.rotations)
+    changed = changed_outer_layers(job.recipe, job.rotations)
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
 
 
@@ -118,7 +118,7 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, i
     if s.experts:
         moving = FLOAT * batch * (wide + 6 * s.hidden)
     solved = max(statistics[p.name] + solver(p, run, (pieces or {}).get(p.name, 1)) for p in problems(sizes))
-    ends = s.vocabulary * s.hidden
+    outer = s.vocabulary * s.hidden
     logits = 4 * FLOAT * run.length * s.vocabulary
     window = FLOAT * min(run.batch, max(run.windows, 1)) * run.length * (wide + 2 * s.hidden)
     models = 3 if run.baseline else 2
@@ -127,5 +127,5 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, i
         rotation=(itemsize + 2 * DOUBLE + FLOAT) * weights,
         forward=both + moving + max(statistics.values()),
         solver=both + solved,
-        evaluation=FLOAT * weights + ends * (FLOAT + (1 if sizes.tied else 2) * itemsize) + max(logits, window),
+        evaluation=FLOAT * weights + outer * (FLOAT + (1 if sizes.tied else 2) * itemsize) + max(logits, window),
     )

@@ -28,7 +28,7 @@ from ..console.sizes import bits_of_file, parameter_count, part_sizes, was_tied
 from ..job.checks import bos_of, check_sizes, length_of
 from ..job.notices import early_notices
 from ..recipe.recipe import Recipe
-from ..recipe.settings import changed_ends, rotations_of, stays_tied
+from ..recipe.settings import changed_outer_layers, rotations_of, stays_tied
 from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
 from .counting import Sizes, Work
@@ -108,7 +108,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
             **activations,
             "memory": budget,
             "spilled": spilled_bytes(
-                shape, sum(activations.values()), budget, itemsize, changed_ends(recipe, rotations)
+                shape, sum(activations.values()), budget, itemsize, changed_outer_layers(recipe, rotations)
             ),
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),

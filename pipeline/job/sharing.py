@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...boa.ranks import Ranks
 from ...errors import InputError
-from ...export.writing import read_ends
-from ...models.outer_layers import Ends
+from ...export.writing import read_outer_layers
+from ...models.outer_layers import OuterLayers
 from ..ranks import launch
 from ..recipe.recipe import Recipe
 from ..storage.run_folder import RunFolder, recipe_of
@@ -47,14 +47,14 @@ class FollowedRun(RunFolder):
 
 def followed(ranks: Ranks, folder: RunFolder | None, path: Path) -> RunFolder:
     """The folder of a run on every rank, of that on the first."""
-    manifest = ranks.tell(None if folder is None else folder.manifest)
+    manifest = ranks.broadcast_value(None if folder is None else folder.manifest)
     return folder if folder is not None else FollowedRun(path, manifest)
 
 
 def shared_recipe(ranks: Ranks, run: Path) -> Recipe:
     """The recipe of a run folder, which the first rank reads."""
     recipe = recipe_of(run) if ranks.rank == 0 else None
-    data = ranks.tell(None if recipe is None else recipe.model_dump(mode="json"))
+    data = ranks.broadcast_value(None if recipe is None else recipe.model_dump(mode="json"))
     return recipe or Recipe.model_validate(data)
 
 
@@ -66,10 +66,12 @@ def shared_tokens(ranks: Ranks, load: Callable[[], Tensor]) -> Tensor:
 def shared_tensors(ranks: Ranks, load: Callable[[], dict[str, Tensor]] | None) -> dict[str, Tensor]:
     """Tensors on the CPU by name, that the first rank loads; only its `load` is called."""
     tensors = load() if load is not None and ranks.rank == 0 else {}
-    form = ranks.tell([(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()])
+    form = ranks.broadcast_value(
+        [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    )
     if ranks.rank > 0:
         tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in form}
-    ranks.spread(list(tensors.values()))
+    ranks.broadcast(list(tensors.values()))
     return tensors
 
 
@@ -80,13 +82,13 @@ def shared_block(job: Job, folder: RunFolder, index: int) -> dict[str, Tensor]:
     return shared_tensors(job.ranks, lambda: folder.read_block(index))
 
 
-def shared_ends(job: Job, folder: RunFolder) -> Ends:
+def shared_outer_layers(job: Job, folder: RunFolder) -> OuterLayers:
     """What is outside the blocks of the exported model, which the first rank reads."""
     family = job.decoder.family
     if job.ranks.size == 1:
-        return read_ends(folder.path / "model", family)
-    found = shared_tensors(job.ranks, lambda: read_ends(folder.path / "model", family).named(family))
-    return Ends.of(family, found)
+        return read_outer_layers(folder.path / "model", family)
+    found = shared_tensors(job.ranks, lambda: read_outer_layers(folder.path / "model", family).named(family))
+    return OuterLayers.of(family, found)
 
 
 def check_alike(job: Job) -> None:

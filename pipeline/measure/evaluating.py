@@ -18,7 +18,7 @@ from ..estimate.counting_run import SOURCE_WINDOWS
 from ..job.checks import check_length, length_of
 from ..job.identity import checkpoint_checksums
 from ..job.job import Job, prepare
-from ..job.sharing import check_alike, followed, shared_ends, shared_recipe, shared_tokens
+from ..job.sharing import check_alike, followed, shared_outer_layers, shared_recipe, shared_tokens
 from ..job.texts import evaluation_sets, evaluation_windows
 from ..ranks.distributed import joined
 from ..recipe.values import split_names
@@ -108,15 +108,15 @@ def _evaluate(
         tokens = {
             name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most)) for name in chosen
         }
-    ends, measured = shared_ends(job, folder), dict[str, dict[str, Any]]()
+    outer, measured = shared_outer_layers(job, folder), dict[str, dict[str, Any]]()
     if sources:
         settle(job, folder.manifest.get("r1_noise"))
         job.rotations = job.rotations.reseeded(folder.manifest.get("rotation_seed", recipe.rotation.seed))
         if recipe.rotation.scale:
             read_scales(job, run)
-        measured["sources"] = measure_sources(job, folder, tokens, ends, progress, windows or SOURCE_WINDOWS)
+        measured["sources"] = measure_sources(job, folder, tokens, outer, progress, windows or SOURCE_WINDOWS)
         tokens = tokens if dataset else {}
-    measured |= perplexities(job, folder, tokens, ends, progress)
+    measured |= perplexities(job, folder, tokens, outer, progress)
     if asked:
         measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
     if not first:
@@ -130,7 +130,7 @@ def _evaluate(
         "bos": job.bos,
         "seconds": job.seconds,
         "sizes": sizes(job, folder),
-        "memory": loaded(job, length, tied=ends.tied),
+        "memory": loaded(job, length, tied=outer.tied),
     }
 
 

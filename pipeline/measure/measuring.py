@@ -23,7 +23,7 @@ from ...export.runtime.memory import memory
 from ...export.runtime.prepared import packed_block, prepare_block
 from ...export.spec import Spec
 from ...models.decoder import Decoder
-from ...models.outer_layers import Ends
+from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress, peak_resident
 from ..console.sizes import exported_sizes, part_sizes
 from ..job.job import Job
@@ -50,12 +50,12 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, onlookers: Seque
     progress.stage("plain forward pass", job.decoder.shape.blocks)
     compute, share = job.decoder, own_share(job, len(tokens))
     tokens = tokens[share.start : max(share.stop, *(onlooker.sequences for onlooker in onlookers), 0)]
-    ends = job.checkpoint.ends()
+    outer = job.checkpoint.outer_layers()
     hidden = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
     for part, ids in zip(
         hidden.split(job.recipe.calibration.batch), tokens.split(job.recipe.calibration.batch), strict=True
     ):
-        part.copy_(compute.embed(ends, ids))
+        part.copy_(compute.embed(outer, ids))
     seconds = 0.0
     with torch.no_grad(), quick_products(compute.device):  # as the quantizer's own passes are
         for index in range(compute.shape.blocks):
@@ -77,7 +77,7 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, onlookers: Seque
 
 
 def perplexities(
-    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: Ends, progress: Progress
+    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], outer: OuterLayers, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Full precision, RTN without rotation and the quantized model on the same texts, each run through them once.
 
@@ -92,15 +92,20 @@ def perplexities(
         quantized model, and `rtn` with both of RTN.
     """
     measured: dict[str, dict[str, Any]] = {"perplexity": {}, "divergence": {}}
-    original = job.checkpoint.ends()
+    original = job.checkpoint.outer_layers()
     for dataset, windows in texts.items():
-        found = _perplexities(job, folder, windows, original, ends, progress)
+        found = _perplexities(job, folder, windows, original, outer, progress)
         measured["perplexity"][dataset], measured["divergence"][dataset] = found
     return measured
 
 
 def _perplexities(
-    job: Job, folder: RunFolder, windows: Tensor, plain_ends: Ends, ends: Ends, progress: Progress
+    job: Job,
+    folder: RunFolder,
+    windows: Tensor,
+    outer_of_original: OuterLayers,
+    outer: OuterLayers,
+    progress: Progress,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     compute, checkpoint = job.decoder, job.checkpoint
     share = own_windows(job, len(windows))
@@ -112,14 +117,14 @@ def _perplexities(
         progress.advance()
         job.ranks.tick()
 
-    def states(name: str, blocks: Iterator[nn.Module], ends: Ends) -> States:
+    def states(name: str, blocks: Iterator[nn.Module], outer: OuterLayers) -> States:
         progress.stage(f"evaluate {name}", compute.shape.blocks)
         with job.timed(f"evaluate {name}"):
             return last_states(
                 own,
-                partial(compute.embed, ends),
+                partial(compute.embed, outer),
                 (partial(compute.run, block) for block in blocks),
-                compute.logits(ends),
+                compute.logits(outer),
                 batch=job.recipe.calibration.batch,
                 device=compute.device,
                 advance=advance,
@@ -128,12 +133,12 @@ def _perplexities(
             )
 
     indices, models = range(compute.shape.blocks), {}
-    original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), plain_ends)
+    original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), outer_of_original)
     if job.recipe.evaluation.baseline:
         rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
-        models["rtn"] = states("rtn", rounded, plain_ends)
+        models["rtn"] = states("rtn", rounded, outer_of_original)
     packed = (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices)
-    models["quantized"] = states("quantized", packed, ends)
+    models["quantized"] = states("quantized", packed, outer)
     with job.timed("evaluate logits"):
         sums = job.ranks.gather(part_sums(own, models, original, advance=job.ranks.tick))
     found = {

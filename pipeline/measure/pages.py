@@ -95,9 +95,9 @@ def _storage(run: Path, exported: int) -> dict[str, dict[str, int]]:
                 part[kinds[last]] = part.get(kinds[last], 0) + size
             else:
                 other += size
-    ends = exported - other - sum(size for part in parts.values() for size in part.values())
+    outer = exported - other - sum(size for part in parts.values() for size in part.values())
     parts["norms and biases"] = {"not quantized": other}
-    parts["embedding, head"] = {"not quantized": max(ends, 0)}
+    parts["embedding, head"] = {"not quantized": max(outer, 0)}
     return {name: part for name, part in parts.items() if any(part.values())}
 
 

@@ -14,12 +14,12 @@ from ...boa.online.transforms import INPUT_SITES, OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
 from ...export.packing import unpack_block
 from ...models.families import Family
-from ...models.outer_layers import Ends
+from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
 from ..estimate.counting_run import SOURCE_WINDOWS
 from ..job.job import Job
 from ..job.sharing import own_windows, shared_block
-from ..rotating.outside_blocks import rotated_ends
+from ..rotating.outside_blocks import rotated_outer_layers
 from ..storage.buffers import trim
 from ..storage.prefetch import for_rotation
 from ..storage.run_folder import RunFolder
@@ -51,7 +51,12 @@ def only(transforms: OnlineTransforms, source: str | None) -> OnlineTransforms:
 
 @torch.no_grad()
 def measure_sources(
-    job: Job, folder: RunFolder, texts: Mapping[str, Tensor], ends: Ends, progress: Progress, most: int = SOURCE_WINDOWS
+    job: Job,
+    folder: RunFolder,
+    texts: Mapping[str, Tensor],
+    outer: OuterLayers,
+    progress: Progress,
+    most: int = SOURCE_WINDOWS,
 ) -> dict[str, Any]:
     """KL from full precision with one quantizer on alone, and what each adds to the residual stream of each block.
 
@@ -74,7 +79,7 @@ def measure_sources(
     windows = text[:most]
     share = own_windows(job, len(windows))
     own = windows[share.start : share.stop]
-    walk = _Walk(job, own, ends)
+    walk = _Walk(job, own, outer)
     progress.stage("evaluate sources", job.decoder.shape.blocks)
     with job.timed("evaluate sources"):
         for index in range(job.decoder.shape.blocks):
@@ -110,17 +115,17 @@ class _Walk:
         errors: by source, block and window.
     """
 
-    def __init__(self, job: Job, own: Tensor, ends: Ends) -> None:
+    def __init__(self, job: Job, own: Tensor, outer: OuterLayers) -> None:
         compute = job.decoder
         self.job, self.own = job, own
         self.names = source_names(job.spec.transforms(compute.shape))
         # Moving the head is a part of what is done about the weights.
         moved = bool(job.recipe.weights.head) and job.recipe.weights.method != "rtn"
-        exact = rotated_ends(job) if moved else ends
-        self.ends = {name: ends if name in PACKED else exact for name in ("exact", *self.names)}
-        self.ends["original"] = job.checkpoint.ends()
+        exact = rotated_outer_layers(job) if moved else outer
+        self.outer = {name: outer if name in PACKED else exact for name in ("exact", *self.names)}
+        self.outer["original"] = job.checkpoint.outer_layers()
         self.streams: dict[str, Tensor] = {}
-        for name, outside in self.ends.items():
+        for name, outside in self.outer.items():
             stream = job.buffers.empty(*own.shape, compute.shape.hidden, dtype=compute.dtype)
             for part, ids in zip(stream.split(self.batch), own.split(self.batch), strict=True):
                 if len(ids):
@@ -161,7 +166,7 @@ class _Walk:
 
     def states(self, name: str) -> States:
         """The last hidden states of a source, once all blocks are done."""
-        return States(self.streams[name], self.job.decoder.logits(self.ends[name]), self.job.decoder.device)
+        return States(self.streams[name], self.job.decoder.logits(self.outer[name]), self.job.decoder.device)
 
 
 def exact_block(job: Job, index: int, tensors: dict[str, Tensor]) -> nn.Module:

@@ -81,7 +81,7 @@ def task_scores(
     scored: dict[str, dict[str, Any]] = {
         task: values | ({} if limit is None else {"limit": limit}) for task, values in found.items()
     }
-    return dict(job.ranks.tell(scored))
+    return dict(job.ranks.broadcast_value(scored))
 
 
 def _entries(model: str, score: Score) -> dict[str, float | None]:

@@ -50,7 +50,7 @@ class TorchRanks(Ranks):
     def __init__(self, deterministic: bool, watch: Watch) -> None:
         super().__init__(deterministic)
         self.rank, self.size, self._watch = watch.rank, watch.size, watch
-        self.sent = {"sum": 0, "spread": 0, "tell": 0}
+        self.sent = {"sum": 0, "broadcast": 0, "values": 0}
 
     def sum(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
         """As `Ranks.sum`, in buckets, all of which are under way when this returns."""
@@ -66,33 +66,33 @@ class TorchRanks(Ranks):
 
         return wait
 
-    def spread(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """As `Ranks.spread`."""
         for flat, parts in buckets(tensors):
             self._finish(self._begin(dist.broadcast, "spread", flat.view(torch.uint8), src=source))
             if self.rank != source:
                 unpack(flat, parts)
 
-    def tell(self, value: Any = None, source: int = 0) -> Any:
-        """As `Ranks.tell`; on other ranks than `source` what JSON makes of it."""
+    def broadcast_value(self, value: Any = None, source: int = 0) -> Any:
+        """As `Ranks.broadcast_value`; on other ranks than `source` what JSON makes of it."""
         data = _encoded(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
         length = torch.tensor([len(data)])
-        self._finish(self._begin(dist.broadcast, "tell", length, src=source))
+        self._finish(self._begin(dist.broadcast, "values", length, src=source))
         if self.rank != source:
             data = torch.empty(int(length), dtype=torch.uint8)
-        self._finish(self._begin(dist.broadcast, "tell", data, src=source))
+        self._finish(self._begin(dist.broadcast, "values", data, src=source))
         return value if self.rank == source else _decoded(data)
 
     def gather(self, value: Any) -> list[Any]:
         """As `Ranks.gather`."""
         data = _encoded(value)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._finish(self._begin(lambda t, **k: dist.all_gather(lengths, t, **k), "tell", torch.tensor([len(data)])))
+        self._finish(self._begin(lambda t, **k: dist.all_gather(lengths, t, **k), "values", torch.tensor([len(data)])))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        self._finish(self._begin(lambda t, **k: dist.all_gather(found, t, **k), "tell", padded))
+        self._finish(self._begin(lambda t, **k: dist.all_gather(found, t, **k), "values", padded))
         return [_decoded(part[: int(length)]) for part, length in zip(found, lengths, strict=True)]
 
     def tick(self) -> None:

@@ -52,7 +52,7 @@ def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
     return bool(decoder.config.tie_word_embeddings) and not rotations.turned and not moves_head(recipe)
 
 
-def changed_ends(recipe: Recipe, rotations: Rotations) -> int:
+def changed_outer_layers(recipe: Recipe, rotations: Rotations) -> int:
     """How many of embedding and head are changed, and lie in files while a run works."""
     return 2 if rotations.turned else int(moves_head(recipe))
 

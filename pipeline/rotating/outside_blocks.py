@@ -13,12 +13,12 @@ from ...boa.objective.totals import Total
 from ...errors import RunError
 from ...models.families import Family
 from ...models.matrices import SPAN, spans
-from ...models.outer_layers import Ends
+from ...models.outer_layers import OuterLayers
 from ..job.job import Job
 from ..recipe.settings import moves_head
 
 
-def rotated_ends(job: Job) -> Ends:
+def rotated_outer_layers(job: Job) -> OuterLayers:
     """What is outside the blocks, rotated, in the checkpoint's dtype: what is stored is what is measured.
 
     Rows of embedding and head are rotated some at a time (in float64), into files. Where the stream is not turned, they
@@ -27,7 +27,7 @@ def rotated_ends(job: Job) -> Ends:
     Raises:
         RunError: values do not fit into the dtype.
     """
-    source, family, dtype = job.checkpoint.ends(), job.decoder.family, job.checkpoint.dtype
+    source, family, dtype = job.checkpoint.outer_layers(), job.decoder.family, job.checkpoint.dtype
     if not job.rotations.turned and source.head[:1].dtype == dtype:
         rest = source.rows(slice(1)).map(lambda tensor: tensor.to(dtype))
         _check_fits(rest, family, dtype)
@@ -35,7 +35,7 @@ def rotated_ends(job: Job) -> Ends:
     embedding, head = (job.buffers.file(*source.embedding.shape, dtype=dtype) for _ in range(2))
     biases: list[Tensor] = []
     for rows in spans(source.head):
-        part = job.rotations.rotate_ends(source.rows(rows), family).map(lambda tensor: tensor.to(dtype))
+        part = job.rotations.rotate_outer_layers(source.rows(rows), family).map(lambda tensor: tensor.to(dtype))
         _check_fits(part, family, dtype)
         embedding[rows], head[rows] = part.embedding[:], part.head[:]
         biases += [] if part.head_bias is None else [part.head_bias]
@@ -43,7 +43,7 @@ def rotated_ends(job: Job) -> Ends:
     return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
 
 
-def _check_fits(part: Ends, family: Family, dtype: torch.dtype) -> None:
+def _check_fits(part: OuterLayers, family: Family, dtype: torch.dtype) -> None:
     for name, tensor in part.named(family).items():
         if not is_finite(tensor):
             raise RunError(
@@ -53,7 +53,7 @@ def _check_fits(part: Ends, family: Family, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> Ends:
+def corrected_head(job: Job, outer: OuterLayers, full: Tensor, quantized: Tensor) -> OuterLayers:
     """The output layer, which is not quantized, moved to make up for what the last hidden states lost.
 
     It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with no rounding after it. A head that is
@@ -61,8 +61,8 @@ def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> End
     """
     weights = job.recipe.weights
     if not moves_head(job.recipe):
-        return ends
-    final, batch = job.decoder.norm(ends.norm, ends.norm_bias), job.recipe.calibration.batch
+        return outer
+    final, batch = job.decoder.norm(outer.norm, outer.norm_bias), job.recipe.calibration.batch
     shares = job.ranks.shares(job.recipe.calibration.samples, batch)
     batches = [range(share.start // batch, -(-share.stop // batch)) for share in shares]
     statistics, first = Total(InputStatistics, job.ranks, batches), shares[job.ranks.rank].start
@@ -71,13 +71,13 @@ def corrected_head(job: Job, ends: Ends, full: Tensor, quantized: Tensor) -> End
         job.release()
     objective = statistics.value().objective().damped(weights.damping)
     if job.ranks.rank > 0:
-        return ends  # the first rank writes them
-    ours = isinstance(ends.head, Tensor)
-    head = ends.head if ours else job.buffers.file(*ends.head.shape, dtype=job.checkpoint.dtype)
+        return outer  # the first rank writes them
+    ours = isinstance(outer.head, Tensor)
+    head = outer.head if ours else job.buffers.file(*outer.head.shape, dtype=job.checkpoint.dtype)
     assert isinstance(head, Tensor)
-    for rows in spans(ends.head, 4 * SPAN):  # the Hessian is factored anew for each
-        part = ends.head[rows]
+    for rows in spans(outer.head, 4 * SPAN):  # the Hessian is factored anew for each
+        part = outer.head[rows]
         moved = objective.target(part.to(job.decoder.device, job.decoder.dtype)[None], weights.head)[0]
         head[rows].copy_(moved)
         job.buffers.release()
-    return replace(ends, head=head)
+    return replace(outer, head=head)

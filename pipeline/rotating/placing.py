@@ -21,7 +21,7 @@ def noise_of_r1(job: Job, tokens: Tensor, progress: Progress) -> float | None:
     if not job.rotations.turned:
         return None
     found = _measured(job, tokens, progress) if job.ranks.rank == 0 else None
-    return float(job.ranks.tell(found))
+    return float(job.ranks.broadcast_value(found))
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def _measured(job: Job, tokens: Tensor, progress: Progress) -> float:
     progress.stage("place R1", job.decoder.shape.blocks)
     compute, logarithms = job.decoder, list[float]()
     with job.timed("place R1"):
-        hidden = compute.embed(job.checkpoint.ends(), tokens[:SEQUENCES]).to(compute.device)
+        hidden = compute.embed(job.checkpoint.outer_layers(), tokens[:SEQUENCES]).to(compute.device)
         for index in range(compute.shape.blocks):
             tensors = job.checkpoint.block(index)
             block = compute.block(index, tensors)

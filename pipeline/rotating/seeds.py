@@ -76,5 +76,5 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
 def _embedded(job: Job, rotations: Rotations, ids: Tensor) -> Tensor:
     """(1, length) token ids -> (1, length, hidden) by the rotated embedding; only their rows of it are rotated."""
     known, places = ids.unique(return_inverse=True)
-    ends = rotations.rotate_ends(job.checkpoint.ends().rows(known), job.decoder.family)
-    return job.decoder.embed(ends, places)
+    outer = rotations.rotate_outer_layers(job.checkpoint.outer_layers().rows(known), job.decoder.family)
+    return job.decoder.embed(outer, places)

@@ -21,7 +21,7 @@ READ_SHARE = 8  # a block is read ahead where at least so many of its size fit i
 ROTATION_SHARE = 6  # and goes to a GPU to be rotated where so many of its size in float64 fit there
 
 
-class Overlap:
+class Prefetcher:
     """Reads and writes the blocks of a run beside the work on them; a context manager.
 
     A block is in the manifest when its file is on the disk, in the order of blocks, and no more than one of them is on
@@ -42,7 +42,7 @@ class Overlap:
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._written: Future[None] | None = None
 
-    def __enter__(self) -> Overlap:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(

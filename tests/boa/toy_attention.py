@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from rotoboa.boa.objective.statistics import AttentionStatistics, InputStatistics
-from rotoboa.boa.online.attention import Seen
+from rotoboa.boa.online.attention import AttentionInputs
 
 from .problems import random
 
@@ -85,14 +85,14 @@ class Toy:
         return rotated(self.project(self.w_k), self.cos, self.sin)
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> AttentionInputs:
         """What attention computes with, of all sequences."""
-        return Seen(self.query, self.key, SCALING)
+        return AttentionInputs(self.query, self.key, SCALING)
 
-    def part(self, sequences: slice) -> Seen:
+    def part(self, sequences: slice) -> AttentionInputs:
         """Of some."""
         seen = self.seen
-        return Seen(seen.query[sequences], seen.key[sequences], SCALING)
+        return AttentionInputs(seen.query[sequences], seen.key[sequences], SCALING)
 
     @property
     def attended(self) -> Tensor:

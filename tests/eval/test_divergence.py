@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 import rotoboa
 from rotoboa.eval.perplexity import Divergence, States, last_states
 from rotoboa.export.runtime.prepared import packed_block
-from rotoboa.export.writing import read_ends
+from rotoboa.export.writing import read_outer_layers
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.outer_layers import Ends
+from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.pipeline.job.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.storage.run_folder import RunFolder, recipe_of
@@ -105,14 +105,14 @@ def test_the_embedded_model_and_a_packed_run_of_it_are_as_transformers_runs_them
     decoder, (packed, _) = job.decoder, rotoboa.load(tiny_run, dtype=torch.float32)
     spec = packed.config.quantization_config.spec
 
-    def streamed(decoder: Decoder, blocks: list[nn.Module], ends: Ends) -> States:
+    def streamed(decoder: Decoder, blocks: list[nn.Module], outer: OuterLayers) -> States:
         run = [partial(decoder.run, b) for b in blocks]
-        return last_states(windows, partial(decoder.embed, ends), run, decoder.logits(ends))
+        return last_states(windows, partial(decoder.embed, outer), run, decoder.logits(outer))
 
     indices = range(decoder.shape.blocks)
-    original = streamed(decoder, [decoder.block(i, checkpoint.block(i)) for i in indices], checkpoint.ends())
+    original = streamed(decoder, [decoder.block(i, checkpoint.block(i)) for i in indices], checkpoint.outer_layers())
     blocks = [packed_block(decoder, i, folder.read_block(i), spec) for i in indices]
-    quantized = streamed(decoder, blocks, read_ends(tiny_run / "model", decoder.family))
+    quantized = streamed(decoder, blocks, read_outer_layers(tiny_run / "model", decoder.family))
 
     plain = AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32)
     expected, given = plain(windows).logits[:, :-1], packed(windows).logits[:, :-1]

@@ -40,8 +40,8 @@ def streamed(folder: Path, windows: Tensor, batch: int) -> float:
     checkpoint = Checkpoint(folder)
     decoder = Decoder(checkpoint.config)
     blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
-    ends = checkpoint.ends()
-    return perplexity(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=batch)
+    outer = checkpoint.outer_layers()
+    return perplexity(windows, partial(decoder.embed, outer), blocks, decoder.logits(outer), batch=batch)
 
 
 @torch.no_grad()

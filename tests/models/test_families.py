@@ -107,7 +107,7 @@ def test_dtypes(save_family: Callable[..., Path], tmp_path: Path, name: str, dty
     assert checkpoint.dtype == dtype
     assert {tensor.dtype for tensor in checkpoint.block(0).values()} == {dtype}
     decoder = Decoder(checkpoint.config, attention=NAME)
-    assert decoder.embed(checkpoint.ends(), torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.float32
+    assert decoder.embed(checkpoint.outer_layers(), torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.float32
 
 
 def test_sizes_and_windows() -> None:

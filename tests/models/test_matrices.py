@@ -15,7 +15,7 @@ from rotoboa.errors import InputError, RunError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.matrices import StoredMatrix, spans
-from rotoboa.models.outer_layers import Ends
+from rotoboa.models.outer_layers import OuterLayers
 
 
 def stored(folder: Path, tensor: Tensor) -> StoredMatrix:
@@ -76,18 +76,18 @@ def test_logits_and_embeddings_by_rows(
     save_family: Callable[..., Path], tmp_path: Path, name: str, small: None
 ) -> None:
     checkpoint = Checkpoint(save_family(tmp_path, name))
-    decoder, ends = Decoder(checkpoint.config, attention=NAME, dtype=torch.float64), checkpoint.ends()
-    assert isinstance(ends.embedding, StoredMatrix) and isinstance(ends.head, StoredMatrix)
-    assert len(spans(ends.head)) > 10
-    bias = torch.randn(len(ends.head[:]), generator=torch.Generator().manual_seed(1)) if name == "opt" else None
-    ends = Ends(**{**vars(ends), "head_bias": bias})
+    decoder, outer = Decoder(checkpoint.config, attention=NAME, dtype=torch.float64), checkpoint.outer_layers()
+    assert isinstance(outer.embedding, StoredMatrix) and isinstance(outer.head, StoredMatrix)
+    assert len(spans(outer.head)) > 10
+    bias = torch.randn(len(outer.head[:]), generator=torch.Generator().manual_seed(1)) if name == "opt" else None
+    outer = OuterLayers(**{**vars(outer), "head_bias": bias})
     tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-    hidden = decoder.embed(ends, tokens)
-    assert torch.equal(hidden, decoder.embed(ends.map(lambda tensor: tensor), tokens))
-    expected = decoder.norm(ends.norm, ends.norm_bias)(hidden) @ ends.head[:].double().T
+    hidden = decoder.embed(outer, tokens)
+    assert torch.equal(hidden, decoder.embed(outer.map(lambda tensor: tensor), tokens))
+    expected = decoder.norm(outer.norm, outer.norm_bias)(hidden) @ outer.head[:].double().T
     if bias is not None:
         expected = expected + bias
     if name == "gemma2":
         cap = checkpoint.config.final_logit_softcapping
         expected = torch.tanh(expected / cap) * cap
-    torch.testing.assert_close(decoder.logits(ends)(hidden), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(decoder.logits(outer)(hidden), expected, rtol=0, atol=1e-12)

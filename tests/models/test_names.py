@@ -170,7 +170,7 @@ def test_a_head_that_differs_is_not_tied(copied: Path, change_config: Change) ->
     checkpoint, shapes = read(copied)
     assert checkpoint.config.tie_word_embeddings is False
     assert "is stored beside the embedding and differs from it: the two are used as they are" in notices(copied)[0]
-    assert not checkpoint.ends().tied and len(checkpoint.notices(shapes)) == 1
+    assert not checkpoint.outer_layers().tied and len(checkpoint.notices(shapes)) == 1
 
 
 # -- what a checkpoint is that has other names ------------------------------------------------------------------------

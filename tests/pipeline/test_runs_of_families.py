@@ -61,10 +61,10 @@ def test_perplexity_is_that_of_transformers(checkpoints: Callable[[str], Path], 
     """Block by block as the whole model: masks, windows, caps, kinds of RoPE, positions, experts."""
     folder, windows = checkpoints(name), _tokens(3, 60)
     checkpoint = Checkpoint(folder)
-    decoder, ends = Decoder(checkpoint.config, attention=NAME), checkpoint.ends()
+    decoder, outer = Decoder(checkpoint.config, attention=NAME), checkpoint.outer_layers()
     checkpoint.check(decoder.shapes)
     blocks = (partial(decoder.run, decoder.block(i, checkpoint.block(i))) for i in range(decoder.shape.blocks))
-    states = last_states(windows, partial(decoder.embed, ends), blocks, decoder.logits(ends), batch=2)
+    states = last_states(windows, partial(decoder.embed, outer), blocks, decoder.logits(outer), batch=2)
     found, _ = summary(part_sums(windows, {"model": states})["model"], windows.numel() - len(windows), False)
     model = _original(folder)
     with torch.no_grad():

@@ -58,13 +58,13 @@ def test_report(finished: Finished, text: Path, llama: Path) -> None:
     assert list(seconds) == ["text", "quantize", "export", *(f"evaluate {name}" for name in (*EVALUATED, "logits"))]
     assert 0 < report["plain_forward_seconds"] < report["seconds"]["total"]
     assert report["peak_memory_bytes"]["host"] > 2**26
-    ends = 2 * 2048 * 64
+    outer = 2 * 2048 * 64
     assert report["sizes"] == {
         "original": (llama / "model.safetensors").stat().st_size,
         "quantized": (run / "model" / "model.safetensors").stat().st_size,
-        "blocks": sum(tensor_sizes(run / "model" / "model.safetensors").values()) - 2 * ends,
-        "embedding": ends,
-        "head": ends,
+        "blocks": sum(tensor_sizes(run / "model" / "model.safetensors").values()) - 2 * outer,
+        "embedding": outer,
+        "head": outer,
     }
     held = model_bytes(rotoboa.load(run)[0])
     original = model_bytes(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16))

@@ -17,7 +17,7 @@ from rotoboa.errors import InputError
 from rotoboa.export.formats.gguf_reader import inspect
 from rotoboa.export.runtime.memory import model_bytes
 from rotoboa.models.checkpoint import Checkpoint
-from rotoboa.models.outer_layers import Ends
+from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import FORMATS, export, open_finished
 from rotoboa.pipeline.measure.evaluating import evaluate
@@ -52,10 +52,10 @@ def test_one_matrix(save_family: SaveFamily, make_recipe: MakeRecipe, tmp_path: 
     recipe = make_recipe("w4a16", {"model": str(folder), "output": run, **SMALL, **TIED[name]})
     planned, report = plan(recipe), rotoboa.quantize(recipe)
     checkpoint, stored = Checkpoint(folder), tensors(run / "model")
-    names, family = Ends.names(checkpoint.family), checkpoint.family
+    names, family = OuterLayers.names(checkpoint.family), checkpoint.family
     assert config(run / "model")["tie_word_embeddings"] is True
     assert f"{family.head}.weight" not in stored
-    assert checkpoint.ends().tied and open_finished(RunFolder.open(run)).ends().tied
+    assert checkpoint.outer_layers().tied and open_finished(RunFolder.open(run)).outer_layers().tied
     original = tensors(folder)
     outside = {key for key in original if key in names}
     assert outside and all(torch.equal(stored[key], original[key]) for key in outside), "the final norm is not folded"
@@ -170,13 +170,13 @@ def test_finished_runs_of_before_are_read(tied_run: Path, tmp_path: Path, text: 
     assert "lm_head.weight" in tensors(export(run, "native"))
 
 
-def test_tied_ends_by_name(save_family: SaveFamily, tmp_path: Path) -> None:
+def test_tied_outer_layers_by_name(save_family: SaveFamily, tmp_path: Path) -> None:
     """As they go from one rank to the others."""
     checkpoint = Checkpoint(save_family(tmp_path / "model", "gemma2"))
-    ends = checkpoint.ends()
-    named = ends.named(checkpoint.family)
+    outer = checkpoint.outer_layers()
+    named = outer.named(checkpoint.family)
     assert set(named) == {"model.embed_tokens.weight", "model.norm.weight"}
-    found = Ends.of(checkpoint.family, named)
-    assert found.tied and torch.equal(found.head[:], ends.head[:])
-    assert Ends.missing(checkpoint.family, named) == ["lm_head.weight"]
-    assert Ends.missing(checkpoint.family, named, tied=True) == []
+    found = OuterLayers.of(checkpoint.family, named)
+    assert found.tied and torch.equal(found.head[:], outer.head[:])
+    assert OuterLayers.missing(checkpoint.family, named) == ["lm_head.weight"]
+    assert OuterLayers.missing(checkpoint.family, named, tied=True) == []

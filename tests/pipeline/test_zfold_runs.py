@@ -59,8 +59,8 @@ def test_run_save_and_load(llama: Path, make_recipe: MakeRecipe, tmp_path: Path,
             stored = load_file(run / "blocks" / f"{index:05}.safetensors")
             for norm, site in (("input_layernorm", "qkv"), ("post_attention_layernorm", "gate_up")):
                 weight, found = stored[f"{norm}.weight"].float(), block["zfold"][site]
-                ends = torch.tensor([found["least"], found["most"]])
-                torch.testing.assert_close(torch.stack(weight.aminmax()), ends, rtol=2**-8, atol=0)
+                outer = torch.tensor([found["least"], found["most"]])
+                torch.testing.assert_close(torch.stack(weight.aminmax()), outer, rtol=2**-8, atol=0)
     assert perplexities[True]["full_precision"] == perplexities[False]["full_precision"]
     assert perplexities[True]["quantized"] != perplexities[False]["quantized"]
 

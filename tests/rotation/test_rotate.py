@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rotoboa.boa.online.attention import NAME, AttentionTransform, Seen, set_attention
+from rotoboa.boa.online.attention import NAME, AttentionInputs, AttentionTransform, set_attention
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
@@ -138,7 +138,7 @@ def test_r3_reaches_queries_and_keys() -> None:
     block = decoder.block(0, _parts(model)[0][0])
     rotations = Rotations.of(decoder.shape, **{**NONE, "r3": True})
     assert rotations.r3 is not None
-    seen, outputs = list[Seen](), []
+    seen, outputs = list[AttentionInputs](), []
     x = torch.randn(2, 8, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for rotation in (None, rotations.r3):
         set_attention(block.get_submodule(LLAMA.attention), AttentionTransform(rotation), seen.append)

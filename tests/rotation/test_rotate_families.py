@@ -13,7 +13,7 @@ from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES, family_for
 from rotoboa.models.layout import split_modules
-from rotoboa.models.outer_layers import Ends
+from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.rotation import channels
 from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels
@@ -64,9 +64,9 @@ def _logits(
     family, shape = decoder.family, decoder.shape
     rotations = Rotations.of(shape, **{"online_r1": family.post_norms, **choice}, seed=3)
     state = split_modules_state(model, decoder)
-    ends = rotations.rotate_ends(Ends.of(family, state), family)
-    hidden = decoder.embed(ends, _tokens())
-    plain = decoder.embed(Ends.of(family, state), _tokens())
+    outer = rotations.rotate_outer_layers(OuterLayers.of(family, state), family)
+    hidden = decoder.embed(outer, _tokens())
+    plain = decoder.embed(OuterLayers.of(family, state), _tokens())
     found: list[dict[str, Tensor]] = []
     if scale:
         rotations = replace(rotations, scales=found)
@@ -90,7 +90,7 @@ def _logits(
                 if (r := sites.get(site)) is not None:
                     block.get_submodule(name).register_forward_pre_hook(lambda _, args, r=r: r.apply(args[0]))
         hidden = decoder.run(block, hidden)
-    return decoder.logits(ends)(hidden)
+    return decoder.logits(outer)(hidden)
 
 
 def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]:
@@ -177,9 +177,9 @@ def test_a_rotated_opt_has_no_mean(family_model: Callable[..., nn.Module]) -> No
     family, state = decoder.family, split_modules_state(model, decoder)
     rotations = Rotations.of(decoder.shape, **{**NONE, "r1": True})
     assert rotations.r1 is not None
-    ends = Ends.of(family, state)
-    assert ends.embedding[:].mean(-1).abs().min() > 1e-3
-    rotated = rotations.rotate_ends(ends, family)
+    outer = OuterLayers.of(family, state)
+    assert outer.embedding[:].mean(-1).abs().min() > 1e-3
+    rotated = rotations.rotate_outer_layers(outer, family)
     assert rotated.positions is not None and rotated.head_bias is not None and rotated.norm_bias is None
     for tensor in (rotated.embedding[:], rotated.positions):
         assert rotations.r1.apply_transposed(tensor).mean(-1).abs().max() < 1e-12
@@ -192,9 +192,9 @@ def test_the_mean_of_other_embeddings_stays(family_model: Callable[..., nn.Modul
     decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
     rotations = Rotations.of(decoder.shape, **ALL)
     assert rotations.r1 is not None
-    ends = Ends.of(decoder.family, split_modules_state(model, decoder))
-    rotated = rotations.rotate_ends(ends, decoder.family)
-    assert (rotations.r1.apply_transposed(rotated.embedding[:]) - ends.embedding[:]).abs().max() < 1e-12
+    outer = OuterLayers.of(decoder.family, split_modules_state(model, decoder))
+    rotated = rotations.rotate_outer_layers(outer, decoder.family)
+    assert (rotations.r1.apply_transposed(rotated.embedding[:]) - outer.embedding[:]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("choice", [NONE, {**ALL, "r4": False}, ALL], ids=_named)

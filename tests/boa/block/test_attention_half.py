@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa.block.attention_half import AttentionHalf
-from rotoboa.boa.online.attention import CENTER, Seen, set_attention
+from rotoboa.boa.online.attention import CENTER, AttentionInputs, set_attention
 
 from ..small_block import KEY_HEADS, LLAMA, QUANTIZED, SIZE, make_block, make_decoder, make_streams, run_small
 
@@ -44,7 +44,7 @@ def test_the_center_of_keys_is_their_mean() -> None:
     assert solver.transforms.attention.center is center and transforms.attention.center is None
 
     decoder = make_decoder()
-    block, seen = make_block(decoder, transforms), list[Seen]()
+    block, seen = make_block(decoder, transforms), list[AttentionInputs]()
     for name in (LLAMA.query, LLAMA.key, LLAMA.value):
         block.get_submodule(name).register_forward_pre_hook(lambda _, args: transforms.qkv(args[0]))
     set_attention(block.get_submodule(LLAMA.attention), None, seen.append)

@@ -72,7 +72,7 @@ def test_results(method: str, group_size: int | None) -> None:
 def test_going_on_from_results_gives_the_same_bits(sequential: bool, transforms: OnlineTransforms) -> None:
     settings = replace(QUICK, sequential=sequential)
     first = run_small(settings, transforms)
-    again = run_small(settings, transforms, done=first.solver.results)
+    again = run_small(settings, transforms, previous=first.solver.results)
     assert torch.equal(again.full, first.full) and torch.equal(again.quantized, first.quantized)
     assert list(again.solver.results) == list(first.solver.results)
     for name, result in first.solver.results.items():

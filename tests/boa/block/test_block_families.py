@@ -86,7 +86,7 @@ def test_streams_are_forward_passes(family_model: Callable[..., nn.Module], name
 @pytest.mark.parametrize("name", NAMES + MIXTURES)
 def test_going_on_gives_the_same(family_model: Callable[..., nn.Module], name: str) -> None:
     first, full, quantized = _run(Setup(family_model(name), 4, **EVERYTHING))
-    again, full_again, quantized_again = _run(Setup(family_model(name), 4, **EVERYTHING), done=first.results)
+    again, full_again, quantized_again = _run(Setup(family_model(name), 4, **EVERYTHING), previous=first.results)
     assert torch.equal(full, full_again) and torch.equal(quantized, quantized_again)
     assert list(again.results) == list(first.results)
 

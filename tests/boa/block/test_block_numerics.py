@@ -68,7 +68,7 @@ def test_what_arises_where_nothing_is_solved_is_named(layer: str) -> None:
     decoder, ran = make_decoder(), run_small()
     tensors = make_tensors()
     tensors[f"{layer}.weight"].mul_(3e38).clamp_(-3e38, 3e38)
-    solver = BlockQuantizer(decoder, decoder.block(0, tensors), QUICK, PLAIN, done=ran.solver.results)
+    solver = BlockQuantizer(decoder, decoder.block(0, tensors), QUICK, PLAIN, previous=ran.solver.results)
     with pytest.raises(ValueError, match=f"^{layer}: the full-precision stream after it holds NaN or Inf$"):
         solver.run(*make_streams())
 

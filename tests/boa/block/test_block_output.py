@@ -160,7 +160,7 @@ def test_what_would_be_worse_is_not_kept() -> None:
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
 def test_going_on_gives_the_same_bits(transforms: OnlineTransforms) -> None:
     first, full, quantized = _run(replace(SETTINGS, iterations=20), transforms)
-    again, full_again, quantized_again = _run(replace(SETTINGS, iterations=20), transforms, done=first.results)
+    again, full_again, quantized_again = _run(replace(SETTINGS, iterations=20), transforms, previous=first.results)
     assert torch.equal(full, full_again) and torch.equal(quantized, quantized_again)
     assert again.output_error is None
     second, _, _ = _run(replace(SETTINGS, iterations=20), transforms)

@@ -92,7 +92,7 @@ def test_what_is_stored_is_what_runs(name: str) -> None:
 
 def test_a_finished_block_finds_its_scales_again() -> None:
     first = _run("llama")
-    again = _run("llama", done=first.solver.results)
+    again = _run("llama", previous=first.solver.results)
     assert torch.equal(again.full, first.full) and torch.equal(again.quantized, first.quantized)
     assert not again.solver.losses
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rotoboa.boa.objective import statistics as module
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.objective.statistics import AttentionStatistics, value_stride
-from rotoboa.boa.online.attention import Seen, causal_probabilities
+from rotoboa.boa.online.attention import AttentionInputs, causal_probabilities
 
 from ..problems import random
 from ..toy_attention import GROUPS, KEY_HEADS, SCALING, SIZE, WIDTH, Toy, check_kronecker, dense, softly
@@ -178,7 +178,7 @@ def test_products_in_single_and_half_precision(
     quantized.x = full.x + 0.2 * random(*full.x.shape, seed=30)
     # Channels as large models have them: outsized, and alike.
     quantized.x[..., :4] = 100 * (quantized.x[..., :1] + 0.01 * quantized.x[..., :4])
-    seen = Seen(quantized.seen[0].float(), quantized.seen[1].float(), SCALING)
+    seen = AttentionInputs(quantized.seen[0].float(), quantized.seen[1].float(), SCALING)
     statistics = AttentionStatistics()
     statistics.add_grams(seen.query, seen.key)
     statistics.add_values(quantized.x.float(), full.attended.float(), seen, full.w_v.flatten(0, 1).float())

@@ -10,8 +10,8 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import (
+    AttentionInputs,
     AttentionTransform,
-    Seen,
     attention_forward,
     capped_attention,
     causal_probabilities,
@@ -61,7 +61,7 @@ def test_is_that_of_transformers(window: int | None, softcap: float | None, monk
 def test_probabilities(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics of values weigh by what attention does, in every chunk of queries."""
     _, probabilities = _eager(window, softcap, monkeypatch)
-    seen = Seen(*_inputs()[:2], 0.3, window, softcap)
+    seen = AttentionInputs(*_inputs()[:2], 0.3, window, softcap)
     for start, stop in ((0, 4), (4, 11), (11, LENGTH)):
         for index in range(BATCH):
             found = causal_probabilities(seen, index, start, stop).view(HEADS, stop - start, stop)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from rotoboa.boa.online.attention import Seen, attention_forward, causal_probabilities, set_attention
+from rotoboa.boa.online.attention import AttentionInputs, attention_forward, causal_probabilities, set_attention
 
 from ..toy_attention import GROUPS, KEY_HEADS, LENGTH, SCALING, SEQUENCES, Toy, attention_module, softly
 
@@ -54,7 +54,7 @@ def test_causal_probabilities_are_those_that_attention_uses(group: int) -> None:
     """The registered function, through SDPA in float64; and what its recorder sees is what it computes with."""
     toy = Toy(group, rope=True)
     value = toy.project(toy.w_v)
-    recorded: list[Seen] = []
+    recorded: list[AttentionInputs] = []
     module = attention_module(group)
     set_attention(module, None, recorded.append)
     output, _ = attention_forward(module, toy.query, toy.key, value, None, scaling=SCALING)

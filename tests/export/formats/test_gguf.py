@@ -101,8 +101,8 @@ def test_file_holds_the_run_exactly(
                 kind if part in quantized and last == "weight" else 0
             )
             seen += 1
-    ends = run.ends()
-    embedding, norm, head = ends.embedding[:], ends.norm, ends.head[:]
+    outer = run.outer_layers()
+    embedding, norm, head = outer.embedding[:], outer.norm, outer.head[:]
     for name, tensor in {"token_embd": embedding, "output_norm": norm, "output": head}.items():
         assert torch.equal(tensors[f"{name}.weight"], tensor.float())
     assert stored["token_embd.weight"] == GGMLQuantizationType.BF16

@@ -66,16 +66,16 @@ def runs(cheap_run: Callable[..., Path]) -> Runs:
 
 def streamed_logits(run: Path, ids: Tensor) -> Tensor:
     """As the evaluation computes them: block by block, in float32, from the blocks of the run."""
-    ends = load_file(run / "model" / "model.safetensors")
+    outer = load_file(run / "model" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     decoder = Decoder(model.config, attention=NAME)
     spec = Spec.from_dict(json.loads((run / "model" / "config.json").read_text())["quantization_config"])
-    hidden = ends["model.embed_tokens.weight"][ids].float()
+    hidden = outer["model.embed_tokens.weight"][ids].float()
     with torch.no_grad():
         for index in range(decoder.shape.blocks):
             tensors = load_file(run / "blocks" / f"{index:05}.safetensors")
             hidden = decoder.run(packed_block(decoder, index, tensors, spec), hidden)
-        return decoder.norm(ends["model.norm.weight"])(hidden) @ ends["lm_head.weight"].float().T
+        return decoder.norm(outer["model.norm.weight"])(hidden) @ outer["lm_head.weight"].float().T
 
 
 def load(run: Path, **options: Any) -> PreTrainedModel:
@@ -225,7 +225,7 @@ def test_dtype_is_that_of_the_checkpoint_by_default(runs: Runs) -> None:
 @pytest.mark.parametrize(("setting", "bits", "group"), [("w2a16g16", 2, 16), ("w4a4kv4", 4, None)])
 def test_size_on_disk_is_that_of_the_formula(runs: Runs, setting: str, bits: int, group: int | None) -> None:
     tensors = load_file(runs(setting) / "model" / "model.safetensors")
-    ends = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    outer = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
     # (outputs, inputs) of q, k, v, o, gate, up, down; two blocks.
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
     words = 2 * sum(out * -(-inputs * bits // 32) * 4 for out, inputs in shapes)
@@ -233,9 +233,9 @@ def test_size_on_disk_is_that_of_the_formula(runs: Runs, setting: str, bits: int
     norms = 2 * 2 * 64 * 2
     centers = 2 * 32 * 2 if setting == "w4a4kv4" else 0
     assert words == 2 * sum(out * inputs for out, inputs in shapes) * 2 * bits // 16  # bits/16 of bfloat16
-    inside = {name: tensor for name, tensor in tensors.items() if name not in ends}
+    inside = {name: tensor for name, tensor in tensors.items() if name not in outer}
     assert sum(tensor.numel() * tensor.element_size() for tensor in inside.values()) == words + scales + norms + centers
-    assert all(tensors[name].dtype == torch.bfloat16 for name in ends)
+    assert all(tensors[name].dtype == torch.bfloat16 for name in outer)
     assert tensors["lm_head.weight"].shape == tensors["model.embed_tokens.weight"].shape == (2048, 64)
 
 

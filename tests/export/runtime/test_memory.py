@@ -34,12 +34,12 @@ def test_model(bits: int, group: int | None, dtype: torch.dtype, tied: bool) -> 
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
     weights = sum(outputs * inputs for outputs, inputs in shapes) * BLOCKS
     scales = sum(outputs * (inputs // (group or inputs)) for outputs, inputs in shapes) * BLOCKS
-    norms, ends = HIDDEN * (2 * BLOCKS + 1), VOCABULARY * HIDDEN
+    norms, outer = HIDDEN * (2 * BLOCKS + 1), VOCABULARY * HIDDEN
     frequencies = 2 * 4 * HEAD_DIM // 2  # RoPE's, which transformers keeps twice, in float32
-    assert found["bfloat16"] == 2 * (weights + norms + ends * (1 if tied else 2)) + frequencies
+    assert found["bfloat16"] == 2 * (weights + norms + outer * (1 if tied else 2)) + frequencies
     packed = weights * bits // 8 + 3 * scales
-    assert found["quantized"] == packed + dtype.itemsize * (norms + 2 * ends) + frequencies
-    assert one["quantized"] == found["quantized"] - (dtype.itemsize * ends if tied else 0)
+    assert found["quantized"] == packed + dtype.itemsize * (norms + 2 * outer) + frequencies
+    assert one["quantized"] == found["quantized"] - (dtype.itemsize * outer if tied else 0)
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (2, 3), (8, 16), (16, 16)])

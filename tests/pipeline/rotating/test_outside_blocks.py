@@ -15,7 +15,7 @@ from rotoboa.errors import RunError
 from rotoboa.models.matrices import StoredMatrix, spans
 from rotoboa.pipeline.job.job import Job, prepare
 from rotoboa.pipeline.measure.evaluating import evaluate
-from rotoboa.pipeline.rotating.outside_blocks import rotated_ends
+from rotoboa.pipeline.rotating.outside_blocks import rotated_outer_layers
 from rotoboa.pipeline.rotating.seeds import _embedded
 
 MakeRecipe = Callable[..., Any]
@@ -37,8 +37,10 @@ def test_rotated_by_rows(
     save_family: Callable[..., Path], make_recipe: MakeRecipe, tmp_path: Path, name: str, r1: bool, few: None
 ) -> None:
     job = job_of(make_recipe, save_family(tmp_path, name, torch.bfloat16), **{"rotation.r1": r1})
-    found, family = rotated_ends(job), job.decoder.family
-    whole = job.rotations.rotate_ends(job.checkpoint.ends(), family).map(lambda tensor: tensor.to(torch.bfloat16))
+    found, family = rotated_outer_layers(job), job.decoder.family
+    whole = job.rotations.rotate_outer_layers(job.checkpoint.outer_layers(), family).map(
+        lambda tensor: tensor.to(torch.bfloat16)
+    )
     assert len(spans(whole.head)) > 10
     named, expected = (
         found.named(family) | {"head": found.head[:]},
@@ -63,7 +65,7 @@ def test_a_head_of_another_dtype_gets_that_of_the_embedding(
     noise = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
     change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": noise}))
     job = job_of(make_recipe, folder, **{"rotation.r1": r1})
-    found = rotated_ends(job)
+    found = rotated_outer_layers(job)
     assert found.head[:].dtype == found.embedding[:].dtype == torch.bfloat16
     assert torch.equal(found.head[:], noise.bfloat16()) != r1
 
@@ -73,7 +75,7 @@ def test_what_does_not_fit_is_named(save_family: Callable[..., Path], make_recip
     job = job_of(make_recipe, folder)
     job.rotations = _Huge(job.rotations)  # type: ignore[assignment]
     with pytest.raises(RunError, match=r"tensor lm_head\.weight does not fit into float16 once rotated"):
-        rotated_ends(job)
+        rotated_outer_layers(job)
 
 
 class _Huge:
@@ -84,8 +86,8 @@ class _Huge:
 
     turned = True
 
-    def rotate_ends(self, ends: Any, family: Any) -> Any:
-        rotated = self.rotations.rotate_ends(ends, family)
+    def rotate_outer_layers(self, outer: Any, family: Any) -> Any:
+        rotated = self.rotations.rotate_outer_layers(outer, family)
         rotated.head.mul_(1e9)
         return rotated
 
@@ -96,8 +98,8 @@ def test_seeds_see_the_rotated_embedding(
 ) -> None:
     job = job_of(make_recipe, save_family(tmp_path, name))
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-    ends = job.rotations.rotate_ends(job.checkpoint.ends(), job.decoder.family)
-    assert torch.equal(_embedded(job, job.rotations, ids), job.decoder.embed(ends, ids))
+    outer = job.rotations.rotate_outer_layers(job.checkpoint.outer_layers(), job.decoder.family)
+    assert torch.equal(_embedded(job, job.rotations, ids), job.decoder.embed(outer, ids))
 
 
 def test_a_run_never_reads_a_whole_matrix(

@@ -140,10 +140,10 @@ def test_a_run_in_files_ends_with_the_same_bytes(
         changes |= {"rotation.r1": "merged", "rotation.scale": False}
         reports[name] = rotoboa.quantize(make_recipe("w4a4kv4", changes))
     assert reports["held"]["perplexity"] == reports["spilled"]["perplexity"]
-    ends = 2 * 2048 * 64 * 2  # embedding and head, in bfloat16, which always lie in files
+    outer = 2 * 2048 * 64 * 2  # embedding and head, in bfloat16, which always lie in files
     spilled = {name: report["peak_memory_bytes"]["spilled"] for name, report in reports.items()}
-    assert spilled["held"] == ends
-    assert spilled["spilled"] == ends + 4 * 64 * 4 * (2 * 64 + max(2 * 64, 96))  # streams; attended and given, or down
+    assert spilled["held"] == outer
+    assert spilled["spilled"] == outer + 4 * 64 * 4 * (2 * 64 + max(2 * 64, 96))  # streams; attended and given, or down
     for file in (tmp_path / "held").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "spilled" / file.relative_to(tmp_path / "held")).read_bytes()
     assert {file.name for file in (tmp_path / "spilled").iterdir()} == {

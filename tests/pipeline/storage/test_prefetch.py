@@ -15,10 +15,9 @@ import rotoboa
 from rotoboa.errors import RunError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.pipeline.recipe.recipe import Recipe
-from rotoboa.pipeline.storage import buffers
-from rotoboa.pipeline.storage import prefetch as overlap
+from rotoboa.pipeline.storage import buffers, prefetch
 from rotoboa.pipeline.storage.buffers import Buffers
-from rotoboa.pipeline.storage.prefetch import Overlap, for_rotation
+from rotoboa.pipeline.storage.prefetch import Prefetcher, for_rotation
 from rotoboa.pipeline.storage.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -52,7 +51,7 @@ def tensors(value: float) -> dict[str, Tensor]:
 
 def test_the_next_block_is_read_in_a_thread(tmp_path: Path) -> None:
     source = Source()
-    with Overlap(source, RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
+    with Prefetcher(source, RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
         found = [float(beside.block(index)["weight"][0, 0]) for index in range(3)]
     assert found == [0, 1, 2]
     assert [index for index, _ in source.read] == [0, 1, 2]
@@ -60,22 +59,22 @@ def test_the_next_block_is_read_in_a_thread(tmp_path: Path) -> None:
 
 
 def test_nothing_is_read_ahead_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "free_memory", lambda: overlap.READ_SHARE * 64)  # exactly the size of a block
+    monkeypatch.setattr(prefetch, "free_memory", lambda: prefetch.READ_SHARE * 64)  # exactly the size of a block
     source = Source()
-    with Overlap(source, RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
+    with Prefetcher(source, RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
         beside.block(0)
         beside.block(1)
     assert [index for index, _ in source.read] == [0, 1]
 
 
 def test_another_block_than_the_next_one(tmp_path: Path) -> None:
-    with Overlap(Source(), RunFolder(tmp_path / "run", {}), 9, CPU) as beside:
+    with Prefetcher(Source(), RunFolder(tmp_path / "run", {}), 9, CPU) as beside:
         beside.block(0)
         assert float(beside.block(5)["weight"][0, 0]) == 5
 
 
 def test_what_fails_while_reading_ahead_is_raised_where_it_is_needed(tmp_path: Path) -> None:
-    with Overlap(Source(broken=1), RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
+    with Prefetcher(Source(broken=1), RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
         beside.block(0)
         with pytest.raises(RunError, match="block 1 is damaged"):
             beside.block(1)
@@ -85,9 +84,9 @@ def test_rotated_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block = {"weight": torch.ones(4, 4)}
     assert for_rotation(block, CPU) is block
     cuda = torch.device("cuda:0")
-    monkeypatch.setattr(overlap, "room_on", lambda device: overlap.ROTATION_SHARE * 8 * 16 - 1)
+    monkeypatch.setattr(prefetch, "room_on", lambda device: prefetch.ROTATION_SHARE * 8 * 16 - 1)
     assert for_rotation(block, cuda) is block
-    monkeypatch.setattr(overlap, "room_on", lambda device: overlap.ROTATION_SHARE * 8 * 16)
+    monkeypatch.setattr(prefetch, "room_on", lambda device: prefetch.ROTATION_SHARE * 8 * 16)
     moved: list[Any] = []
     monkeypatch.setattr(Tensor, "to", lambda tensor, device: moved.append(device))
     for_rotation(block, cuda)
@@ -107,7 +106,7 @@ def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
         assert go.wait(30)
         return tensors(0)
 
-    with Overlap(Source(), folder, 3, CPU) as beside:
+    with Prefetcher(Source(), folder, 3, CPU) as beside:
         beside.write(0, slow, {"layers": {}}, peak_memory_bytes={"host": 7})
         assert began.wait(30)
         assert blocks_of(folder) == [] and not folder.block_path(0).exists()  # the caller goes on meanwhile
@@ -134,7 +133,7 @@ def test_what_fails_while_writing_is_raised(tmp_path: Path, where: str) -> None:
     def full() -> dict[str, Tensor]:
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space left"), Overlap(Source(), folder, 3, CPU) as beside:
+    with pytest.raises(OSError, match="No space left"), Prefetcher(Source(), folder, 3, CPU) as beside:
         beside.write(0, full, {})
         if where == "next write":
             beside.write(1, lambda: tensors(1), {})
@@ -147,11 +146,11 @@ def test_what_fails_while_writing_is_raised(tmp_path: Path, where: str) -> None:
 def test_a_finished_block_is_kept_whatever_comes_after(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {})
     folder.start("recipe")
-    with pytest.raises(KeyboardInterrupt), Overlap(Source(), folder, 3, CPU) as beside:
+    with pytest.raises(KeyboardInterrupt), Prefetcher(Source(), folder, 3, CPU) as beside:
         beside.write(0, lambda: tensors(0), {})
         raise KeyboardInterrupt
     assert blocks_of(folder) == [0]
-    with pytest.raises(ValueError, match="of its own") as caught, Overlap(Source(), folder, 3, CPU) as beside:
+    with pytest.raises(ValueError, match="of its own") as caught, Prefetcher(Source(), folder, 3, CPU) as beside:
         beside.write(1, lambda: tensors(1) | {"q": torch.empty(2, device="meta")}, {})
         raise ValueError("of its own")
     assert "The block before could not be written" in caught.value.__notes__[0]

@@ -84,7 +84,7 @@ def test_what_is_done_is_not_done_again(
     recipe: Recipe, tmp_path: Path, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rotoboa.quantize(recipe.model_copy(update={"output": tmp_path / "whole"}))
-    run = interrupted(recipe, stages, "shared_ends")  # exported, not yet evaluated
+    run = interrupted(recipe, stages, "shared_outer_layers")  # exported, not yet evaluated
     first = json.loads((run / "manifest.json").read_text())
     assert first["parts"] == 1 and first["seconds"]["quantize"] > 0
     for function in ("plain_forward", "quantize_blocks", "write_native"):
