@@ -91,8 +91,8 @@ def make_checkpoint(folder: Path, blocks: int, sizes: dict[str, Any]) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
-    for file in TINY_FOLDER.glob("tokenizer*"):
-        shutil.copy(file, folder)
+    for tokenizer in TINY_FOLDER.glob("tokenizer*"):
+        shutil.copy(tokenizer, folder)
     return folder
 
 
