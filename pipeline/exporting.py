@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..errors import InputError, RunError
 from ..export.finished import Finished
-from ..export.formats import compressed_tensors, gguf, gptq
+from ..export.formats import compressed_tensors, gguf, gptq, mlx
 from ..export.formats.card import licence_of, write_card
 from ..export.record import RECORD, digest, write_record
 from ..export.spec import METHOD
@@ -44,6 +44,7 @@ FORMATS: Mapping[str, Format] = {
     "gptq": Format(gptq.check, gptq.write),
     "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1)),
     "gguf": Format(gguf.check, gguf.write),
+    "mlx": Format(mlx.check, mlx.write),
 }
 
 

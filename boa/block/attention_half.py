@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..objective.key_mean import KeyMean
 from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back
-from ..objective.statistics import AttentionStatistics, InputStatistics, KeyMean, value_stride
+from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
 from ..online.attention import CENTER, AttentionInputs, AttentionTransform, Recorder, set_attention
 from ..solver.rounding import LAYERWISE

@@ -21,6 +21,7 @@ FORMATS = {
     "gptq": "GPTQ, `gptq_v2`",
     "gptq-v1": "GPTQ, version 1",
     "gguf": "GGUF",
+    "mlx": "MLX, affine",
 }
 
 

@@ -19,9 +19,9 @@ def export(
         str,
         typer.Option(
             "--format",
-            metavar="native|compressed-tensors|gptq|gptq-v1|gguf",
+            metavar="native|compressed-tensors|gptq|gptq-v1|gguf|mlx",
             help="native: rotoboa's own; compressed-tensors: transformers and vLLM; gptq: version 2; gptq-v1: its "
-            "version 1, symmetric alone; gguf: llama.cpp, symmetric weights of 4 or 8 bits.",
+            "version 1, symmetric alone; gguf: llama.cpp, symmetric weights of 4 or 8 bits; mlx: mlx-lm.",
         ),
     ],
     output: Annotated[
