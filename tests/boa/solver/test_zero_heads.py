@@ -72,7 +72,7 @@ def test_channel_scales_are_none_of_its_business() -> None:
         values = block.get_parameter(f"{LLAMA.value}.weight").data[:SIZE]
         values *= size * torch.linspace(0.1, 1, HIDDEN)
         settings = replace(QUICK, bits=2, zfold=("qkv",))
-        solver, *_ = run_block(decoder, block, settings, PLAIN, make_streams())
-        found.append(solver.channel_scales["qkv"].zeta)
+        ran = run_block(decoder, block, settings, PLAIN, make_streams())
+        found.append(ran.found.channel_scales["qkv"].zeta)
     assert found[0].max() > 1.01 * found[0].min()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
