@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rotoboa.boa.kernels import dispatch as kernels
+from rotoboa.boa.kernels import squares
 from rotoboa.boa.objective.objective import Objective
-from rotoboa.boa.solver import grid, refine
+from rotoboa.boa.solver import refine
 from rotoboa.boa.solver.rounding import Settings, quantize
 
 from ..problems import check_stored, problem, same
@@ -23,7 +24,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Where each form of the solver's loops runs; Triton's in its interpreter where there is no GPU."""
     if request.param == "compiled":
         return "cpu"
-    for module in (grid, kernels, refine):
+    for module in (kernels, refine, squares):
         monkeypatch.setattr(module, "is_compiled", lambda _: False)
     if request.param == "torch":
         return "cpu"
