@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from ...boa.block.experts_half import POOL
+from ...boa.block.experts_step import POOL
 from ...boa.online.activations import RATIOS
 from ...models.decoder import Decoder
 from ...models.shape import Shape
@@ -186,7 +186,7 @@ def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | No
 PLAIN = {"norms": 2, "qk": 1, "v": 1, "attention": 1, "output": 1, "gate_up": 1, "down": 1, "router": 1}
 BOTH = {"norms": 7, "qk": 3, "v": 2, "attention": 2, "output": 2, "gate_up": 2, "down": 2}
 EXPERTS = BOTH | {"gate_up": 4, "down": 3, "router": 2}
-"""How often each part runs: in a plain pass; in both streams of the quantizer (`BlockQuantizer.run`), where queries and
+"""How often each part runs: in a plain pass; in both streams of the quantizer (`quantize_block`), where queries and
 keys of the quantized one are needed before and after they are quantized; and with experts, whose full-precision outputs
 are needed for the stream before each of them is solved."""
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import rotoboa
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block import block
 from rotoboa.errors import InputError
-from rotoboa.pipeline import stages
+from rotoboa.pipeline import quantizing, stages
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.storage.run_folder import RunFolder
 
@@ -49,8 +49,8 @@ def test_seeds_matter(finished: Finished, model_files: ModelFiles, tmp_path: Pat
 
 # Which call ends the run.
 MOMENTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "first block": (BlockQuantizer, "run", {}),
-    "second block": (BlockQuantizer, "_mlp_half", {"call": 2}),
+    "first block": (quantizing, "quantize_block", {}),
+    "second block": (block, "quantize_mlp", {"call": 2}),
     # The block's file is there, its line in the manifest is not.
     "block written": (RunFolder, "save", {"when": lambda folder: len(folder.manifest["blocks"]) == 2}),
     "export": (stages, "write_native", {}),

@@ -96,8 +96,8 @@ def test_objectives(
     """Those that the projections are solved for, against the table of the method, written out on the streams."""
     # 2 bits: errors large enough to tell the streams apart.
     settings = replace(QUICK, bits=2, method="boa", sequential=sequential, drift=drift, token_weights=weighted)
-    solver = run_small(settings, transforms).solver
-    full, rounded = make_block(make_decoder(), transforms), solver.quantized
+    context = run_small(settings, transforms).context
+    full, rounded = make_block(make_decoder(), transforms), context.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
     names = ((LLAMA.query, LLAMA.key), (LLAMA.value,), (LLAMA.output,), (LLAMA.gate, LLAMA.up), (LLAMA.down,))
     for (weight, _), group in zip(solved, names, strict=True):
@@ -161,9 +161,9 @@ def test_objectives(
 
 
 def test_statistics_are_of_quantized_inputs(solved: Solved) -> None:
-    solver = run_small(replace(QUICK, method="rtn"), QUANTIZED).solver
+    context = run_small(replace(QUICK, method="rtn"), QUANTIZED).context
     hf, hq = make_streams()
-    norm = solver.full.get_submodule(LLAMA.attention_norm)
+    norm = context.full.get_submodule(LLAMA.attention_norm)
     quantizer = DynamicQuantizer(4, True, 0.9)
     with torch.no_grad():
         xf, plain = norm(hf), norm(hq)
@@ -179,11 +179,11 @@ def test_full_precision_attention_sees_no_cache_quantizer(solved: Solved) -> Non
     transforms = OnlineTransforms(attention=AttentionTransform(key=cache))
     for sequential in (True, False):
         solved.clear()
-        solver = run_small(replace(QUICK, sequential=sequential), transforms).solver
+        context = run_small(replace(QUICK, sequential=sequential), transforms).context
         hf, hq = (stream.double() for stream in make_streams())
-        xf, xq = (_normed(solver.full, LLAMA.attention_norm, h) for h in (hf, hq))
-        exact = _attention(solver.full, xf)
-        given = _attention(solver.quantized if sequential else solver.full, xq, cache)
+        xf, xq = (_normed(context.full, LLAMA.attention_norm, h) for h in (hf, hq))
+        exact = _attention(context.full, xf)
+        given = _attention(context.quantized if sequential else context.full, xq, cache)
         for g in range(KEY_HEADS):
             pair = (2 * g, 2 * g + 1)
             y = {h: given.probabilities[:, h] @ xq for h in pair}
@@ -191,5 +191,5 @@ def test_full_precision_attention_sees_no_cache_quantizer(solved: Solved) -> Non
             h_in, drift = solved[1][1].h_in, solved[1][1].drift
             assert drift is not None
             _near(h_in[g], _total(_sum(y[h], y[h]) for h in pair))
-            value = solver.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
+            value = context.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
             _near(drift[g], value[g] @ _total(_sum(lost[h], y[h]) for h in pair))
