@@ -59,8 +59,7 @@ class AttentionHalf(Workspace):
                         norm_total.start()
                     grams.start()
                     inputs.start()  # all of which goes on while the values' are collected
-                if not self.settings.sequential:
-                    self._add_values(values, span, xq, wanted, seen)
+                self._add_values(values, span, xq, wanted, seen)
         queries = Pending(
             [f.query, f.key],
             lambda: self._query_key_objective(inputs, grams, norms, full.shape[1]),
@@ -70,16 +69,8 @@ class AttentionHalf(Workspace):
         if layerwise:
             heads = [shape.query_heads, shape.key_heads, shape.key_heads]
             self._solve(Pending([f.query, f.key, f.value], lambda: inputs.value().objective(), heads))
-        elif not self.settings.sequential:
-            self._solve(queries, value)
         else:
-            self._solve(queries)
-            if self.previous is None:  # values are weighed by the attention of quantized queries and keys
-                for span, _, hq in self._batches(full, quantized):
-                    xq = t.qkv(norm(hq))
-                    seen = self._attention_inputs(self.quantized, xq, t.attention)
-                    self._add_values(values, span, xq, attended[span], seen)
-            self._solve(value)
+            self._solve(queries, value)
         for span, hf, hq in self._batches(full, quantized):
             given[span] = x = t.output(self._attend(self.quantized, t.qkv(norm(hq)), t.attention))
             exact_x = t.output.rotate(attended[span].to(x.device))

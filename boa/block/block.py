@@ -80,10 +80,9 @@ class BlockQuantizer(ChannelFold, ExpertsHalf):
     @stage("refinement")
     def _learn(self, given: Tensor, wanted: Tensor) -> None:
         """All projections on the output of the block; `done` are the results then."""
-        weighted, bits = self.settings.token_weights, self.settings.bits
-        output = BlockOutput(self.decoder, self.quantized, self.transforms, given, wanted, weighted=weighted)
+        output = BlockOutput(self.decoder, self.quantized, self.transforms, given, wanted)
         start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in self.results.items()}
-        found, *errors = learn_block(output, start, bits, self.settings.learning, self.batch)
+        found, *errors = learn_block(output, start, self.settings.bits, self.settings.learning, self.batch)
         self.output_error = (errors[0], errors[1])
         self.results = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
         self.previous = self.results

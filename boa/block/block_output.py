@@ -52,20 +52,12 @@ class BlockOutput:
         transforms: rotations and quantizers between its layers.
         given: (sequences, length, hidden), what the block reads.
         wanted: (sequences, length, hidden), what it should put out.
-        weighted: count a token by one over the mean square of what is wanted of it, as the norms that read it do.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        block: nn.Module,
-        transforms: OnlineTransforms,
-        given: Tensor,
-        wanted: Tensor,
-        *,
-        weighted: bool = False,
+        self, decoder: Decoder, block: nn.Module, transforms: OnlineTransforms, given: Tensor, wanted: Tensor
     ) -> None:
-        self.decoder, self.block, self.given, self.wanted, self.weighted = decoder, block, given, wanted, weighted
+        self.decoder, self.block, self.given, self.wanted = decoder, block, given, wanted
         self.transforms = straight_through(transforms)
 
     def error(self, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
@@ -76,10 +68,7 @@ class BlockOutput:
         with transformed(self.decoder, self.block, self.transforms):
             arguments = self.decoder.arguments(self.block, x.shape[1])
             output: Tensor = torch.func.functional_call(self.block, named, (x,), arguments)
-        error = (output - wanted).square().mean(-1)
-        if self.weighted:
-            error = error / wanted.square().mean(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
-        return error.mean()
+        return (output - wanted).square().mean(-1).mean()
 
     def whole(self, weights: Mapping[str, Tensor], batch: int) -> float:
         """The error over all sequences, `batch` at a time."""

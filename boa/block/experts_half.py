@@ -92,8 +92,7 @@ class ExpertsHalf(Workspace):
         t = self.transforms
         for number, part, hf, hq in self._rows(full, quantized, tokens, length):
             xf, xq = t.gate_up.rotate(self._norm(hf)), t.gate_up(self._norm(hq))
-            stream = hf if self.settings.token_weights else None
-            total.at(number).add(xf * part.p, xq * part.p, stream=stream)
+            total.at(number).add(xf * part.p, xq * part.p)
         total.start()
 
     def _add_downs(
@@ -119,7 +118,7 @@ class ExpertsHalf(Workspace):
         wanted = full.down_proj(exact) * part.p
         if self.settings.drift:
             wanted += (hf - hq) * part.share
-        downs.add(None, given * part.p, wanted, stream=hf if self.settings.token_weights else None)
+        downs.add(None, given * part.p, wanted)
 
     def _route(self, full: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the full-precision experts add to their stream, as large as that; the quantized stream's routing.

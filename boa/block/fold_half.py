@@ -69,7 +69,7 @@ class ChannelFold(AttentionHalf, MlpHalf):
         )
         some = full[: max(0, first - self.first)]
         for span, h, _ in self._batches(some, some):
-            n, stream = self._number(span), h if self.settings.token_weights else None
+            n = self._number(span)
             x = t.qkv.rotate(self.full.get_submodule(f.attention_norm)(h))
             attended = self._attend(self.full, x, AttentionTransform())
             if "qkv" in sites:
@@ -80,18 +80,17 @@ class ChannelFold(AttentionHalf, MlpHalf):
                     seen.grams.at(n).add_values(x, self._without_bias(attended), met, self._weight(f.value))
             written = self.full.get_submodule(f.output)(t.output.rotate(attended))
             if "output" in sites:
-                seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
+                seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm))
             if "gate_up" not in sites and "down" not in sites:
                 continue
             h = h + self._normed(self.full, f.attention_post_norm, written)
-            stream = h if self.settings.token_weights else None
             x = t.gate_up.rotate(self.full.get_submodule(f.mlp_norm)(h))
             if "gate_up" in sites:
-                seen.inputs["gate_up"].at(n).add(None, x, stream=stream)
+                seen.inputs["gate_up"].at(n).add(None, x)
             if "down" in sites:
                 x = self._mlp_hidden(self.full, x)
                 written = self.full.get_submodule(f.down)(x)
-                seen.inputs["down"].at(n).add(None, _by_norm(x, written, f.mlp_post_norm), stream=stream)
+                seen.inputs["down"].at(n).add(None, _by_norm(x, written, f.mlp_post_norm))
         return seen
 
     def _terms(self, site: str, seen: _Seen) -> list[Term]:

@@ -20,7 +20,7 @@ class MlpHalf(Workspace):
         if self.previous is None:
             for span, hf, hq in self._batches(full, quantized):
                 xf, xq = t.gate_up.rotate(norm(hf)), t.gate_up(norm(hq))
-                inputs.at(self._number(span)).add(xf, xq, stream=hf if self.settings.token_weights else None)
+                inputs.at(self._number(span)).add(xf, xq)
         self._solve(Pending(readers, layer_objective(inputs), [1] * len(readers)))
         given = self.empty(*full.shape[:2], self.shape.ffn, dtype=full.dtype)
         for span, hf, hq in self._batches(full, quantized):

@@ -146,8 +146,7 @@ class Workspace:
                 wanted, given = wanted * weight, given * weight
             elif self.settings.drift:
                 wanted = wanted + (hf - hq)
-            weigh = hf if self.settings.token_weights else None
-            statistics.at(number).add(None, given, wanted, stream=weigh)
+            statistics.at(number).add(None, given, wanted)
         stream += self._normed(self.full, post_norm, written).to(stream.device)
 
     def _add(self, name: str, stream: Tensor, inputs: Tensor, post_norm: str | None = None) -> None:

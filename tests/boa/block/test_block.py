@@ -29,10 +29,9 @@ from ..small_block import (
 
 @pytest.mark.parametrize("transforms", [PLAIN, ROTATED, QUANTIZED], ids=["plain", "rotated", "w4a4kv4"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
-@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("drift", [True, False])
-def test_streams_are_forward_passes(drift: bool, sequential: bool, method: str, transforms: OnlineTransforms) -> None:
-    ran = run_small(replace(QUICK, method=method, sequential=sequential, drift=drift), transforms)
+def test_streams_are_forward_passes(drift: bool, method: str, transforms: OnlineTransforms) -> None:
+    ran = run_small(replace(QUICK, method=method, drift=drift), transforms)
     full, quantized = make_streams()
     decoder = make_decoder()
     block = make_block(decoder, transforms)
@@ -68,11 +67,9 @@ def test_results(method: str, group_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
-@pytest.mark.parametrize("sequential", [True, False])
-def test_going_on_from_results_gives_the_same_bits(sequential: bool, transforms: OnlineTransforms) -> None:
-    settings = replace(QUICK, sequential=sequential)
-    first = run_small(settings, transforms)
-    again = run_small(settings, transforms, previous=first.solver.results)
+def test_going_on_from_results_gives_the_same_bits(transforms: OnlineTransforms) -> None:
+    first = run_small(QUICK, transforms)
+    again = run_small(QUICK, transforms, previous=first.solver.results)
     assert torch.equal(again.full, first.full) and torch.equal(again.quantized, first.quantized)
     assert list(again.solver.results) == list(first.solver.results)
     for name, result in first.solver.results.items():
