@@ -40,8 +40,6 @@ DEFAULT = "default"
 LEVERS: dict[str, dict[str, tuple[Any, Any]]] = {
     "residual compensation": {"weights.alpha": (1.0, 0.0)},
     "drift of the residual stream": {"weights.drift": (True, False)},
-    "tokens weighted": {"weights.token_weights": (True, False)},
-    "values by quantized attention": {"weights.sequential": (True, False)},
     "refinement": {"weights.refine": (8, 0)},
     "several starts": {"weights.starts": (3, 1)},
     "tabu search": {"weights.tabu": (2.0, 0.0)},

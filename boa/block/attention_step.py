@@ -69,8 +69,7 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
                     norm_total.start()
                 grams.start()
                 inputs.start()  # all of which goes on while the values' are collected
-            if not context.settings.sequential:
-                add_values(context, values, batch, xq, wanted, seen)
+            add_values(context, values, batch, xq, wanted, seen)
 
     queries_keys = Layers(
         [f.query, f.key],
@@ -81,15 +80,7 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
     if layerwise:
         heads = [shape.query_heads, shape.key_heads, shape.key_heads]
         return solve_layers(context, Layers([f.query, f.key, f.value], layer_objective(inputs), heads))
-    if not context.settings.sequential:
-        return solve_layers(context, queries_keys, value)
-    found = solve_layers(context, queries_keys)
-    if context.previous is None:  # values are weighed by the attention of quantized queries and keys
-        for batch in context.batches(streams):
-            xq = t.qkv(norm(batch.quantized))
-            seen = attention_inputs(context.decoder, context.quantized, xq, t.attention)
-            add_values(context, values, batch, xq, attended[batch.span], seen)
-    return found | solve_layers(context, value)
+    return solve_layers(context, queries_keys, value)
 
 
 def _quantize_output(context: BlockContext, streams: Streams, attended: Tensor, given: Tensor) -> BlockResult:

@@ -17,7 +17,7 @@ def quantize_mlp(context: BlockContext, streams: Streams) -> BlockResult:
     if context.previous is None:
         for batch in context.batches(streams):
             xf, xq = t.gate_up.rotate(norm(batch.full)), t.gate_up(norm(batch.quantized))
-            inputs.at(batch.number).add(xf, xq, stream=batch.full if context.settings.token_weights else None)
+            inputs.at(batch.number).add(xf, xq)
     found = solve_layers(context, Layers(readers, layer_objective(inputs), [1] * len(readers)))
 
     down = Writer(f.down, f.mlp_post_norm)

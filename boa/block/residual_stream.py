@@ -52,8 +52,7 @@ def write_full(
             wanted, given = wanted * weight, given * weight
         elif context.settings.drift:
             wanted = wanted + (batch.full - batch.quantized)
-        weigh = batch.full if context.settings.token_weights else None
-        statistics.at(batch.number).add(None, given, wanted, stream=weigh)
+        statistics.at(batch.number).add(None, given, wanted)
     stream = streams.full[batch.span]
     stream += post_normed(context.full, writer.post_norm, written).to(stream.device)
 

@@ -55,9 +55,7 @@ class InputStatistics:
         self.tokens: Tensor | None = None  # how many, (1,)
 
     @stage("input statistics")
-    def add(
-        self, full: Tensor | None, quantized: Tensor, wanted: Tensor | None = None, *, stream: Tensor | None = None
-    ) -> None:
+    def add(self, full: Tensor | None, quantized: Tensor, wanted: Tensor | None = None) -> None:
         """One batch of tokens.
 
         Args:
@@ -65,16 +63,10 @@ class InputStatistics:
             quantized: (..., c), its input in the quantized one.
             wanted: (..., r), Y: what the layer should put out, without its bias. A layer with fewer outputs than inputs
                 is cheaper to describe by these.
-            stream: (..., hidden), the residual stream that the outputs end in. A token then counts by one over its mean
-                square, since every norm that reads the stream divides by that; None counts tokens alike.
         """
         x = quantized.reshape(-1, quantized.shape[-1])
         difference = None if full is None else full.reshape(x.shape) - x
         wanted = None if wanted is None else wanted.reshape(len(x), -1)
-        if stream is not None:
-            weight = stream.square().mean(-1).clamp_min(torch.finfo(stream.dtype).tiny).rsqrt().reshape(-1, 1)
-            x = x * weight
-            difference, wanted = (None if part is None else part * weight for part in (difference, wanted))
         self.h_in = torch.zeros(2 * x.shape[1:], dtype=x.dtype, device=x.device) if self.h_in is None else self.h_in
         add_gram(self.h_in[None], x[None])
         if difference is not None:

@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         {"weights.bits": 2, "weights.group_size": 16, "weights.starts": 3},
         {"weights.bits": 3, "weights.symmetric": True, "weights.grid": "hessian"},
         {"weights.method": "rtn", "activations.bits": 4},
-        {"weights.drift": False, "weights.sequential": False, "rotation.r4": True},
+        {"weights.drift": False, "rotation.r4": True},
     ],
 )
 def test_other_settings_interrupted(

@@ -31,10 +31,9 @@ from ..small_block import (
 
 @pytest.mark.parametrize("transforms", [PLAIN, ROTATED, QUANTIZED], ids=["plain", "rotated", "w4a4kv4"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
-@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("drift", [True, False])
-def test_streams_are_forward_passes(drift: bool, sequential: bool, method: str, transforms: OnlineTransforms) -> None:
-    ran = run_small(replace(QUICK, method=method, sequential=sequential, drift=drift), transforms)
+def test_streams_are_forward_passes(drift: bool, method: str, transforms: OnlineTransforms) -> None:
+    ran = run_small(replace(QUICK, method=method, drift=drift), transforms)
     full, quantized = make_streams()
     decoder = make_decoder()
     block = make_block(decoder, transforms)
@@ -71,9 +70,8 @@ def test_results(method: str, group_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
-@pytest.mark.parametrize("sequential", [True, False])
-def test_going_on_from_results_gives_the_same_bits(sequential: bool, transforms: OnlineTransforms) -> None:
-    settings = replace(QUICK, sequential=sequential)
+def test_going_on_from_results_gives_the_same_bits(transforms: OnlineTransforms) -> None:
+    settings = QUICK
     first = run_small(settings, transforms)
     again = run_small(settings, transforms, previous=first.found.results)
     assert torch.equal(again.full, first.full) and torch.equal(again.quantized, first.quantized)

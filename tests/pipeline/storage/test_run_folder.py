@@ -220,6 +220,8 @@ def test_the_recipe_of_a_run(tmp_path: Path) -> None:
     write_json(tmp_path / "manifest.json", {"identity": other})
     with pytest.raises(InputError, match="is not one that this release of rotoboa reads"):
         recipe_of(tmp_path)
+    with pytest.raises(InputError, match=r"holds another run, with other recipe\.weights\.of_the_future: give another"):
+        RunFolder(tmp_path, IDENTITY)
 
 
 # -- disk and device --------------------------------------------------------------------------------------------------
