@@ -95,14 +95,10 @@ def parsed(kind: type[_File], content: dict[str, Any], path: Path, version: int)
         ) from error
 
 
-def _first_of(error: ValidationError, where: str = "") -> str:
+def _first_of(error: ValidationError) -> str:
     """The first of the errors in words: 'blocks.0.index: field required'."""
     first = error.errors()[0]
-    inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, ValidationError):  # of a part that was validated by itself
-        return _first_of(inner, "recipe.")
-    name = where + ".".join(map(str, first["loc"]))
-    message = first["msg"].rstrip(".")
+    name, message = ".".join(map(str, first["loc"])), first["msg"].rstrip(".")
     return f"{name}: {message[:1].lower()}{message[1:]}"
 
 

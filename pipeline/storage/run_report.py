@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ...eval.results import Divergences, Perplexities, Sources, Stored, TaskScore
 from ...export.formats.card_facts import Base
@@ -181,10 +181,11 @@ class Report(Measured):
         named = dict.fromkeys(data["perplexity"], shape)
         return {**data, "tokens": {**data["tokens"], "evaluation": named}}
 
-    @model_validator(mode="after")
-    def _has_a_recipe(self) -> Report:
-        assert self.shown is not None  # a ValidationError of it is one of this
-        return self
+    @field_validator("recipe")
+    @classmethod
+    def _can_be_shown(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        ShownRecipe.model_validate(recipe)
+        return recipe
 
     @cached_property
     def shown(self) -> ShownRecipe:

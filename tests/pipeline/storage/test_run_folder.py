@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rotoboa.errors import InputError
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.storage.atomic import write_json, write_tensors
 from rotoboa.pipeline.storage.files import read_manifest
-from rotoboa.pipeline.storage.manifest import BlockEntry, Identity
+from rotoboa.pipeline.storage.manifest import BlockEntry, Identity, Manifest
 from rotoboa.pipeline.storage.run_folder import RunFolder, checksum, device_of, recipe_of
-from rotoboa.pipeline.storage.run_writer import RunWriter
+from rotoboa.pipeline.storage.run_writer import FollowedRun, RunWriter
 
 IDENTITY = Identity(
     recipe=Recipe().model_dump(mode="json", exclude={"output"}),
@@ -214,6 +215,26 @@ def test_the_recipe_of_a_run(tmp_path: Path) -> None:
     write_json(tmp_path / "manifest.json", {"identity": other})
     with pytest.raises(InputError, match="is not one that this release of rotoboa reads"):
         recipe_of(tmp_path)
+
+
+def test_other_ranks_know_what_is_found_and_write_nothing(tmp_path: Path) -> None:
+    folder = FollowedRun(tmp_path / "run", Manifest(identity=IDENTITY))
+    folder.start("model: tiny\n")
+    folder.keep(rotation_seed=3)
+    folder.write_block(0, BLOCK, BlockEntry(index=0, seconds=1.0))
+    folder.close()
+    assert folder.manifest.rotation_seed == 3 and folder.manifest.blocks == (BlockEntry(index=0, seconds=1.0),)
+    assert not (tmp_path / "run").exists()
+
+
+def test_none_is_known_where_it_was_found() -> None:
+    manifest = Manifest(identity=IDENTITY)
+    assert manifest.r1_noise is None and not manifest.knows("r1_noise")
+    found = manifest.including(r1_noise=None)
+    assert found.knows("r1_noise") and not manifest.knows("r1_noise")
+    assert "r1_noise" in found.to_json() and "r1_noise" not in manifest.to_json()
+    with pytest.raises(ValidationError, match="rotation_seed"):
+        manifest.including(rotation_seed="the best")
 
 
 # -- disk and device --------------------------------------------------------------------------------------------------
