@@ -74,7 +74,7 @@ def quantize(
 
     silent = not is_watched() if quiet is None else quiet
     with Progress(quiet=silent or launch.rank() > 0) as progress:
-        return stages.quantize(run, device=device, progress=progress)
+        return stages.quantize(run, device=device, progress=progress).to_json()
 
 
 def load(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -19,12 +19,13 @@ from .job.job import Job
 from .job.sharing import own_share, shared_block
 from .measure.measuring import peak_so_far
 from .storage.buffers import trim
+from .storage.manifest import BlockEntry
 from .storage.prefetch import Prefetcher
-from .storage.run_folder import RunFolder
+from .storage.run_writer import FollowedRun
 
 
 def quantize_blocks(
-    job: Job, folder: RunFolder, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
+    job: Job, folder: FollowedRun, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
@@ -32,7 +33,7 @@ def quantize_blocks(
     full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(outer, tokens[i : i + 1])[0]
-    finished = len(folder.manifest["blocks"])
+    finished = len(folder.manifest.blocks)
     transforms = job.spec.transforms(compute.shape)
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
@@ -74,7 +75,7 @@ def quantize_blocks(
             others |= found.folded | found.centers
             pack = partial(pack_block, found.results, others, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
-            entry = spent | _told(found)
+            entry = BlockEntry.model_validate({"index": index, **spent, **_told(found)})
             prefetcher.write(
                 index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=peak_so_far(job, folder)
             )

@@ -27,7 +27,8 @@ from ..export.runtime.prepared import packed_block
 from ..models.decoder import Decoder
 from ..models.tokenizer import read_tokenizer
 from .exporting import blocks_digest, open_finished
-from .storage.run_folder import MANIFEST, RunFolder
+from .storage.files import MANIFEST
+from .storage.run_folder import RunFolder
 
 # Half prose, half code; long enough that every position is not the first.
 _TEXT = '''"""Count the words of a file, and print the most frequent ones.

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ...errors import RunError
-from ..storage.files import read_json
+from ..storage.files import read_manifest
 from .command import Run, print_tables
 
 
@@ -35,7 +35,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a finished run in a format that others read, without quantizing again."""
-    read_json(run, "manifest.json")
+    read_manifest(run)
 
     from .. import exporting
 

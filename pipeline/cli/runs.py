@@ -10,7 +10,7 @@ import typer
 from ...errors import InputError
 from ..console.progress import Progress, result_table, source_table, task_table
 from ..ranks import launch
-from ..storage.files import read_json
+from ..storage.files import read_manifest
 from .command import Device, Quiet, Run, print_tables, say_idle
 
 
@@ -50,7 +50,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
-    read_json(run, "manifest.json")
+    read_manifest(run)
     if tasks is None and tasks_path is None:
         say_idle("no tasks are measured", limit=limit)
     elif dataset is None and not sources:
