@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..boa.block.block import quantize_block
-from ..boa.block.context import BlockContext, BlockResult, Share, Streams, shared_copy
+from ..boa.block.context import BlockContext, BlockResult, Share, Streams, needs_full, shared_copy
 from ..boa.stopwatch import Stopwatch, stage
 from ..errors import RunError
 from ..export.packing import pack_block, unpack_block
@@ -18,6 +18,7 @@ from .console.progress import Progress
 from .job.job import Job
 from .job.sharing import own_share, shared_block
 from .measure.measuring import peak_so_far
+from .recipe.settings import moves_head
 from .storage.buffers import trim
 from .storage.manifest import BlockEntry
 from .storage.prefetch import Prefetcher
@@ -30,7 +31,9 @@ def quantize_blocks(
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
     tokens = tokens[share.start : share.stop]
-    full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
+    follows = needs_full(job.settings, family) or moves_head(job.recipe) or bool(family.experts)
+    full = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
+    quantized = job.buffers.empty(*full.shape, dtype=compute.dtype) if follows else full
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(outer, tokens[i : i + 1])[0]
     finished = len(folder.manifest.blocks)
@@ -63,6 +66,7 @@ def quantize_blocks(
             report=partial(_show, progress, index),
             empty=job.buffers.empty,
             release=job.release,
+            follows_full=follows,
         )
         try:
             with watch:

@@ -57,6 +57,12 @@ def write_full(
     stream += post_normed(context.full, writer.post_norm, written).to(stream.device)
 
 
+def add_given(context: BlockContext, statistics: Total[InputStatistics], batch: Batch, given: Tensor) -> None:
+    """Collect the statistics of such a projection's input in the quantized stream alone, (batch, length, c)."""
+    if context.previous is None:
+        statistics.at(batch.number).add(None, given)
+
+
 def write_quantized(context: BlockContext, writer: Writer, streams: Streams, inputs: Tensor) -> None:
     """Move the quantized stream through a projection that is quantized now; its `inputs` are (sequences, length, c)."""
     projection, size = context.quantized.get_submodule(writer.name), context.share.batch

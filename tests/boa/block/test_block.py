@@ -1,12 +1,13 @@
 """One block of a small random Llama: streams and results against plain forward passes, and what settings are for."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from rotoboa.boa.block.block import quantize_block
-from rotoboa.boa.block.context import Streams
+from rotoboa.boa.block.context import Streams, needs_full
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.solver.rounding import Settings
 
@@ -158,3 +159,18 @@ def test_drift_brings_the_streams_together(monkeypatch: pytest.MonkeyPatch) -> N
     runs = [run_small(replace(QUICK, drift=on)) for on in (True, False)]
     lost = [float((ran.full - ran.quantized).norm()) for ran in runs]
     assert lost[0] < 0.97 * lost[1]
+
+
+@pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
+def test_plain_gptq_finds_the_same_without_the_full_stream(transforms: OnlineTransforms) -> None:
+    settings = replace(QUICK, method="gptq", alpha=0.0)
+    assert not needs_full(settings, LLAMA)
+    both, alone = (run_small(settings, transforms, follows_full=follows) for follows in (True, False))
+    assert torch.equal(alone.quantized, both.quantized) and alone.found.losses == both.found.losses
+    assert all(torch.equal(alone.found.results[n].integers, r.integers) for n, r in both.found.results.items())
+    assert torch.equal(alone.full, make_streams()[0]) and not torch.equal(both.full, alone.full)
+
+
+@pytest.mark.parametrize("change", [{"alpha": 0.25}, {"method": "boa"}, {"zfold": ("down",)}])
+def test_what_needs_the_full_stream(change: dict[str, Any]) -> None:
+    assert needs_full(replace(QUICK, **{"method": "gptq", "alpha": 0.0, **change}), LLAMA)
