@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,10 @@ def ask(runtime: str, folder: Path, ids: Sequence[int], *, python: Path, dtype: 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
     """Of what a failed program printed, the line that names the error."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return (named or lines or [f"exit code {done.returncode}"])[-1].rstrip(".")
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in done.stderr.splitlines()]
+    lines = [line for line in lines if line]
+    named = [i for i, line in enumerate(lines) if line.split(":")[0].endswith(("Error", "Exception"))]
+    if not named:
+        return (lines or [f"exit code {done.returncode}"])[-1].rstrip(".")
+    last = lines[named[-1]]  # which may only announce the reason
+    return (f"{last} {lines[named[-1] + 1]}" if last.endswith(":") and named[-1] + 1 < len(lines) else last).rstrip(".")
