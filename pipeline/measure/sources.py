@@ -16,7 +16,7 @@ from ...export.packing import unpack_block
 from ...models.families import Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
-from ..estimate.counting_run import SOURCE_WINDOWS
+from ..estimate.counting import SOURCE_WINDOWS
 from ..job.job import Job
 from ..job.sharing import own_windows, shared_block
 from ..rotating.outside_blocks import rotated_outer_layers
