@@ -20,7 +20,7 @@ from rotoboa.boa.precision import quick_products
 from rotoboa.boa.solver.tabu import WIDTH
 from rotoboa.boa.stopwatch import STAGES
 from rotoboa.pipeline.estimate.counting import whole
-from rotoboa.pipeline.estimate.sizes import Plan, Sizes
+from rotoboa.pipeline.estimate.workload import Plan, Sizes
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 MOVES = 256  # of a tabu search that is timed

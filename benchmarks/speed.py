@@ -139,7 +139,7 @@ def factors(figures: dict[str, Any]) -> dict[str, float]:
     from rotoboa.models.decoder import Decoder
     from rotoboa.pipeline.estimate.counting import ROUNDING, whole
     from rotoboa.pipeline.estimate.machines import Machine
-    from rotoboa.pipeline.estimate.sizes import Plan, Sizes
+    from rotoboa.pipeline.estimate.workload import Plan, Sizes
     from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
     model = resolve_model("tiny")

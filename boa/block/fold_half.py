@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...rotation.channels import SITES, absorbable, readers, scale_channels, ties
+from ...models.families import SITES
+from ...rotation.channels import absorbable, readers, scale_channels, ties
 from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics
 from ..objective.statistics import AttentionStatistics, InputStatistics

@@ -18,7 +18,7 @@ from ...boa.objective.statistics import value_stride
 from ...boa.solver.columns import COLUMN_BLOCK
 from ...boa.solver.grid import SHRINKS
 from ...boa.solver.rounding import LAYERWISE
-from .sizes import Plan, Problem, Sizes, problems
+from .workload import Plan, Problem, Sizes, problems
 
 SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each
 STREAMS, EXPERTS = 2, 3.5  # passes of both streams; with experts, which are needed before and after they are solved

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...models.shape import Shape
 from ..job.job import Job
 from ..recipe.settings import changed_outer_layers, stays_tied
-from .sizes import Plan, Problem, Sizes, problems
+from .workload import Plan, Problem, Sizes, problems
 
 FLOAT, DOUBLE = 4, 8  # bytes
 # Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at

@@ -34,7 +34,7 @@ from ..storage.run_folder import device_of
 from .counting import whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import calibrated, measured
-from .sizes import Plan, Sizes
+from .workload import Plan, Sizes
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""

@@ -20,7 +20,7 @@ from rotoboa.models.decoder import Decoder
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.estimate import counting
 from rotoboa.pipeline.estimate.counting import ROUNDING
-from rotoboa.pipeline.estimate.sizes import Plan, Sizes, problems
+from rotoboa.pipeline.estimate.workload import Plan, Sizes, problems
 
 SMALL = {
     "vocab_size": 64,
