@@ -14,7 +14,7 @@ RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --
 STAMP := $(VENV)/.ready
 
 .PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify runtimes memory ranks \
-	speed limits clean
+	speed clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -79,9 +79,6 @@ ranks: $(STAMP)  ## one rank against two on this machine, in benchmarks/ranks.md
 
 speed: $(STAMP)  ## seconds by stage of the quantizer (ARGS: --threads 0 for all, --write, ...)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
-
-limits: $(STAMP)  ## what the arithmetic needs, and a run on many GPUs: benchmarks/limits.md, scaling.md
-	$(BIN)/python benchmarks/limits.py
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ...models.decoder import Decoder
+from ...models.families import SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
-from ..online.transforms import INPUT_SITES, OnlineTransforms
+from ..online.transforms import OnlineTransforms
 from ..solver.learned import Learning, penalty_slope, rectified, side_and_variables, slope_
 from ..solver.rounding import Quantized
 from ..stopwatch import stage
@@ -185,7 +186,7 @@ def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
             return None
         return StraightThrough(*(getattr(quantizer, field.name) for field in fields(DynamicQuantizer)))
 
-    for site in INPUT_SITES:
+    for site in SITES:
         transform = getattr(transforms, site)
         transforms = transforms.with_input(site, replace(transform, quantizer=pass_through(transform.quantizer)))
     attention = transforms.attention

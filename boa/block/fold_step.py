@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...rotation.channels import SITES, absorbable, readers, scale_channels, ties
+from ...models.families import SITES
+from ...rotation.channels import absorbable, readers, scale_channels, ties
 from ..objective.objective import Objective
 from ..objective.statistics import AttentionStatistics, InputStatistics
 from ..objective.totals import Total

@@ -13,7 +13,7 @@ from ...boa.ranks import Ranks
 from ...errors import InputError
 from ...models.aliases import resolves_to_folder
 from ..console.progress import Progress
-from ..estimate.counting_run import SOURCE_WINDOWS
+from ..estimate.counting import SOURCE_WINDOWS
 from ..job.checks import check_length, length_of
 from ..job.identity import checkpoint_checksums
 from ..job.job import Job, prepare

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.online.attention import CENTER, set_attention
-from ...boa.online.transforms import INPUT_SITES, OnlineTransforms
+from ...boa.online.transforms import OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
 from ...eval.results import Sources
 from ...export.packing import unpack_block
-from ...models.families import Family
+from ...models.families import SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
-from ..estimate.counting_run import SOURCE_WINDOWS
+from ..estimate.counting import SOURCE_WINDOWS
 from ..job.job import Job
 from ..job.sharing import own_windows, shared_block
 from ..rotating.outside_blocks import rotated_outer_layers
@@ -33,7 +33,7 @@ def source_names(transforms: OnlineTransforms) -> list[str]:
 
     `weights`, the inputs `qkv`, `output`, `gate_up` and `down`, `keys`, `values`: those that are quantized.
     """
-    sites = [site for site in INPUT_SITES if getattr(transforms, site).quantizer is not None]
+    sites = [site for site in SITES if getattr(transforms, site).quantizer is not None]
     cache = {"keys": transforms.attention.key, "values": transforms.attention.value}
     return ["weights", *sites, *(name for name, quantizer in cache.items() if quantizer is not None), "all"]
 
@@ -42,7 +42,7 @@ def only(transforms: OnlineTransforms, source: str | None) -> OnlineTransforms:
     """All rotations, and the quantizers of `source` alone: none of `weights` or None, every one of `all`."""
     if source == "all":
         return transforms
-    for site in INPUT_SITES:
+    for site in SITES:
         if site != source:
             transforms = transforms.with_input(site, replace(getattr(transforms, site), quantizer=None))
     key = transforms.attention.key if source == "keys" else None

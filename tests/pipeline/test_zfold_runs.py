@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.errors import InputError
+from rotoboa.models.families import SITES
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import export, open_finished
 from rotoboa.pipeline.job.job import prepare
@@ -23,7 +24,6 @@ from rotoboa.pipeline.storage.run_writer import RunWriter
 from rotoboa.pipeline.verifying import run_logits
 
 MakeRecipe = Callable[..., Recipe]
-SITES = ("qkv", "output", "gate_up", "down")
 TIMINGS = ("seconds", "plain_forward_seconds", "peak_memory_bytes", "parts")
 
 

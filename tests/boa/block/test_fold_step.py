@@ -13,7 +13,7 @@ from rotoboa.boa.online.attention import AttentionTransform
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.solver.rounding import Settings
 from rotoboa.models.decoder import Decoder
-from rotoboa.rotation.channels import SITES
+from rotoboa.models.families import SITES
 
 from ..small_block import PLAIN, Ran, make_decoder, run_block
 

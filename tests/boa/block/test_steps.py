@@ -18,7 +18,7 @@ from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.solver.rounding import Quantized, quantize
 from rotoboa.models.decoder import Decoder
-from rotoboa.rotation.channels import SITES
+from rotoboa.models.families import SITES
 
 from ..small_block import (
     HIDDEN,

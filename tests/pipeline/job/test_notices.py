@@ -202,11 +202,6 @@ def test_inspect_names_them_too(small: Path) -> None:
     arguments = ["inspect", str(small), "--recipe", "w4a16", "--cache.clip", "0.8"]
     shown = CliRunner().invoke(app, arguments).stdout
     assert "Without effect in this recipe: cache.clip (cache.key_bits and cache.value_bits are 16)." in shown
-    # Options that are no fields of a recipe.
-    found = CliRunner().invoke(app, ["inspect", str(small), "--gpu", "a100", "--tf32"])
-    assert found.exit_code == 0 and found.stderr == "Without effect here: --gpu, --tf32 (--gpus is not given).\n"
-    found = CliRunner().invoke(app, ["inspect", str(small), "--gpu", "a100", "--gpus", "2"])
-    assert "A100" in found.stdout and not found.stderr
 
 
 def test_evaluate_names_what_it_does_not_read(tiny_run: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
