@@ -23,7 +23,6 @@ PLAIN: dict[str, Any] = {
     "weights.grid": "hessian",
     "weights.alpha": 0.0,
     "weights.drift": False,
-    "weights.token_weights": False,
     "weights.refine": 0,
     "weights.starts": 1,
     "weights.tabu": 0,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..boa.block.block import quantize_block
-from ..boa.block.context import BlockContext, BlockResult, Share, Streams, shared_copy
+from ..boa.block.context import BlockContext, BlockResult, Share, Streams, needs_full, shared_copy
 from ..boa.stopwatch import Stopwatch, stage
 from ..errors import RunError
 from ..export.packing import pack_block, unpack_block
@@ -18,21 +18,25 @@ from .console.progress import Progress
 from .job.job import Job
 from .job.sharing import own_share, shared_block
 from .measure.measuring import peak_so_far
+from .recipe.settings import moves_head
 from .storage.buffers import trim
+from .storage.manifest import BlockEntry
 from .storage.prefetch import Prefetcher
-from .storage.run_folder import RunFolder
+from .storage.run_writer import FollowedRun
 
 
 def quantize_blocks(
-    job: Job, folder: RunFolder, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
+    job: Job, folder: FollowedRun, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
     tokens = tokens[share.start : share.stop]
-    full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
+    follows = needs_full(job.settings, family) or moves_head(job.recipe) or bool(family.experts)
+    full = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
+    quantized = job.buffers.empty(*full.shape, dtype=compute.dtype) if follows else full
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(outer, tokens[i : i + 1])[0]
-    finished = len(folder.manifest["blocks"])
+    finished = len(folder.manifest.blocks)
     transforms = job.spec.transforms(compute.shape)
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
@@ -62,6 +66,7 @@ def quantize_blocks(
             report=partial(_show, progress, index),
             empty=job.buffers.empty,
             release=job.release,
+            follows_full=follows,
         )
         try:
             with watch:
@@ -74,7 +79,7 @@ def quantize_blocks(
             others |= found.folded | found.centers
             pack = partial(pack_block, found.results, others, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
-            entry = spent | _told(found)
+            entry = BlockEntry.model_validate({"index": index, **spent, **_told(found)})
             prefetcher.write(
                 index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=peak_so_far(job, folder)
             )

@@ -7,14 +7,15 @@ from functools import partial
 
 from torch import Tensor
 
-from ..objective.statistics import AttentionStatistics, InputStatistics, KeyMean, value_stride
+from ..objective.key_mean import KeyMean
+from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
 from ..online.attention import CENTER, AttentionInputs, AttentionTransform
 from ..solver.rounding import LAYERWISE
 from .attention_objectives import norm_totals, query_key_objective, value_objective, weighted, without_bias
 from .context import Batch, BlockContext, BlockResult, Streams
 from .forward_parts import attend, attention_inputs
-from .residual_stream import Writer, write_full, write_quantized
+from .residual_stream import Writer, add_given, write_full, write_quantized
 from .solving import Layers, layer_objective, solve_layers
 
 
@@ -43,7 +44,8 @@ def center_keys(context: BlockContext, streams: Streams) -> tuple[BlockContext, 
 def quantize_attention(context: BlockContext, streams: Streams) -> BlockResult:
     """Queries and keys, values, the output projection; both streams move through them."""
     size = (*streams.full.shape[:2], context.shape.query_heads * context.shape.head_dim)
-    attended, given = (context.empty(*size, dtype=streams.full.dtype) for _ in range(2))
+    attended = context.empty(*size, dtype=streams.full.dtype)
+    given = context.empty(*size, dtype=streams.full.dtype) if context.follows_full else attended
     found = _quantize_inputs(context, streams, attended)
     return found | _quantize_output(context, streams, attended, given)
 
@@ -55,7 +57,12 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
     inputs, norms = share.total(InputStatistics), norm_totals(context)
     grams, values = (share.total(partial(AttentionStatistics, t.attention.rotation)) for _ in range(2))
     for batch in context.batches(streams):
-        xf, xq = t.qkv.rotate(norm(batch.full)), t.qkv(norm(batch.quantized))
+        xq = t.qkv(norm(batch.quantized))
+        if not context.follows_full:
+            if context.previous is None:
+                inputs.at(batch.number).add(None, xq)
+            continue
+        xf = t.qkv.rotate(norm(batch.full))
         attended[batch.span] = wanted = attend(context.decoder, context.full, xf, AttentionTransform())
         if context.previous is None:
             inputs.at(batch.number).add(*weighted(context, norms, batch.number, xf, xq))
@@ -68,8 +75,7 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
                     norm_total.start()
                 grams.start()
                 inputs.start()  # all of which goes on while the values' are collected
-            if not context.settings.sequential:
-                add_values(context, values, batch, xq, wanted, seen)
+            add_values(context, values, batch, xq, wanted, seen)
 
     queries_keys = Layers(
         [f.query, f.key],
@@ -80,15 +86,7 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
     if layerwise:
         heads = [shape.query_heads, shape.key_heads, shape.key_heads]
         return solve_layers(context, Layers([f.query, f.key, f.value], layer_objective(inputs), heads))
-    if not context.settings.sequential:
-        return solve_layers(context, queries_keys, value)
-    found = solve_layers(context, queries_keys)
-    if context.previous is None:  # values are weighed by the attention of quantized queries and keys
-        for batch in context.batches(streams):
-            xq = t.qkv(norm(batch.quantized))
-            seen = attention_inputs(context.decoder, context.quantized, xq, t.attention)
-            add_values(context, values, batch, xq, attended[batch.span], seen)
-    return found | solve_layers(context, value)
+    return solve_layers(context, queries_keys, value)
 
 
 def _quantize_output(context: BlockContext, streams: Streams, attended: Tensor, given: Tensor) -> BlockResult:
@@ -99,6 +97,9 @@ def _quantize_output(context: BlockContext, streams: Streams, attended: Tensor, 
     for batch in context.batches(streams):
         xq = t.qkv(norm(batch.quantized))
         given[batch.span] = x = t.output(attend(context.decoder, context.quantized, xq, t.attention))
+        if not context.follows_full:
+            add_given(context, outputs, batch, x)
+            continue
         exact = t.output.rotate(attended[batch.span].to(x.device))
         write_full(context, writer, outputs, streams, batch, exact, x)
     found = solve_layers(context, Layers([f.output], layer_objective(outputs, context.weight(f.output)), [1]))

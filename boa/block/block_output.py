@@ -58,8 +58,8 @@ def learn_output(context: BlockContext, results: Mapping[str, Quantized], given:
         given: (sequences, length, hidden), what the block reads in the quantized stream.
         wanted: (sequences, length, hidden), what it puts out in the full-precision one.
     """
-    weighted, settings = context.settings.token_weights, context.settings
-    output = BlockOutput(context.decoder, context.quantized, context.transforms, given, wanted, weighted=weighted)
+    settings = context.settings
+    output = BlockOutput(context.decoder, context.quantized, context.transforms, given, wanted)
     start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in results.items()}
     found, before, after = learn_block(output, start, settings.bits, settings.learning, context.share.batch)
     learned = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
@@ -75,20 +75,12 @@ class BlockOutput:
         transforms: rotations and quantizers between its layers.
         given: (sequences, length, hidden), what the block reads.
         wanted: (sequences, length, hidden), what it should put out.
-        weighted: count a token by one over the mean square of what is wanted of it, as the norms that read it do.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        block: nn.Module,
-        transforms: OnlineTransforms,
-        given: Tensor,
-        wanted: Tensor,
-        *,
-        weighted: bool = False,
+        self, decoder: Decoder, block: nn.Module, transforms: OnlineTransforms, given: Tensor, wanted: Tensor
     ) -> None:
-        self.decoder, self.block, self.given, self.wanted, self.weighted = decoder, block, given, wanted, weighted
+        self.decoder, self.block, self.given, self.wanted = decoder, block, given, wanted
         self.transforms = straight_through(transforms)
 
     def error(self, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
@@ -99,10 +91,7 @@ class BlockOutput:
         with transformed(self.decoder, self.block, self.transforms):
             arguments = self.decoder.arguments(self.block, x.shape[1])
             output: Tensor = torch.func.functional_call(self.block, named, (x,), arguments)
-        error = (output - wanted).square().mean(-1)
-        if self.weighted:
-            error = error / wanted.square().mean(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
-        return error.mean()
+        return (output - wanted).square().mean(-1).mean()
 
     def whole(self, weights: Mapping[str, Tensor], batch: int) -> float:
         """The error over all sequences, `batch` at a time."""

@@ -16,7 +16,7 @@ from ...models.shape import Shape
 from ..objective.totals import Statistics, Total
 from ..online.transforms import OnlineTransforms
 from ..ranks import Ranks
-from ..solver.rounding import Quantized, Settings
+from ..solver.rounding import LAYERWISE, Quantized, Settings
 from ..solver.zfold import ChannelScales
 
 Report = Callable[[str, float], None]
@@ -114,6 +114,7 @@ class BlockContext:
         report: called with each projection's name and its loss relative to that of a zero weight.
         empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
+        follows_full: whether the full-precision stream is moved too; see `needs_full`, which says where it is not read.
     """
 
     decoder: Decoder
@@ -127,6 +128,7 @@ class BlockContext:
     report: Report = lambda name, loss: None
     empty: Callable[..., Tensor] = torch.empty
     release: Callable[[], None] = lambda: None
+    follows_full: bool = True
 
     @property
     def family(self) -> Family:
@@ -184,6 +186,15 @@ class BlockResult:
         names = [f.name for f in fields(self) if f.name != "output_error"]
         merged = {name: getattr(self, name) | getattr(later, name) for name in names}
         return BlockResult(**merged, output_error=later.output_error or self.output_error)
+
+
+def needs_full(settings: Settings, family: Family) -> bool:
+    """Whether anything that a block is solved by follows from the full-precision stream.
+
+    Shifts of targets do, the objectives of attention and Z-Fold; and post norms divide errors by what is found there.
+    """
+    layers_alone = settings.method in LAYERWISE and not settings.zfold and family.attention_post_norm is None
+    return settings.alpha > 0 or not layers_alone
 
 
 def shared_copy(block: nn.Module) -> nn.Module:

@@ -163,8 +163,7 @@ def _add_inputs(context: BlockContext, total: Total[InputStatistics], streams: S
     t = context.transforms
     for number, part, hf, hq in _parts(context, streams, tokens):
         xf, xq = t.gate_up.rotate(_norm(context, hf)), t.gate_up(_norm(context, hq))
-        stream = hf if context.settings.token_weights else None
-        total.at(number).add(xf * part.p, xq * part.p, stream=stream)
+        total.at(number).add(xf * part.p, xq * part.p)
     total.start()
 
 
@@ -178,7 +177,7 @@ def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], str
         wanted = full.down_proj(exact) * part.p
         if settings.drift:
             wanted += (hf - hq) * part.share
-        total.at(number).add(None, given * part.p, wanted, stream=hf if settings.token_weights else None)
+        total.at(number).add(None, given * part.p, wanted)
     total.start()
 
 

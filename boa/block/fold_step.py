@@ -83,7 +83,6 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
     )
     some = full[: max(0, first - share.first)]
     for n, _, h, _ in context.batches(Streams(some, some)):
-        stream = h if context.settings.token_weights else None
         x = t.qkv.rotate(block.get_submodule(f.attention_norm)(h))
         attended = attend(decoder, block, x, exact)
         if "qkv" in sites:
@@ -94,18 +93,17 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
                 seen.grams.at(n).add_values(x, without_bias(context, attended), met, context.weight(f.value))
         written = block.get_submodule(f.output)(t.output.rotate(attended))
         if "output" in sites:
-            seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm), stream=stream)
+            seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm))
         if "gate_up" not in sites and "down" not in sites:
             continue
         h = h + post_normed(block, f.attention_post_norm, written)
-        stream = h if context.settings.token_weights else None
         x = t.gate_up.rotate(block.get_submodule(f.mlp_norm)(h))
         if "gate_up" in sites:
-            seen.inputs["gate_up"].at(n).add(None, x, stream=stream)
+            seen.inputs["gate_up"].at(n).add(None, x)
         if "down" in sites:
             x = mlp_hidden(f, block, x)
             written = block.get_submodule(f.down)(x)
-            seen.inputs["down"].at(n).add(None, _by_norm(x, written, f.mlp_post_norm), stream=stream)
+            seen.inputs["down"].at(n).add(None, _by_norm(x, written, f.mlp_post_norm))
     return seen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..objective.statistics import InputStatistics
 from .context import BlockContext, BlockResult, Streams
 from .forward_parts import mlp_hidden
-from .residual_stream import Writer, write_full, write_quantized
+from .residual_stream import Writer, add_given, write_full, write_quantized
 from .solving import Layers, layer_objective, solve_layers
 
 
@@ -16,15 +16,18 @@ def quantize_mlp(context: BlockContext, streams: Streams) -> BlockResult:
     inputs, downs = share.total(InputStatistics), share.total(InputStatistics)
     if context.previous is None:
         for batch in context.batches(streams):
-            xf, xq = t.gate_up.rotate(norm(batch.full)), t.gate_up(norm(batch.quantized))
-            inputs.at(batch.number).add(xf, xq, stream=batch.full if context.settings.token_weights else None)
+            xf = t.gate_up.rotate(norm(batch.full)) if context.follows_full else None
+            inputs.at(batch.number).add(xf, t.gate_up(norm(batch.quantized)))
     found = solve_layers(context, Layers(readers, layer_objective(inputs), [1] * len(readers)))
 
     down = Writer(f.down, f.mlp_post_norm)
     given = context.empty(*streams.full.shape[:2], context.shape.ffn, dtype=streams.full.dtype)
     for batch in context.batches(streams):
-        exact = t.down.rotate(mlp_hidden(f, context.full, t.gate_up.rotate(norm(batch.full))))
         given[batch.span] = x = t.down(mlp_hidden(f, context.quantized, t.gate_up(norm(batch.quantized))))
+        if not context.follows_full:
+            add_given(context, downs, batch, x)
+            continue
+        exact = t.down.rotate(mlp_hidden(f, context.full, t.gate_up.rotate(norm(batch.full))))
         write_full(context, down, downs, streams, batch, exact, x)
     found |= solve_layers(context, Layers([f.down], layer_objective(downs, context.weight(f.down)), [1]))
     write_quantized(context, down, streams, given)

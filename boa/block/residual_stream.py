@@ -52,10 +52,15 @@ def write_full(
             wanted, given = wanted * weight, given * weight
         elif context.settings.drift:
             wanted = wanted + (batch.full - batch.quantized)
-        weigh = batch.full if context.settings.token_weights else None
-        statistics.at(batch.number).add(None, given, wanted, stream=weigh)
+        statistics.at(batch.number).add(None, given, wanted)
     stream = streams.full[batch.span]
     stream += post_normed(context.full, writer.post_norm, written).to(stream.device)
+
+
+def add_given(context: BlockContext, statistics: Total[InputStatistics], batch: Batch, given: Tensor) -> None:
+    """Collect the statistics of such a projection's input in the quantized stream alone, (batch, length, c)."""
+    if context.previous is None:
+        statistics.at(batch.number).add(None, given)
 
 
 def write_quantized(context: BlockContext, writer: Writer, streams: Streams, inputs: Tensor) -> None:

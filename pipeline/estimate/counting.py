@@ -202,15 +202,11 @@ def plain(sizes: Sizes, sequences: float, length: int) -> Work:
     return total(forward(sizes, sequences, length, sizes.window(i)) for i in range(sizes.shape.blocks))
 
 
-def streams(
-    sizes: Sizes, sequences: float, length: int, online: Online, window: int | None = None, sequential: bool = False
-) -> Work:
+def streams(sizes: Sizes, sequences: float, length: int, online: Online, window: int | None = None) -> Work:
     """Stage `forward`: both streams through a block, with online rotations and quantizers."""
     s, tokens = sizes.shape, sequences * length
     parts = parts_of_block(sizes, sequences, length, window)
     work = total(parts[name] * times for name, times in (EXPERTS if s.experts else BOTH).items())
-    if sequential:
-        work += parts["qk"] + parts["norms"]
     heads, active = s.query_heads + s.key_heads, tokens * sizes.routed
     if online.r3:
         work += 2 * hadamard(tokens * heads, s.head_dim)

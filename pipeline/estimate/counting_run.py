@@ -107,7 +107,7 @@ def block(sizes: Sizes, run: Plan, window: int | None = None) -> dict[str, Work]
     )
     found = {
         "rotation": rotation(sizes, r1=run.r1, r2=run.r2, r4=run.online.r4, heads=run.online.heads),
-        "forward": streams(sizes, samples, length, run.online, window, settings.sequential),
+        "forward": streams(sizes, samples, length, run.online, window),
         "input statistics": input_statistics(sizes, samples, length, run.batch),
         "head statistics": head_statistics(s, samples * length),
         "value statistics": value_statistics(s, samples, length, window, stride),

@@ -1,12 +1,13 @@
 """One block of a small random Llama: streams and results against plain forward passes, and what settings are for."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from rotoboa.boa.block.block import quantize_block
-from rotoboa.boa.block.context import Streams
+from rotoboa.boa.block.context import Streams, needs_full
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.solver.rounding import Settings
 
@@ -31,10 +32,9 @@ from ..small_block import (
 
 @pytest.mark.parametrize("transforms", [PLAIN, ROTATED, QUANTIZED], ids=["plain", "rotated", "w4a4kv4"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
-@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("drift", [True, False])
-def test_streams_are_forward_passes(drift: bool, sequential: bool, method: str, transforms: OnlineTransforms) -> None:
-    ran = run_small(replace(QUICK, method=method, sequential=sequential, drift=drift), transforms)
+def test_streams_are_forward_passes(drift: bool, method: str, transforms: OnlineTransforms) -> None:
+    ran = run_small(replace(QUICK, method=method, drift=drift), transforms)
     full, quantized = make_streams()
     decoder = make_decoder()
     block = make_block(decoder, transforms)
@@ -71,9 +71,8 @@ def test_results(method: str, group_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
-@pytest.mark.parametrize("sequential", [True, False])
-def test_going_on_from_results_gives_the_same_bits(sequential: bool, transforms: OnlineTransforms) -> None:
-    settings = replace(QUICK, sequential=sequential)
+def test_going_on_from_results_gives_the_same_bits(transforms: OnlineTransforms) -> None:
+    settings = QUICK
     first = run_small(settings, transforms)
     again = run_small(settings, transforms, previous=first.found.results)
     assert torch.equal(again.full, first.full) and torch.equal(again.quantized, first.quantized)
@@ -160,3 +159,18 @@ def test_drift_brings_the_streams_together(monkeypatch: pytest.MonkeyPatch) -> N
     runs = [run_small(replace(QUICK, drift=on)) for on in (True, False)]
     lost = [float((ran.full - ran.quantized).norm()) for ran in runs]
     assert lost[0] < 0.97 * lost[1]
+
+
+@pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
+def test_plain_gptq_finds_the_same_without_the_full_stream(transforms: OnlineTransforms) -> None:
+    settings = replace(QUICK, method="gptq", alpha=0.0)
+    assert not needs_full(settings, LLAMA)
+    both, alone = (run_small(settings, transforms, follows_full=follows) for follows in (True, False))
+    assert torch.equal(alone.quantized, both.quantized) and alone.found.losses == both.found.losses
+    assert all(torch.equal(alone.found.results[n].integers, r.integers) for n, r in both.found.results.items())
+    assert torch.equal(alone.full, make_streams()[0]) and not torch.equal(both.full, alone.full)
+
+
+@pytest.mark.parametrize("change", [{"alpha": 0.25}, {"method": "boa"}, {"zfold": ("down",)}])
+def test_what_needs_the_full_stream(change: dict[str, Any]) -> None:
+    assert needs_full(replace(QUICK, **{"method": "gptq", "alpha": 0.0, **change}), LLAMA)

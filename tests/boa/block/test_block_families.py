@@ -1,7 +1,6 @@
 """One block of every family through the quantizer: shapes of the objectives, streams, experts."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -140,7 +139,7 @@ def test_what_a_post_norm_divides_by_weighs_tokens(
     family_model: Callable[..., nn.Module], name: str, solved: Solved
 ) -> None:
     setup = Setup(family_model(name))
-    context = _run(setup, replace(SETTINGS, token_weights=False)).context
+    context = _run(setup, SETTINGS).context
     full, quantized = setup.streams()
     family = setup.decoder.family
     x = [
@@ -161,7 +160,7 @@ def test_an_expert_is_calibrated_on_its_tokens(
 ) -> None:
     monkeypatch.setattr(Setup, "streams", _many(Setup.streams))
     setup = Setup(family_model(name))
-    found, *_, context = _run(setup, replace(SETTINGS, token_weights=False))
+    found, *_, context = _run(setup, SETTINGS)
     family, shape = setup.decoder.family, setup.decoder.shape
     assert not found.fallbacks
     x, weights, index = _routed(setup, context)
@@ -200,7 +199,7 @@ def test_an_expert_with_few_tokens_falls_back(
     """A text of 24 tokens gives no expert 32 of them: each is calibrated on all, and named with its number."""
     monkeypatch.setattr(Setup, "streams", _first(Setup.streams))
     setup = Setup(family_model(name))
-    found, _, quantized, context = _run(setup, replace(SETTINGS, token_weights=False))
+    found, _, quantized, context = _run(setup, SETTINGS)
     x, _, index = _routed(setup, context)
     counts = torch.bincount(index.flatten(), minlength=4).tolist()
     family = setup.decoder.family

@@ -76,7 +76,7 @@ def test_damping_that_was_raised_is_told() -> None:
     generator = torch.Generator().manual_seed(0)
     enough = -(-FEW_TOKENS * HIDDEN // LENGTH)  # with fewer tokens Hessians are shrunk, and none fails
     full = torch.randn(enough, LENGTH, 2, generator=generator) @ torch.randn(2, HIDDEN, generator=generator)
-    settings = replace(QUICK, damping=1e-12, method="gptq", token_weights=False)
+    settings = replace(QUICK, damping=1e-12, method="gptq")
     block = decoder.block(0, make_tensors())
     found = run_block(decoder, block, settings, PLAIN, (full, full.clone())).found
     assert {LLAMA.query, LLAMA.key} <= found.damping.keys()  # inputs of two dimensions
