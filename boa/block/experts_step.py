@@ -51,41 +51,47 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
     input channels, whose Hessian has no full rank, is calibrated on tokens of the whole layer instead, spread evenly
     over the text and alike in weight: `fallbacks` names it.
     """
-    family, share, size = context.family, context.share, context.share.batch
-    found, count = BlockResult(), len(experts_of(family, context.full))
+    share, found, count = context.share, BlockResult(), len(experts_of(context.family, context.full))
     moved, index, weights = _route(context, streams)
     added = context.empty(*streams.full.shape, dtype=streams.full.dtype)
-    for part in added.split(size):
+    for part in added.split(share.batch):
         part.zero_()
         context.release()
     counts = torch.bincount(index.flatten(), minlength=count)
     share.ranks.sum([counts])()
-    seen_by = counts.tolist()
+    seen = counts.tolist()
     for group in torch.arange(count).split(min(share.ranks.size, GROUP)):
         routed = {i: _routed(i, index, weights) for i in group.tolist()}
-        names = {i: family.expert(i) for i in routed}
-        inputs, downs = ({i: share.total(InputStatistics) for i in routed} for _ in range(2))
-        seen = {}
-        if context.previous is None:
-            few = {i: seen_by[i] for i in routed if seen_by[i] < context.shape.hidden}
-            seen = {i: _pool(context, i, few[i], streams) if i in few else tokens for i, tokens in routed.items()}
-            found.fallbacks.update({name: number for i, number in few.items() for name in names[i]})
-        for i, tokens in seen.items():
-            _add_inputs(context, inputs[i], streams, tokens)
-        found |= solve_layers(context, *(Layers([*names[i][:2]], layer_objective(inputs[i]), [1, 1]) for i in routed))
-        for i, tokens in seen.items():
-            _add_downs(context, i, downs[i], streams, tokens)
-        downs_of = [(name, downs[i]) for i, (*_, name) in names.items()]
-        found |= solve_layers(
-            context, *(Layers([n], layer_objective(total, context.weight(n)), [1]) for n, total in downs_of)
-        )
+        few = {i: seen[i] for i in routed if seen[i] < context.shape.hidden}
+        found |= _solve_group(context, streams, routed, few)
         for i, tokens in routed.items():
             _run_expert(context, i, added, streams, tokens)
     for stream, what in ((streams.full, moved), (streams.quantized, added)):
-        for part, more in zip(stream.split(size), what.split(size), strict=True):
+        for part, more in zip(stream.split(share.batch), what.split(share.batch), strict=True):
             part += more
             context.release()
     return found
+
+
+def _solve_group(
+    context: BlockContext, streams: Streams, routed: dict[int, Tokens], few: dict[int, int]
+) -> BlockResult:
+    """Gate and up, then down, of some experts, by the tokens that go to each; those that see too `few` by others."""
+    names = {i: context.family.expert(i) for i in routed}
+    inputs, downs = ({i: context.share.total(InputStatistics) for i in routed} for _ in range(2))
+    given, fallbacks = dict[int, Tokens](), dict[str, int]()
+    if context.previous is None:
+        given = {i: _pool(context, i, few[i], streams) if i in few else tokens for i, tokens in routed.items()}
+        fallbacks = {name: number for i, number in few.items() for name in names[i]}
+    for i, tokens in given.items():
+        _add_inputs(context, inputs[i], streams, tokens)
+    gates = [Layers([gate, up], layer_objective(inputs[i]), [1, 1]) for i, (gate, up, _) in names.items()]
+    found = BlockResult(fallbacks=fallbacks) | solve_layers(context, *gates)
+    for i, tokens in given.items():
+        _add_downs(context, i, downs[i], streams, tokens)
+    downs_of = [(name, downs[i]) for i, (*_, name) in names.items()]
+    layers = [Layers([name], layer_objective(total, context.weight(name)), [1]) for name, total in downs_of]
+    return found | solve_layers(context, *layers)
 
 
 def choose(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
