@@ -113,7 +113,7 @@ def table(found: dict[int, dict[str, Any]], plans: dict[int, dict[str, Estimate]
     )
     add(
         "broadcast (results of the solver, tokens, the model for evaluation), MB",
-        {n: f"{ranks[n].get('spread', 0) / 1e6:.1f}" for n in counts},
+        {n: f"{ranks[n].get('broadcast', 0) / 1e6:.1f}" for n in counts},
         {n: f"{plans[n].get('results', Estimate()).wire / 1e6:.1f} (results)" for n in counts},
     )
     add("facts (JSON), MB", {n: f"{ranks[n].get('values', 0) / 1e6:.2f}" for n in counts})
