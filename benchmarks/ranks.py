@@ -79,7 +79,7 @@ def table(found: dict[int, dict[str, Any]], recipe: str, samples: int) -> str:
     )
     add(
         "broadcast (results of the solver, tokens, the model for evaluation), MB",
-        {n: f"{ranks[n].get('spread', 0) / 1e6:.1f}" for n in counts},
+        {n: f"{ranks[n].get('broadcast', 0) / 1e6:.1f}" for n in counts},
     )
     add("facts (JSON), MB", {n: f"{ranks[n].get('values', 0) / 1e6:.2f}" for n in counts})
     add("crossed the loopback interface, MB", {n: f"{found[n]['loopback'] / 1e6:.1f}" for n in counts})

@@ -75,7 +75,7 @@ def test_a_full_disk_while_it_runs(user: User, monkeypatch: pytest.MonkeyPatch) 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rotoboa.pipeline.storage.run_folder.write_tensors", full)
+    monkeypatch.setattr("rotoboa.pipeline.storage.run_writer.write_tensors", full)
     assert "failed: [Errno 28] No space left on device; the same command goes on" in user.fails(1, "--quiet")
 
 

@@ -17,6 +17,7 @@ from rotoboa.pipeline.job.notices import IDLE, early_notices, idle_fields
 from rotoboa.pipeline.recipe.fields import LEAVES, value_of
 from rotoboa.pipeline.recipe.recipe import Recipe, Weights
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe, recipe_names, recipe_to_yaml
+from rotoboa.pipeline.storage.run_report import Measured
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -208,7 +209,7 @@ def test_evaluate_names_what_it_does_not_read(tiny_run: Path, text: Path, monkey
     def shown(*arguments: str) -> str:
         return CliRunner().invoke(app, ["evaluate", str(tiny_run), *arguments]).stderr
 
-    monkeypatch.setattr("rotoboa.pipeline.measure.evaluating.evaluate", lambda *arguments, **options: {})
+    monkeypatch.setattr("rotoboa.pipeline.measure.evaluating.evaluate", lambda *arguments, **options: Measured())
     assert shown("--limit", "3") == "Without effect here: --limit (no tasks are measured).\n"
     words = "Without effect here: --windows (no text is measured).\n"
     assert shown("--windows", "2", "--tasks", "default") == words
