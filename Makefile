@@ -13,7 +13,7 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify memory ranks \
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify runtimes memory ranks \
 	speed clean
 .DEFAULT_GOAL := help
 
@@ -67,6 +67,9 @@ real: $(STAMP)  ## methods times recipes on MODEL, measured on TEXT, by CALIBRAT
 
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py
+
+runtimes: $(STAMP)  ## run exports in vLLM, GPTQModel, mlx-lm, llama.cpp, each in a .venv of its own: benchmarks/runtimes.md
+	$(BIN)/python benchmarks/runtimes.py $(ARGS)
 
 memory: $(STAMP)  ## peak memory of 4 and of 32 blocks (ARGS=--large: and of a model of the shape of Llama-3-8B)
 	$(BIN)/python benchmarks/memory.py $(ARGS)

@@ -9,7 +9,6 @@ rank, waiting among them. Writes benchmarks/ranks.md.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -24,6 +23,7 @@ from common import HERE, perplexity
 from safetensors.torch import load_file
 
 from rotoboa.export.packing import unpack
+from rotoboa.pipeline.storage.files import read_report
 
 TABLE = HERE / "ranks.md"
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -43,7 +43,7 @@ def run(count: int, recipe: str, samples: int, folder: Path) -> dict[str, Any]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     crossed = int(LOOPBACK.read_text()) - before if LOOPBACK.exists() and count > 1 else 0
-    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    report = read_report(output).to_json()
     return {"report": report, "loopback": crossed, "integers": integers(output, report["recipe"]["weights"]["bits"])}
 
 

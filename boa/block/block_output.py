@@ -1,5 +1,7 @@
 """Learned rounding on the output of a whole block, by backpropagation: BRECQ (arXiv 2102.05426).
 
+`learn_output` is the step of a block; `learn_block` needs no more than the block's output error.
+
 The loss is the mean squared difference of the block's output, given the quantized stream, from the full-precision
 stream. All projections are learned at once, from a rounded solution, with the variables, the regulariser and the
 schedule of `learned`; only the gradient by a weight comes from autograd instead of from an objective.
@@ -20,6 +22,9 @@ from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
 from ..online.transforms import OnlineTransforms
 from ..solver.learned import Learning, penalty_slope, rectified, side_and_variables, slope_
+from ..solver.rounding import Quantized
+from ..stopwatch import stage
+from .context import BlockContext, BlockResult
 
 TOKENS = 1024  # of one step of Adam
 SAMPLE = 4096  # tokens that units and the first direction are measured on
@@ -42,6 +47,24 @@ class Rounded:
     integers: Tensor
     scale: Tensor
     zero: Tensor
+
+
+@stage("refinement")
+def learn_output(context: BlockContext, results: Mapping[str, Quantized], given: Tensor, wanted: Tensor) -> BlockResult:
+    """All projections on the output of the block, from what the other steps found.
+
+    Args:
+        context: of the block, whose weights are not changed.
+        results: where it starts; scales and zero points stay.
+        given: (sequences, length, hidden), what the block reads in the quantized stream.
+        wanted: (sequences, length, hidden), what it puts out in the full-precision one.
+    """
+    settings = context.settings
+    output = BlockOutput(context.decoder, context.quantized, context.transforms, given, wanted)
+    start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in results.items()}
+    found, before, after = learn_block(output, start, settings.bits, settings.learning, context.share.batch)
+    learned = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
+    return BlockResult(learned, output_error=(before, after))
 
 
 class BlockOutput:

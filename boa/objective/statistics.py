@@ -42,30 +42,6 @@ def _has_bfloat16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-class KeyMean:
-    """The mean of a block's keys over all tokens, by head."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count: Tensor | None = None
-
-    def add(self, key: Tensor) -> None:
-        """One batch, (batch, key heads, length, head_dim)."""
-        self.total = _plus(self.total, key.sum((0, 2)))
-        self.count = _plus(self.count, key.new_tensor([key.shape[0] * key.shape[2]]))
-
-    def sums(self) -> dict[str, list[Tensor]]:
-        """As `totals.Statistics` has it."""
-        return {name: [part] for name in ("total", "count") if (part := getattr(self, name)) is not None}
-
-    @property
-    def mean(self) -> Tensor:
-        """(key heads, head_dim)."""
-        if self.total is None or self.count is None:
-            raise ValueError("no calibration tokens were seen")
-        return self.total / self.count
-
-
 class InputStatistics:
     """H_in = X_q X_q^T of one linear input, and what its target is made from: R = (X_f - X_q) X_q^T, or Y X_q^T.
 

@@ -34,10 +34,10 @@ class Settings:
     | gptq | the objective's | identity | all |
     | boa | the objective's | the objective's | `rows` of each head at a time |
     | adaround, aespa | learned from the result of gptq, boa: see `learned` | | |
-    | brecq | as boa; `BlockQuantizer` goes on from there | | |
+    | brecq | as boa; `learn_output` of `boa.block` goes on from there | | |
 
-    `drift`, `value_rows` and `value_output` say what the objective is collected from: see `BlockQuantizer`. `zfold`
-    names the sites whose input channels get a scale of their own first: see `rotation.channels`.
+    `drift`, `value_rows` and `value_output` say what the objective is collected from: see the steps of `boa.block`.
+    `zfold` names the sites whose input channels get a scale of their own first: see `rotation.channels`.
     """
 
     bits: int

@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from .command import Command
-from .exports import export, verify
+from .compare import compare
+from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
-from .lists import models, recipes
+from .models import models
 from .quantize import quantize
-from .runs import compare, evaluate, report
+from .recipes import recipes
+from .report_command import report
+from .verify import verify
 
 app = typer.Typer(
     help="Large language models to 4 and 2 bits: Hadamard rotations and attention-aware error compensation.",

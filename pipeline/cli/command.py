@@ -21,6 +21,7 @@ Device = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN", show_default=False)]
+Runs = Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)]
 
 
 class Command(TyperCommand):

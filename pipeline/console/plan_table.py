@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .human import human_size, human_time
-from .sizes import size_rows
+from .sizes import BITS, size_rows
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
@@ -23,7 +23,9 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     for name, rotation in plan["rotations"].items():
         rotations.add_row(name.upper(), rotation["where"], f"{rotation['size']:,}", rotation["construction"])
     costs = _table("Size and cost")
-    for row in size_rows({"sizes": plan["sizes"], **plan["sizes"]}):
+    bits = {name: plan["sizes"][name] for name in BITS}
+    sizes = {name: size for name, size in plan["sizes"].items() if name not in ("was_tied", *BITS)}
+    for row in size_rows(sizes, bits, plan["sizes"]["was_tied"]):
         costs.add_row(*row)
     costs.add_section()
     sequences = f"{calibration['sequences']:,} x {calibration['sequence_length']:,}"

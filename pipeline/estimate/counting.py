@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from ...boa.block.block_output import TOKENS
-from ...boa.block.experts_half import POOL
+from ...boa.block.experts_step import POOL
 from ...boa.objective.statistics import value_stride
 from ...boa.solver.columns import COLUMN_BLOCK
 from ...boa.solver.grid import SHRINKS

@@ -87,8 +87,8 @@ def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -
     """Those that the projections are solved for, against the table of the method, written out on the streams."""
     # 2 bits: errors large enough to tell the streams apart.
     settings = replace(QUICK, bits=2, method="boa", drift=drift)
-    solver = run_small(settings, transforms).solver
-    full, rounded = make_block(make_decoder(), transforms), solver.quantized
+    context = run_small(settings, transforms).context
+    full, rounded = make_block(make_decoder(), transforms), context.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
     names = ((LLAMA.query, LLAMA.key), (LLAMA.value,), (LLAMA.output,), (LLAMA.gate, LLAMA.up), (LLAMA.down,))
     for (weight, _), group in zip(solved, names, strict=True):
@@ -149,9 +149,9 @@ def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -
 
 
 def test_statistics_are_of_quantized_inputs(solved: Solved) -> None:
-    solver = run_small(replace(QUICK, method="rtn"), QUANTIZED).solver
+    context = run_small(replace(QUICK, method="rtn"), QUANTIZED).context
     hf, hq = make_streams()
-    norm = solver.full.get_submodule(LLAMA.attention_norm)
+    norm = context.full.get_submodule(LLAMA.attention_norm)
     quantizer = DynamicQuantizer(4, True, 0.9)
     with torch.no_grad():
         xf, plain = norm(hf), norm(hq)
@@ -165,10 +165,10 @@ def test_full_precision_attention_sees_no_cache_quantizer(solved: Solved) -> Non
     """Values: A_f of exact keys, A_q of keys as the cache holds them."""
     cache = DynamicQuantizer(3, False, 0.95)
     transforms = OnlineTransforms(attention=AttentionTransform(key=cache))
-    solver = run_small(QUICK, transforms).solver
+    context = run_small(QUICK, transforms).context
     hf, hq = (stream.double() for stream in make_streams())
-    xf, xq = (_normed(solver.full, LLAMA.attention_norm, h) for h in (hf, hq))
-    exact, given = _attention(solver.full, xf), _attention(solver.full, xq, cache)
+    xf, xq = (_normed(context.full, LLAMA.attention_norm, h) for h in (hf, hq))
+    exact, given = _attention(context.full, xf), _attention(context.full, xq, cache)
     for g in range(KEY_HEADS):
         pair = (2 * g, 2 * g + 1)
         y = {h: given.probabilities[:, h] @ xq for h in pair}
@@ -176,5 +176,5 @@ def test_full_precision_attention_sees_no_cache_quantizer(solved: Solved) -> Non
         h_in, drift = solved[1][1].h_in, solved[1][1].drift
         assert drift is not None
         _near(h_in[g], _total(_sum(y[h], y[h]) for h in pair))
-        value = solver.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
+        value = context.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
         _near(drift[g], value[g] @ _total(_sum(lost[h], y[h]) for h in pair))

@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block.block import quantize_block
+from rotoboa.boa.block.context import BlockContext, Share, Streams, shared_copy
 from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.online.transforms import OnlineTransforms
+from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding import Settings
 from rotoboa.boa.stopwatch import STAGES, Stopwatch
 from rotoboa.models.decoder import Decoder
@@ -78,7 +80,11 @@ def real(settings: Settings, samples: int, length: int) -> tuple[Sizes, dict[str
     with counter() as mode:
         watch = Products(mode)
         with watch:
-            BlockQuantizer(decoder, block, settings, OnlineTransforms(), batch=2, references=True).run(full, quantized)
+            share = Share.of(Ranks(), samples, batch=2)
+            context = BlockContext(
+                decoder, block, shared_copy(block), settings, OnlineTransforms(), share, references=True
+            )
+            quantize_block(context, Streams(full, quantized))
     found = watch.seconds()
     return Sizes.of(decoder), {**found, "rounding": sum(found.get(name, 0) for name in ROUNDING)}
 

@@ -1,16 +1,15 @@
-"""The commands on finished runs: `evaluate`, `compare` and `report`."""
+"""The command `evaluate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ...errors import InputError
 from ..console.progress import Progress, result_table, source_table, task_table
 from ..ranks import launch
-from ..storage.files import read_json
+from ..storage.files import read_manifest
 from .command import Device, Quiet, Run, print_tables, say_idle
 
 
@@ -50,7 +49,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
-    read_json(run, "manifest.json")
+    read_manifest(run)
     if tasks is None and tasks_path is None:
         say_idle("no tasks are measured", limit=limit)
     elif dataset is None and not sources:
@@ -75,43 +74,3 @@ def evaluate(
     if launch.rank() > 0:
         return
     print_tables(result_table(report), task_table(report), source_table(report))
-
-
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)],
-    form: Annotated[
-        Literal["markdown", "csv", "json"] | None,
-        typer.Option("--format", metavar="markdown|csv|json", help="(default by --output's name, else markdown)"),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a file. (default to the screen)")] = None,
-) -> None:
-    """Compare runs in one table: bits, size, perplexities, tasks, seconds, memory.
-
-    What makes a run's figures others than those of the first, another model or text, is in its notes.
-    """
-    from ..measure.comparing import comparison, format_of, render
-    from ..storage.files import read_report
-
-    form = form or format_of(output)
-    text = render(comparison([(run, read_report(run)) for run in runs]), form)
-    if output is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): give another --output.") from error
-
-
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)],
-) -> None:
-    """Make report.html of each run again, beside the other runs given, or beside those in the same folder.
-
-    What has changed since: other runs, or their figures. What a run measured of itself stays as it is.
-    """
-    from ..measure.pages import siblings, write_page
-
-    for run in runs:
-        others = [other for other in runs if other.resolve() != run.resolve()] or siblings(run)
-        typer.echo(write_page(run, others))
