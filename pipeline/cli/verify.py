@@ -27,7 +27,10 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Load an export with its stock reader and compare its logits with those of the run."""
+    """Compare the logits of an export with those of its run.
+
+    The export is loaded with its stock reader.
+    """
     from .. import verifying
 
     results = verifying.verify(folder, run=run, tolerance=tolerance)
