@@ -1,4 +1,4 @@
-"""The pages of `make limits` are those of the counts as they are, and the README has their table."""
+"""The pages of `make limits` are those of the counts as they are."""
 
 import json
 import sys
@@ -16,7 +16,3 @@ def test_pages_are_made_anew_when_counts_change() -> None:
     assert (BENCHMARKS / "scaling.md").read_text(encoding="utf-8") == limits.scaling_page()
     factors = (BENCHMARKS.parent / "pipeline" / "estimate" / "factors.json").read_text(encoding="utf-8")
     assert json.loads(factors) == limits.factors(speed)
-
-
-def test_readme_has_the_table() -> None:
-    assert limits.summary() in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
