@@ -66,7 +66,7 @@ for site, x in before.items():
     figures = [f"{float(f(x).mean()):8.1f} -> {float(f(y).mean()):5.1f}" for f in (kurtosis, peak)]
     print(f"{site:<10} {figures[0]:>19} {figures[1]:>15} {error(x):>8.4f} -> {error(y):.4f}")
 
-# %% And nothing else has changed: the rotated block puts out the rotated stream. R4 runs with the model, so it is left out
+# %% And nothing else has changed: the rotated block puts out the rotated stream (without R4, which runs online)
 offline = Rotations.of(decoder.shape, r1=True, r2=True, r3=False, r4=False, seed=0)
 rotated = decoder.block(1, offline.rotate_block(checkpoint.block(1), decoder.family, 1))
 out = offline.rotate_stream(decoder.run(plain, hidden), decoder.family)

@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell people to type exists, links lead somewhere, and figures are those that were measured."""
+"""What README.md and docs/ tell people to type exists, links lead somewhere, figures are those that were measured."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_commands_exist(path: Path) -> None:
 def test_commands_are_found() -> None:
     found = commands(text_of(ROOT / "README.md"))
     assert len(found) > 12 and {words[0] for words in found} >= {"quantize", "export", "verify", "evaluate"}
-    sh = '```sh\nssh m "cd x && torchrun -m rotoboa quantize \\\n  --model a" & # rotoboa no\nrotoboa --help\n```\n`w2a16 --x 1`'
+    sh = 'ssh m "cd x && torchrun -m rotoboa quantize \\\n  --model a" & # rotoboa no\nrotoboa --help'
+    sh = f"```sh\n{sh}\n```\nand `w2a16 --x 1`"
     assert commands(sh) == [["quantize", "--model", "a"], ["--help"], ["quantize", "--recipe", "w2a16", "--x", "1"]]
 
 
@@ -143,9 +144,8 @@ def test_what_does_not_exist_is_found(words: list[str]) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_options_in_prose_exist(path: Path) -> None:
-    known = {name for command in GROUP.commands.values() for option in command.params for name in option.opts}
-    known |= {name for command in GROUP.commands.values() for option in command.params for name in option.secondary_opts}
-    known |= {name for option in GROUP.params for name in option.opts} | {"--help"}
+    options = [option for command in (GROUP, *GROUP.commands.values()) for option in command.params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)} | {"--help"}
     for code in inline(text_of(path)):
         if code.startswith("--"):
             assert {word for word in code.split() if word.startswith("--")} <= known, code

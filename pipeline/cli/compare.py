@@ -21,7 +21,8 @@ def compare(
 ) -> None:
     """Compare finished runs in one table.
 
-    It has bits, size, perplexities, tasks, seconds and memory. What makes a run's figures others than those of the first, another model or text, is in its notes.
+    It has bits, size, perplexities, tasks, seconds and memory. What makes a run's figures others than those of the
+    first, another model or text, is in its notes.
     """
     from ..measure.comparing import comparison, format_of, render
     from ..storage.files import read_report

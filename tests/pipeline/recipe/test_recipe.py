@@ -35,7 +35,7 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
 
 
 def test_every_recipe_file_has_a_comment_and_only_known_fields() -> None:
-    folder = Path(__file__).parents[2] / "recipes"
+    folder = Path(__file__).parents[3] / "recipes"
     files = sorted(folder.glob("*.yaml"))
     assert [file.stem for file in files] == recipe_names()
     for file in files:
