@@ -17,10 +17,11 @@ STAMP := $(VENV)/.ready
 	speed clean
 .DEFAULT_GOAL := help
 
-help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-
-setup: $(STAMP)  ## create .venv with everything the other targets need
+help:
+	@echo 'make TARGET [MODEL=...] [RECIPE=...] [RUN=...] [GPUS=...] [ARGS="..."]'
+	@awk '/^##@ / {print "\n" substr($$0, 5) ":"} \
+		/^[a-z-]+:.*## / {name = $$1; sub(/:$$/, "", name); sub(/^.*## /, ""); printf "  %-14s%s\n", name, $$0}' \
+		$(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,12 +29,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+##@ Quantize
 quantize: $(STAMP)  ## quantize MODEL by RECIPE into RUN on GPUS (ARGS: any option of `rotoboa quantize`)
 	$(RANKS) quantize --model "$(MODEL)" --recipe "$(RECIPE)" --output "$(RUN)" $(ARGS)
 
 evaluate: $(STAMP)  ## measure the finished run in RUN again on GPUS (ARGS: --dataset, --tasks, ...)
 	$(RANKS) evaluate "$(RUN)" $(ARGS)
 
+##@ Develop
 test: $(STAMP)  ## run the tests, a process with one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
@@ -50,6 +53,7 @@ bench: $(STAMP)  ## the regression benchmark against benchmarks/baseline.json
 bench-accept: $(STAMP)  ## make the figures of the last `make bench` the baseline
 	$(BIN)/python benchmarks/bench.py --accept
 
+##@ Measure, most of them for long
 accuracy: $(STAMP)  ## the accuracy of the defaults on the embedded model, three calibration seeds
 	$(BIN)/python benchmarks/accuracy.py
 
@@ -79,6 +83,9 @@ ranks: $(STAMP)  ## one rank against two on this machine, in benchmarks/ranks.md
 
 speed: $(STAMP)  ## seconds by stage of the quantizer (ARGS: --threads 0 for all, --write, ...)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+##@ Environment
+setup: $(STAMP)  ## create .venv with all that the other targets need; each of them does
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -214,7 +214,7 @@ def picture(results: dict[str, dict[str, float]], recipes: tuple[str, ...]) -> s
 
 
 def summary(results: dict[str, dict[str, float]], recipes: tuple[str, ...] = RECIPES) -> str:
-    """The table of the README: a row for each method, perplexity by recipe and transform, the dearest of its cells."""
+    """The table of docs/results.md: for each method perplexity by recipe and transform, the dearest of its cells."""
     columns = [(recipe, transform) for recipe in recipes for transform in TRANSFORMS]
     heads = [f"`{recipe}`, {'rotated' if transform == 'rotation' else 'not rotated'}" for recipe, transform in columns]
     lines = [

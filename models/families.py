@@ -226,7 +226,7 @@ _ROWS = (
         legal={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
     ),
 )
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 
 # What is near to a supported architecture, and why it is not one.
 _REASONS = {

@@ -1,4 +1,4 @@
-"""What the README promises of the embedded model: whole runs of the recipes at their defaults."""
+"""What docs/results.md promises of the embedded model: whole runs of the recipes at their defaults."""
 
 import sys
 from typing import Any

@@ -43,7 +43,7 @@ def test_contents(installed: Path) -> None:
         "eval/drawing/report.html.jinja",
     ):
         assert f"rotoboa/{name}" in names
-    assert not [name for name in names if "tests/" in name or "benchmarks/" in name]
+    assert not [name for name in names if any(part in name for part in ("tests/", "benchmarks/", "examples/", "docs/"))]
 
 
 def test_it_quantizes(installed: Path, tmp_path: Path) -> None:

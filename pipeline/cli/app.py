@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .command import Command
+from .command import Command, Commands
 from .compare import compare
 from .evaluate import evaluate
 from .export import export
@@ -18,9 +18,18 @@ from .recipes import recipes
 from .report_command import report
 from .verify import verify
 
+# \b keeps the lines of a paragraph as they are.
+EXAMPLES = """\b
+Examples:
+  rotoboa quantize                                      the embedded model
+  rotoboa quantize --model llama3.2-1b --recipe w4a16   a model of the hub
+  rotoboa inspect runs/tiny-w4a4kv4                     what a run reached
+"""
+
 app = typer.Typer(
+    cls=Commands,
     help="Large language models to 4 and 2 bits: Hadamard rotations and attention-aware error compensation.",
-    epilog="Start with `rotoboa quantize`: it quantizes and measures the embedded model, without a download.",
+    epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
@@ -45,8 +54,17 @@ def _global_options(
     pass
 
 
-for _command in (quantize, evaluate, inspect, compare, report, models, recipes, export, verify):  # as help lists them
-    app.command(cls=Command)(_command)
+PANELS = {
+    "Quantize": (quantize, inspect),
+    "Measure": (evaluate, compare, report),
+    "Use elsewhere": (export, verify),
+    "Names": (recipes, models),
+}
+"""The commands as help lists them."""
+
+for _panel, _commands in PANELS.items():
+    for _command in _commands:
+        app.command(cls=Command, rich_help_panel=_panel)(_command)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperArgument, TyperCommand
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from ...errors import InputError, RunError
 from ..ranks import launch
@@ -22,6 +22,21 @@ Device = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN", show_default=False)]
 Runs = Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...", show_default=False)]
+
+
+class Commands(TyperGroup):
+    """All commands; help lists them by panel, in the order in which they were added."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """A section for each panel, the names of all as wide as the widest."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        width = max(map(len, self.commands))
+        for name, command in self.commands.items():
+            said = command.get_short_help_str(formatter.width - width - 6)
+            panels.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, said))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl([(name.ljust(width), said) for name, said in rows])
 
 
 class Command(TyperCommand):

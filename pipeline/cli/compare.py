@@ -19,9 +19,10 @@ def compare(
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a file. (default to the screen)")] = None,
 ) -> None:
-    """Compare runs in one table: bits, size, perplexities, tasks, seconds, memory.
+    """Compare finished runs in one table.
 
-    What makes a run's figures others than those of the first, another model or text, is in its notes.
+    It has bits, size, perplexities, tasks, seconds and memory. What makes a run's figures others than those of the
+    first, another model or text, is in its notes.
     """
     from ..measure.comparing import comparison, format_of, render
     from ..storage.files import read_report

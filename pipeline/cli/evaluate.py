@@ -48,7 +48,10 @@ def evaluate(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a finished run again: perplexity and divergence from full precision on texts, or zero-shot tasks."""
+    """Measure a finished run again, on texts or zero-shot tasks.
+
+    Of texts: perplexity, and divergence from full precision. What is measured whole is added to the run's report.
+    """
     read_manifest(run)
     if tasks is None and tasks_path is None:
         say_idle("no tasks are measured", limit=limit)

@@ -32,7 +32,10 @@ def export(
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository; made where it is missing.")
     ] = None,
 ) -> None:
-    """Write a finished run in a format that others read, without quantizing again."""
+    """Write a finished run in a format that others read.
+
+    Nothing is quantized again.
+    """
     read_manifest(run)
 
     from .. import exporting

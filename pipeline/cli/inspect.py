@@ -27,7 +27,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **given: Any,
 ) -> None:
-    """Show what a run is, or what a run of a model would be, before any work.
+    """Show what a run is, or plan the run of a model.
 
     Of a run: recipe, versions, sizes, loss of each layer, perplexity. Of a model, by a recipe and the options below:
     parameters, rotations, bytes before and after, calibration, memory and time.

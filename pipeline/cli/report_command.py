@@ -8,9 +8,10 @@ from .command import Runs
 
 
 def report(runs: Runs) -> None:
-    """Make report.html of each run again, beside the other runs given, or beside those in the same folder.
+    """Make report.html again, beside other runs.
 
-    What has changed since: other runs, or their figures. What a run measured of itself stays as it is.
+    Beside the other runs given, or else those in the same folder. What has changed since: other runs, or their
+    figures. What a run measured of itself stays as it is.
     """
     from ..measure.pages import siblings, write_page
 

@@ -42,7 +42,10 @@ def verify(
         typer.Option(metavar="float32|float16|bfloat16", help="What the runtime computes in. (default its usual one)"),
     ] = None,
 ) -> None:
-    """Load an export with its stock reader, or run it where it is served, and compare it with the run."""
+    """Compare an export with its run.
+
+    The export is loaded with its stock reader; with --runtime it is run where it is served.
+    """
     if runtime is not None:
         _in_runtime(folder, runtime, run=run, tolerance=tolerance, python=python, dtype=dtype)
         return

@@ -40,7 +40,7 @@ class Rotation(_Section):
         description="Where R1 stands, which spreads outliers over the hidden channels. merged: in the residual stream, "
         "free at run time (QuaRot); online: behind the norms, a Hadamard transform at the inputs of q, k, v and of "
         "gate and up, which rounds what the layers read; none: nowhere; auto: merged, or none in a model whose norms "
-        "make that harmful.",
+        "make that harmful (why: docs/methods.md#rotations).",
     )
     r2: bool = Field(default=True, description="Rotate the values of each head, between V and O. Free at run time.")
     r3: bool = Field(default=False, description="Rotate queries and keys after RoPE, online: for low-bit keys.")
@@ -55,7 +55,7 @@ class Rotation(_Section):
     scale: bool = Field(
         default=False,
         description="Balance the channels of every input against the weights that read them, before it is rotated, and "
-        "of quantized keys against the queries. Free at run time.",
+        "of quantized keys against the queries. Free at run time (why: docs/methods.md#balance).",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the random signs of the Hadamard matrices.")
     seeds: int = Field(
@@ -100,7 +100,8 @@ class Weights(_Section):
         default=1.0,
         ge=0,
         le=1,
-        description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows.",
+        description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows "
+        "(why recipes take a part of it: docs/methods.md#target).",
     )
     refine: int = Field(default=8, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
     starts: int = Field(
@@ -111,7 +112,8 @@ class Weights(_Section):
     tabu: float = Field(
         default=2.0,
         ge=0,
-        description="Moves of a tabu search after refinement, for each input channel of a row; 0: none.",
+        description="Moves of a tabu search after refinement, for each input channel of a row; 0: none "
+        "(why: docs/methods.md#tabu-search).",
     )
     drift: bool = Field(
         default=True, description="Let O and down also make up for what the residual stream has lost before them."
@@ -132,7 +134,7 @@ class Weights(_Section):
         default=128,
         ge=0,
         description="Values are weighed by the attention of every n-th query, so that this many rows remain for each "
-        "input channel; 0: of all queries.",
+        "input channel; 0: of all queries (why: docs/methods.md#values).",
     )
     value_output: bool = Field(
         default=True, description="Weigh the errors of values by the output projection; false: alike, as aespa does."
@@ -160,7 +162,7 @@ class Activations(_Section):
     search: bool = Field(
         default=True,
         description="Every token chooses its clip ratio as the model runs, by its least squared error, in place of "
-        "clip; none is clipped at more than 4 bits.",
+        "clip; none is clipped at more than 4 bits (why: docs/methods.md#clip-ratios).",
     )
 
 
@@ -179,7 +181,8 @@ class Cache(_Section):
     )
     center: bool = Field(
         default=True,
-        description="Round keys without what all keys of a head have in common, their mean over the calibration text.",
+        description="Round keys without what all keys of a head have in common, their mean over the calibration text "
+        "(why: docs/methods.md#keys).",
     )
     sink: int = Field(
         default=0,
