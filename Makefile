@@ -13,8 +13,8 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify memory ranks \
-	speed limits clean
+.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify runtimes memory ranks \
+	speed clean
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +72,9 @@ real: $(STAMP)  ## methods times recipes on MODEL, measured on TEXT, by CALIBRAT
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py
 
+runtimes: $(STAMP)  ## run exports in vLLM, GPTQModel, mlx-lm, llama.cpp, each in a .venv of its own: benchmarks/runtimes.md
+	$(BIN)/python benchmarks/runtimes.py $(ARGS)
+
 memory: $(STAMP)  ## peak memory of 4 and of 32 blocks (ARGS=--large: and of a model of the shape of Llama-3-8B)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
@@ -80,9 +83,6 @@ ranks: $(STAMP)  ## one rank against two on this machine, in benchmarks/ranks.md
 
 speed: $(STAMP)  ## seconds by stage of the quantizer (ARGS: --threads 0 for all, --write, ...)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
-
-limits: $(STAMP)  ## what the arithmetic needs, and a run on many GPUs: benchmarks/limits.md, scaling.md
-	$(BIN)/python benchmarks/limits.py
 
 ##@ Environment
 setup: $(STAMP)  ## create .venv with all that the other targets need; each of them does

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .export.runtime.lora import add_lora
     from .pipeline.recipe.recipe import Recipe
 
-__all__ = ["InputError", "Recipe", "RunError", "add_lora", "load", "quantize"]
+__all__ = ["InputError", "Recipe", "RunError", "load", "quantize"]
 
 # The command line loads torch only when a command computes. While `python -m rotoboa` imports this package,
 # argv[0] is -m, as it is while `python -m other` imports a package that imports this one.
@@ -39,10 +38,6 @@ def __getattr__(name: str) -> Any:
         from .pipeline.recipe.recipe import Recipe
 
         return Recipe
-    if name == "add_lora":
-        from .export.runtime.lora import add_lora
-
-        return add_lora
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -79,7 +74,7 @@ def quantize(
 
     silent = not is_watched() if quiet is None else quiet
     with Progress(quiet=silent or launch.rank() > 0) as progress:
-        return stages.quantize(run, device=device, progress=progress)
+        return stages.quantize(run, device=device, progress=progress).to_json()
 
 
 def load(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

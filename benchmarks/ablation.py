@@ -24,7 +24,7 @@ import typer
 from common import HERE, QUICK, command_of, content, file_name, fingerprint, measure, shown, side_by_side
 
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
-from rotoboa.pipeline.storage.run_folder import write_text
+from rotoboa.pipeline.storage.atomic import write_text
 
 RECIPES = ("w2a16", "w3a16", "w4a4kv4", "w2a4kv4")
 SETTING: dict[str, Any] = {"evaluation.split": "validation", "evaluation.windows": 64}
@@ -40,8 +40,6 @@ DEFAULT = "default"
 LEVERS: dict[str, dict[str, tuple[Any, Any]]] = {
     "residual compensation": {"weights.alpha": (1.0, 0.0)},
     "drift of the residual stream": {"weights.drift": (True, False)},
-    "tokens weighted": {"weights.token_weights": (True, False)},
-    "values by quantized attention": {"weights.sequential": (True, False)},
     "refinement": {"weights.refine": (8, 0)},
     "several starts": {"weights.starts": (3, 1)},
     "tabu search": {"weights.tabu": (2.0, 0.0)},

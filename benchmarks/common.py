@@ -23,7 +23,6 @@ PLAIN: dict[str, Any] = {
     "weights.grid": "hessian",
     "weights.alpha": 0.0,
     "weights.drift": False,
-    "weights.token_weights": False,
     "weights.refine": 0,
     "weights.starts": 1,
     "weights.tabu": 0,
@@ -36,6 +35,8 @@ PLAIN: dict[str, Any] = {
     "cache.sink": 0,
 }
 """GPTQ as published: no residual compensation, no refinement, columns in their order."""
+OFF: dict[str, Any] = dict.fromkeys(("evaluation.baseline", "evaluation.references", "evaluation.report"), False)
+"""What is left out of a run that is measured for one figure."""
 QUICK: dict[str, Any] = {
     "calibration.samples": 8,
     "calibration.sequence_length": 1024,
@@ -55,8 +56,7 @@ STYLE = (
 def measure(recipe: str, changes: Mapping[str, Any] | None = None, *, device: str | None = None) -> dict[str, Any]:
     """The report of one run of `recipe` on the embedded model with some fields changed."""
     with tempfile.TemporaryDirectory() as folder:
-        off = dict.fromkeys(("evaluation.baseline", "evaluation.references", "evaluation.report"), False)
-        overrides = {"model": "tiny", "output": folder + "/run", **off, **(changes or {})}
+        overrides = {"model": "tiny", "output": folder + "/run", **OFF, **(changes or {})}
         return rotoboa.quantize(build_recipe(load_recipe(recipe), overrides), device=device)
 
 

@@ -8,17 +8,21 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu_page import BLOCKS, markdown
 from torch import Tensor
 from transformers import LlamaConfig
 
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block import solving
+from rotoboa.boa.block.block import quantize_block
+from rotoboa.boa.block.context import BlockContext, BlockResult, Share, Streams, shared_copy
 from rotoboa.boa.online.attention import NAME
+from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.stopwatch import Stopwatch
 from rotoboa.export.packing import pack_block
 from rotoboa.models.decoder import Decoder
@@ -44,19 +48,27 @@ _FRAMES = -8  # of a traceback: the innermost ones
 _LONGEST = 6000  # characters of it
 
 
-class Timed(BlockQuantizer):
-    """Also adds up the seconds of the solver by projection, in `solved`."""
+class Timed:
+    """Solves projections, and adds up the seconds of each in `solved`; inside, it is what all steps of a block call."""
 
-    solved: dict[str, float]
+    def __init__(self) -> None:
+        self.solved: dict[str, float] = {}
+        self._solve = solving.solve_together
+        self._patch = mock.patch.object(solving, "solve_together", self)
 
-    def _solve(self, *problems: Any) -> None:
-        if len(problems) > 1:
-            super()._solve(*problems)
-            return
-        start = now(self.decoder.device)
-        super()._solve(*problems)
-        name = ", ".join(name.rpartition(".")[2] for name in problems[0].names)
-        self.solved[name] = self.solved.get(name, 0.0) + now(self.decoder.device) - start
+    def __call__(self, context: BlockContext, layers: Sequence[solving.Layers]) -> BlockResult:
+        start = now(context.decoder.device)
+        found = self._solve(context, layers)
+        name = ", ".join(name.rpartition(".")[2] for name in layers[0].names)
+        self.solved[name] = self.solved.get(name, 0.0) + now(context.decoder.device) - start
+        return found
+
+    def __enter__(self) -> Timed:
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
 
 
 class Bench:
@@ -200,22 +212,22 @@ class Bench:
         rotated_after, buffers = now(self.device), self.buffers()
         full, quantized = self.streams(buffers, samples)
         began = now(self.device)
-        solver = Timed(
-            decoder, block, settings_of(recipe), spec_of(recipe, rotations).transforms(decoder.shape),
-            batch=self.batch, empty=buffers.empty, release=buffers.release,
+        transforms = spec_of(recipe, rotations).transforms(decoder.shape)
+        context = BlockContext(
+            decoder, block, shared_copy(block), settings_of(recipe), transforms,
+            Share.of(Ranks(), len(full), self.batch), empty=buffers.empty, release=buffers.release,
         )  # fmt: skip
-        solver.solved = {}
-        with watch:
-            solver.run(full, quantized)
+        with watch, Timed() as timed:
+            found = quantize_block(context, Streams(full, quantized))
         ended = now(self.device)
-        pack_block(solver.results, others, recipe.weights.bits, torch.bfloat16)
+        pack_block(found.results, others, recipe.weights.bits, torch.bfloat16)
         return {
             "seconds": ended - began,
             "rotation": rotated_after - start,
             "packing": now(self.device) - ended,
             "stages": watch.seconds(),
-            "solver by projection": solver.solved,
-            "losses": solver.losses,
+            "solver by projection": timed.solved,
+            "losses": found.losses,
             "streams on": full.device.type,
         }
 

@@ -18,9 +18,9 @@ from rotoboa.boa.kernels import dispatch as kernels
 from rotoboa.boa.kernels.compiled import COLUMNS
 from rotoboa.boa.precision import quick_products
 from rotoboa.boa.solver.tabu import WIDTH
-from rotoboa.pipeline.estimate.counting import Sizes
-from rotoboa.pipeline.estimate.counting_run import Plan
-from rotoboa.pipeline.estimate.counting_run import block as counted
+from rotoboa.boa.stopwatch import STAGES
+from rotoboa.pipeline.estimate.counting import whole
+from rotoboa.pipeline.estimate.workload import Plan, Sizes
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 MOVES = 256  # of a tabu search that is timed
@@ -171,7 +171,11 @@ def case(bench: Bench, name: str) -> None:
     """Blocks of one case; the last one's figures, extrapolated, are kept after each of them."""
     preset, changes = CASES[name]
     recipe = build_recipe(load_recipe(preset), {"calibration.samples": bench.samples, **changes})
-    work = counted(Sizes.of(bench.decoder), Plan.of(recipe, bench.length, None))
+    sizes = Sizes.of(bench.decoder)
+    work = {
+        name: (found.products + found.wide) / sizes.shape.blocks
+        for name, found in whole(sizes, Plan.of(recipe, bench.length, None)).items()
+    }
     blocks: list[dict[str, Any]] = []
     while len(blocks) < RUNS and (not blocks or bench.elapsed < bench.limit):
         if bench.device.type == "cuda":
@@ -181,17 +185,13 @@ def case(bench: Bench, name: str) -> None:
         blocks.append(last)
         each = last["seconds"] + last["rotation"]
         stages = {"rotation": last["rotation"], **last["stages"]}
-        stages = {stage: stages[stage] for stage in work if stages.get(stage, 0.0) > 0}
+        stages = {stage: stages[stage] for stage in STAGES if stages.get(stage, 0.0) > 0}
         found = {
             "blocks": blocks,
             "seconds a block": each,
             f"seconds of {BLOCKS} blocks": BLOCKS * each,
             "stages": stages,
-            "teraflops": {
-                stage: (work[stage].products + work[stage].wide) / seconds / 1e12
-                for stage, seconds in stages.items()
-                if work[stage].products + work[stage].wide > 0
-            },
+            "teraflops": {stage: work[stage] / seconds / 1e12 for stage, seconds in stages.items() if work.get(stage)},
             "peak_memory_bytes": peak(bench.device),
         }
         bench.keep(f"cases/{name}", found)

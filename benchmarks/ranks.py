@@ -1,5 +1,4 @@
-"""One rank against several on this machine: seconds by stage and bytes on the wire beside their estimate, and whether
-the answer is the same.
+"""One rank against several on this machine: seconds by stage, bytes on the wire, and whether the answer is the same.
 
     python benchmarks/ranks.py                          # one and two ranks, the embedded model by w2a16
     python benchmarks/ranks.py --ranks 1,2,4 --recipe w4a4kv4 --samples 32
@@ -10,7 +9,6 @@ rank, waiting among them. Writes benchmarks/ranks.md.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -25,9 +23,7 @@ from common import HERE, perplexity
 from safetensors.torch import load_file
 
 from rotoboa.export.packing import unpack
-from rotoboa.pipeline.estimate.plan import estimate_here
-from rotoboa.pipeline.estimate.scaling import Estimate
-from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.storage.files import read_report
 
 TABLE = HERE / "ranks.md"
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -47,7 +43,7 @@ def run(count: int, recipe: str, samples: int, folder: Path) -> dict[str, Any]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     crossed = int(LOOPBACK.read_text()) - before if LOOPBACK.exists() and count > 1 else 0
-    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    report = read_report(output).to_json()
     return {"report": report, "loopback": crossed, "integers": integers(output, report["recipe"]["weights"]["bits"])}
 
 
@@ -61,60 +57,29 @@ def integers(folder: Path, bits: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def estimated(counts: list[int], recipe: str, samples: int) -> dict[int, dict[str, Estimate]]:
-    """What `inspect` would say of the same runs, by stage; of what the plan has apart `wire` is left to the table."""
-    torch.set_num_threads(1)
-    settings = build_recipe(
-        load_recipe(recipe),
-        {"model": "tiny", "calibration.samples": samples, "evaluation.baseline": False, "evaluation.references": False},
-    )
-    return {count: estimate_here(settings, count) for count in counts}
-
-
-APART = ("plain forward pass", "evaluation")  # stages of an estimate that are no part of quantization
-
-
-def table(found: dict[int, dict[str, Any]], plans: dict[int, dict[str, Estimate]], recipe: str, samples: int) -> str:
-    """Markdown: each count's measurement beside its estimate."""
+def table(found: dict[int, dict[str, Any]], recipe: str, samples: int) -> str:
+    """Markdown: what each count of ranks took."""
     counts, reports = list(found), {count: one["report"] for count, one in found.items()}
     first = reports[counts[0]]
     length = first["tokens"]["calibration"][1]
     rows: list[tuple[str, list[str]]] = []
 
-    def add(name: str, measured: dict[int, str], planned: dict[int, str] | None = None) -> None:
-        rows.append((name, [cell for n in counts for cell in (measured[n], "" if planned is None else planned[n])]))
+    def add(name: str, measured: dict[int, str]) -> None:
+        rows.append((name, [measured[n] for n in counts]))
 
-    def bold(cells: dict[int, str]) -> dict[int, str]:
-        return {n: f"**{cell}**" for n, cell in cells.items()}
-
-    add(
-        "plain forward pass, s",
-        {n: f"{reports[n]['plain_forward_seconds']:.1f}" for n in counts},
-        {n: f"{plans[n]['plain forward pass'].total:.1f}" for n in counts},
-    )
-    whole = {n: sum(part.total for name, part in plans[n].items() if name not in APART) for n in counts}
-    add(
-        "**quantize, s**",
-        bold({n: f"{reports[n]['seconds']['quantize']:.1f}" for n in counts}),
-        bold({n: f"{seconds:.1f}" for n, seconds in whole.items()}),
-    )
+    add("plain forward pass, s", {n: f"{reports[n]['plain_forward_seconds']:.1f}" for n in counts})
+    add("**quantize, s**", {n: f"**{reports[n]['seconds']['quantize']:.1f}**" for n in counts})
     for name in first["stages"]:
-        add(
-            f"· {name}",
-            {n: f"{reports[n]['stages'].get(name, 0.0):.1f}" for n in counts},
-            {n: f"{plans[n].get(name, Estimate()).total:.1f}" for n in counts},
-        )
+        add(f"· {name}", {n: f"{reports[n]['stages'].get(name, 0.0):.1f}" for n in counts})
     ranks = {n: reports[n].get("ranks", {}).get("bytes", {}) for n in counts}
     share = {n: 2 * (n - 1) / n for n in counts}
     add(
         "summed by all-reduce, MB sent by each rank",
         {n: f"{share[n] * ranks[n].get('sum', 0) / 1e6:.1f}" for n in counts},
-        {n: f"{plans[n].get('sums', Estimate()).wire / 1e6:.1f}" for n in counts},
     )
     add(
         "broadcast (results of the solver, tokens, the model for evaluation), MB",
-        {n: f"{ranks[n].get('spread', 0) / 1e6:.1f}" for n in counts},
-        {n: f"{plans[n].get('results', Estimate()).wire / 1e6:.1f} (results)" for n in counts},
+        {n: f"{ranks[n].get('broadcast', 0) / 1e6:.1f}" for n in counts},
     )
     add("facts (JSON), MB", {n: f"{ranks[n].get('values', 0) / 1e6:.2f}" for n in counts})
     add("crossed the loopback interface, MB", {n: f"{found[n]['loopback'] / 1e6:.1f}" for n in counts})
@@ -128,11 +93,10 @@ def table(found: dict[int, dict[str, Any]], plans: dict[int, dict[str, Estimate]
         f"The embedded model by `{recipe}`, {samples} sequences of {length} tokens, gloo, "
         f"{platform.machine()} with {os.cpu_count()} cores, torch {torch.__version__}. "
         "`make ranks` writes this file. Seconds are those of the first rank, what it waited for the others among "
-        "them. An all-reduce of S bytes on n ranks sends 2 (n - 1) / n S from each; broadcasts are counted as given. "
-        "Estimates are those of `rotoboa inspect`, from counted operations and rates measured on this machine.",
+        "them. An all-reduce of S bytes on n ranks sends 2 (n - 1) / n S from each; broadcasts are counted as given.",
         "",
-        "| | " + " | ".join(f"{n} rank{'s' if n > 1 else ''} | estimated" for n in counts) + " |",
-        "|---|" + "---|" * (2 * len(counts)),
+        "| | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in counts) + " |",
+        "|---|" + "---|" * len(counts),
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
     ]
     return "\n".join(lines) + "\n"
@@ -146,7 +110,7 @@ def main(
     """Measure, and write the table."""
     with tempfile.TemporaryDirectory() as folder:
         found = {int(count): run(int(count), recipe, samples, Path(folder)) for count in ranks.split(",")}
-    text = table(found, estimated(list(found), recipe, samples), recipe, samples)
+    text = table(found, recipe, samples)
     TABLE.write_text(text, encoding="utf-8")
     print(text)
 

@@ -23,7 +23,7 @@ from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline.job.calibration import load_texts
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.recipe_files import build_recipe
-from rotoboa.pipeline.storage.run_folder import write_json, write_text
+from rotoboa.pipeline.storage.atomic import write_json, write_text
 
 NAMES = ("RTN", "GPTQ", "BoA", "TurboBoA", "aespa", "default")
 REPORTED: dict[str, Any] = {

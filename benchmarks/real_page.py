@@ -14,6 +14,7 @@ from methods import METHODS, PLACEMENTS, Case, mean, settings
 from rotoboa.eval.drawing.charts import Chart, legend, log_scale, span
 from rotoboa.eval.drawing.source_figures import kl_by_source
 from rotoboa.eval.drawing.source_tables import BY_BLOCK, markdown, markdown_by_block, measured_on
+from rotoboa.eval.results import Sources
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 Results = dict[str, dict[str, float]]
@@ -141,10 +142,10 @@ def sources_picture(sources: Mapping[str, Mapping[str, Any]], model: str) -> str
     return standalone(kl_by_source(_labelled(sources), f"KL with one quantizer on alone, {shown(model)}").svg)
 
 
-def _labelled(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _labelled(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Sources]:
     keys = {key: key.split(" | ") for key in sources}
     return {
-        recipe + ("" if transform == "rotation" else f", {_turned(transform)}"): sources[key]
+        recipe + ("" if transform == "rotation" else f", {_turned(transform)}"): Sources.model_validate(sources[key])
         for key, (recipe, _, transform, _) in keys.items()
     }
 
@@ -162,7 +163,7 @@ def source_lines(sources: Mapping[str, Mapping[str, Any]], name: str) -> list[st
     lines[-1] += measured_on(next(iter(labelled.values())))
     lines += ["", *markdown(labelled, "recipe"), "", f"![KL by source]({name}-sources.svg)", "", BY_BLOCK, ""]
     for label, entry in labelled.items():
-        if len(entry["kl"]) > 2:
+        if len(entry.kl) > 2:
             lines += [f"### {label}, by block", "", *markdown_by_block(entry), ""]
     return lines
 

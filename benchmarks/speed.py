@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                    W2A16, W3A16 and W4A4KV4, on one thread
     python benchmarks/speed.py --threads 2        with so many threads
-    python benchmarks/speed.py --write            speed.json and speed.md, of this machine
+    python benchmarks/speed.py --write            speed.json and speed.md, of this machine, and the factors of `inspect`
 
 On one thread seconds are the processor's: whatever else runs on the machine does not count. With more of them they are
 the clock's, and the machine should be quiet. A plain forward pass is one over the same calibration set, in the same
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -53,7 +54,7 @@ def run(recipe: str, threads: int, changes: dict[str, str]) -> dict[str, Any]:
     report = report_of(recipe, changes)
     rates = measured(torch.device("cpu"), time.perf_counter)
     return {
-        "rates": {kind: getattr(rates, kind) for kind in ("products", "wide", "elements", "bandwidth")},
+        "rates": rates.rates,
         "stages": report["stages"],
         "quantize": report["seconds"]["quantize"],
         "total": report["seconds"]["total"],
@@ -129,11 +130,41 @@ def markdown(figures: dict[str, Any]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
+def factors(figures: dict[str, Any]) -> dict[str, float]:
+    """How many times as long as its counts each stage of an estimate took: the median over recipes."""
+    from common import OFF
+    from transformers import AutoConfig
+
+    from rotoboa.models.aliases import resolve_model
+    from rotoboa.models.decoder import Decoder
+    from rotoboa.pipeline.estimate.counting import ROUNDING, whole
+    from rotoboa.pipeline.estimate.machines import Machine
+    from rotoboa.pipeline.estimate.workload import Plan, Sizes
+    from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
+
+    model = resolve_model("tiny")
+    sizes = Sizes.of(Decoder(AutoConfig.from_pretrained(model.source)))
+    found: dict[str, list[float]] = {}
+    for name, result in figures["results"].items():
+        samples, length = result["calibration"]
+        recipe = build_recipe(load_recipe(name), {**OFF, **figures["changes"], "calibration.samples": samples})
+        stages: dict[str, float] = result["stages"]
+        taken = {stage: seconds for stage, seconds in stages.items() if stage not in ROUNDING}
+        taken |= {stage: result[stage] for stage in ("plain forward pass", "evaluation")}
+        taken["rounding"] = sum(stages.get(stage, 0.0) for stage in ROUNDING)
+        taken["rotation, packing, head"] = result["quantize"] - sum(stages.values()) + stages["rotation"]
+        machine, windows = Machine("", **result["rates"]), recipe.evaluation.windows or model.windows
+        for stage, work in whole(sizes, Plan.of(recipe, length, windows)).items():
+            if taken.get(stage):
+                found.setdefault(stage, []).append(taken[stage] / machine.seconds(work))
+    return {stage: round(median(values), 2) for stage, values in found.items()}
+
+
 def main(
     threads: Annotated[int, typer.Option(min=0, help="Of torch; 0 for all.")] = 1,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe; may be repeated. (default three)")] = None,
     change: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE of the recipe, to try something.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Write speed.json and speed.md beside this file.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write speed.json, speed.md and factors.json.")] = False,
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Print seconds by stage."""
@@ -153,6 +184,8 @@ def main(
     if write:
         (HERE / "speed.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (HERE / "speed.md").write_text(markdown(figures), encoding="utf-8")
+        target = HERE.parent / "pipeline" / "estimate" / "factors.json"
+        target.write_text(json.dumps(factors(figures), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ Worked example, 4 bits: the row `[1, 2, 3]` is the one word `0x321`.
 
 Eight values are `bits` bytes when packed and one 64-bit lane when not, so all eight move at once: three times the lower
 and the upper half of what a lane holds are drawn apart, or together. Rows go in parts, so that temporaries stay small.
+
+The words are those of compressed-tensors' `pack_to_int32`; a test holds every bit. Its own functions are too slow where
+words are cut as a model runs: on one core a 4096 x 4096 matrix takes 6 to 25 ms to pack here and 200 to 215 there, 10
+to 19 to unpack here and 235 to 310 there (22 of 4 bits).
 """
 
 from __future__ import annotations

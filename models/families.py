@@ -13,6 +13,9 @@ from typing import Any
 
 from ..errors import InputError
 
+SITES = ("qkv", "output", "gate_up", "down")
+"""The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
+
 
 @dataclass(frozen=True)
 class Merged:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +15,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..errors import InputError, RunError
 from ..export.finished import Finished
-from ..export.formats import compressed_tensors, gguf, gptq
+from ..export.formats import compressed_tensors, gguf, gptq, mlx
 from ..export.formats.card import licence_of, write_card
+from ..export.formats.card_facts import Base, Figures
 from ..export.record import RECORD, digest, write_record
 from ..export.spec import METHOD
 from ..export.writing import SHARD_BYTES, write_checkpoint
 from ..models.aliases import HUB_ID, resolve_model
 from .recipe.recipe import Recipe
 from .recipe.recipe_files import recipe_to_yaml
-from .storage.run_folder import RECIPE, REPORT, RunFolder, recipe_of, write_json, write_text
+from .storage.atomic import write_json, write_text
+from .storage.files import REPORT, read_report
+from .storage.run_folder import RunFolder, recipe_of
+from .storage.run_report import Report
+from .storage.run_writer import RECIPE
 
 
 class Format(NamedTuple):
@@ -44,6 +49,7 @@ FORMATS: Mapping[str, Format] = {
     "gptq": Format(gptq.check, gptq.write),
     "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1)),
     "gguf": Format(gguf.check, gguf.write),
+    "mlx": Format(mlx.check, mlx.write),
 }
 
 
@@ -98,37 +104,35 @@ def export(
 
 def open_finished(folder: RunFolder) -> Finished:
     """A run as exports read it."""
-    blocks = [folder.block_path(index) for index in range(len(folder.manifest["blocks"]))]
+    blocks = [folder.block_path(index) for index in range(len(folder.manifest.blocks))]
     return Finished.open(folder.path / "model", blocks)
 
 
 def blocks_digest(folder: RunFolder) -> str:
     """Which run it is, by the checksums of its blocks."""
-    return digest([entry["sha256"] for entry in folder.manifest["blocks"]])
+    return digest([entry.sha256 for entry in folder.manifest.blocks])
 
 
 def describe(folder: RunFolder, finished: Finished, format_name: str, where: Path, final: Path) -> None:
     """Write model card, recipe, report and export.json into `where`, which will be at `final`."""
     recipe = _public(recipe_of(folder.path))
-    report = _public_report(_read_report(folder.path), recipe)
-    base = report["base"]
-    yaml = recipe_to_yaml(recipe)
+    report = read_report(folder.path)
+    base = report.base or Base(recipe.model, False, None)
+    public, yaml = _public_report(report, recipe, base), recipe_to_yaml(recipe)
     write_text(where / RECIPE, yaml)
-    write_json(where / REPORT, report)
+    write_json(where / REPORT, public)
     weights = sorted((*where.glob("*.safetensors"), *where.glob("*.gguf")))
     files = {file.name: file.stat().st_size for file in weights}
-    write_card(where, format_name, finished.spec, report, yaml, base=base, files=files)
+    figures = Figures(public["perplexity"], public["tokens"]["evaluation"], report.bos, report.sizes.original)
+    write_card(where, format_name, finished.spec, figures, yaml, base=base, files=files)
     write_record(where, format_name, folder.path, final, blocks_digest(folder))
 
 
-def base_of(name: str, checkpoint: Path) -> dict[str, Any]:
+def base_of(name: str, checkpoint: Path) -> Base:
     """What a model card says of the base model: hub id or name, and its licence."""
     model = resolve_model(name)
-    return {
-        "model": Path(name).name or name if model.is_local else model.source,
-        "hub": not model.is_local,
-        "licence": licence_of(checkpoint),
-    }
+    called = Path(name).name or name if model.is_local else model.source
+    return Base(called, not model.is_local, licence_of(checkpoint))
 
 
 def _public(recipe: Recipe) -> Recipe:
@@ -148,29 +152,17 @@ def _name(value: str) -> str:
     return value if HUB_ID.fullmatch(value) and not Path(value).exists() else Path(value).name or value
 
 
-def _public_report(report: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _public_report(report: Report, recipe: Recipe, base: Base) -> dict[str, Any]:
     """What a report says of the model, without the machine that made it: no times, no memory, no paths."""
-    public = {key: report[key] for key in ("sizes", "versions", "seeds", "bos") if key in report}
+    found = report.to_json()
+    public: dict[str, Any] = {key: found[key] for key in ("sizes", "versions", "seeds", "bos") if key in found}
     measured = {
-        key: {_name(dataset): values for dataset, values in (report.get(key) or {}).items()}
+        key: {_name(dataset): values for dataset, values in found.get(key, {}).items()}
         for key in ("perplexity", "divergence")
     }
-    tokens = dict(report.get("tokens") or {})
-    tokens["evaluation"] = {_name(dataset): shape for dataset, shape in (tokens.get("evaluation") or {}).items()}
-    return {
-        "base": report.get("base") or {"model": recipe.model, "hub": False, "licence": None},
-        **measured,
-        "tokens": tokens,
-        **public,
-        "recipe": recipe.model_dump(mode="json"),
-    }
-
-
-def _read_report(run: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run / REPORT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{run / REPORT} cannot be read ({error}): run the recipe again.") from error
+    tokens = dict(found.get("tokens", {}))
+    tokens["evaluation"] = {_name(dataset): shape for dataset, shape in tokens.get("evaluation", {}).items()}
+    return {"base": asdict(base), **measured, "tokens": tokens, **public, "recipe": recipe.model_dump(mode="json")}
 
 
 def shard_size(text: str) -> int:

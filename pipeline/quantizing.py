@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..boa.block.block import BlockQuantizer
+from ..boa.block.block import quantize_block
+from ..boa.block.context import BlockContext, BlockResult, Share, Streams, needs_full, shared_copy
 from ..boa.stopwatch import Stopwatch, stage
 from ..errors import RunError
 from ..export.packing import pack_block, unpack_block
@@ -17,21 +18,25 @@ from .console.progress import Progress
 from .job.job import Job
 from .job.sharing import own_share, shared_block
 from .measure.measuring import peak_so_far
+from .recipe.settings import moves_head
 from .storage.buffers import trim
+from .storage.manifest import BlockEntry
 from .storage.prefetch import Prefetcher
-from .storage.run_folder import RunFolder
+from .storage.run_writer import FollowedRun
 
 
 def quantize_blocks(
-    job: Job, folder: RunFolder, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
+    job: Job, folder: FollowedRun, tokens: Tensor, outer: OuterLayers, progress: Progress, prefetcher: Prefetcher
 ) -> tuple[Tensor, Tensor]:
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
     tokens = tokens[share.start : share.stop]
-    full, quantized = (job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype) for _ in range(2))
+    follows = needs_full(job.settings, family) or moves_head(job.recipe) or bool(family.experts)
+    full = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
+    quantized = job.buffers.empty(*full.shape, dtype=compute.dtype) if follows else full
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(outer, tokens[i : i + 1])[0]
-    finished = len(folder.manifest["blocks"])
+    finished = len(folder.manifest.blocks)
     transforms = job.spec.transforms(compute.shape)
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
@@ -47,31 +52,34 @@ def quantize_blocks(
         projections = {f"{name}.weight" for name in family.projections}
         others = {name: tensor for name, tensor in rotated.items() if name not in projections}
         del rotated  # in float64 it is twice as large as the block
-        solver = BlockQuantizer(
+        with watch, stage("forward"):
+            own = Share.of(ranks, len(full), job.recipe.calibration.batch)
+        context = BlockContext(
             compute,
             block,
+            shared_copy(block),
             job.settings,
             transforms,
-            batch=job.recipe.calibration.batch,
-            report=partial(_show, progress, index),
+            own,
             previous=previous,
+            references=job.recipe.evaluation.references and previous is None,
+            report=partial(_show, progress, index),
             empty=job.buffers.empty,
             release=job.release,
-            references=job.recipe.evaluation.references and previous is None,
-            ranks=ranks,
+            follows_full=follows,
         )
         try:
             with watch:
-                solver.run(full, quantized)
+                found = quantize_block(context, Streams(full, quantized))
         except ValueError as error:
             raise RunError(f"block {index}, {error}: look for NaN, Inf or huge values in the checkpoint.") from error
         if previous is None:
-            for name, damping in solver.damping.items():
+            for name, damping in found.damping.items():
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
-            others |= solver.folded | solver.centers
-            pack = partial(pack_block, solver.results, others, job.spec.bits, job.checkpoint.dtype)
+            others |= found.folded | found.centers
+            pack = partial(pack_block, found.results, others, job.spec.bits, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
-            entry = spent | _found(solver)
+            entry = BlockEntry.model_validate({"index": index, **spent, **_told(found)})
             prefetcher.write(
                 index, pack if ranks.rank == 0 else dict, entry, peak_memory_bytes=peak_so_far(job, folder)
             )
@@ -81,21 +89,21 @@ def quantize_blocks(
     return full, quantized
 
 
-def _found(solver: BlockQuantizer) -> dict[str, Any]:
+def _told(found: BlockResult) -> dict[str, Any]:
     """What the manifest says of a block that was quantized: losses by layer, what was out of the way."""
-    layers: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in solver.losses.items()}
-    for key, found in (
-        ("objective", solver.objectives),
-        ("fallback_tokens", solver.fallbacks),
-        ("damping", solver.damping),
+    layers: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in found.losses.items()}
+    for key, values in (
+        ("objective", found.objectives),
+        ("fallback_tokens", found.fallbacks),
+        ("damping", found.damping),
     ):
-        for name, value in found.items():
+        for name, value in values.items():
             layers[name][key] = value
     entry: dict[str, Any] = {"layers": layers}
-    if solver.channel_scales:
-        entry["zfold"] = {site: scales.summary() for site, scales in solver.channel_scales.items()}
-    if solver.output_error is not None:
-        entry["output_error"] = solver.output_error
+    if found.channel_scales:
+        entry["zfold"] = {site: scales.summary() for site, scales in found.channel_scales.items()}
+    if found.output_error is not None:
+        entry["output_error"] = found.output_error
     return entry
 
 

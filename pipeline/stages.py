@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from .console.sizes import bits_of_file, exported_sizes, was_tied
 from .estimate.footprint import disk_bytes
 from .exporting import base_of, describe, open_finished
 from .job.checks import length_of
+from .job.clock import Clock
 from .job.identity import checkpoint_checksums, identity, tokens_checksum
 from .job.job import Job, prepare
 from .job.notices import early_notices
@@ -48,15 +48,19 @@ from .quantizing import quantize_blocks
 from .ranks.distributed import joined, shared_by
 from .recipe.recipe import Recipe
 from .recipe.recipe_files import recipe_to_yaml
-from .rotating.balancing import Balance, read_scales
+from .rotating.balancing import Balance, balanced
 from .rotating.outside_blocks import corrected_head, rotated_outer_layers
 from .rotating.placing import noise_of_r1, settle
 from .rotating.seeds import choose_seed
+from .storage.atomic import write_json, write_tensors
+from .storage.files import REPORT
 from .storage.prefetch import Prefetcher
-from .storage.run_folder import REPORT, RunFolder, write_json, write_tensors
+from .storage.run_folder import RunFolder
+from .storage.run_report import REPORT_VERSION, Report, Seeds, Tokens
+from .storage.run_writer import FollowedRun, RunWriter
 
 
-def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | None = None) -> Report:
     """Run a recipe from its checkpoint to a finished, measured run folder; returns the report.
 
     Raises:
@@ -67,18 +71,18 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
         return _quantize(recipe, device, progress or Progress(quiet=True), ranks)
 
 
-def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ranks) -> dict[str, Any]:
-    started = time.perf_counter()
+def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ranks) -> Report:
+    clock = Clock()
     if recipe.output is None:
         raise InputError("the recipe has no output folder: give --output.")
-    job = prepare(recipe, device, ranks)
-    job.started = started
+    job = prepare(recipe, device, ranks, clock)
     length, mine = length_of(recipe, job.model, job.decoder), None
     if ranks.rank == 0:
-        mine = RunFolder(recipe.output, identity(job))
+        mine = RunWriter(recipe.output, identity(job))
         mine.at_work = ranks.tick
-        mine.manifest.setdefault("notices", early_notices(recipe, job.decoder, length) if mine.is_new else [])
-        job.found += mine.manifest["notices"]
+        if not mine.manifest.knows("notices"):
+            mine.note(notices=early_notices(recipe, job.decoder, length) if mine.is_new else ())
+        job = job.with_notices(*mine.manifest.notices)
         for notice in job.found:
             progress.log(notice)
         mine.need_space(disk_bytes(job, recipe.calibration.samples * length))
@@ -95,22 +99,21 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
             for name in evaluated
         }
         tasks = tasks_of(job, recipe.evaluation.tasks, recipe.evaluation.tasks_path)
-    if ranks.rank == 0:
-        files = checkpoint_checksums(job, folder.manifest.get("files", {}), progress)
+    if mine is not None:
+        files = checkpoint_checksums(job, mine.manifest.files, progress)
         texts = {"calibration": tokens, **{f"evaluation {name}": text for name, text in windows.items()}}
-        folder.identify(
-            checkpoint={name: entry["sha256"] for name, entry in files.items()},
+        mine.identify(
+            checkpoint={name: entry.sha256 for name, entry in files.items()},
             text={name: tokens_checksum(text) for name, text in texts.items()},
             bos=job.bos,
         )
-        folder.manifest["files"] = files
+        mine.note(files=files)
         if job.model.is_local:  # a relative name means another folder, or a hub id, from elsewhere
-            folder.manifest["checkpoint_folder"] = str(job.checkpoint.folder.resolve())
-        folder.finished_blocks()
-    job.go_on(folder.manifest.get("seconds", {}))
-    folder.clock = job.spent
+            mine.note(checkpoint_folder=str(job.checkpoint.folder.resolve()))
+        mine.finished_blocks()
+    clock.go_on(folder.manifest.seconds)
     try:
-        folder.start(recipe_to_yaml(recipe))
+        folder.start(recipe_to_yaml(recipe), clock.spent)
         return _run(job, folder, tokens, windows, tasks, progress)
     except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError, SafetensorError) as error:
         what = str(error).rstrip(".") or type(error).__name__
@@ -123,36 +126,26 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
 
 def _run(
     job: Job,
-    folder: RunFolder,
+    folder: FollowedRun,
     tokens: Tensor,
     windows: Mapping[str, Tensor],
     tasks: Tasks | None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Report:
     """The long work. Each result is in the manifest as soon as it is there, and is not worked out again."""
-    recipe, known, ranks = job.recipe, folder.manifest, job.ranks
-    if "r1_noise" not in known:
-        folder.keep(r1_noise=noise_of_r1(job, tokens, progress))
-    told = len(job.found)
-    settle(job, known["r1_noise"])
-    for notice in job.found[told:] if ranks.rank == 0 else ():
-        progress.log(notice)
-    if "rotation_seed" not in known:
-        folder.keep(rotation_seed=choose_seed(job, tokens, progress))
-    seed = known["rotation_seed"]
-    job.rotations = job.rotations.reseeded(seed)
-    if "plain_forward_seconds" not in known:
+    recipe, ranks = job.recipe, job.ranks
+    job, seed = _decided(job, folder, tokens, progress)
+    if not folder.manifest.knows("plain_forward_seconds"):
         first = ranks.rank == 0
         balance = Balance(job, tokens.shape[1]) if recipe.rotation.scale and first else None
-        profile = ActivationProfile(job) if recipe.evaluation.report and first else None
+        profile = ActivationProfile(job, balance) if recipe.evaluation.report and first else None
         seconds = plain_forward(job, tokens, progress, [part for part in (balance, profile) if part is not None])
         if balance is not None:
             balance.write(folder.path)
         if profile is not None:
             write_tensors(folder.path / ACTIVATIONS, profile.tensors())
         folder.keep(plain_forward_seconds=seconds)
-    if recipe.rotation.scale:
-        read_scales(job, folder.path)
+    job = balanced(job, folder.path)
     if not ranks.broadcast_value(ranks.rank == 0 and folder.is_exported()):
         outer = rotated_outer_layers(job)
         prefetcher = Prefetcher(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
@@ -168,49 +161,65 @@ def _run(
                 folder.keep(model=folder.model_files())
             ranks.broadcast_value()  # wait for it
     outer = shared_outer_layers(job, folder)
-    measured = perplexities(job, folder, windows, outer, progress)
+    perplexity, divergence = perplexities(job, folder, windows, outer, progress)
+    more: dict[str, Any] = shared_by(ranks)
     if recipe.evaluation.sources:
-        if "sources" not in known:
+        if not folder.manifest.knows("sources"):
             folder.keep(sources=measure_sources(job, folder, windows, outer, progress))
-        measured["sources"] = known["sources"]
+        more["sources"] = folder.manifest.sources
     if tasks:
-        measured["tasks"] = task_scores(job, folder, tasks, progress)
-    peak, blocks = peak_so_far(job, folder), known["blocks"]
+        more["tasks"] = task_scores(job, folder, tasks, progress)
+    peak, known = peak_so_far(job, folder), folder.manifest
     if ranks.rank > 0:
-        found: dict[str, Any] = ranks.broadcast_value()
-        return found
-    report = {
-        "model": job.model.name,
-        "base": base_of(job.model.name, job.checkpoint.folder),
-        **measured,
-        "tokens": {"calibration": list(tokens.shape), "evaluation": shapes(windows)},
-        "bos": job.bos,
-        "seconds": job.spent(),
-        "stages": stage_seconds(blocks),
-        "parts": known["parts"],
-        "plain_forward_seconds": known["plain_forward_seconds"],
-        "peak_memory_bytes": peak,
-        "sizes": sizes(job, folder),
-        "memory": loaded(job, tokens.shape[1], tied=outer.tied),
-        "was_tied": was_tied(job.decoder),
-        "bits_per_weight": bits_per_weight(job, folder),
-        "bits_per_weight_of_file": bits_of_file(exported_sizes(folder.path / "model"), job.decoder),
-        "raised_damping": raised_damping(blocks),
-        "versions": known["identity"]["versions"],
-        "notices": [*job.notices, *fallback_notices(blocks)],
-        "python": platform.python_version(),
-        "device": device_name(job.decoder.device),
-        "recipe": recipe.model_dump(mode="json"),
-        "seeds": {"rotation": seed, "calibration": recipe.calibration.seed},
-        **shared_by(ranks),
-    }
-    write_json(folder.path / REPORT, report)
+        return Report.model_validate(ranks.broadcast_value())
+    report = Report(
+        version=REPORT_VERSION,
+        model=job.model.name,
+        base=base_of(job.model.name, job.checkpoint.folder),
+        perplexity=perplexity,
+        divergence=divergence,
+        tokens=Tokens(calibration=(len(tokens), tokens.shape[1]), evaluation=shapes(windows)),
+        bos=job.bos,
+        seconds=job.clock.spent(),
+        stages=stage_seconds(known.blocks),
+        parts=known.parts,
+        plain_forward_seconds=known.plain_forward_seconds,
+        peak_memory_bytes=peak,
+        sizes=sizes(job, folder),
+        memory=loaded(job, tokens.shape[1], tied=outer.tied),
+        was_tied=was_tied(job.decoder),
+        bits_per_weight=bits_per_weight(job, folder),
+        bits_per_weight_of_file=bits_of_file(exported_sizes(folder.path / "model"), job.decoder),
+        raised_damping=raised_damping(known.blocks),
+        versions=known.identity.versions,
+        notices=(*job.notices, *fallback_notices(known.blocks)),
+        python=platform.python_version(),
+        device=device_name(job.decoder.device),
+        recipe=recipe.model_dump(mode="json"),
+        seeds=Seeds(rotation=seed, calibration=recipe.calibration.seed),
+        **more,
+    )
+    write_json(folder.path / REPORT, report.to_json())
     describe(folder, open_finished(folder), "native", folder.path / "model", folder.path / "model")
     folder.keep(finished=True)
     if recipe.evaluation.report:
         write_page(folder.path, siblings(folder.path))
-    ranks.broadcast_value(report)
+    ranks.broadcast_value(report.to_json())
     return report
+
+
+def _decided(job: Job, folder: FollowedRun, tokens: Tensor, progress: Progress) -> tuple[Job, int]:
+    """The job with its rotations where and as calibration text has them best, and the seed of their signs."""
+    if not folder.manifest.knows("r1_noise"):
+        folder.keep(r1_noise=noise_of_r1(job, tokens, progress))
+    settled = settle(job, folder.manifest.r1_noise)
+    for notice in settled.found[len(job.found) :] if job.ranks.rank == 0 else ():
+        progress.log(notice)
+    if folder.manifest.rotation_seed is None:
+        folder.keep(rotation_seed=choose_seed(settled, tokens, progress))
+    seed = folder.manifest.rotation_seed
+    assert seed is not None
+    return settled.reseeded(seed), seed
 
 
 def _groups(job: Job, folder: RunFolder, outer: OuterLayers) -> Iterator[dict[str, Tensor]]:

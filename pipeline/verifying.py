@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from ..boa.online.attention import NAME
 from ..errors import InputError, RunError
 from ..export.finished import Finished
-from ..export.formats import compressed_tensors, gguf_reader, gptq
+from ..export.formats import compressed_tensors, gguf_reader, gptq, mlx
 from ..export.formats.native import load_native
 from ..export.reading import read_config
-from ..export.record import check_files, read_record
+from ..export.record import Record, check_files, read_record
 from ..export.runtime.linear import QuantizedLinear
 from ..export.runtime.prepared import packed_block
 from ..models.decoder import Decoder
 from ..models.tokenizer import read_tokenizer
 from .exporting import blocks_digest, open_finished
-from .storage.run_folder import MANIFEST, RunFolder
+from .storage.files import MANIFEST
+from .storage.run_folder import RunFolder
 
 # Half prose, half code; long enough that every position is not the first.
 _TEXT = '''"""Count the words of a file, and print the most frequent ones.
@@ -93,15 +94,9 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
         export = export / "model"
     record = read_record(export)
     check_files(export, record)
-    where = run or Path(os.path.normpath(export.resolve() / record.run))
-    if not (where / MANIFEST).is_file():
-        raise InputError(f"the run of {export} is not in {where}: give it with --run.")
-    folder = RunFolder.open(where)
-    if blocks_digest(folder) != record.blocks:
-        raise InputError(f"{export} was made from another run than {where}: give the right one with --run.")
+    finished = run_of(export, record, run)
     if record.format not in READERS:
         raise InputError(f"{export} is in the format {record.format}, which this release of rotoboa does not read.")
-    finished = open_finished(folder)
     ids = sample(finished)
     expected = run_logits(finished, ids, plain=record.format != "native")
     deviation = float(expected.std())
@@ -122,6 +117,21 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
         agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
         results.append(Verified(record.format, reader, difference, deviation, agreement, limit if judged else None))
     return results
+
+
+def run_of(export: Path, record: Record, run: Path | None) -> Finished:
+    """The run that an export was made from: in `run`, or where the export says.
+
+    Raises:
+        InputError: it is not there, or another one is.
+    """
+    where = run or Path(os.path.normpath(export.resolve() / record.run))
+    if not (where / MANIFEST).is_file():
+        raise InputError(f"the run of {export} is not in {where}: give it with --run.")
+    folder = RunFolder.open(where)
+    if blocks_digest(folder) != record.blocks:
+        raise InputError(f"{export} was made from another run than {where}: give the right one with --run.")
+    return open_finished(folder)
 
 
 def sample(run: Finished) -> Tensor:
@@ -174,6 +184,12 @@ def _native(export: Path, ids: Tensor) -> Tensor:
 def _gptq(export: Path, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = gptq.read(export)(ids).logits
+    return logits
+
+
+def _mlx(export: Path, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = mlx.read(export)(ids).logits
     return logits
 
 
@@ -255,6 +271,7 @@ READERS: Mapping[str, Mapping[str, tuple[bool, Callable[[Path, Tensor], Tensor]]
     "compressed-tensors": {"transformers": (True, _compressed_tensors)},
     "gptq": {"rotoboa's reader": (True, _gptq)},
     "gptq-v1": {"rotoboa's reader": (True, _gptq)},
+    "mlx": {"rotoboa's reader": (True, _mlx)},
     # llama.cpp rounds activations to 8 bits, whatever the file says: it is shown, and not judged.
     "gguf": {"transformers": (True, _gguf), "llama.cpp": (False, _llama)},
 }

@@ -27,7 +27,6 @@ from torch import Tensor
 from ..models.families import Family
 from ..models.shape import Shape
 
-SITES = ("qkv", "output", "gate_up", "down")
 HEADS = ("keys", "queries")
 
 

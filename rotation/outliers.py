@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.decoder import Decoder
+from ..models.families import SITES
 from .hadamard import Hadamard
 from .rotate import Rotations
 
-SITES = ("qkv", "output", "gate_up", "down")
-"""The inputs of the linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
 GRID = (64, 128)  # tokens and channels of a picture, at most
 PICTURES = 8  # blocks of which pictures are kept, at most
 

@@ -1,1 +1,1 @@
-"""One decoder block, true-sequential: what is shared, its halves (attention, MLP, experts), its output."""
+"""One decoder block, true-sequential: what does not change, the steps (fold, attention, MLP, experts), its output."""

@@ -1,102 +1,70 @@
-"""One decoder block, true-sequential: queries and keys; values; the output projection; gate and up; down.
-
-Two streams of hidden states run through it. The full-precision one says what each layer should have computed, the
-quantized one, with activation and cache quantizers on, what it is given.
-"""
+"""One decoder block, true-sequential: queries and keys; values; the output projection; gate and up; down."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
 from ..objective.objective import is_finite
 from ..precision import quick_products
-from ..solver.rounding import Quantized
 from ..stopwatch import stage
-from .block_output import BlockOutput, Rounded, learn_block
-from .experts_half import ExpertsHalf
-from .fold_half import ChannelFold
+from .attention_step import center_keys, quantize_attention
+from .block_output import learn_output
+from .context import BlockContext, BlockResult, Streams
+from .experts_step import quantize_experts
+from .fold_step import fold_channels
+from .mlp_step import quantize_mlp
 
 
-class BlockQuantizer(ChannelFold, ExpertsHalf):
-    """Quantizes the projections of one block.
+@torch.no_grad()
+@stage("forward")
+def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
+    """Quantize the projections of a block, and move both streams through it, in place.
 
-    Args:
-        decoder: makes and runs blocks.
-        block: the block, its norms folded and rotated as the recipe asks.
-        settings: of the rounding.
-        transforms: online rotations and quantizers.
-        batch: sequences computed at a time.
-        report: called with each projection's name and its loss relative to that of a zero weight.
-        done: results of an earlier run by projection; these are used as they are.
-        empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
-        release: called after each batch, so that what lies in files need not stay in memory.
-        references: also measure RTN and plain GPTQ on each projection's objective.
-        ranks: the processes that quantize the block together, each with some of the sequences.
+    Of several ranks each gives the streams of its own sequences, and all get the same results. Afterwards
+    `context.quantized` has dequantized weights.
 
-    After `run`: `results` holds each projection's integers (r, c), scale and zero (r, groups), `losses` the relative
-    loss of each, `objectives` what `relative_losses` finds of each where `references` are asked for, `damping` that of
-    the projections whose Hessian needed more than the settings say, `quantized` the block with dequantized weights,
-    `fallbacks` the projections of experts that saw too few tokens, with their number, `channel_scales` what Z-Fold
-    found by site, and `folded` the norms and biases that it changed, `centers` that of the keys, by its name inside the
-    block; where the method is brecq, `losses` and `objectives` are those of the solution that it starts from, and
-    `output_error` holds the error of the block's output there and at the end.
+    Raises:
+        ValueError: a weight, an objective or a stream is not finite, or an objective stays indefinite; the message
+            names the projections, or the half of the block that the stream has just left.
     """
+    with quick_products(context.decoder.device):
+        _check_weights(context)
+        _check_streams(context, streams, "")
+        found = fold_channels(context, streams.full)
+        context, centers = center_keys(context, streams)
+        found |= centers
+        if context.settings.method != "brecq" or context.previous is not None:
+            return found | _quantize_layers(context, streams)
+        before = streams.copy(context.empty)
+        found |= _quantize_layers(context, streams)
+        found |= learn_output(context, found.results, before.quantized, streams.full)
+        # Moved again with what is learned, as a run that goes on from its results moves them.
+        streams.restore(before)
+        _quantize_layers(replace(context, previous=found.results), streams)
+        return found
 
-    output_error: tuple[float, float] | None = None
 
-    @torch.no_grad()
-    @stage("forward")
-    def run(self, full: Tensor, quantized: Tensor) -> None:
-        """Quantize, and move both streams (sequences, length, hidden) through the block, in place.
+def _quantize_layers(context: BlockContext, streams: Streams) -> BlockResult:
+    """Layer after layer, each given what those before it make of the quantized stream."""
+    f = context.family
+    found = quantize_attention(context, streams)
+    _check_streams(context, streams, f.output)
+    found |= (quantize_experts if f.experts else quantize_mlp)(context, streams)
+    _check_streams(context, streams, f.mlp if f.experts else f.down)
+    return found
 
-        Of several ranks each gives the streams of its own sequences, and all get the same results.
 
-        Raises:
-            ValueError: a weight, an objective or a stream is not finite, or an objective stays indefinite; the message
-                names the projections, or the half of the block that the stream has just left.
-        """
-        self._share(len(full))
-        with quick_products(self.decoder.device):
-            self._through(full, quantized)
+def _check_weights(context: BlockContext) -> None:
+    for name in context.family.projections:
+        if not torch.stack(context.weight(name).aminmax()).isfinite().all():
+            raise ValueError(f"{name}: its weight holds NaN or Inf")
 
-    def _through(self, full: Tensor, quantized: Tensor) -> None:
-        for name in self.family.projections:
-            if not torch.stack(self._weight(name).aminmax()).isfinite().all():
-                raise ValueError(f"{name}: its weight holds NaN or Inf")
-        self._check("", full, quantized)
-        self._fold(full)
-        learns = self.settings.method == "brecq" and self.previous is None
-        streams = (full, quantized)
-        before = [self.empty(*part.shape, dtype=part.dtype).copy_(part) for part in streams if learns]
-        self._halves(full, quantized)
-        if learns:
-            self._learn(before[1], full)
-            # Moved again with what is learned, as a run that goes on from its results moves them.
-            for stream, given in zip(streams, before, strict=True):
-                stream.copy_(given)
-            self._halves(full, quantized)
 
-    @stage("refinement")
-    def _learn(self, given: Tensor, wanted: Tensor) -> None:
-        """All projections on the output of the block; `done` are the results then."""
-        weighted, bits = self.settings.token_weights, self.settings.bits
-        output = BlockOutput(self.decoder, self.quantized, self.transforms, given, wanted, weighted=weighted)
-        start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in self.results.items()}
-        found, *errors = learn_block(output, start, bits, self.settings.learning, self.batch)
-        self.output_error = (errors[0], errors[1])
-        self.results = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
-        self.previous = self.results
-
-    def _halves(self, full: Tensor, quantized: Tensor) -> None:
-        self._attention_half(full, quantized)
-        self._check(self.family.output, full, quantized)
-        (self._experts_half if self.family.experts else self._mlp_half)(full, quantized)
-        self._check(self.family.mlp if self.family.experts else self.family.down, full, quantized)
-
-    def _check(self, layer: str, full: Tensor, quantized: Tensor) -> None:
-        """Find NaN and Inf in the streams after the layer that has just written to them."""
-        for name, stream in (("full-precision", full), ("quantized", quantized)):
-            if not all(is_finite(part) for part in stream.split(self.batch)):
-                where = f"{layer}: the {name} stream after it" if layer else f"the {name} stream that comes in"
-                raise ValueError(f"{where} holds NaN or Inf")
+def _check_streams(context: BlockContext, streams: Streams, layer: str) -> None:
+    """Find NaN and Inf in the streams after the layer that has just written to them."""
+    for name, stream in (("full-precision", streams.full), ("quantized", streams.quantized)):
+        if not all(is_finite(part) for part in stream.split(context.share.batch)):
+            where = f"{layer}: the {name} stream after it" if layer else f"the {name} stream that comes in"
+            raise ValueError(f"{where} holds NaN or Inf")

@@ -1,5 +1,7 @@
 """Learned rounding on the output of a whole block, by backpropagation: BRECQ (arXiv 2102.05426).
 
+`learn_output` is the step of a block; `learn_block` needs no more than the block's output error.
+
 The loss is the mean squared difference of the block's output, given the quantized stream, from the full-precision
 stream. All projections are learned at once, from a rounded solution, with the variables, the regulariser and the
 schedule of `learned`; only the gradient by a weight comes from autograd instead of from an objective.
@@ -15,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ...models.decoder import Decoder
+from ...models.families import SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
-from ..online.transforms import INPUT_SITES, OnlineTransforms
+from ..online.transforms import OnlineTransforms
 from ..solver.learned import Learning, penalty_slope, rectified, side_and_variables, slope_
+from ..solver.rounding import Quantized
+from ..stopwatch import stage
+from .context import BlockContext, BlockResult
 
 TOKENS = 1024  # of one step of Adam
 SAMPLE = 4096  # tokens that units and the first direction are measured on
@@ -43,6 +49,24 @@ class Rounded:
     zero: Tensor
 
 
+@stage("refinement")
+def learn_output(context: BlockContext, results: Mapping[str, Quantized], given: Tensor, wanted: Tensor) -> BlockResult:
+    """All projections on the output of the block, from what the other steps found.
+
+    Args:
+        context: of the block, whose weights are not changed.
+        results: where it starts; scales and zero points stay.
+        given: (sequences, length, hidden), what the block reads in the quantized stream.
+        wanted: (sequences, length, hidden), what it puts out in the full-precision one.
+    """
+    settings = context.settings
+    output = BlockOutput(context.decoder, context.quantized, context.transforms, given, wanted)
+    start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in results.items()}
+    found, before, after = learn_block(output, start, settings.bits, settings.learning, context.share.batch)
+    learned = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
+    return BlockResult(learned, output_error=(before, after))
+
+
 class BlockOutput:
     """The output error of one block as a function of its projections' weights.
 
@@ -52,20 +76,12 @@ class BlockOutput:
         transforms: rotations and quantizers between its layers.
         given: (sequences, length, hidden), what the block reads.
         wanted: (sequences, length, hidden), what it should put out.
-        weighted: count a token by one over the mean square of what is wanted of it, as the norms that read it do.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        block: nn.Module,
-        transforms: OnlineTransforms,
-        given: Tensor,
-        wanted: Tensor,
-        *,
-        weighted: bool = False,
+        self, decoder: Decoder, block: nn.Module, transforms: OnlineTransforms, given: Tensor, wanted: Tensor
     ) -> None:
-        self.decoder, self.block, self.given, self.wanted, self.weighted = decoder, block, given, wanted, weighted
+        self.decoder, self.block, self.given, self.wanted = decoder, block, given, wanted
         self.transforms = straight_through(transforms)
 
     def error(self, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
@@ -76,10 +92,7 @@ class BlockOutput:
         with transformed(self.decoder, self.block, self.transforms):
             arguments = self.decoder.arguments(self.block, x.shape[1])
             output: Tensor = torch.func.functional_call(self.block, named, (x,), arguments)
-        error = (output - wanted).square().mean(-1)
-        if self.weighted:
-            error = error / wanted.square().mean(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
-        return error.mean()
+        return (output - wanted).square().mean(-1).mean()
 
     def whole(self, weights: Mapping[str, Tensor], batch: int) -> float:
         """The error over all sequences, `batch` at a time."""
@@ -173,7 +186,7 @@ def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
             return None
         return StraightThrough(*(getattr(quantizer, field.name) for field in fields(DynamicQuantizer)))
 
-    for site in INPUT_SITES:
+    for site in SITES:
         transform = getattr(transforms, site)
         transforms = transforms.with_input(site, replace(transform, quantizer=pass_through(transform.quantizer)))
     attention = transforms.attention

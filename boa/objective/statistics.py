@@ -42,30 +42,6 @@ def _has_bfloat16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-class KeyMean:
-    """The mean of a block's keys over all tokens, by head."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count: Tensor | None = None
-
-    def add(self, key: Tensor) -> None:
-        """One batch, (batch, key heads, length, head_dim)."""
-        self.total = _plus(self.total, key.sum((0, 2)))
-        self.count = _plus(self.count, key.new_tensor([key.shape[0] * key.shape[2]]))
-
-    def sums(self) -> dict[str, list[Tensor]]:
-        """As `totals.Statistics` has it."""
-        return {name: [part] for name in ("total", "count") if (part := getattr(self, name)) is not None}
-
-    @property
-    def mean(self) -> Tensor:
-        """(key heads, head_dim)."""
-        if self.total is None or self.count is None:
-            raise ValueError("no calibration tokens were seen")
-        return self.total / self.count
-
-
 class InputStatistics:
     """H_in = X_q X_q^T of one linear input, and what its target is made from: R = (X_f - X_q) X_q^T, or Y X_q^T.
 
@@ -79,9 +55,7 @@ class InputStatistics:
         self.tokens: Tensor | None = None  # how many, (1,)
 
     @stage("input statistics")
-    def add(
-        self, full: Tensor | None, quantized: Tensor, wanted: Tensor | None = None, *, stream: Tensor | None = None
-    ) -> None:
+    def add(self, full: Tensor | None, quantized: Tensor, wanted: Tensor | None = None) -> None:
         """One batch of tokens.
 
         Args:
@@ -89,16 +63,10 @@ class InputStatistics:
             quantized: (..., c), its input in the quantized one.
             wanted: (..., r), Y: what the layer should put out, without its bias. A layer with fewer outputs than inputs
                 is cheaper to describe by these.
-            stream: (..., hidden), the residual stream that the outputs end in. A token then counts by one over its mean
-                square, since every norm that reads the stream divides by that; None counts tokens alike.
         """
         x = quantized.reshape(-1, quantized.shape[-1])
         difference = None if full is None else full.reshape(x.shape) - x
         wanted = None if wanted is None else wanted.reshape(len(x), -1)
-        if stream is not None:
-            weight = stream.square().mean(-1).clamp_min(torch.finfo(stream.dtype).tiny).rsqrt().reshape(-1, 1)
-            x = x * weight
-            difference, wanted = (None if part is None else part * weight for part in (difference, wanted))
         self.h_in = torch.zeros(2 * x.shape[1:], dtype=x.dtype, device=x.device) if self.h_in is None else self.h_in
         add_gram(self.h_in[None], x[None])
         if difference is not None:

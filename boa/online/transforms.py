@@ -11,8 +11,6 @@ from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 from .attention import AttentionTransform
 
-INPUT_SITES = ("qkv", "output", "gate_up", "down")
-
 
 @dataclass(frozen=True)
 class InputTransform:

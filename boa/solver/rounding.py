@@ -34,11 +34,10 @@ class Settings:
     | gptq | the objective's | identity | all |
     | boa | the objective's | the objective's | `rows` of each head at a time |
     | adaround, aespa | learned from the result of gptq, boa: see `learned` | | |
-    | brecq | as boa; `BlockQuantizer` goes on from there | | |
+    | brecq | as boa; `learn_output` of `boa.block` goes on from there | | |
 
-    `drift`, `token_weights`, `sequential`, `value_rows` and `value_output` say what the objective is collected from:
-    see `BlockQuantizer`. `zfold` names the sites whose input channels get a scale of their own first: see
-    `rotation.channels`.
+    `drift`, `value_rows` and `value_output` say what the objective is collected from: see the steps of `boa.block`.
+    `zfold` names the sites whose input channels get a scale of their own first: see `rotation.channels`.
     """
 
     bits: int
@@ -54,8 +53,6 @@ class Settings:
     starts: int = 3
     tabu: float = 2.0
     drift: bool = True
-    token_weights: bool = False
-    sequential: bool = False
     zfold: tuple[str, ...] = ()
     value_rows: int = 128
     value_output: bool = True

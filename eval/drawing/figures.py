@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...models.families import SITES
 from .charts import INK, Chart, legend, log_scale, span, whole_numbers
 
-SITES = {"qkv": "Q, K and V", "output": "the output projection", "gate_up": "gate and up", "down": "down"}
+WORDS = dict(zip(SITES, ("Q, K and V", "the output projection", "gate and up", "down"), strict=True))
 STATES = {"before": "before rotation", "after": "after rotation"}
 METHODS = {"quantized": "this run", "gptq": "plain GPTQ", "rtn": "RTN"}
-PLACES = {"qkv": "Q, K, V", "output": "O", "gate_up": "gate, up", "down": "down"}
+PLACES = dict(zip(SITES, ("Q, K, V", "O", "gate, up", "down"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def pictured_block(activations: Mapping[str, np.ndarray]) -> int:
 
 def pictured_site(activations: Mapping[str, np.ndarray], block: int) -> str:
     """The site of a block whose kurtosis the rotation lowers most."""
-    return list(SITES)[int(np.nanargmax(_gains(activations)[block]))]
+    return SITES[int(np.nanargmax(_gains(activations)[block]))]
 
 
 def _gains(activations: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -78,7 +79,7 @@ def surfaces(activations: Mapping[str, np.ndarray], site: str, block: int) -> Pi
             axes.set_box_aspect((1.4, 1.2, 1), zoom=0.95)
             for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
                 axis.set_pane_color((0, 0, 0, 0))
-    title = f"Magnitude of the inputs of {SITES[site]}, block {block}"
+    title = f"Magnitude of the inputs of {WORDS[site]}, block {block}"
     text = (
         f"Height is the absolute value, the same scale in both: the largest is {pair[0].max():.3g} before and "
         f"{pair[1].max():.3g} after. A rotation spreads a token's outliers over all its channels."
@@ -89,7 +90,7 @@ def surfaces(activations: Mapping[str, np.ndarray], site: str, block: int) -> Pi
 def pictures(activations: Mapping[str, np.ndarray], block: int) -> list[Picture]:
     """Heat maps of every site, before and after, at one logarithmic scale each."""
     found = []
-    for site, words in SITES.items():
+    for site, words in WORDS.items():
         names = [f"{state}.picture.{site}.{block}" for state in STATES]
         if not all(name in activations for name in names):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -14,14 +14,17 @@ import yaml
 from . import costs, figures, source_figures
 from .figures import Layer, Picture
 
+if TYPE_CHECKING:
+    from ...pipeline.storage.run_report import Report, ShownRecipe, ShownRotation
+
 
 @dataclass(frozen=True)
 class Contents:
     """All that a page shows.
 
     Attributes:
-        report: the run's report.json.
-        rows: runs to compare as `pipeline.compare.comparison` has them, the page's own first.
+        report: what the run came to.
+        rows: runs to compare as `pipeline.measure.comparing.comparison` has them, the page's own first.
         columns: the same as a table to read: titles, and a cell for each row.
         layers: losses of each projection of each block; empty where there are none.
         block_seconds: how long each block took, by its index.
@@ -30,7 +33,7 @@ class Contents:
         datasets: what to call each data set.
     """
 
-    report: Mapping[str, Any]
+    report: Report
     rows: Sequence[Mapping[str, Any]]
     columns: Sequence[tuple[str, Sequence[str]]]
     layers: Sequence[Layer]
@@ -59,23 +62,22 @@ def page(contents: Contents) -> str:
     words = (
         f"This run beside {others} other{'s' if others > 1 else ''}." if others else "What was measured of this run."
     )
-    if report.get("bos"):
+    if report.bos:
         words += " Every window of text, in calibration and evaluation, begins with the tokenizer's BOS."
-    device, versions = report.get("device", ""), report.get("versions") or {}
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return environment.from_string(template).render(
         name=contents.rows[0]["run"],
-        summary=_summary(contents.rows[0], report["recipe"]),
+        summary=_summary(contents.rows[0], report.shown),
         tiles=_tiles(contents),
         runs_text=words,
         columns=contents.columns,
         sections=[section for section in sections if section.pictures],
-        made=f"On {device}, with Python {report.get('python', '')}, {listed}.",
-        recipe=yaml.safe_dump({k: v for k, v in report["recipe"].items() if k != "output"}, sort_keys=False),
+        made=f"On {report.device}, with Python {report.python}, {listed}.",
+        recipe=yaml.safe_dump({k: v for k, v in report.recipe.items() if k != "output"}, sort_keys=False),
     )
 
 
-def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def _summary(row: Mapping[str, Any], recipe: ShownRecipe) -> str:
     bits = row["bits"]
     widths = {
         "weights": bits["weights"],
@@ -85,21 +87,21 @@ def _summary(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     }
     ways = {"activations": f" by token in groups of {row['activation_group']}"} if row["activation_group"] else {}
     low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
-    sink = (recipe.get("cache") or {}).get("sink")  # of older runs there is none
+    sink = recipe.cache.sink
     if sink and min(bits["keys"], bits["values"]) < 16:
         low += f", but for the first {sink} positions" if sink > 1 else ", but for the first position"
-    turned = _turned(recipe["rotation"])
+    turned = _turned(recipe.rotation)
     return f"{row['model']}: {low}; {turned}; rounded by {row['method']}."
 
 
-def _turned(rotation: Mapping[str, Any]) -> str:
+def _turned(rotation: ShownRotation) -> str:
     """The rotations of a recipe in words; of older runs r1 is true or false."""
     places = {"online": ["R1 behind the norms"], "none": [], False: [], "auto": ["R1 where it helps"]}
-    names = [*places.get(rotation["r1"], ["R1"])]
-    names += [name.upper() for name in ("r2", "r3", "r4") if rotation.get(name)]
-    names += ["heads"] if rotation.get("heads") else []
+    names = [*places.get(rotation.r1, ["R1"])]
+    names += [name.upper() for name in ("r2", "r3", "r4") if getattr(rotation, name)]
+    names += ["heads"] if rotation.heads else []
     turned = f"rotated by {', '.join(names)}" if names else "not rotated"
-    return f"channels balanced, {turned}" if rotation.get("scale") else turned
+    return f"channels balanced, {turned}" if rotation.scale else turned
 
 
 def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
@@ -175,7 +177,7 @@ def _losses(contents: Contents) -> Section:
 
 
 def _sources(contents: Contents) -> Section:
-    found = contents.report.get("sources")
+    found = contents.report.sources
     if not found:
         return Section("Sources", [], [])
     words = [

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+from ..results import Sources
 from .charts import Chart, legend, log_scale, span, whole_numbers
 from .figures import Picture
 from .source_tables import BY_BLOCK, LABELS, known, measured_on
 
 
-def kl_by_source(entries: Mapping[str, Mapping[str, Any]], title: str = "KL with one quantizer on alone") -> Picture:
+def kl_by_source(entries: Mapping[str, Sources], title: str = "KL with one quantizer on alone") -> Picture:
     """Points, a row for each source: what each entry has there, by its label.
 
     Args:
-        entries: what `pipeline.sources.measure_sources` found of a run, by what to call it.
+        entries: what was found of a run, by what to call it.
         title: of the picture; no other on a page may have it.
     """
     names = known(entries.values())
-    low, high = span([entry["kl"][name] for entry in entries.values() for name in names if name in entry["kl"]], 1.4)
+    low, high = span([entry.kl[name] for entry in entries.values() for name in names if name in entry.kl], 1.4)
     with Chart(height=0.7 + 0.26 * len(names)) as chart:
         axes = chart.axes[0]
         for series, (label, entry) in enumerate(entries.items()):
-            have = [(i, entry["kl"][name]) for i, name in enumerate(names) if entry["kl"].get(name, 0) > 0]
+            have = [(i, entry.kl[name]) for i, name in enumerate(names) if entry.kl.get(name, 0) > 0]
             titles = [f"{LABELS[names[i]]}, {label}: {kl:.4f}" for i, kl in have]
             at = [i + 0.7 * ((series + 0.5) / len(entries) - 0.5) for i, _ in have]
             chart.line(axes, [kl for _, kl in have], at, label, series, titles, joined=False)
@@ -36,18 +36,16 @@ def kl_by_source(entries: Mapping[str, Mapping[str, Any]], title: str = "KL with
         axes.set_xlabel("KL from full precision, nats")
         if len(entries) > 1:
             legend(chart, axes)
-    cells = [
-        [f"{entry['kl'][name]:.4f}" if name in entry["kl"] else "" for entry in entries.values()] for name in names
-    ]
+    cells = [[f"{entry.kl[name]:.4f}" if name in entry.kl else "" for entry in entries.values()] for name in names]
     rows = [[LABELS[name], *own] for name, own in zip(names, cells, strict=True)]
     measured = " ".join(dict.fromkeys(measured_on(entry) for entry in entries.values()))
     text = f"Mean over next tokens, all else in full precision. {measured}"
     return Picture(title, chart.svg(title), text, ["alone", *entries], rows)
 
 
-def errors_by_block(sources: Mapping[str, Any], title: str = "What each block adds to the residual stream") -> Picture:
+def errors_by_block(sources: Sources, title: str = "What each block adds to the residual stream") -> Picture:
     """A small chart for each source, beside all together."""
-    blocks = sources["blocks"]
+    blocks = sources.blocks
     names = known([sources])
     single = [name for name in names if name != "all"]
     bounds = span([error for name in names for error in blocks[name]])

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from ..spec import Spec
+from .card_facts import Base, Figures
 from .compressed_tensors import NAME, stock_clip
 
 FORMATS = {
@@ -21,6 +22,7 @@ FORMATS = {
     "gptq": "GPTQ, `gptq_v2`",
     "gptq-v1": "GPTQ, version 1",
     "gguf": "GGUF",
+    "mlx": "MLX, affine",
 }
 
 
@@ -53,10 +55,10 @@ def write_card(
     folder: Path,
     format_name: str,
     spec: Spec,
-    report: Mapping[str, Any],
+    figures: Figures,
     recipe: str,
     *,
-    base: Mapping[str, Any],
+    base: Base,
     files: Mapping[str, int],
 ) -> None:
     """Write README.md.
@@ -65,9 +67,9 @@ def write_card(
         folder: of the export.
         format_name: a key of `FORMATS`.
         spec: what the run is.
-        report: report.json of the run: perplexities, sizes.
+        figures: what was measured of it.
         recipe: recipe.yaml of the run.
-        base: `model`, its name or hub id; `hub`, whether it is one; `licence`, or None where it is not known.
+        base: the model that was quantized.
         files: bytes of each file with weights.
     """
     text = _template().render(
@@ -77,10 +79,10 @@ def write_card(
         base=base,
         weights="W" + str(spec.bits),
         kind=_kind(spec),
-        perplexity=report.get("perplexity") or {},
-        tokens=report.get("tokens") or {},
-        bos=report.get("bos", False),
-        original=(report.get("sizes") or {}).get("original"),
+        perplexity=figures.perplexity,
+        tokens=figures.tokens,
+        bos=figures.bos,
+        original=figures.original,
         size=sum(files.values()),
         files=files,
         recipe=recipe.strip(),

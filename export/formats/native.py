@@ -94,7 +94,7 @@ class RotoboaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on it are (`add_lora`); the integers have no gradient."""
+        """Adapters on it are; the integers have no gradient."""
         return True
 
 

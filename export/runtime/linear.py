@@ -19,8 +19,11 @@ _COLUMNS = 128  # least of a product of integers by group, by estimate: with few
 _SLOW_INTEGERS = ("NO AVX", "AVX2")  # processors where oneDNN has no kernel: 25 times a float product's time, as seen
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Linear):
     """y = dequantize(qweight) transform(x) + bias.
+
+    A linear layer to those who look for one, as PEFT does for its adapters. What they read of `weight`, its device and
+    whether it learns, is that of the packed words.
 
     Buffers, as in the files: `qweight` (out, words) int32, `scale` (out, groups) float16, `zero` (out, groups) uint8;
     the weight is `scale * (integer - zero)`. `bias` (out,) where the original has one.
@@ -40,6 +43,7 @@ class QuantizedLinear(nn.Module):
     qweight: Tensor
     scale: Tensor
     zero: Tensor
+    weight = property(lambda self: self.qweight)
 
     def __init__(
         self,
@@ -51,14 +55,14 @@ class QuantizedLinear(nn.Module):
         bias: bool = False,
         transform: InputTransform | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without a weight
         self.in_features, self.out_features, self.bits = inputs, outputs, bits
         groups = inputs // (group_size or inputs)
         self.transform = transform or InputTransform()
         self.register_buffer("qweight", torch.zeros(outputs, packed_width(inputs, bits), dtype=torch.int32))
         self.register_buffer("scale", torch.ones(outputs, groups, dtype=torch.float16))
         self.register_buffer("zero", torch.zeros(outputs, groups, dtype=torch.uint8))
-        self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay float16.

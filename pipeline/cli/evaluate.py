@@ -9,7 +9,7 @@ import typer
 
 from ..console.progress import Progress, result_table, source_table, task_table
 from ..ranks import launch
-from ..storage.files import read_json
+from ..storage.files import read_manifest
 from .command import Device, Quiet, Run, print_tables, say_idle
 
 
@@ -52,7 +52,7 @@ def evaluate(
 
     Of texts: perplexity, and divergence from full precision. What is measured whole is added to the run's report.
     """
-    read_json(run, "manifest.json")
+    read_manifest(run)
     if tasks is None and tasks_path is None:
         say_idle("no tasks are measured", limit=limit)
     elif dataset is None and not sources:

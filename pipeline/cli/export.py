@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..storage.files import read_json
+from ..storage.files import read_manifest
 from .command import Run
 
 
@@ -17,9 +17,9 @@ def export(
         str,
         typer.Option(
             "--format",
-            metavar="native|compressed-tensors|gptq|gptq-v1|gguf",
+            metavar="native|compressed-tensors|gptq|gptq-v1|gguf|mlx",
             help="native: rotoboa's own; compressed-tensors: transformers and vLLM; gptq: version 2; gptq-v1: its "
-            "version 1, symmetric alone; gguf: llama.cpp, symmetric weights of 4 or 8 bits.",
+            "version 1, symmetric alone; gguf: llama.cpp, symmetric weights of 4 or 8 bits; mlx: mlx-lm.",
         ),
     ],
     output: Annotated[
@@ -36,7 +36,7 @@ def export(
 
     Nothing is quantized again.
     """
-    read_json(run, "manifest.json")
+    read_manifest(run)
 
     from .. import exporting
 

@@ -13,7 +13,7 @@ from ..ranks import launch
 from ..recipe.fields import value_of
 from ..recipe.recipe import Recipe
 from ..recipe.recipe_files import DEFAULT_RECIPE, build_recipe, default_output, load_recipe
-from ..storage.files import read_json
+from ..storage.files import read_manifest
 from .command import Device, Quiet, print_tables
 from .options import RecipeName, overrides, with_recipe_options
 
@@ -57,13 +57,13 @@ def _resumed(run: Path, recipe: str | None, changes: dict[str, Any]) -> Recipe:
     """The recipe of an unfinished run; InputError where options ask for another one."""
     if recipe is not None:
         raise InputError(f"--resume takes the recipe of {run}: leave out --recipe, or leave out --resume.")
-    manifest = read_json(run, "manifest.json")
+    folder = read_manifest(run).checkpoint_folder
 
     from ...models.aliases import resolves_to_folder
-    from ..storage.run_folder import SAME_BYTES, recipe_of
+    from ..storage.run_folder import recipe_of
+    from ..storage.run_writer import SAME_BYTES
 
     kept = recipe_of(run).model_copy(update={"output": run})
-    folder = manifest.get("checkpoint_folder")
     if folder is not None and not resolves_to_folder(kept.model):
         raise InputError(
             f"the model of {run} is the folder '{kept.model}', which is not there from here (it was {folder}): "

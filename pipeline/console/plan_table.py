@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .human import human_size, human_time
-from .sizes import size_rows
+from .sizes import BITS, size_rows
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
@@ -23,7 +23,9 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     for name, rotation in plan["rotations"].items():
         rotations.add_row(name.upper(), rotation["where"], f"{rotation['size']:,}", rotation["construction"])
     costs = _table("Size and cost")
-    for row in size_rows({"sizes": plan["sizes"], **plan["sizes"]}):
+    bits = {name: plan["sizes"][name] for name in BITS}
+    sizes = {name: size for name, size in plan["sizes"].items() if name not in ("was_tied", *BITS)}
+    for row in size_rows(sizes, bits, plan["sizes"]["was_tied"]):
         costs.add_row(*row)
     costs.add_section()
     sequences = f"{calibration['sequences']:,} x {calibration['sequence_length']:,}"
@@ -37,19 +39,19 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     costs.add_section()
     for name, size in plan["memory"].items():
         costs.add_row(f"memory: {name}", human_size(round(size)))
-    tables = [facts, rotations, costs, _times(plan["time"], calibration)]
-    return [*tables, _scaling(plan["scaling"])] if "scaling" in plan else tables
+    return [facts, rotations, costs, _times(plan["time"], calibration)]
 
 
 def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:
-    """Operations, bytes and seconds by stage on this machine."""
-    table = _columns(f"Time, estimated, on {time['device']}", "stage", "operations", "bytes", "time")
+    """Operations and seconds by stage on this machine."""
+    table = Table(title=f"Time, estimated, on {time['device']}", title_justify="left", caption_justify="left")
+    for name in ("stage", "operations", "time"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
     for name, stage in time["stages"].items():
-        size = human_size(round(stage["bytes"]))
-        table.add_row(name, f"{stage['operations']:.2e}", size, human_time(stage["seconds"]))
+        table.add_row(name, f"{stage['operations']:.2e}", human_time(stage["seconds"]))
     table.add_section()
     without = "" if calibration["evaluation_windows"] else ", without evaluation"
-    table.add_row(f"in all{without}", "", "", human_time(time["seconds"]))
+    table.add_row(f"in all{without}", "", human_time(time["seconds"]))
     rates = ", ".join(f"{rate / 1e9:,.3g} G {kind}" for kind, rate in time["rates"].items())
     doubt = ""
     if time["disturbed"]:
@@ -62,30 +64,6 @@ def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:
         f"model on a processor: within {time['within']:g} times there, less certain on a GPU. Without reading text, "
         "and without downloads and tasks."
     )
-    return table
-
-
-def _scaling(scaling: Mapping[str, Any]) -> Table:
-    """Seconds and bytes on the wire by stage on several GPUs."""
-    what = f"{scaling['gpus']} x {scaling['machine']}, {scaling['network']}, products in {scaling['products']}"
-    table = _columns(f"{what}: an estimate", "stage", "computing", "transfer", "sent by each")
-    for name, stage in scaling["stages"].items():
-        sent = human_size(round(stage["wire"])) if stage["wire"] else ""
-        table.add_row(name, *(human_time(stage[kind]) if stage[kind] else "" for kind in ("seconds", "transfer")), sent)
-    table.add_section()
-    computing, transfer = (sum(stage[kind] for stage in scaling["stages"].values()) for kind in ("seconds", "transfer"))
-    table.add_row("in all", human_time(computing), human_time(transfer), human_size(round(scaling["wire"])))
-    table.add_row("time", human_time(scaling["seconds"]), "", "")
-    table.add_row("memory of each", human_size(round(scaling["device_memory"])), "", "")
-    fits = "" if scaling["device_memory"] <= scaling["device_has"] else "It does not fit into the memory of this GPU. "
-    table.caption = f"{fits}Published rates and what of them is assumed to be reached: pipeline/estimate/machines.py."
-    return table
-
-
-def _columns(title: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for name in names:
-        table.add_column(name, justify="left" if name == names[0] else "right")
     return table
 
 

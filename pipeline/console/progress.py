@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -18,8 +18,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ...eval.drawing import source_tables
+from ...eval.results import Distance
+from ..storage.manifest import BlockEntry
+from ..storage.run_report import Measured
 from .human import human_size, human_time
-from .sizes import size_rows
+from .sizes import BITS, size_rows
 
 MODELS = {"full_precision": "full precision", "rtn": "RTN, no rotation", "quantized": "quantized"}
 
@@ -158,15 +161,12 @@ def _show(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def result_table(report: Mapping[str, Any]) -> Table:
+def result_table(report: Measured) -> Table:
     """Perplexity and divergence: a row for each model measured, columns for each data set.
 
-    `report["perplexity"]` is {data set: {"full_precision": 9.1, "rtn": 25.0, "quantized": 9.6}}, and
-    `report["divergence"]` {data set: {"kl": 0.05, "top1": 0.9, "rtn": {"kl": 0.9, "top1": 0.5}}}; what was not
-    measured is left out or None.
+    Of a model that was not measured on any there is no row.
     """
-    perplexity: Mapping[str, Mapping[str, float | None]] = report.get("perplexity") or {}
-    divergence: Mapping[str, Mapping[str, Any]] = report.get("divergence") or {}
+    perplexity, divergence = report.perplexity, report.divergence
     table = Table(title="Perplexity", title_justify="left")
     table.add_column("model")
     for dataset in perplexity:
@@ -175,50 +175,47 @@ def result_table(report: Mapping[str, Any]) -> Table:
             table.title = "Perplexity, and divergence from full precision"
             table.add_column("KL (nats)", justify="right")
             table.add_column("same top-1", justify="right")
-    if report.get("bos") and perplexity:
+    if report.bos and perplexity:
         table.caption = "Every window of text begins with BOS."
     for key, label in MODELS.items():
-        if all(row.get(key) is None for row in perplexity.values()):
+        if all(getattr(row, key) is None for row in perplexity.values()):
             continue
         cells = []
         for dataset, row in perplexity.items():
-            cells.append(_cell(row.get(key), "{:,.3f}"))
+            cells.append(_cell(getattr(row, key), "{:,.3f}"))
             if dataset in divergence:
-                found = divergence[dataset] if key == "quantized" else divergence[dataset].get(key) or {}
-                cells += [_cell(found.get("kl"), "{:.4f}"), _cell(found.get("top1"), "{:.1%}")]
+                far = {"rtn": divergence[dataset].rtn, "quantized": divergence[dataset]}.get(key) or Distance()
+                cells += [_cell(far.kl, "{:.4f}"), _cell(far.top1, "{:.1%}")]
         table.add_row(label, *cells, style="bold" if key == "quantized" else None)
     return table
 
 
-def task_table(report: Mapping[str, Any]) -> Table:
-    """Zero-shot results: a row for each task, a column for each model, with standard errors.
-
-    `report["tasks"]` is {task: {"metric": "acc", "full_precision": 0.7, "full_precision_stderr": 0.02, "quantized":
-    0.6, "stderr": 0.02}}; `stderr` is that of the quantized model.
-    """
-    tasks: Mapping[str, Mapping[str, Any]] = report.get("tasks") or {}
+def task_table(report: Measured) -> Table:
+    """Zero-shot results: a row for each task, a column for each model, with standard errors."""
+    tasks = report.tasks
     table = Table(title="Zero-shot tasks", title_justify="left")
     table.add_column("task")
     table.add_column("metric")
-    measured = {key: label for key, label in MODELS.items() if any(key in found for found in tasks.values())}
+    measured = {
+        key: label for key, label in MODELS.items() if any(getattr(found, key) is not None for found in tasks.values())
+    }
     for label in measured.values():
         table.add_column(label, justify="right")
     for name, found in tasks.items():
-        errors = {key: found.get("stderr" if key == "quantized" else f"{key}_stderr") for key in measured}
-        cells = [_cell(found.get(key), "{:.3f}") + _cell(errors[key], " ± {:.3f}") for key in measured]
+        errors = {key: getattr(found, "stderr" if key == "quantized" else f"{key}_stderr") for key in measured}
+        cells = [_cell(getattr(found, key), "{:.3f}") + _cell(errors[key], " ± {:.3f}") for key in measured]
         average = name == "average"
-        metric = "" if average else found["metric"]
+        metric = "" if average else found.metric
         table.add_row(name, metric, *cells, style="bold" if average else None)
     return table
 
 
-def source_table(report: Mapping[str, Any]) -> Table:
-    """What each quantizer costs alone, where `report["sources"]` has it."""
-    sources: Mapping[str, Any] | None = report.get("sources")
+def source_table(report: Measured) -> Table:
+    """What each quantizer costs alone, where that was measured."""
     table = Table(title="Where the loss comes from: each quantizer alone", title_justify="left")
     for number, title in enumerate(source_tables.COLUMNS):
         table.add_column(title, justify="right" if number else "left")
-    for row in source_tables.rows(sources) if sources else ():
+    for row in source_tables.rows(report.sources) if report.sources else ():
         table.add_row(*row, style="bold" if row[0] == source_tables.LABELS["all"] else None)
     table.caption = source_tables.BY_BLOCK
     table.caption_justify = "left"
@@ -229,28 +226,23 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def cost_table(report: Mapping[str, Any]) -> Table:
-    """What it took and what it takes.
-
-    `report["seconds"]` is {stage: seconds}, sizes on disk are as of `size_rows`; `report["memory"]` has, of the loaded
-    model and of its cache, {"bfloat16": bytes, "quantized": bytes}, and of the cache the number of tokens.
-    """
+def cost_table(report: Measured) -> Table:
+    """What it took and what it takes: seconds by stage, bytes on disk as of `size_rows`, and bytes in memory."""
     table = Table(title="Time and size", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
-    for stage, seconds in (report.get("seconds") or {}).items():
+    for stage, seconds in report.seconds.items():
         table.add_row(stage.replace("_", " "), human_time(seconds))
     if table.rows:
         table.add_section()
-    for row in size_rows(report):
+    for row in size_rows(report.sizes.to_json(), {name: getattr(report, name) for name in BITS}, report.was_tied):
         table.add_row(*row)
-    memory: Mapping[str, Mapping[str, int]] = report.get("memory") or {}
-    if memory and table.rows:
+    if report.memory is not None and table.rows:
         table.add_section()
-    for name, held in memory.items():
-        of = f" of {held['tokens']:,} tokens" if "tokens" in held else ""
-        share = f"{held['quantized'] / held['bfloat16']:.0%} of bfloat16"
-        table.add_row(f"{name}{of} in memory", f"{human_size(held['quantized'])}, {share}")
+    for name, held in report.memory or ():
+        of = "" if held.tokens is None else f" of {held.tokens:,} tokens"
+        share = f"{held.quantized / held.bfloat16:.0%} of bfloat16"
+        table.add_row(f"{name}{of} in memory", f"{human_size(held.quantized)}, {share}")
     return table
 
 
@@ -260,14 +252,14 @@ def short_layer(name: str) -> str:
     return short if short != name else name.rpartition(".")[2]
 
 
-def loss_table(blocks: list[dict[str, Any]]) -> Table:
+def loss_table(blocks: Sequence[BlockEntry]) -> Table:
     """The loss of each layer of each block, as a manifest lists them; of experts the mean, as there can be hundreds."""
     columns: dict[str, None] = {}
-    rows: list[tuple[dict[str, Any], dict[str, list[float]]]] = []
+    rows: list[tuple[BlockEntry, dict[str, list[float]]]] = []
     for block in blocks:
         losses: dict[str, list[float]] = {}
-        for name, layer in (block.get("layers") or {}).items():
-            losses.setdefault(short_layer(name), []).append(layer["loss"])
+        for name, layer in block.layers.items():
+            losses.setdefault(short_layer(name), []).append(layer.loss)
         columns |= dict.fromkeys(losses)
         rows.append((block, losses))
     table = Table(title="Loss of each layer", title_justify="left")
@@ -275,6 +267,5 @@ def loss_table(blocks: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for block, losses in rows:
         cells = [f"{mean(losses[column]):.3g}" if column in losses else "" for column in columns]
-        seconds = block.get("seconds")
-        table.add_row(str(block.get("index", "")), "" if seconds is None else f"{seconds:.1f}", *cells)
+        table.add_row(str(block.index), _cell(block.seconds, "{:.1f}"), *cells)
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..storage.files import tensor_sizes
 from .human import human_size
@@ -56,17 +56,17 @@ def bits_of_file(stored: Mapping[str, int], decoder: Decoder) -> float:
     return 8 * sum(stored.values()) / parameter_count(decoder)
 
 
-def size_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Rows of a table of sizes.
+def size_rows(
+    sizes: Mapping[str, int], bits: Mapping[str, float | None], was_tied: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Rows of a table of sizes. What is not there has no row.
 
     Args:
-        found: with `sizes`, bytes: `original`, `quantized`, and `blocks`, `embedding` and `head` of it; the bits of
-            `bits_per_weight` and `bits_per_weight_of_file`; and `was_tied`. What is not there has no row.
+        sizes: bytes: `original`, `quantized`, and `blocks`, `embedding` and `head` of it.
+        bits: by the keys of `BITS`.
+        was_tied: embedding and head of the original model were one matrix.
     """
-    sizes: Mapping[str, int] = found.get("sizes") or {}
     for name, size in sizes.items():
-        if name in ("was_tied", *BITS):
-            continue
         label, shown = name.replace("_", " "), human_size(size)
         if name == "quantized" and sizes.get("original"):
             shown += f", {size / sizes['original']:.0%} of the original"
@@ -74,9 +74,9 @@ def size_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             label = "embedding, which is the head"
         elif name == "head" and not size:
             continue
-        elif name == "head" and found.get("was_tied"):
+        elif name == "head" and was_tied:
             label = "head, which was the embedding"
         yield ("  " if name in ("blocks", "embedding", "head") else "") + label, shown
     for name, of in BITS.items():
-        if found.get(name) is not None:
-            yield f"bits per weight of {of}", f"{found[name]:.3f}"
+        if (width := bits.get(name)) is not None:
+            yield f"bits per weight of {of}", f"{width:.3f}"

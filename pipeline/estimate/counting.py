@@ -1,54 +1,43 @@
-"""Operations and bytes of a run, counted from sizes alone: what `inspect`, benchmarks/limits.md and scaling.md go by.
+"""Operations of a run by stage, counted from sizes: what `inspect` divides by the rates of a machine.
 
-A multiplication and an addition are two operations. What is counted is what the arithmetic needs (of a symmetric
-product one half, of causal attention the pairs that see each other), and the code's own passes through it. Bytes are
-those that cross to memory when every torch operation reads its operands and writes its result once; what the compiled
-columns of a block keep in a processor's cache is not among them. Stages have the names of `boa.stopwatch.STAGES`.
+A multiplication and an addition are two. Counted are the terms that grow fastest: the matrix products of forward
+passes, of statistics and of rounding, factorisations, and what a processor does element by element in its cache. All
+else, from norms to the calls themselves, is in a stage's factor (`machines.calibrated`).
 
 Notation: T tokens in sequences of L, a layer of r rows and c columns, H query heads in G groups, d channels a head.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from statistics import mean
 
-from ...boa.block.experts_half import POOL
-from ...boa.online.activations import RATIOS
-from ...models.decoder import Decoder
-from ...models.shape import Shape
-from ...rotation.hadamard import Hadamard
+from ...boa.block.block_output import TOKENS
+from ...boa.block.experts_step import POOL
+from ...boa.objective.statistics import value_stride
+from ...boa.solver.columns import COLUMN_BLOCK
+from ...boa.solver.grid import SHRINKS
+from ...boa.solver.rounding import LAYERWISE
+from .workload import Plan, Problem, Sizes, problems
 
-FLOAT, DOUBLE = 4, 8  # bytes
-# How often an element crosses to memory, reads and writes together, in the operations of ...
-NORM, GLU, ROPE, ADD, QUANTIZER, WEIGHTED = 7, 5, 11, 3, 12, 4
-SOFTMAX = 10  # operations of an attention probability: scale, mask, subtract, exponential, sum, divide
+SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each
+STREAMS, EXPERTS = 2, 3.5  # passes of both streams; with experts, which are needed before and after they are solved
+QUANTIZER = 12  # operations of a number in one try of a quantizer, the rotation before it among them
+GRID = 13  # of a weight on a candidate grid
+TABU = 8  # of a column in a move of the tabu search
+LEARNED = 40  # of a weight in a step of learned rounding, beside its products
+ROUNDING = ("grid search", "columns", "rows", "refinement", "search", "starts", "losses", "references")
+"""Stages of `boa.stopwatch` that are one here, `rounding`; the others have their names."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations by kind, and bytes.
-
-    Attributes:
-        products: of float32 matrix products.
-        wide: of float64 matrix products, factorisations and triangular solves.
-        elements: of everything else that computes in cache: columns one after another, probabilities, grids.
-        bytes: to and from memory.
-    """
+    """Operations of float32 products, of float64 ones, and in cache; bytes that cross to memory."""
 
     products: float = 0.0
     wide: float = 0.0
     elements: float = 0.0
     bytes: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, times: float) -> Work:
-        return Work(*(getattr(self, f.name) * times for f in fields(self)))
-
-    __rmul__ = __mul__
 
     @property
     def operations(self) -> float:
@@ -56,229 +45,114 @@ class Work:
         return self.products + self.wide + self.elements
 
 
-def total(parts: Iterable[Work]) -> Work:
-    """The sum."""
-    return sum(parts, Work())
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A decoder as the counts see it.
-
-    Attributes:
-        shape: its sizes.
-        gated: whether the MLP has a gate beside up.
-        routed: experts that a token goes to; 1 without experts.
-        windows: of each block how many tokens a token sees; None: all before it.
-        post_norms: whether a branch is normed before it is added, so that R1 cannot be merged and runs online.
-        tied: whether embedding and head of the finished model are one matrix.
-    """
-
-    shape: Shape
-    gated: bool = True
-    routed: int = 1
-    windows: tuple[int | None, ...] = ()
-    post_norms: bool = False
-    tied: bool = False
-
-    @classmethod
-    def of(cls, decoder: Decoder) -> Sizes:
-        """Those of a decoder."""
-        family, shape = decoder.family, decoder.shape
-        routed = int(getattr(decoder.config, "num_experts_per_tok", 1)) if family.experts else 1
-        windows = tuple(decoder.window(index) for index in range(shape.blocks))
-        return cls(shape, bool(family.gate), routed, windows, family.post_norms)
-
-    def window(self, index: int) -> int | None:
-        """That of block `index`."""
-        return self.windows[index] if self.windows else None
-
-    @property
-    def inputs(self) -> int:
-        """Projections that read the MLP's norm, of one expert."""
-        return 2 if self.gated else 1
-
-    @property
-    def block_weights(self) -> int:
-        """Quantized weights of a block: h (2 q + 2 k) and 3 h f (2 without a gate) for each expert."""
-        s = self.shape
-        mlp = (self.inputs + 1) * s.hidden * s.ffn * max(s.experts, 1)
-        return 2 * s.hidden * (s.query_width + s.key_width) + mlp
-
-
-@dataclass(frozen=True)
-class Online:
-    """What runs beside the layers: rotations (`r1`: where), whether activations and cache are below 16 bits, and
-    whether their vectors choose a clip ratio each.
-    """
-
-    r3: bool = False
-    r4: bool = False
-    activations: bool = False
-    cache: bool = False
-    search_activations: bool = False
-    search_cache: bool = False
-    r1: str = "merged"
-    heads: bool = False
-
-
-def pairs(length: int, window: int | None = None) -> int:
-    """(query, key) pairs of one sequence: sum over positions l of min(l, w), so L (L + 1) / 2 without a window."""
-    w = min(length, window or length)
-    return w * (w + 1) // 2 + (length - w) * w
-
-
-def linear(tokens: float, rows: float, columns: float) -> Work:
-    """Y = X W^T: 2 T r c."""
-    return Work(2 * tokens * rows * columns, bytes=FLOAT * (tokens * (rows + columns) + rows * columns))
-
-
-def gram(tokens: float, columns: float, batches: float = 1) -> Work:
-    """X^T X, one half of it: T c (c + 1); it is added to the sum in memory once a batch."""
-    return Work(tokens * columns * (columns + 1), bytes=FLOAT * (tokens * columns + 2 * batches * columns**2))
-
-
-def moved(elements: float, passes: float) -> Work:
-    """Operations element by element on what no cache holds: only the bytes count."""
-    return Work(bytes=FLOAT * elements * passes)
-
-
-def hadamard(vectors: float, size: int, *, wide: bool = False) -> Work:
-    """The fast transform of `size` = base 2^k channels: 2 n (base + the sum of its radices) a vector."""
-    factors = Hadamard.of(size).factors
-    operations = 2.0 * vectors * size * sum(factors)
-    moves = vectors * size * 2 * len(factors)
-    return Work(wide=operations, bytes=DOUBLE * moves) if wide else Work(operations, bytes=FLOAT * moves)
-
-
-def attention(s: Shape, sequences: float, length: int, window: int | None = None) -> Work:
-    """Q K^T and A V: 4 H d for each pair, and the softmax, which stays in cache; RoPE moves q and k."""
-    seen = sequences * pairs(length, window)
-    width = s.query_width + s.key_width
-    core = Work(4 * seen * s.query_width, elements=SOFTMAX * seen * s.query_heads)
-    return (
-        core
-        + moved(sequences * length * (width + s.query_width + s.key_width), 1)
-        + moved(sequences * length * width, ROPE)
-    )
-
-
-def parts_of_block(sizes: Sizes, sequences: float, length: int, window: int | None = None) -> dict[str, Work]:
-    """One pass through a block by part: `norms`, `qk`, `v`, `attention`, `output`, `gate_up`, `down`, `router`.
-
-    Gate, up and down count each token once for each expert it goes to.
-    """
-    s, tokens = sizes.shape, sequences * length
-    active = tokens * sizes.routed
-    hidden = moved(active * s.ffn, GLU) + sizes.inputs * linear(active, s.ffn, s.hidden)
-    return {
-        "norms": moved(tokens * s.hidden, NORM),
-        "qk": linear(tokens, s.query_width + s.key_width, s.hidden),
-        "v": linear(tokens, s.key_width, s.hidden),
-        "attention": attention(s, sequences, length, window),
-        "output": linear(tokens, s.hidden, s.query_width) + moved(tokens * s.hidden, ADD),
-        "gate_up": hidden,
-        "down": linear(active, s.hidden, s.ffn) + moved(tokens * s.hidden, ADD),
-        "router": linear(tokens, s.experts, s.hidden) if s.experts else Work(),
+def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
+    """A whole run by stage; reading text, downloads and tasks are not in it."""
+    s, tokens, weights = sizes.shape, run.samples * run.length, sizes.shape.blocks * sizes.block_weights
+    moved_head = 3 * tokens * s.hidden**2 + 4 * s.vocabulary * s.hidden**2 if run.head else 0.0
+    stages = {
+        "plain forward pass": Work(tokens * token(sizes, run.length)),
+        "forward": forward(sizes, run),
+        "input statistics": Work(s.blocks * input_statistics(sizes, tokens)),
+        "head statistics": Work(s.blocks * 2 * tokens * (s.query_width + s.key_width) * s.head_dim),
+        "value statistics": Work(value_statistics(sizes, run)),
+        "factors": Work(wide=s.blocks * sum(p.count * factors(p, run) for p in problems(sizes))),
+        "rounding": rounding(sizes, run),
+        "rotation, packing, head": Work(moved_head, bytes=8 * tokens * s.hidden + 24 * weights),
+        "evaluation": evaluation(sizes, run),
     }
+    if run.settings.method in LAYERWISE:
+        del stages["head statistics"], stages["value statistics"]
+    if run.settings.method == "rtn":
+        del stages["factors"]
+    return {name: work for name, work in stages.items() if work != Work()}
 
 
-PLAIN = {"norms": 2, "qk": 1, "v": 1, "attention": 1, "output": 1, "gate_up": 1, "down": 1, "router": 1}
-BOTH = {"norms": 7, "qk": 3, "v": 2, "attention": 2, "output": 2, "gate_up": 2, "down": 2}
-EXPERTS = BOTH | {"gate_up": 4, "down": 3, "router": 2}
-"""How often each part runs: in a plain pass; in both streams of the quantizer (`BlockQuantizer.run`), where queries and
-keys of the quantized one are needed before and after they are quantized; and with experts, whose full-precision outputs
-are needed for the stream before each of them is solved."""
+def keys(sizes: Sizes, length: int) -> float:
+    """How many keys a token sees, on average: with all before it (L + 1) / 2."""
+    seen = [min(length, window or length) for window in sizes.windows or (None,)]
+    return mean(w * (w + 1) / 2 + (length - w) * w for w in seen) / length
 
 
-def forward(sizes: Sizes, sequences: float, length: int, window: int | None = None) -> Work:
-    """One plain pass of `sequences` through a block: 2 T r c of each layer, 4 H d of each pair."""
-    parts = parts_of_block(sizes, sequences, length, window)
-    return total(parts[name] * times for name, times in PLAIN.items())
+def token(sizes: Sizes, length: int) -> float:
+    """One token in a pass through all blocks: 2 r c of each layer it meets, 4 H d for each key it sees."""
+    s = sizes.shape
+    return s.blocks * (2 * sizes.weights(sizes.routed) + 4 * s.query_width * keys(sizes, length))
 
 
-def plain(sizes: Sizes, sequences: float, length: int) -> Work:
-    """One plain pass through all blocks."""
-    return total(forward(sizes, sequences, length, sizes.window(i)) for i in range(sizes.shape.blocks))
+def quantized(sizes: Sizes, run: Plan) -> float:
+    """In cache, of one token in a pass of all blocks: the quantizers of inputs and of cached keys and values."""
+    s = sizes.shape
+    inputs = run.activation_tries * (2 * s.hidden + s.query_width + sizes.routed * s.ffn)
+    return QUANTIZER * s.blocks * (inputs + run.cache_tries * 2 * s.key_width)
 
 
-def streams(
-    sizes: Sizes, sequences: float, length: int, online: Online, window: int | None = None, sequential: bool = False
-) -> Work:
-    """Stage `forward`: both streams through a block, with online rotations and quantizers."""
-    s, tokens = sizes.shape, sequences * length
-    parts = parts_of_block(sizes, sequences, length, window)
-    work = total(parts[name] * times for name, times in (EXPERTS if s.experts else BOTH).items())
-    if sequential:
-        work += parts["qk"] + parts["norms"]
-    heads, active = s.query_heads + s.key_heads, tokens * sizes.routed
-    if online.r3:
-        work += 2 * hadamard(tokens * heads, s.head_dim)
-    if online.r4:
-        work += 2 * hadamard(active, s.ffn)
-    if online.r1 == "online" or (online.r1 == "merged" and sizes.post_norms):
-        work += 7 * hadamard(tokens, s.hidden)
-    if online.heads:
-        work += 2 * hadamard(tokens, s.query_width)
-    if online.activations:
-        tries = len(RATIOS) + 1 if online.search_activations else 1
-        work += moved(tokens * (4 * s.hidden + s.query_width) + active * s.ffn, tries * QUANTIZER)
-    if online.cache:
-        work += moved(tokens * 4 * s.key_width, (len(RATIOS) + 1 if online.search_cache else 1) * QUANTIZER)
-    return work
+def forward(sizes: Sizes, run: Plan) -> Work:
+    """Both streams, the quantized one before and after its layers are solved; brecq: a step is three passes."""
+    tokens, passes = run.samples * run.length, EXPERTS if sizes.shape.experts else STREAMS
+    steps = 3 * run.settings.iterations * min(TOKENS, tokens) if run.settings.method == "brecq" else 0
+    return Work((passes * tokens + steps) * token(sizes, run.length), elements=2 * tokens * quantized(sizes, run))
 
 
-def input_statistics(sizes: Sizes, sequences: float, length: int, batch: int) -> Work:
-    """H_in, T c (c + 1), of four inputs; R of attention's and the MLP's, 2 T c^2; drift of O's and down's, 2 T h c."""
-    s, tokens = sizes.shape, sequences * length
-    batches = math.ceil(sequences / batch)
-
-    def layer(n: float, columns: int, outputs: int, count: float) -> Work:
-        shift = Work(2 * n * outputs * columns, bytes=FLOAT * (n * outputs + 2 * count * outputs * columns))
-        return gram(n, columns, count) + shift + moved(n * (columns + outputs), WEIGHTED)
-
-    each, experts = tokens, max(s.experts, 1)
+def input_statistics(sizes: Sizes, tokens: float) -> float:
+    """Of a block: half of H_in, T c^2, of four inputs, and R, 2 T c^2, or what outputs lack, 2 T h c."""
+    s, each = sizes.shape, tokens
     if s.experts:  # an expert with fewer tokens than channels is calibrated on a pool
         each = tokens * sizes.routed / s.experts
         each = each if each >= s.hidden else min(tokens, POOL * s.hidden)
-    mlp = layer(each, s.hidden, s.hidden, batches) + layer(each, s.ffn, s.hidden, batches)
-    return layer(tokens, s.hidden, s.hidden, batches) + layer(tokens, s.query_width, s.hidden, batches) + experts * mlp
+
+    def layer(n: float, columns: int) -> float:
+        return n * columns * (columns + 2 * s.hidden)
+
+    attention = layer(tokens, s.hidden) + layer(tokens, s.query_width)
+    return attention + max(s.experts, 1) * (layer(each, s.hidden) + layer(each, s.ffn))
 
 
-def head_statistics(s: Shape, tokens: float) -> Work:
-    """K^T K and Q^T Q: 2 T d (H + G) d."""
-    width = s.query_width + s.key_width
-    return Work(2 * tokens * width * s.head_dim, bytes=FLOAT * tokens * width)
+def value_statistics(sizes: Sizes, run: Plan) -> float:
+    """By every n-th query: A X of each head, half of its Gram and its outputs, or a group's sum of A^T A: the less."""
+    s, tokens, seen = sizes.shape, run.samples * run.length, keys(sizes, run.length)
+    stride = value_stride(tokens, s.query_heads // s.key_heads, s.hidden, run.settings.value_rows)
+    rows = tokens * s.query_heads / stride
+    by_head = rows * s.hidden * (2 * seen + s.hidden + 4 * s.head_dim)
+    grouped = rows * seen * seen * 4 / 3 + 2 * s.key_heads * tokens * s.hidden * (run.length + s.hidden)
+    return s.blocks * (2 * rows * seen * s.head_dim + min(by_head, grouped))
 
 
-def value_statistics(s: Shape, sequences: float, length: int, window: int | None = None, stride: int = 1) -> Work:
-    """H_in and drift of the values by every `stride`-th query, the cheaper of two ways; P pairs, n_l keys that l sees.
+def factors(p: Problem, run: Plan) -> float:
+    """c^3 / 3 for each of four factors or inverses, and 2 r c^2 for the solves that shift the target."""
+    return 4 / 3 * p.hessians * p.columns**3 + (2 * p.all_rows * p.columns**2 if run.settings.alpha else 0)
 
-    Logits: 2 H d P. By group W X, 2 G d L c; A V and its pull-back, 4 H d P; the sum of A^T A, one half,
-    H sum n_l (n_l + 1); products with X, 2 G (L^2 c + L c^2) + 2 G d L c. Or by head A X and its Gram,
-    2 H P c + H L c (c + 1), and with it the outputs and their product, 4 H d L c.
+
+def rounding(sizes: Sizes, run: Plan) -> Work:
+    """2 r c^2, and `COLUMN_BLOCK` operations of a weight in cache, whenever all columns of the rows are gone through.
+
+    So often: once to round, once in each sweep of refinement; again for each start, and after a tabu search; products
+    alone for the losses. H_out ties the rows of a head: 2 r^2 c beside them.
     """
-    seen, c, heads, groups = pairs(length, window), s.hidden, s.query_heads, s.key_heads
-    w = min(length, window or length)
-    squares = w * (w + 1) * (w + 2) // 3 + (length - w) * w * (w + 1)
-    grouped = (heads * squares + 4 * s.query_width * seen) / stride
-    grouped += 2 * groups * (length**2 * c + length * c**2) + 4 * s.key_width * length * c
-    by_head = 2 * heads * seen * c + heads * length * c * (c + 1) + 4 * s.query_width * length * c
-    products = 2 * s.query_width * seen / stride + min(grouped, by_head / stride)
-    moves = heads / groups * length / stride * c + 2 * c * c * groups + length * 2 * s.query_width
-    return sequences * (Work(products, elements=SOFTMAX * heads * seen / stride) + moved(moves, 1))
+    settings, products, cached = run.settings, 3.0, 0.0
+    if settings.method != "rtn":
+        sweeps = settings.refine + 2 if settings.refine else 0
+        products += settings.starts * (1 + sweeps) + (2 + sweeps if settings.tabu else 0)
+        cached += settings.starts * (1 + settings.refine)
+        cached += settings.refine + TABU * settings.tabu if settings.tabu else 0
+        products, cached = (products + 5, cached + 1) if run.references else (products, cached)
+    elements = cached * COLUMN_BLOCK + GRID * SHRINKS * (1 if settings.symmetric else 2)
+    if settings.method in ("adaround", "aespa"):
+        products += settings.iterations
+        elements += settings.iterations * LEARNED
+    tied = settings.method not in LAYERWISE
+    squares = sum(p.count * p.all_rows * p.columns * (p.columns + p.rows * (p.tied and tied)) for p in problems(sizes))
+    return Work(
+        sizes.shape.blocks * 2 * products * squares, elements=sizes.shape.blocks * elements * sizes.block_weights
+    )
 
 
-def rotation(sizes: Sizes, *, r1: bool, r2: bool, r4: bool, heads: bool = False) -> Work:
-    """In float64: R1 on one side of every matrix, R2 on one side of V and O, heads of O alone, R4 of down."""
-    s, work = sizes.shape, Work(bytes=2 * DOUBLE * sizes.block_weights)
-    experts = max(s.experts, 1)
-    if r1:
-        work += hadamard(sizes.block_weights / s.hidden, s.hidden, wide=True)
-    if r2:
-        work += hadamard((s.key_width + s.query_width) * s.hidden / s.head_dim, s.head_dim, wide=True)
-    if heads:
-        work += hadamard(s.hidden, s.query_width, wide=True)
-    if r4:
-        work += hadamard(experts * s.hidden, s.ffn, wide=True)
-    return work
+def evaluation(sizes: Sizes, run: Plan) -> Work:
+    """A pass and the logits of full precision, of RTN where it is asked for, and of the result; and the sources."""
+    s, tokens = sizes.shape, run.windows * run.length
+    some = min(run.windows, SOURCE_WINDOWS) * run.length
+    passes = (3 if run.baseline else 2) * tokens + (2 + 2 * run.sources) * some * bool(run.sources)
+    logits = (3 if run.baseline else 2) * tokens + (2 + run.sources) * some * bool(run.sources)
+    return Work(
+        passes * token(sizes, run.length) + logits * 2 * s.vocabulary * s.hidden,
+        elements=tokens * quantized(sizes, run),
+    )

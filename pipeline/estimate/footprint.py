@@ -1,4 +1,4 @@
-"""Bytes that a run holds where most is, in memory and on disk, counted from sizes; notation as in `counting`.
+"""Bytes that a run holds where most is, in memory and on disk, counted from sizes.
 
 What is held at once is read off the code: both versions of a block, statistics, the solver's copies of Hessians (four
 bytes as collected, eight as factored) and of rows (four each), a batch's activations. On a processor all of it is the
@@ -7,16 +7,14 @@ host's. `PROCESS` is what a process holds besides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...models.shape import Shape
 from ..job.job import Job
 from ..recipe.settings import changed_outer_layers, stays_tied
-from .counting import DOUBLE, FLOAT, Sizes
-from .counting_run import Plan
-from .counting_solver import Problem, problems
+from .workload import Plan, Problem, Sizes, problems
 
+FLOAT, DOUBLE = 4, 8  # bytes
 # Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
 PROCESS = 700 * 2**20
 OTHERS = 2**24  # bytes of what else a run writes: tokenizer, manifest, report
@@ -80,8 +78,8 @@ def collected(p: Problem) -> float:
     )
 
 
-def solver(p: Problem, run: Plan, pieces: int = 1) -> float:
-    """Bytes of one problem where most are, beside its statistics; `pieces` share its rows or heads.
+def solver(p: Problem, run: Plan) -> float:
+    """Bytes of one problem where most are, beside its statistics.
 
     Hessians: as mirrored (4), damped (8); then while they are factored damped and permuted (8), two copies (16) and in
     float32 (4). Rows: weight, target, work, result (4 each, 1); the shift in float64 three times (24). Other starts:
@@ -89,9 +87,7 @@ def solver(p: Problem, run: Plan, pieces: int = 1) -> float:
     where heads have their own.
     """
     square = float(p.hessians * p.columns**2)
-    rows = p.all_rows * p.columns / pieces
-    if p.hessians > 1:
-        square /= pieces
+    rows = p.all_rows * p.columns
     if run.settings.method == "rtn":
         return 4 * FLOAT * rows
     held = (FLOAT + DOUBLE) * square + 3 * FLOAT * rows
@@ -105,8 +101,8 @@ def solver(p: Problem, run: Plan, pieces: int = 1) -> float:
     return max(targets, factored, held + again + (3 * DOUBLE + FLOAT) * many + 4 * FLOAT * rows * more, refined)
 
 
-def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, int] | None = None) -> Footprint:
-    """What a run holds by stage; `itemsize` is that of the checkpoint's dtype, `pieces` of each problem's sharing."""
+def footprint(sizes: Sizes, run: Plan, itemsize: int = 2) -> Footprint:
+    """What a run holds by stage; `itemsize` is that of the checkpoint's dtype."""
     s, weights = sizes.shape, sizes.block_weights
     batch = min(run.batch, run.samples) * run.length
     both = 2 * FLOAT * weights
@@ -117,7 +113,7 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2, pieces: Mapping[str, i
     moving = FLOAT * batch * (wide + 4 * s.hidden)
     if s.experts:
         moving = FLOAT * batch * (wide + 6 * s.hidden)
-    solved = max(statistics[p.name] + solver(p, run, (pieces or {}).get(p.name, 1)) for p in problems(sizes))
+    solved = max(statistics[p.name] + solver(p, run) for p in problems(sizes))
     outer = s.vocabulary * s.hidden
     logits = 4 * FLOAT * run.length * s.vocabulary
     window = FLOAT * min(run.batch, max(run.windows, 1)) * run.length * (wide + 2 * s.hidden)

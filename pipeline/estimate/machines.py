@@ -1,10 +1,4 @@
-"""How fast a machine is, measured in a second or as published, and the seconds that counted work takes on it.
-
-Published figures, dense, without sparsity: NVIDIA's data sheets of A100 (SXM 80 GB), H100 (SXM), H200 (SXM), HGX B200
-and L40S. NVLink is quoted for both directions together, and here is what goes one way; L40S has PCIe 4.0 x16. Networks
-are of a node: eight NDR InfiniBand ports of 400 Gb/s, as a DGX H100 has them, eight of HDR (200 Gb/s), or one Ethernet
-port. What of it a run achieves is `ACHIEVED`, an assumption: no such machine was at hand.
-"""
+"""How fast this machine is, measured in a second, and the seconds that counted work takes on it."""
 
 from __future__ import annotations
 
@@ -17,42 +11,8 @@ from statistics import median
 
 import torch
 
-from ...errors import InputError
 from .counting import Work
 
-TERA, GIGA = 1e12, 1e9
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Published peaks: operations a second by format, bytes a second, bytes of memory."""
-
-    title: str
-    float32: float
-    tf32: float
-    float64: float
-    bandwidth: float
-    memory: float
-    link: float
-
-
-GPUS = {
-    "a100": Gpu("A100 80 GB", 19.5 * TERA, 156 * TERA, 19.5 * TERA, 2.039 * TERA, 80 * GIGA, 300 * GIGA),
-    "h100": Gpu("H100 80 GB", 67 * TERA, 494.7 * TERA, 67 * TERA, 3.35 * TERA, 80 * GIGA, 450 * GIGA),
-    "h200": Gpu("H200 141 GB", 67 * TERA, 494.7 * TERA, 67 * TERA, 4.8 * TERA, 141 * GIGA, 450 * GIGA),
-    "b200": Gpu("B200 180 GB", 80 * TERA, 1100 * TERA, 40 * TERA, 8 * TERA, 180 * GIGA, 900 * GIGA),
-    "l40s": Gpu("L40S 48 GB", 91.6 * TERA, 183 * TERA, 1.4 * TERA, 0.864 * TERA, 48 * GIGA, 32 * GIGA),
-}
-NETWORKS = {
-    "ndr": 8 * 50 * GIGA,
-    "hdr": 8 * 25 * GIGA,
-    "ethernet-100": 12.5 * GIGA,
-    "ethernet-25": 3.125 * GIGA,
-    "ethernet-10": 1.25 * GIGA,
-}
-ACHIEVED = {"products": 0.6, "wide": 0.3, "elements": 0.1, "bandwidth": 0.8, "link": 0.7}
-"""Part of the peak that large products, factorisations, columns one after another, copies and transfers are taken to
-reach."""
 SLOWEST = {"products": 1e9, "wide": 5e8, "elements": 1e8, "bandwidth": 1e9}
 """Rates that one core of any processor of today reaches: what is measured below them is not of the machine."""
 LEAST_RUNS, MOST_RUNS, SPENT = 5, 200, 0.1  # of a measurement: as many runs as there is time for, in seconds
@@ -61,10 +21,10 @@ IN_THE_WAY = 1.5  # one thread so many times as fast as all of them: they wait f
 
 
 def calibrated() -> dict[str, float]:
-    """How many times as long as its counts each stage takes on a processor; "" for stages that were not measured.
+    """How many times as long as its counts each stage takes on a processor.
 
-    `make limits` writes them to factors.json from what `make speed` measured: medians over its recipes, on the embedded
-    model. Its small matrices make calls dear, so stages of few operations (rotation, rows) come out too long elsewhere.
+    `make speed ARGS=--write` writes them to factors.json: medians over its recipes, on the embedded model. Its small
+    matrices make calls dear, so stages of few operations (rotation, factors) come out too long elsewhere.
     """
     text = (resources.files("rotoboa.pipeline.estimate") / "factors.json").read_text(encoding="utf-8")
     return dict(json.loads(text))
@@ -72,16 +32,13 @@ def calibrated() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one device, and of the links between several.
+    """Rates of one device.
 
     Attributes:
         products, wide, elements: operations a second, by the kinds of `Work`.
         bandwidth: bytes a second to and from memory.
-        memory: bytes of the device; None: those of the host.
-        link, network: bytes a second that a device sends to the next of its node, and a node to the next.
-        per_node: devices of a node.
         disturbed: the kinds that something else was at work beside while they were measured, as far as it shows.
-        factors: by stage, how many times what is counted it takes; of other stages that of "", else 1.
+        factors: by stage, how many times what is counted it takes; 1 where there is none.
     """
 
     name: str
@@ -89,46 +46,18 @@ class Machine:
     wide: float
     elements: float
     bandwidth: float
-    memory: float | None = None
-    link: float = 0.0
-    network: float = 0.0
-    per_node: int = 8
     disturbed: tuple[str, ...] = ()
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Work, stage: str = "") -> float:
-        """Arithmetic or memory, whichever takes longer, times the stage's factor."""
+        """What each kind of work takes, times the stage's factor."""
         computing = work.products / self.products + work.wide / self.wide + work.elements / self.elements
-        return max(computing, work.bytes / self.bandwidth) * self.factors.get(stage, self.factors.get("", 1.0))
+        return (computing + work.bytes / self.bandwidth) * self.factors.get(stage, 1.0)
 
-    def transfer(self, count: float, ranks: int) -> float:
-        """Seconds for which each of `ranks` devices sends `count` bytes to the next in a ring."""
-        if ranks == 1 or not count:
-            return 0.0
-        return count / (self.link if ranks <= self.per_node else min(self.link, self.network))
-
-
-def published(gpu: str, network: str = "ndr", *, tf32: bool = False, per_node: int = 8) -> Machine:
-    """A machine of `GPUS` and `NETWORKS`, at what of its peaks is achieved.
-
-    Raises:
-        InputError: the table has no such GPU or network.
-    """
-    for name, known, option in ((gpu, GPUS, "--gpu"), (network, NETWORKS, "--network")):
-        if name not in known:
-            raise InputError(f"{option} {name} is in no table: give one of {', '.join(known)}.")
-    found = GPUS[gpu]
-    return Machine(
-        found.title,
-        products=ACHIEVED["products"] * (found.tf32 if tf32 else found.float32),
-        wide=ACHIEVED["wide"] * found.float64,
-        elements=ACHIEVED["elements"] * found.float32,
-        bandwidth=ACHIEVED["bandwidth"] * found.bandwidth,
-        memory=found.memory,
-        link=ACHIEVED["link"] * found.link,
-        network=ACHIEVED["link"] * NETWORKS[network],
-        per_node=per_node,
-    )
+    @property
+    def rates(self) -> dict[str, float]:
+        """By kind."""
+        return {kind: getattr(self, kind) for kind in SLOWEST}
 
 
 def measured(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Machine:
@@ -136,9 +65,6 @@ def measured(device: torch.device, clock: Callable[[], float] = time.perf_counte
 
     What else is at work can only make them slower, so one undisturbed run is enough. On a processor one thread is
     measured too: where others want its cores, several wait for each other in every run. A rate is `SLOWEST` at least.
-
-    Processes that talk through this host's memory (gloo on one machine) are taken to send at a quarter of its copying:
-    a transfer is written and read on both sides.
     """
     large, threads = device.type == "cuda", torch.get_num_threads()
     found, disturbed = _rates(device, clock, 8192 if large else 1024)
@@ -158,9 +84,6 @@ def measured(device: torch.device, clock: Callable[[], float] = time.perf_counte
         wide=rates["wide"],
         elements=rates["elements"],
         bandwidth=rates["bandwidth"],
-        memory=float(torch.cuda.get_device_properties(device).total_memory) if large else None,
-        link=rates["bandwidth"] / 4,
-        network=rates["bandwidth"] / 4,
         disturbed=tuple(kind for kind in rates if kind in disturbed),
     )
 

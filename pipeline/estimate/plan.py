@@ -1,14 +1,14 @@
 """The plan of a run, before any work: sizes, rotations, memory and time, from config and headers of files alone.
 
-Operations and bytes are counted (`counting`), and a second of products and copies says what this machine makes of them;
-factors by stage, from runs of the embedded model, say how much longer a run takes than that. Memory is the sum of what
-is held at once where most is (`footprint`). With `Cluster` the same counts are laid over published rates (`scaling`).
+Operations are counted (`counting`), and a second of products and copies says what this machine makes of them; factors
+by stage, from runs of the embedded model, say how much longer a run takes than that. Memory is the sum of what is held
+at once where most is (`footprint`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,35 +31,23 @@ from ..recipe.recipe import Recipe
 from ..recipe.settings import changed_outer_layers, rotations_of, stays_tied
 from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
-from .counting import Sizes, Work
-from .counting_run import Plan, whole
+from .counting import whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
-from .machines import Machine, calibrated, measured, published
-from .scaling import Estimate, device_memory, estimate
+from .machines import calibrated, measured
+from .workload import Plan, Sizes
 
 TIME, MEMORY = 2.0, 1.25
 """Within these factors the estimates were of what runs on a processor took; a test holds a small one to them."""
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs to estimate a run on: how many, and of `machines.GPUS` and `NETWORKS` which."""
-
-    gpus: int
-    gpu: str = "h100"
-    network: str = "ndr"
-    tf32: bool = False
-
-
-def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = None) -> dict[str, Any]:
-    """The plan of a recipe as plain data; bytes, seconds and operations in units of one. `scaling` is of a cluster.
+def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
+    """The plan of a recipe as plain data; bytes, seconds and operations in units of one.
 
     Of a hub model that is not in the local cache only config.json and the headers of its files are fetched.
 
     Raises:
-        InputError: the model cannot be read, is not supported, or does not fit the recipe; no such GPU is known.
+        InputError: the model cannot be read, is not supported, or does not fit the recipe.
     """
-    machine = None if cluster is None else published(cluster.gpu, cluster.network, tf32=cluster.tf32)
     target = device_of(device)
     model = resolve_model(recipe.model)
     source = Remote.of(model.source) if not model.is_local else None
@@ -82,7 +70,7 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
     activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
-    found = {
+    return {
         "model": {
             "name": model.name,
             "architecture": decoder.family.model_type,
@@ -115,39 +103,19 @@ def plan(recipe: Recipe, device: str | None = None, cluster: Cluster | None = No
         "time": _time(counted, run, target),
         "notices": [*checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
     }
-    if machine is not None and cluster is not None:
-        found["scaling"] = _scaling(counted, run, machine, cluster)
-    return found
-
-
-def estimate_here(recipe: Recipe, ranks: int, device: str | None = None) -> dict[str, Estimate]:
-    """A run of a recipe on several processes of this machine, by stage: what `benchmarks/ranks.py` measures.
-
-    Each has one thread, as the one that asks, and they talk through the host's memory (`machines.measured`). Where
-    there are fewer processors than ranks it takes longer.
-
-    Raises:
-        InputError: as of `plan`.
-    """
-    target, model = device_of(device), resolve_model(recipe.model)
-    checkpoint = Checkpoint(fetch(model.source, model.is_local))
-    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
-    run = Plan.of(recipe, length_of(recipe, model, decoder), recipe.evaluation.windows or model.windows)
-    return estimate(Sizes.of(decoder), run, replace(measured(target), factors=calibrated()), ranks)
 
 
 def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
-    """Operations, bytes and seconds by stage."""
+    """Operations and seconds by stage."""
     machine = replace(measured(device), factors=calibrated())
     stages = {
-        name: {"operations": work.operations, "bytes": work.bytes, "seconds": machine.seconds(work, name)}
+        name: {"operations": work.operations, "seconds": machine.seconds(work, name)}
         for name, work in whole(sizes, run).items()
-        if work != Work()
     }
     return {
         "device": str(device),
         "disturbed": list(machine.disturbed),
-        "rates": {kind: getattr(machine, kind) for kind in ("products", "wide", "elements", "bandwidth")},
+        "rates": machine.rates,
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages.values()),
         "within": TIME,
@@ -164,26 +132,6 @@ def _memory(sizes: Sizes, run: Plan, held: float, itemsize: int, device: torch.d
         return {**stages, "peak": host + parts.peak}
     stages["rotation"] += host
     return {**stages, "device": parts.device, "peak": stages["rotation"]}
-
-
-def _scaling(sizes: Sizes, run: Plan, machine: Machine, cluster: Cluster) -> dict[str, Any]:
-    """Of several GPUs: seconds, bytes that each sends, and memory."""
-    stages = estimate(sizes, run, machine, cluster.gpus)
-    memory = device_memory(sizes, run, cluster.gpus)
-    return {
-        "gpus": cluster.gpus,
-        "machine": machine.name,
-        "network": cluster.network,
-        "products": "TF32" if cluster.tf32 else "float32",
-        "stages": {
-            name: {"seconds": stage.seconds, "transfer": stage.transfer, "wire": stage.wire}
-            for name, stage in stages.items()
-        },
-        "seconds": sum(stage.total for stage in stages.values()),
-        "wire": sum(stage.wire for stage in stages.values()),
-        "device_memory": memory,
-        "device_has": machine.memory,
-    }
 
 
 def construction(rotation: Hadamard) -> str:

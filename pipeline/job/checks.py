@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import InputError
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
-from ...rotation.channels import SITES, obstacle
+from ...models.families import SITES
+from ...rotation.channels import obstacle
 from ..recipe.recipe import Recipe
 from ..recipe.settings import is_r1_online
 

@@ -7,39 +7,38 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ...export.record import checksum
 from ...export.writing import copied_files
 from ..console.progress import Progress
+from ..storage.manifest import FileState, Identity
 from .job import Job
 
 VERSIONED = ("rotoboa", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 LONG_READ = 2**31  # bytes that take long enough to be shown
 
 
-def identity(job: Job) -> dict[str, Any]:
+def identity(job: Job) -> Identity:
     """What must be the same for a run to go on and is known at once: the recipe, and the versions that compute."""
-    return {
-        "recipe": job.recipe.model_dump(mode="json", exclude={"output"}),
-        "versions": {name: version(name) for name in VERSIONED},
-    }
+    return Identity(
+        recipe=job.recipe.model_dump(mode="json", exclude={"output"}),
+        versions={name: version(name) for name in VERSIONED},
+    )
 
 
-def checkpoint_checksums(job: Job, known: Mapping[str, Any], progress: Progress) -> dict[str, dict[str, Any]]:
+def checkpoint_checksums(job: Job, known: Mapping[str, FileState], progress: Progress) -> dict[str, FileState]:
     """For each file of the checkpoint that has a part in the result its SHA-256, and by what it is known unchanged.
 
     `known` is what this returned for an earlier part of the run: a file with the same size and times is not read again.
     """
     folder = job.checkpoint.folder
 
-    def of(file: Path) -> dict[str, Any]:
+    def of(file: Path) -> FileState:
         stat = file.stat()
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        old = known.get(file.name, {})
-        return {"sha256": old["sha256"] if old.get("state") == state else checksum(file), "state": state}
+        state, old = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns), known.get(file.name)
+        return old if old is not None and old.state == state else FileState(sha256=checksum(file), state=state)
 
     files = sorted({*job.checkpoint.files, folder / "config.json", *copied_files(folder)})
     found = {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...boa.online.attention import NAME
@@ -31,11 +29,17 @@ from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of
 from ..storage.buffers import Buffers
 from ..storage.run_folder import device_of
 from .checks import bos_of, check_bos, check_sizes
+from .clock import Clock
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """Everything that a run stands on, checked before any long work."""
+    """Everything that a run stands on, checked before any long work. What a stage decides makes another job of it.
+
+    Attributes:
+        found: notices, a sentence each, of what was found so far.
+        clock: of the whole run, one for all jobs that are made of this one.
+    """
 
     recipe: Recipe
     model: ResolvedModel
@@ -46,10 +50,8 @@ class Job:
     spec: Spec
     buffers: Buffers
     ranks: Ranks = field(default_factory=Ranks)
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-    found: list[str] = field(default_factory=list)
-    _running: dict[str, float] = field(default_factory=dict)
+    found: tuple[str, ...] = ()
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def settings(self) -> Settings:
@@ -92,42 +94,34 @@ class Job:
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
         return []
 
-    def leave_r1_out(self) -> None:
-        """Have R1 nowhere, where the recipe leaves it to the model."""
-        self.rotations = replace(self.rotations, r1=None, online_r1=False)
-        self.spec = replace(self.spec, r1=False, online_r1=False)
+    def with_notices(self, *notices: str) -> Job:
+        """The same with further notices."""
+        return replace(self, found=(*self.found, *notices))
+
+    def without_r1(self) -> Job:
+        """The same with R1 nowhere, where the recipe leaves it to the model."""
+        return replace(self.rotated(r1=None, online_r1=False), spec=replace(self.spec, r1=False, online_r1=False))
+
+    def reseeded(self, seed: int) -> Job:
+        """The same with the signs of its rotations drawn from another seed."""
+        return replace(self, rotations=self.rotations.reseeded(seed))
+
+    def rotated(self, **changes: Any) -> Job:
+        """The same with fields of its rotations changed."""
+        return replace(self, rotations=replace(self.rotations, **changes))
 
     def release(self) -> None:
         """Called after each batch: what lies in files need not stay in memory, and this rank is at work."""
         self.buffers.release()
         self.ranks.tick()
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds of a stage to `seconds`."""
-        self._running[stage] = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.decoder.device.type == "cuda":
-                torch.cuda.synchronize(self.decoder.device)
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - self._running.pop(stage)
-
-    def go_on(self, seconds: Mapping[str, float]) -> None:
-        """Count on from what earlier parts of the run have spent, as `spent` gave it."""
-        earlier = dict(seconds)
-        self.started -= earlier.pop("total", 0.0)
-        self.seconds = {name: earlier.get(name, 0.0) + self.seconds.get(name, 0.0) for name in earlier | self.seconds}
-
-    def spent(self) -> dict[str, float]:
-        """Seconds by stage, those of the running ones up to now, and in total."""
-        now = time.perf_counter()
-        running = {name: self.seconds.get(name, 0.0) + now - start for name, start in self._running.items()}
-        return {**self.seconds, **running, "total": now - self.started}
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Add the seconds of a stage to those of the run."""
+        return self.clock.timed(stage, self.decoder.device)
 
 
-def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = None) -> Job:
-    """Resolve and check a recipe; `ranks` are those that the run is shared by.
+def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = None, clock: Clock | None = None) -> Job:
+    """Resolve and check a recipe; `ranks` are those that the run is shared by, `clock` began with the run.
 
     Raises:
         InputError: the model, its files, the sizes or the device do not fit the recipe.
@@ -145,6 +139,8 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     rotations = rotations_of(recipe, decoder)
     spec = spec_of(recipe, rotations)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
-    job = Job(recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks())
-    job.found += checkpoint.notices(decoder.shapes) + size_notices(tokenizer, decoder.shape.vocabulary)
-    return job
+    return Job(
+        recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks(),
+        found=(*checkpoint.notices(decoder.shapes), *size_notices(tokenizer, decoder.shape.vocabulary)),
+        clock=clock or Clock(),
+    )  # fmt: skip

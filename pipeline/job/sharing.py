@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,40 +14,23 @@ from ...export.writing import read_outer_layers
 from ...models.outer_layers import OuterLayers
 from ..ranks import launch
 from ..recipe.recipe import Recipe
+from ..storage.manifest import Manifest
 from ..storage.run_folder import RunFolder, recipe_of
+from ..storage.run_writer import FollowedRun
 from .identity import identity
 from .job import Job
 
 
-class FollowedRun(RunFolder):
-    """A run folder on another rank than the first: it knows what is in the manifest, and writes nothing.
-
-    Args:
-        path: the folder.
-        manifest: the first rank's.
-    """
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest, self.clock = path, manifest, None
-
-    def start(self, recipe: str) -> None:
-        """Nothing: the first rank does."""
-
-    def close(self) -> None:
-        """Nothing: the first rank does."""
-
-    def save(self) -> None:
-        """Nothing: the first rank does."""
-
-    def write_block(self, index: int, tensors: dict[str, Tensor], entry: Mapping[str, Any]) -> None:
-        """Remember what the manifest says of a block."""
-        self.manifest["blocks"].append({"index": index, **entry})
-
-
-def followed(ranks: Ranks, folder: RunFolder | None, path: Path) -> RunFolder:
-    """The folder of a run on every rank, of that on the first."""
-    manifest = ranks.broadcast_value(None if folder is None else folder.manifest)
+def followed(ranks: Ranks, folder: FollowedRun | None, path: Path) -> FollowedRun:
+    """The folder of a run at work on every rank, of that on the first, which alone may write."""
+    manifest = shared_manifest(ranks, folder)
     return folder if folder is not None else FollowedRun(path, manifest)
+
+
+def shared_manifest(ranks: Ranks, folder: RunFolder | None) -> Manifest:
+    """The manifest of a run folder, which the first rank has."""
+    data = ranks.broadcast_value(None if folder is None else folder.manifest.to_json())
+    return folder.manifest if folder is not None else Manifest.model_validate(data)
 
 
 def shared_recipe(ranks: Ranks, run: Path) -> Recipe:
@@ -97,7 +79,7 @@ def check_alike(job: Job) -> None:
     Raises:
         InputError: one has not.
     """
-    facts = {f"version of {name}": version for name, version in identity(job)["versions"].items()}
+    facts: dict[str, str | int] = {f"version of {name}": version for name, version in identity(job).versions.items()}
     facts |= {f"size of {file.name}": file.stat().st_size for file in job.checkpoint.files}
     found = job.ranks.gather({"host": launch.host(), "facts": facts})
     for rank, other in enumerate(found):

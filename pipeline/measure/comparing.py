@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ...errors import InputError
 from ..console.human import human_size, human_time
 from ..console.progress import MODELS
+from ..storage.run_report import Report
 
 Cell = Callable[[Mapping[str, Any]], str]  # of a row
 Format = Literal["markdown", "csv", "json"]
@@ -35,84 +36,58 @@ def format_of(output: Path | None) -> Format:
         raise InputError(f"{output} ends in none of {', '.join(SUFFIXES)}: give --format.") from None
 
 
-def comparison(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each run, from its folder and its report.json; what a report lacks is None or empty.
+def comparison(runs: Sequence[tuple[Path, Report]]) -> list[dict[str, Any]]:
+    """A row for each run, from its folder and its report; what a report lacks is None or empty.
 
     Returns:
         Dictionaries with `run`, `model`, `method`, `group_size`, `activation_group`, `bits` (`weights`, `activations`,
         `keys`, `values`, and `per_weight`, scales and zero points included), `sizes` in bytes, `perplexity` by data set
         and model, `divergence` by data set, `tasks`, `seconds`, `plain_forward_seconds`, `peak_memory_bytes`, and
         `notes`: what is not the same as in the first run, and so makes figures incomparable.
-
-    Raises:
-        InputError: a report is not one that this release reads.
     """
     names = short_names([str(run) for run, _ in runs])
-    rows = []
-    for run, report in runs:
-        try:
-            rows.append({"run": names[str(run)], **_row(report)})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{run / 'report.json'} is not one that this release of rotoboa reads: "
-                "use the release that made the run, or run it again."
-            ) from error
+    rows = [{"run": names[str(run)], **_row(report)} for run, report in runs]
     for row, (_, report) in zip(rows, runs, strict=True):
         row["notes"] = _differences(row, report, rows[0], runs[0][1])
     return rows
 
 
-def _row(report: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = report["recipe"]
+def _row(report: Report) -> dict[str, Any]:
+    recipe = report.shown
     return {
-        "model": str(report["model"]),
-        "method": str(recipe["weights"]["method"]),
-        "group_size": recipe["weights"]["group_size"],
-        "activation_group": recipe["activations"].get("group_size"),
+        "model": report.model,
+        "method": recipe.weights.method,
+        "group_size": recipe.weights.group_size,
+        "activation_group": recipe.activations.group_size,
         "bits": {
-            "weights": int(recipe["weights"]["bits"]),
-            "activations": int(recipe["activations"]["bits"]),
-            "keys": int(recipe["cache"]["key_bits"]),
-            "values": int(recipe["cache"]["value_bits"]),
-            "per_weight": _number(report.get("bits_per_weight")),
+            "weights": recipe.weights.bits,
+            "activations": recipe.activations.bits,
+            "keys": recipe.cache.key_bits,
+            "values": recipe.cache.value_bits,
+            "per_weight": report.bits_per_weight,
         },
-        "sizes": {name: int(size) for name, size in report["sizes"].items()},
-        "perplexity": {
-            dataset: {name: _number(value) for name, value in measured.items()}
-            for dataset, measured in report["perplexity"].items()
-        },
-        "divergence": {
-            dataset: {"kl": _number(measured.get("kl")), "top1": _number(measured.get("top1"))}
-            for dataset, measured in (report.get("divergence") or {}).items()
-        },
+        "sizes": report.sizes.to_json(),
+        "perplexity": {dataset: measured.to_json() for dataset, measured in report.perplexity.items()},
+        "divergence": {dataset: {"kl": far.kl, "top1": far.top1} for dataset, far in report.divergence.items()},
         "tasks": {
-            task: {
-                "metric": str(found.get("metric", "")),
-                **{name: _number(found.get(name)) for name in ("full_precision", "quantized", "stderr")},
-            }
-            for task, found in (report.get("tasks") or {}).items()
+            task: found.model_dump(include={"metric", "full_precision", "quantized", "stderr"})
+            for task, found in report.tasks.items()
         },
-        "seconds": {stage: float(seconds) for stage, seconds in report["seconds"].items()},
-        "plain_forward_seconds": _number(report.get("plain_forward_seconds")),
-        "peak_memory_bytes": {place: int(size) for place, size in report["peak_memory_bytes"].items()},
+        "seconds": report.seconds,
+        "plain_forward_seconds": report.plain_forward_seconds,
+        "peak_memory_bytes": report.peak_memory_bytes,
     }
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _differences(
-    row: Mapping[str, Any], report: Mapping[str, Any], first: Mapping[str, Any], first_report: Mapping[str, Any]
-) -> list[str]:
+def _differences(row: Mapping[str, Any], report: Report, first: Mapping[str, Any], first_report: Report) -> list[str]:
     """What keeps the figures of a run from being compared with those of the first one."""
     notes = []
     if row["model"] != first["model"]:
         notes.append("other model")
     shared = [dataset for dataset in row["perplexity"] if dataset in first["perplexity"]]
     texts = [set(part["perplexity"]) for part in (row, first)]
-    windows = [((r.get("tokens") or {}).get("evaluation"), bool(r.get("bos"))) for r in (report, first_report)]
-    splits = [(r["recipe"].get("evaluation") or {}).get("split") for r in (report, first_report)]
+    windows = [([r.tokens.evaluation.get(dataset) for dataset in shared], r.bos) for r in (report, first_report)]
+    splits = [r.shown.evaluation.split for r in (report, first_report)]
     if texts[0] != texts[1]:
         notes.append("other evaluation text")
     if shared and windows[0] != windows[1]:
@@ -125,7 +100,7 @@ def _differences(
             ours, theirs = (part["perplexity"][dataset].get("full_precision") for part in (row, first))
             if ours and theirs and abs(ours / theirs - 1) > SAME_TEXT:
                 notes.append(f"other full precision on {dataset}")
-    if report.get("device") != first_report.get("device"):
+    if report.device != first_report.device:
         notes.append("other device")
     return notes
 

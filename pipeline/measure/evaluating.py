@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,17 +13,21 @@ from ...boa.ranks import Ranks
 from ...errors import InputError
 from ...models.aliases import resolves_to_folder
 from ..console.progress import Progress
-from ..estimate.counting_run import SOURCE_WINDOWS
+from ..estimate.counting import SOURCE_WINDOWS
 from ..job.checks import check_length, length_of
 from ..job.identity import checkpoint_checksums
 from ..job.job import Job, prepare
-from ..job.sharing import check_alike, followed, shared_outer_layers, shared_recipe, shared_tokens
+from ..job.sharing import check_alike, shared_manifest, shared_outer_layers, shared_recipe, shared_tokens
 from ..job.texts import evaluation_sets, evaluation_windows
 from ..ranks.distributed import joined
 from ..recipe.values import split_names
-from ..rotating.balancing import read_scales
+from ..rotating.balancing import balanced
 from ..rotating.placing import settle
-from ..storage.run_folder import REPORT, RunFolder, write_json
+from ..storage.atomic import write_json
+from ..storage.files import REPORT, read_report
+from ..storage.manifest import Manifest
+from ..storage.run_folder import RunFolder
+from ..storage.run_report import REPORT_VERSION, Measured, Report, Tokens
 from .measuring import loaded, perplexities, sizes
 from .sources import measure_sources
 from .tasks import task_scores, tasks_of
@@ -43,8 +46,8 @@ def evaluate(
     sources: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure a finished run on texts, by source, or on zero-shot tasks; returns a report of what was measured.
+) -> Measured:
+    """Measure a finished run on texts, by source, or on zero-shot tasks; returns what was measured.
 
     What the run's report.json does not have yet is added to it: other texts, and tasks. What was cut short by
     `windows`, `sequence_length` or `limit` is not.
@@ -86,15 +89,17 @@ def _evaluate(
     sources: bool,
     device: str | None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Measured:
     first = ranks.rank == 0
-    folder = followed(ranks, RunFolder.open(run) if first else None, run)
-    report = _read_report(run / REPORT) if first else {}
+    opened = RunFolder.open(run) if first else None
+    report = read_report(run) if first else None
+    manifest = shared_manifest(ranks, opened)
+    folder = opened or RunFolder(run, manifest)
     recipe = shared_recipe(ranks, run)
     # A run of a release before `bos` had windows without.
-    bos = folder.manifest["identity"].get("bos", False)
-    recipe = recipe.model_copy(update={"output": run, "model": _model_of(recipe.model, folder.manifest), "bos": bos})
-    job = prepare(recipe, device, ranks)
+    bos = bool(manifest.identity.bos)
+    recipe = recipe.model_copy(update={"output": run, "model": _model_of(recipe.model, manifest), "bos": bos})
+    job = settle(prepare(recipe, device, ranks), manifest.r1_noise)
     check_alike(job)
     if first:
         _check_checkpoint(job, folder, progress)
@@ -108,36 +113,34 @@ def _evaluate(
         tokens = {
             name: shared_tokens(ranks, partial(evaluation_windows, job, name, split, length, most)) for name in chosen
         }
-    outer, measured = shared_outer_layers(job, folder), dict[str, dict[str, Any]]()
+    outer, more = shared_outer_layers(job, folder), dict[str, Any]()
     if sources:
-        settle(job, folder.manifest.get("r1_noise"))
-        job.rotations = job.rotations.reseeded(folder.manifest.get("rotation_seed", recipe.rotation.seed))
-        if recipe.rotation.scale:
-            read_scales(job, run)
-        measured["sources"] = measure_sources(job, folder, tokens, outer, progress, windows or SOURCE_WINDOWS)
+        seed = recipe.rotation.seed if manifest.rotation_seed is None else manifest.rotation_seed
+        made = balanced(job.reseeded(seed), run)
+        more["sources"] = measure_sources(made, folder, tokens, outer, progress, windows or SOURCE_WINDOWS)
         tokens = tokens if dataset else {}
-    measured |= perplexities(job, folder, tokens, outer, progress)
+    perplexity, divergence = perplexities(job, folder, tokens, outer, progress)
     if asked:
-        measured["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
-    if not first:
-        return {**measured, "tokens": {"evaluation": shapes(tokens)}, "seconds": job.seconds}
-    if not (windows or sequence_length or limit):
-        _add(report, measured, shapes(tokens))
-        write_json(run / REPORT, report)
-    return {
-        **measured,
-        "tokens": {"evaluation": shapes(tokens)},
-        "bos": job.bos,
-        "seconds": job.seconds,
-        "sizes": sizes(job, folder),
-        "memory": loaded(job, length, tied=outer.tied),
-    }
+        more["tasks"] = task_scores(job, folder, asked, progress, limit=limit, batch=batch)
+    if first:
+        more |= {"sizes": sizes(job, folder), "memory": loaded(job, length, tied=outer.tied)}
+    measured = Measured(
+        perplexity=perplexity,
+        divergence=divergence,
+        tokens=Tokens(evaluation=shapes(tokens)),
+        bos=job.bos,
+        seconds=job.clock.seconds,
+        **more,
+    )
+    if report is not None and not (windows or sequence_length or limit):
+        write_json(run / REPORT, _with(report, measured).to_json())
+    return measured
 
 
-def _model_of(name: str, manifest: Mapping[str, Any]) -> str:
+def _model_of(name: str, manifest: Manifest) -> str:
     """The model of a run: a folder that was given by a relative path is found from elsewhere too."""
-    folder = manifest.get("checkpoint_folder")
-    return name if folder is None or resolves_to_folder(name) else str(folder)
+    folder = manifest.checkpoint_folder
+    return name if folder is None or resolves_to_folder(name) else folder
 
 
 def _check_checkpoint(job: Job, folder: RunFolder, progress: Progress) -> None:
@@ -146,15 +149,15 @@ def _check_checkpoint(job: Job, folder: RunFolder, progress: Progress) -> None:
     Raises:
         InputError: it is not, and divergence would be from another model.
     """
-    known = folder.manifest["identity"].get("checkpoint")
+    known = folder.manifest.identity.checkpoint
     if known is None:
         return
-    found = checkpoint_checksums(job, folder.manifest.get("files", {}), progress)
+    found = checkpoint_checksums(job, folder.manifest.files, progress)
     weights = {file.name for file in job.checkpoint.files}
     changed = [
         name
         for name, entry in found.items()
-        if entry["sha256"] != known.get(name)
+        if entry.sha256 != known.get(name)
         and (name in weights or name == "config.json" or name.startswith("tokenizer"))
     ]
     if changed:
@@ -164,39 +167,26 @@ def _check_checkpoint(job: Job, folder: RunFolder, progress: Progress) -> None:
         )
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    """The report of a finished run.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report["perplexity"], dict):
-            raise ValueError("it has no perplexities")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it is not the report of a finished run.") from error
-    return dict(report)
-
-
-def _add(report: dict[str, Any], measured: Mapping[str, dict[str, Any]], windows: Mapping[str, Any]) -> None:
-    """Add the texts that a report has not, its sources where it has none, and tasks."""
-    new = [dataset for dataset in windows if dataset not in report["perplexity"]]
-    for name in ("perplexity", "divergence"):
-        report[name] = report.get(name, {}) | {dataset: measured[name][dataset] for dataset in new}
+def _with(report: Report, measured: Measured) -> Report:
+    """The report with texts that it has not, sources where it has none, and tasks."""
+    new = [dataset for dataset in measured.tokens.evaluation if dataset not in report.perplexity]
+    facts: dict[str, Any] = {
+        "perplexity": report.perplexity | {dataset: measured.perplexity[dataset] for dataset in new},
+        "divergence": report.divergence | {dataset: measured.divergence[dataset] for dataset in new},
+    }
     if new:
-        known = report.get("tokens", {}).get("evaluation")
-        of_new = {dataset: windows[dataset] for dataset in new}
-        report["tokens"]["evaluation"] = (known if isinstance(known, dict) else {}) | of_new
-    if "sources" in measured and "sources" not in report:
-        report["sources"] = measured["sources"]
-    if "tasks" in measured:
-        others = {name: found for name, found in report.get("tasks", {}).items() if name != "average"}
-        report["tasks"] = {**others, **measured["tasks"]}
-        if set(others) - set(measured["tasks"]):  # the average is of the new ones alone
-            report["tasks"].pop("average", None)
+        windows = {dataset: measured.tokens.evaluation[dataset] for dataset in new}
+        facts["tokens"] = report.tokens.model_copy(update={"evaluation": report.tokens.evaluation | windows})
+    if measured.sources is not None and report.sources is None:
+        facts["sources"] = measured.sources
+    if measured.tasks:
+        others = {name: found for name, found in report.tasks.items() if name != "average"}
+        facts["tasks"] = others | measured.tasks
+        if set(others) - set(measured.tasks):  # the average is of the new ones alone
+            facts["tasks"].pop("average", None)
+    return report.model_copy(update={"version": REPORT_VERSION, **facts})
 
 
-def shapes(windows: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def shapes(windows: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """(windows, length) of each text."""
-    return {dataset: list(tokens.shape) for dataset, tokens in windows.items()}
+    return {dataset: (len(tokens), tokens.shape[1]) for dataset, tokens in windows.items()}

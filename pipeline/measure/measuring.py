@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ...boa.precision import quick_products
 from ...boa.solver.rounding import Quantized, Settings, quantize
 from ...boa.stopwatch import STAGES
 from ...eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
+from ...eval.results import Divergences, Perplexities
 from ...export.packing import pack_block
 from ...export.runtime.memory import memory
 from ...export.runtime.prepared import packed_block, prepare_block
@@ -30,7 +31,9 @@ from ..job.job import Job
 from ..job.sharing import own_share, own_windows, shared_block
 from ..storage.buffers import trim
 from ..storage.files import tensor_sizes
+from ..storage.manifest import BlockEntry
 from ..storage.run_folder import RunFolder
+from ..storage.run_report import Held, Memory, Sizes
 
 
 class Onlooker(Protocol):
@@ -78,7 +81,7 @@ def plain_forward(job: Job, tokens: Tensor, progress: Progress, onlookers: Seque
 
 def perplexities(
     job: Job, folder: RunFolder, texts: Mapping[str, Tensor], outer: OuterLayers, progress: Progress
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, Perplexities], dict[str, Divergences]]:
     """Full precision, RTN without rotation and the quantized model on the same texts, each run through them once.
 
     Args:
@@ -88,15 +91,13 @@ def perplexities(
         progress: told of each block.
 
     Returns:
-        `perplexity`, by data set and model, and `divergence` from full precision by data set: `kl` and `top1` of the
-        quantized model, and `rtn` with both of RTN.
+        Perplexities, and divergences from full precision, by data set.
     """
-    measured: dict[str, dict[str, Any]] = {"perplexity": {}, "divergence": {}}
     original = job.checkpoint.outer_layers()
-    for dataset, windows in texts.items():
-        found = _perplexities(job, folder, windows, original, outer, progress)
-        measured["perplexity"][dataset], measured["divergence"][dataset] = found
-    return measured
+    found = {name: _perplexities(job, folder, text, original, outer, progress) for name, text in texts.items()}
+    return {name: perplexity for name, (perplexity, _) in found.items()}, {
+        name: far for name, (_, far) in found.items()
+    }
 
 
 def _perplexities(
@@ -106,7 +107,7 @@ def _perplexities(
     outer_of_original: OuterLayers,
     outer: OuterLayers,
     progress: Progress,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[Perplexities, Divergences]:
     compute, checkpoint = job.decoder, job.checkpoint
     share = own_windows(job, len(windows))
     own = windows[share.start : share.stop]
@@ -145,9 +146,10 @@ def _perplexities(
         name: summary([part for rank in sums for part in rank[name]], windows.numel() - len(windows), True)
         for name in (ORIGINAL, *models)
     }
-    divergence = {name: asdict(far) for name, (_, far) in found.items() if far is not None}
-    perplexity = {"full_precision": found[ORIGINAL][0], **{name: found[name][0] for name in models}}
-    return perplexity, divergence["quantized"] | {name: divergence[name] for name in models if name != "quantized"}
+    far = {name: asdict(distance) for name, (_, distance) in found.items() if distance is not None}
+    perplexity = Perplexities(full_precision=found[ORIGINAL][0], **{name: found[name][0] for name in models})
+    of_rtn = {"rtn": far["rtn"]} if "rtn" in models else {}
+    return perplexity, Divergences.model_validate({**far["quantized"], **of_rtn})
 
 
 def rounded_block(
@@ -164,17 +166,18 @@ def rounded_block(
     return decoder.block(index, pack_block(results, dict(tensors), settings.bits, decoder.dtype), module)
 
 
-def sizes(job: Job, folder: RunFolder) -> dict[str, int]:
+def sizes(job: Job, folder: RunFolder) -> Sizes:
     """Bytes of the tensor files before and after, and of the parts of the finished model."""
     exported = folder.path / "model"
     files = exported.glob("*.safetensors")
     parts = part_sizes(exported_sizes(exported), job.decoder)
-    return {"original": job.checkpoint.bytes, "quantized": sum(file.stat().st_size for file in files), **parts}
+    return Sizes(original=job.checkpoint.bytes, quantized=sum(file.stat().st_size for file in files), **parts)
 
 
-def loaded(job: Job, tokens: int, *, tied: bool) -> dict[str, Any]:
+def loaded(job: Job, tokens: int, *, tied: bool) -> Memory:
     """Bytes that the loaded model holds, `tied` or not, and its cache of `tokens` tokens, beside those in bfloat16."""
-    return memory(job.decoder, job.spec, job.checkpoint.dtype, tokens, tied=tied)
+    held = memory(job.decoder, job.spec, job.checkpoint.dtype, tokens, tied=tied)
+    return Memory(model=Held(**held["model"]), cache=Held(**held["cache"]))
 
 
 def bits_per_weight(job: Job, folder: RunFolder) -> float:
@@ -188,39 +191,38 @@ def bits_per_weight(job: Job, folder: RunFolder) -> float:
     return 8 * stored / weights
 
 
-def fallback_notices(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+def fallback_notices(blocks: Iterable[BlockEntry]) -> list[str]:
     """A sentence for each block of the manifest with experts that saw too few tokens."""
     notices = []
     for block in blocks:
-        few = {n: layer["fallback_tokens"] for n, layer in block["layers"].items() if "fallback_tokens" in layer}
+        few = {n: found.fallback_tokens for n, found in block.layers.items() if found.fallback_tokens is not None}
         if few:
             seen = ", ".join(f"{name} ({count})" for name, count in few.items())
             notices.append(
-                f"Block {block['index']}: experts that saw fewer tokens than they have input channels were calibrated "
+                f"Block {block.index}: experts that saw fewer tokens than they have input channels were calibrated "
                 f"on tokens of the whole layer: {seen}."
             )
     return notices
 
 
-def raised_damping(blocks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def raised_damping(blocks: Iterable[BlockEntry]) -> dict[str, float]:
     """Layers whose Cholesky decomposition needed more damping than the recipe has, by block and name."""
     return {
-        f"{block['index']}.{name}": layer["damping"]
+        f"{block.index}.{name}": layer.damping
         for block in blocks
-        for name, layer in block["layers"].items()
-        if "damping" in layer
+        for name, layer in block.layers.items()
+        if layer.damping is not None
     }
 
 
-def stage_seconds(blocks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def stage_seconds(blocks: Sequence[BlockEntry]) -> dict[str, float]:
     """Seconds by stage of the quantizer, of all blocks."""
-    stages = [block.get("stages", {}) for block in blocks]
-    return {name: sum(block.get(name, 0.0) for block in stages) for name in STAGES}
+    return {name: sum(block.stages.get(name, 0.0) for block in blocks) for name in STAGES}
 
 
 def peak_so_far(job: Job, folder: RunFolder) -> dict[str, int]:
     """The most memory that any part of the run has held so far on any rank."""
-    earlier = folder.manifest.get("peak_memory_bytes", {})
+    earlier = folder.manifest.peak_memory_bytes
     now = job.ranks.gather({**peak_memory(job.decoder.device), "spilled": job.buffers.peak})
     return {name: max(earlier.get(name, 0), *(held[name] for held in now)) for name in now[0]}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError
@@ -13,10 +13,14 @@ from safetensors.numpy import load_file
 
 from ...errors import InputError
 from ..console.progress import short_layer
-from ..storage.files import read_json, read_report, tensor_sizes
-from ..storage.run_folder import REPORT, write_text
+from ..storage.atomic import write_text
+from ..storage.files import REPORT, read_manifest, read_report, tensor_sizes
+from ..storage.manifest import BlockEntry
 from .activation_profile import ACTIVATIONS
 from .comparing import comparison, short_names, table
+
+if TYPE_CHECKING:
+    from ...eval.drawing.figures import Layer
 
 PAGE = "report.html"
 SIBLINGS = 40  # runs beside the page's own, at most
@@ -30,15 +34,14 @@ def write_page(run: Path, others: Sequence[Path]) -> Path:
     """
     from ...eval.drawing.report import Contents, page
 
-    manifest, report = read_json(run, "manifest.json"), read_report(run)
+    blocks, report = read_manifest(run).blocks, read_report(run)
     rows = comparison([(run, report), *((other, read_report(other)) for other in others)])
-    blocks = manifest.get("blocks") or []
     contents = Contents(
         report=report,
         rows=rows,
         columns=table(rows),
         layers=_layers(blocks),
-        block_seconds=[(block["index"], block["seconds"]) for block in blocks],
+        block_seconds=[(block.index, block.seconds or 0.0) for block in blocks],
         storage=_storage(run, rows[0]["sizes"].get("quantized", 0)),
         activations=_activations(run),
         datasets=short_names(list(dict.fromkeys([*rows[0]["perplexity"], *rows[0]["divergence"]]))),
@@ -58,7 +61,7 @@ def siblings(run: Path) -> list[Path]:
         if other.name == run.absolute().name:
             continue
         try:
-            comparison([(other, read_report(other))])
+            read_report(other)
         except InputError:
             continue
         found.append(other)
@@ -66,19 +69,19 @@ def siblings(run: Path) -> list[Path]:
     return sorted(newest[:SIBLINGS])
 
 
-def _layers(blocks: Sequence[dict[str, Any]]) -> list[Any]:
+def _layers(blocks: Sequence[BlockEntry]) -> list[Layer]:
     """The losses of each block's projections; of experts the mean. Without references, the run's own loss alone."""
     from ...eval.drawing.figures import Layer
 
     layers = []
     for block in blocks:
         grouped: dict[str, list[dict[str, float]]] = {}
-        for name, layer in (block.get("layers") or {}).items():
-            losses = layer.get("objective") or {"quantized": layer["loss"]}
+        for name, layer in block.layers.items():
+            losses = layer.objective or {"quantized": layer.loss}
             grouped.setdefault(short_layer(name), []).append(losses)
         for name, found in grouped.items():
             losses = {key: mean(losses[key] for losses in found) for key in found[0]}
-            layers.append(Layer(block["index"], name, losses))
+            layers.append(Layer(block.index, name, losses))
     return layers
 
 

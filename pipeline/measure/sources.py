@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.online.attention import CENTER, set_attention
-from ...boa.online.transforms import INPUT_SITES, OnlineTransforms
+from ...boa.online.transforms import OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
+from ...eval.results import Sources
 from ...export.packing import unpack_block
-from ...models.families import Family
+from ...models.families import SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
-from ..estimate.counting_run import SOURCE_WINDOWS
+from ..estimate.counting import SOURCE_WINDOWS
 from ..job.job import Job
 from ..job.sharing import own_windows, shared_block
 from ..rotating.outside_blocks import rotated_outer_layers
@@ -32,7 +33,7 @@ def source_names(transforms: OnlineTransforms) -> list[str]:
 
     `weights`, the inputs `qkv`, `output`, `gate_up` and `down`, `keys`, `values`: those that are quantized.
     """
-    sites = [site for site in INPUT_SITES if getattr(transforms, site).quantizer is not None]
+    sites = [site for site in SITES if getattr(transforms, site).quantizer is not None]
     cache = {"keys": transforms.attention.key, "values": transforms.attention.value}
     return ["weights", *sites, *(name for name, quantizer in cache.items() if quantizer is not None), "all"]
 
@@ -41,7 +42,7 @@ def only(transforms: OnlineTransforms, source: str | None) -> OnlineTransforms:
     """All rotations, and the quantizers of `source` alone: none of `weights` or None, every one of `all`."""
     if source == "all":
         return transforms
-    for site in INPUT_SITES:
+    for site in SITES:
         if site != source:
             transforms = transforms.with_input(site, replace(getattr(transforms, site), quantizer=None))
     key = transforms.attention.key if source == "keys" else None
@@ -57,7 +58,7 @@ def measure_sources(
     outer: OuterLayers,
     progress: Progress,
     most: int = SOURCE_WINDOWS,
-) -> dict[str, Any]:
+) -> Sources:
     """KL from full precision with one quantizer on alone, and what each adds to the residual stream of each block.
 
     A site is quantized with the clip ratios that the run found for it. The weights are those of the run: what they make
@@ -70,10 +71,8 @@ def measure_sources(
         progress: told of each block.
 
     Returns:
-        `kl` by source (`source_names`), in nats, the mean over next tokens; `exact`, the KL of the rotated model with
-        no quantizer on, which is what the measure itself is off by; `blocks`, by source: for each block by itself, on
-        the stream that full precision brings in, |h' - h|^2 / |h|^2 of the stream h at its output, the mean over
-        tokens; `dataset` and `tokens`, (windows, length), of what was measured.
+        By source (`source_names`); what a block adds is taken on the stream that full precision brings in, the mean
+        over tokens.
     """
     dataset, text = next(iter(texts.items()))
     windows = text[:most]
@@ -98,11 +97,11 @@ def measure_sources(
             kl[name] = found.kl
         errors = job.ranks.gather(walk.errors)
     blocks = {
-        name: [sum(sum(rank[name][index]) for rank in errors) / len(windows) for index in range(len(of_blocks))]
+        name: tuple(sum(sum(rank[name][index]) for rank in errors) / len(windows) for index in range(len(of_blocks)))
         for name, of_blocks in walk.errors.items()
     }
     exact = kl.pop("exact")
-    return {"kl": kl, "exact": exact, "blocks": blocks, "dataset": dataset, "tokens": list(windows.shape)}
+    return Sources(kl=kl, exact=exact, blocks=blocks, dataset=dataset, tokens=(len(windows), windows.shape[1]))
 
 
 class _Walk:

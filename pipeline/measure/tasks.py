@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ...boa.online.attention import NAME
 from ...errors import InputError
+from ...eval.results import TaskScore
 from ...eval.zeroshot import PAPER_TASKS, Score, Tasks, average, load_tasks, task_names, zero_shot
 from ...export.formats.native import load_native
 from ...models.aliases import TINY_FOLDER
@@ -50,7 +51,7 @@ def tasks_of(job: Job, names: Sequence[str] | None, folder: Path | None) -> Task
 
 def task_scores(
     job: Job, folder: RunFolder, tasks: Tasks, progress: Progress, *, limit: int | None = None, batch: int = 8
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TaskScore]:
     """What the models of a finished run reach on tasks. Each is held whole in memory, one after the other.
 
     Args:
@@ -61,9 +62,7 @@ def task_scores(
         batch: sequences computed at a time.
 
     Returns:
-        By task: `metric`, the values `full_precision`, `rtn` (where the recipe has the baseline) and `quantized`, the
-        standard errors `full_precision_stderr`, `rtn_stderr` and `stderr` (of quantized), and `limit` where one was
-        given. `average`, where there are several tasks and all are accuracies.
+        By task; `average`, where there are several and all are accuracies.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, model in _models(job, folder):
@@ -78,10 +77,8 @@ def task_scores(
         mean = average(list(scores.values()))
         for task, score in (scores | ({} if mean is None else {"average": mean})).items():
             found.setdefault(task, {"metric": score.metric}).update(_entries(key, score))
-    scored: dict[str, dict[str, Any]] = {
-        task: values | ({} if limit is None else {"limit": limit}) for task, values in found.items()
-    }
-    return dict(job.ranks.broadcast_value(scored))
+    scored = {task: values | ({} if limit is None else {"limit": limit}) for task, values in found.items()}
+    return {task: TaskScore(**values) for task, values in job.ranks.broadcast_value(scored).items()}
 
 
 def _entries(model: str, score: Score) -> dict[str, float | None]:

@@ -69,7 +69,7 @@ class TorchRanks(Ranks):
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """As `Ranks.spread`."""
         for flat, parts in buckets(tensors):
-            self._finish(self._begin(dist.broadcast, "spread", flat.view(torch.uint8), src=source))
+            self._finish(self._begin(dist.broadcast, "broadcast", flat.view(torch.uint8), src=source))
             if self.rank != source:
                 unpack(flat, parts)
 

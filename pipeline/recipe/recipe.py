@@ -118,20 +118,12 @@ class Weights(_Section):
     drift: bool = Field(
         default=True, description="Let O and down also make up for what the residual stream has lost before them."
     )
-    token_weights: bool = Field(
-        default=False,
-        description="Count a token's errors in O, gate, up and down by one over the mean square of the residual stream "
-        "that they end in.",
-    )
     head: float = Field(
         default=0.0,
         ge=0,
         le=1,
         description="How far the output layer, which stays as it is otherwise, makes up for what the last hidden "
         "states have lost.",
-    )
-    sequential: bool = Field(
-        default=False, description="Weigh values by the attention of quantized queries and keys, not of the originals."
     )
     zfold: Sites = Field(
         default=None,

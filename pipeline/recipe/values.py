@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator
 
+from ...models.families import SITES
+
 
 class Legal(NamedTuple):
     """Marks an annotation with the words for its legal values, where bounds alone do not say it."""
@@ -51,7 +53,6 @@ def _placement(value: Any) -> Any:
 
 
 Placement = Annotated[Literal["auto", "merged", "online", "none"], BeforeValidator(_placement)]
-SITES = ("qkv", "output", "gate_up", "down")  # those of rotation.channels, which needs torch
 
 
 def _sites(value: Any) -> Any:

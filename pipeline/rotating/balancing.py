@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from ...boa.online.attention import set_attention
 from ...rotation.balance import balanced_sites, moments, scales
+from ...rotation.rotate import Rotations
 from ..job.job import Job
 from ..job.sharing import shared_tensors
-from ..storage.run_folder import write_tensors
+from ..storage.atomic import write_tensors
 
 SCALES = "scales.safetensors"
 TOKENS = 16_384  # that moments are averages over: of the first sequences, which are at random places of the text
 
 
 class Balance:
-    """Finds the scales of each block, on the first rank; those found so far are in the rotations of the job."""
+    """Finds the scales of each block, on the first rank."""
 
     def __init__(self, job: Job, length: int) -> None:
         self.job, self.sequences = job, -(-TOKENS // length)
@@ -28,7 +29,11 @@ class Balance:
         keys = job.recipe.cache.key_bits < 16
         self.centered = job.spec.cache_center
         self.sites = balanced_sites(job.decoder.family, job.decoder.config, folded=job.rotations.turned, keys=keys)
-        job.rotations = replace(job.rotations, scales=self.found)
+
+    @property
+    def rotations(self) -> Rotations:
+        """Those of the job, with the scales found so far."""
+        return replace(self.job.rotations, scales=tuple(self.found))
 
     def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
         """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
@@ -44,11 +49,13 @@ class Balance:
         write_tensors(folder / SCALES, {f"{i}.{site}": t for i, of in enumerate(self.found) for site, t in of.items()})
 
 
-def read_scales(job: Job, folder: Path) -> None:
-    """Give the rotations of the job, on every rank, the scales that are kept in the folder of its run."""
+def balanced(job: Job, folder: Path) -> Job:
+    """The job with the scales, on every rank, that are kept in the folder of its run; none where none are asked for."""
+    if not job.recipe.rotation.scale:
+        return job
     kept = shared_tensors(job.ranks, lambda: load_file(folder / SCALES))
     found: list[dict[str, Tensor]] = [{} for _ in range(job.decoder.shape.blocks)]
     for name, scale in kept.items():
         index, _, site = name.partition(".")
         found[int(index)][site] = scale
-    job.rotations = replace(job.rotations, scales=found)
+    return job.rotated(scales=found)

@@ -40,21 +40,20 @@ def _measured(job: Job, tokens: Tensor, progress: Progress) -> float:
     return math.exp(sum(logarithms) / len(logarithms))
 
 
-def settle(job: Job, noise: float | None) -> None:
-    """Put R1 where it belongs, once its noise is known: a recipe that leaves it to the model has it merged until then.
+def settle(job: Job, noise: float | None) -> Job:
+    """The job with R1 where it belongs, once its noise is known: a recipe that leaves it to the model has it merged
+    until then.
 
     Where the recipe itself has it merged, it stays, and a notice says what that costs.
     """
     if noise is None or noise <= HARMFUL:
-        return
+        return job
     if job.recipe.rotation.r1 == "auto":
-        job.leave_r1_out()
-        job.found.append(
+        return job.without_r1().with_notices(
             f"R1 is left out: merged, it would make the noise of rounding {noise:.0f} times as strong in this model, "
             "whose norms silence its largest channels. With rotation.r1 online it stands behind the norms."
         )
-    else:
-        job.found.append(
-            f"Merged R1 makes the noise of rounding {noise:.0f} times as strong in this model, whose norms silence its "
-            "largest channels: rotation.r1 online or none does better."
-        )
+    return job.with_notices(
+        f"Merged R1 makes the noise of rounding {noise:.0f} times as strong in this model, whose norms silence its "
+        "largest channels: rotation.r1 online or none does better."
+    )

@@ -6,9 +6,17 @@ import difflib
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from ...errors import InputError
+from ...eval.results import Stored
+from .manifest import MANIFEST_VERSION, Manifest
+from .run_report import REPORT_VERSION, Report
+
+MANIFEST, REPORT = "manifest.json", "report.json"
+_File = TypeVar("_File", bound=Stored)
 
 
 def absence(folder: Path, name: str) -> str:
@@ -22,7 +30,7 @@ def absence(folder: Path, name: str) -> str:
 
 def runs_in(folder: Path) -> list[str]:
     """The names of the runs in a folder; none where there is no such folder."""
-    return sorted(manifest.parent.name for manifest in folder.glob("*/manifest.json"))
+    return sorted(manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}"))
 
 
 def read_json(run: Path, name: str) -> dict[str, Any]:
@@ -43,15 +51,55 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def read_report(run: Path) -> dict[str, Any]:
+def read_manifest(run: Path) -> Manifest:
+    """The manifest of a run folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or of a later release.
+    """
+    return parsed(Manifest, read_json(run, MANIFEST), run / MANIFEST, MANIFEST_VERSION)
+
+
+def read_report(run: Path) -> Report:
     """The report of a finished run.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is none, it is damaged, or of a later release.
     """
-    if (run / "manifest.json").is_file() and not (run / "report.json").is_file():
+    if (run / MANIFEST).is_file() and not (run / REPORT).is_file():
         raise InputError(f"{run} is not finished: run `rotoboa quantize` with the same recipe and output first.")
-    return read_json(run, "report.json")
+    return parsed(Report, read_json(run, REPORT), run / REPORT, REPORT_VERSION)
+
+
+def parsed(kind: type[_File], content: dict[str, Any], path: Path, version: int) -> _File:
+    """The content of a file, as facts of a kind. Files of releases that wrote no version are read too.
+
+    Args:
+        version: the latest that this release reads.
+
+    Raises:
+        InputError: it is of a later version, or something in it is not what it should be.
+    """
+    found = content.get("version", 0)
+    if isinstance(found, int) and found > version:
+        raise InputError(
+            f"{path} has version {found}, and this release of rotoboa reads up to {version}: "
+            "use the release that made the run, or a later one."
+        )
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is not one that this release of rotoboa reads ({_first_of(error)}): "
+            "use the release that made the run, or run it again."
+        ) from error
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first of the errors in words: 'blocks.0.index: field required'."""
+    first = error.errors()[0]
+    name, message = ".".join(map(str, first["loc"])), first["msg"].rstrip(".")
+    return f"{name}: {message[:1].lower()}{message[1:]}"
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:

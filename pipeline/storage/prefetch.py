@@ -5,7 +5,7 @@ One thread each. Both mostly wait, for a disk or for a GPU, and torch lets go of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...models.checkpoint import Checkpoint
 from .buffers import free_memory, room_on
-from .run_folder import RunFolder
+from .manifest import BlockEntry
+from .run_writer import FollowedRun
 
 READ_SHARE = 8  # a block is read ahead where at least so many of its size fit into free memory
 ROTATION_SHARE = 6  # and goes to a GPU to be rotated where so many of its size in float64 fit there
@@ -35,7 +36,7 @@ class Prefetcher:
         device: where blocks are rotated and compute.
     """
 
-    def __init__(self, checkpoint: Checkpoint, folder: RunFolder, count: int, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, folder: FollowedRun, count: int, device: torch.device) -> None:
         self.checkpoint, self.folder, self.count, self.device = checkpoint, folder, count, device
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="rotoboa-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="rotoboa-write")
@@ -68,7 +69,7 @@ class Prefetcher:
             self._ahead = index + 1, self._reader.submit(self.checkpoint.block, index + 1)
         return for_rotation(tensors, self.device)
 
-    def write(self, index: int, pack: Callable[[], dict[str, Tensor]], entry: Mapping[str, Any], **facts: Any) -> None:
+    def write(self, index: int, pack: Callable[[], dict[str, Tensor]], entry: BlockEntry, **facts: Any) -> None:
         """Write a finished block as soon as the one before is written.
 
         Args:
@@ -84,10 +85,10 @@ class Prefetcher:
         self._written = self._writer.submit(self._write, index, pack, entry, facts)
 
     def _write(
-        self, index: int, pack: Callable[[], dict[str, Tensor]], entry: Mapping[str, Any], facts: Mapping[str, Any]
+        self, index: int, pack: Callable[[], dict[str, Tensor]], entry: BlockEntry, facts: dict[str, Any]
     ) -> None:
         tensors = pack()
-        self.folder.manifest.update(facts)
+        self.folder.note(**facts)
         self.folder.write_block(index, tensors, entry)
 
     def finish(self) -> None:

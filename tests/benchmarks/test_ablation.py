@@ -53,9 +53,9 @@ def test_a_case_of_other_defaults_is_another_case(ablation: Any, monkeypatch: py
     prints = {name: ablation.print_of("w2a16", setting, changes) for name, changes in cases.items()}
     assert len(set(prints.values())) == len(cases)
     base = load_recipe("w2a16")
-    base["weights"]["token_weights"] = True
+    base["weights"]["drift"] = False
     monkeypatch.setattr(ablation, "load_recipe", lambda name: base)
-    assert ablation.print_of("w2a16", setting, {}) == prints["tokens weighted"]
+    assert ablation.print_of("w2a16", setting, {}) == prints["drift of the residual stream"]
 
 
 def test_another_model_has_its_texts_its_setting_and_its_files(

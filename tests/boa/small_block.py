@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block.block import quantize_block
+from rotoboa.boa.block.context import BlockContext, BlockResult, Share, Streams, shared_copy
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
+from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES
@@ -99,11 +101,27 @@ def block_tensors(model: nn.Module, decoder: Decoder, index: int) -> dict[str, T
 
 
 class Ran(NamedTuple):
-    """A block quantizer that has run, and what became of the streams."""
+    """What was found of a block, what became of the streams, and what the steps were given."""
 
-    solver: BlockQuantizer
+    found: BlockResult
     full: Tensor
     quantized: Tensor
+    context: BlockContext
+
+
+def make_context(
+    decoder: Decoder,
+    block: nn.Module,
+    settings: Settings = QUICK,
+    transforms: OnlineTransforms = PLAIN,
+    *,
+    sequences: int = SEQUENCES,
+    batch: int = 2,
+    **options: Any,
+) -> BlockContext:
+    """That of `block` on one rank."""
+    share = Share.of(Ranks(), sequences, batch)
+    return BlockContext(decoder, block, shared_copy(block), settings, transforms, share, **options)
 
 
 def run_block(
@@ -116,10 +134,9 @@ def run_block(
     batch: int = 2,
     **options: Any,
 ) -> Ran:
-    """The quantizer of `block` run on streams, which it writes to."""
-    solver = BlockQuantizer(decoder, block, settings, transforms, batch=batch, **options)
-    solver.run(*streams)
-    return Ran(solver, *streams)
+    """The block quantized on streams, which are written to."""
+    context = make_context(decoder, block, settings, transforms, sequences=len(streams[0]), batch=batch, **options)
+    return Ran(quantize_block(context, Streams(*streams)), *streams, context)
 
 
 def run_small(settings: Settings = QUICK, transforms: OnlineTransforms = PLAIN, **options: Any) -> Ran:

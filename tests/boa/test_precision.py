@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotoboa.boa.block import block as block_module
-from rotoboa.boa.block import workspace
+from rotoboa.boa.block import solving
 from rotoboa.boa.objective.statistics import InputStatistics
 from rotoboa.boa.precision import exact_products, quick_products
 from rotoboa.boa.solver.rounding import Settings
@@ -56,7 +56,7 @@ def test_which_part_of_a_block_computes_how(with_cuda: None, monkeypatch: pytest
     monkeypatch.setattr(block_module, "quick_products", lambda device: quick_products(CUDA))
     monkeypatch.setattr(InputStatistics, "add", watched("statistics", InputStatistics.add))
     monkeypatch.setattr(InputStatistics, "objective", watched("solver", InputStatistics.objective))
-    monkeypatch.setattr(workspace, "solve", watched("solver", workspace.solve))
+    monkeypatch.setattr(solving, "solve", watched("solver", solving.solve))
     run_small(Settings(bits=4, refine=0, starts=1, tabu=0))
     assert seen == {"statistics": {"high"}, "solver": {"highest"}}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
 from rotoboa.export import packing
@@ -32,6 +33,8 @@ def test_words_are_those_of_the_bit_string_and_come_back(bits: int, columns: int
     assert words.dtype == torch.int32 and words.is_contiguous()
     assert words.shape == (3, packed_width(columns, bits)) == (3, -(-columns * bits // 32))
     assert words.tolist() == [reference(row, bits) for row in values.tolist()]
+    signed = (values.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(words, pack_to_int32(signed, bits))
     back = unpack(words, bits, columns)
     assert back.dtype == torch.uint8 and torch.equal(back, values)
 

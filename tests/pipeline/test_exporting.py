@@ -123,7 +123,7 @@ def test_refusals_are_one_sentence(cheap_run: Runs, recipe: str, name: str, word
 
 
 def test_an_unfinished_or_damaged_run_is_refused(cheap_run: Runs, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is no folder of a run"):
         export(tmp_path, "native")
     run = Path(shutil.copytree(cheap_run("w4a16"), tmp_path / "run"))
     config = run / "model" / "config.json"

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block.block import quantize_block
+from rotoboa.boa.block.context import BlockContext, BlockResult, Streams
 from rotoboa.models.checkpoint import SINGLE
+from rotoboa.pipeline import quantizing
 from rotoboa.pipeline.cli.app import app
 
 if TYPE_CHECKING:
@@ -51,17 +52,16 @@ def test_a_block_that_overflows_is_named_and_the_finished_ones_stay(
 
 
 def test_a_run_that_fails_goes_on_once_the_cause_is_gone(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = BlockQuantizer.run
     calls = []
 
-    def failing(self: BlockQuantizer, full: Tensor, quantized: Tensor) -> None:
+    def failing(context: BlockContext, streams: Streams) -> BlockResult:
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        run(self, full, quantized)
+        return quantize_block(context, streams)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockQuantizer, "run", failing)
+        patch.setattr(quantizing, "quantize_block", failing)
         message = user.fails(1, "--quiet")
     assert (
         f"the run in {user.output} failed: CUDA out of memory. Tried to allocate; the same command goes on" in message
@@ -75,7 +75,7 @@ def test_a_full_disk_while_it_runs(user: User, monkeypatch: pytest.MonkeyPatch) 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rotoboa.pipeline.storage.run_folder.write_tensors", full)
+    monkeypatch.setattr("rotoboa.pipeline.storage.run_writer.write_tensors", full)
     assert "failed: [Errno 28] No space left on device; the same command goes on" in user.fails(1, "--quiet")
 
 

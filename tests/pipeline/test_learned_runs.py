@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import rotoboa
-from rotoboa.boa.block.block import BlockQuantizer
 from rotoboa.boa.ranks import Ranks
 from rotoboa.errors import InputError
+from rotoboa.pipeline import quantizing
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.recipe import Recipe
 
@@ -28,7 +28,7 @@ def test_interrupted_after_a_block(
 
     report = rotoboa.quantize(recipe("whole"))
     assert report["recipe"]["weights"]["method"] == method
-    interrupted(recipe("parts"), BlockQuantizer, "run", call=2)
+    interrupted(recipe("parts"), quantizing, "quantize_block", call=2)
     rotoboa.quantize(recipe("parts"))
     for file in ("blocks/00000.safetensors", "blocks/00001.safetensors"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -88,10 +88,10 @@ def test_run_save_and_load(
     (measured,) = report["perplexity"].values()
     assert all(math.isfinite(value) for value in measured.values())
     family, run = prepare(settings).decoder.family, RunFolder.open(tmp_path / "run")
-    for block in run.manifest["blocks"]:
-        assert list(block["layers"]) == list(family.projections)
+    for block in run.manifest.blocks:
+        assert list(block.layers) == list(family.projections)
         # A loss of 1 is that of a weight of zero.
-        assert all(0 <= layer["loss"] < (0.1 if recipe == "w4a4kv4" else 0.6) for layer in block["layers"].values())
+        assert all(0 <= layer.loss < (0.1 if recipe == "w4a4kv4" else 0.6) for layer in block.layers.values())
 
     ids = _tokens(2, 50)
     model, tokenizer = rotoboa.load(tmp_path / "run", dtype=torch.float32)

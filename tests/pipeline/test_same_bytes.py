@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import rotoboa
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block import block
 from rotoboa.errors import InputError
-from rotoboa.pipeline import stages
+from rotoboa.pipeline import quantizing, stages
 from rotoboa.pipeline.recipe.recipe import Recipe
-from rotoboa.pipeline.storage.run_folder import RunFolder
+from rotoboa.pipeline.storage.run_writer import RunWriter
 
 MakeRecipe = Callable[..., Recipe]
 Interrupted = Callable[..., Path]
@@ -49,10 +49,10 @@ def test_seeds_matter(finished: Finished, model_files: ModelFiles, tmp_path: Pat
 
 # Which call ends the run.
 MOMENTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "first block": (BlockQuantizer, "run", {}),
-    "second block": (BlockQuantizer, "_mlp_half", {"call": 2}),
+    "first block": (quantizing, "quantize_block", {}),
+    "second block": (block, "quantize_mlp", {"call": 2}),
     # The block's file is there, its line in the manifest is not.
-    "block written": (RunFolder, "save", {"when": lambda folder: len(folder.manifest["blocks"]) == 2}),
+    "block written": (RunWriter, "save", {"when": lambda folder: len(folder.manifest.blocks) == 2}),
     "export": (stages, "write_native", {}),
     "evaluation": (stages, "perplexities", {}),
 }
@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         {"weights.bits": 2, "weights.group_size": 16, "weights.starts": 3},
         {"weights.bits": 3, "weights.symmetric": True, "weights.grid": "hessian"},
         {"weights.method": "rtn", "activations.bits": 4},
-        {"weights.drift": False, "weights.sequential": False, "rotation.r4": True},
+        {"weights.drift": False, "rotation.r4": True},
     ],
 )
 def test_other_settings_interrupted(
@@ -98,7 +98,7 @@ def test_other_settings_interrupted(
     recipe = make_recipe("w4a16", {"model": str(llama), "output": tmp_path / "whole", **changes})
     whole = rotoboa.quantize(recipe)
     recipe = recipe.model_copy(update={"output": tmp_path / "parts"})
-    interrupted(recipe, RunFolder, "write_block", call=2)
+    interrupted(recipe, RunWriter, "write_block", call=2)
     assert rotoboa.quantize(recipe)["perplexity"] == whole["perplexity"]
     assert model_files(tmp_path / "parts") == model_files(tmp_path / "whole")
 
@@ -110,14 +110,15 @@ def test_a_killed_process_ends_with_the_same_bytes(finished: Finished, model_fil
         "import os, signal, sys\n"
         "import rotoboa\n"
         "from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe\n"
-        "from rotoboa.pipeline import run, stages\n"
-        "write = run.write_tensors\n"
+        "from rotoboa.pipeline import stages\n"
+        "from rotoboa.pipeline.storage import run_writer\n"
+        "write = run_writer.write_tensors\n"
         "def killed(path, tensors):\n"
         "    if path.name.startswith('00001'):\n"
         "        path.with_name('.' + path.name + '.tmp').write_bytes(b'half of it')\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(path, tensors)\n"
-        "run.write_tensors = killed\n"
+        "run_writer.write_tensors = killed\n"
         "stages.quantize(build_recipe(load_recipe(sys.argv[1]), {'output': sys.argv[2]}))\n"
     )
     source = whole / "recipe.yaml"

@@ -109,20 +109,20 @@ def test_evaluating_again_gives_the_figures_of_the_report(
 ) -> None:
     run, _, report = finished
     before = model_files(run)
-    again = evaluating.evaluate(run)
+    again = evaluating.evaluate(run).to_json()
     assert all(again[name] == report[name] for name in ("perplexity", "divergence", "sizes"))
-    fewer = evaluating.evaluate(run, windows=2)
+    fewer = evaluating.evaluate(run, windows=2).to_json()
     assert perplexities(fewer)["quantized"] != perplexities(report)["quantized"]
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
-    assert list(evaluating.evaluate(run, dataset=str(other))["perplexity"]) == [str(other)]
+    assert list(evaluating.evaluate(run, dataset=str(other)).to_json()["perplexity"]) == [str(other)]
     for both in (f"{text}, {other}", [str(text), str(other)]):
-        found = evaluating.evaluate(run, dataset=both)
+        found = evaluating.evaluate(run, dataset=both).to_json()
         assert list(found["perplexity"]) == list(found["divergence"]) == [str(text), str(other)]
         assert found["perplexity"][str(text)] == report["perplexity"][str(text)]
         assert found["tokens"] == {"evaluation": {str(text): [4, 64], str(other): [4, 64]}}
         assert "evaluate quantized" in found["seconds"]
-    longer = evaluating.evaluate(run, sequence_length=128)
+    longer = evaluating.evaluate(run, sequence_length=128).to_json()
     assert perplexities(longer)["full_precision"] != perplexities(report)["full_precision"]
     assert model_files(run) == before
 
@@ -131,7 +131,7 @@ def test_what_evaluate_refuses(finished: Finished, tmp_path: Path) -> None:
     run, *_ = finished
     with pytest.raises(InputError, match="--sequence-length 257 is more than the 256 positions"):
         evaluating.evaluate(run, sequence_length=257)
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is no folder of a run"):
         evaluating.evaluate(tmp_path)
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "blocks" / "00001.safetensors").write_bytes(b"")
@@ -148,7 +148,7 @@ def test_evaluating_needs_the_checkpoint_that_the_run_was_made_of(
     changes = {"model": "some/model", "output": tmp_path / "run", "weights.method": "rtn"}
     report = rotoboa.quantize(make_recipe("w4a16", changes))
     monkeypatch.chdir(tmp_path / "some")
-    assert evaluating.evaluate(tmp_path / "run")["perplexity"] == report["perplexity"]
+    assert evaluating.evaluate(tmp_path / "run").to_json()["perplexity"] == report["perplexity"]
     written = (tmp_path / "run" / "report.json").read_bytes()
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"].mul_(-1)

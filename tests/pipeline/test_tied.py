@@ -79,7 +79,7 @@ def test_one_matrix(save_family: SaveFamily, make_recipe: MakeRecipe, tmp_path: 
         small, _ = rotoboa.load(run)
         assert report["memory"]["model"]["quantized"] == model_bytes(small)
 
-    evaluated = evaluate(run)
+    evaluated = evaluate(run).to_json()
     assert evaluated["perplexity"] == report["perplexity"] and evaluated["memory"] == report["memory"]
 
 
@@ -164,7 +164,7 @@ def test_finished_runs_of_before_are_read(tied_run: Path, tmp_path: Path, text: 
     model, _ = rotoboa.load(run)
     once, _ = rotoboa.load(tied_run)
     assert torch.equal(model(ids()).logits, once(ids()).logits)
-    report, evaluated = json.loads((tied_run / "report.json").read_text()), evaluate(run)
+    report, evaluated = json.loads((tied_run / "report.json").read_text()), evaluate(run).to_json()
     assert evaluated["perplexity"] == report["perplexity"]
     assert evaluated["memory"]["model"]["quantized"] == model_bytes(model) > model_bytes(once)
     assert "lm_head.weight" in tensors(export(run, "native"))

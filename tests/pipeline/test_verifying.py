@@ -44,7 +44,7 @@ def test_llama_cpp_runs_the_file(run: Path) -> None:
     assert llama.difference < 0.3 * llama.deviation and llama.agreement > 0.9
 
 
-@pytest.mark.parametrize("name", ["native", "gptq", "gptq-v1"])
+@pytest.mark.parametrize("name", ["native", "gptq", "gptq-v1", "mlx"])
 def test_our_readers_agree_with_the_run(run: Path, name: str) -> None:
     (result,) = verify(export(run, name))
     assert result.difference < 1e-5 and result.passed and result.reader.startswith("rotoboa")

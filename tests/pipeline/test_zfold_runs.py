@@ -13,16 +13,17 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.errors import InputError
+from rotoboa.models.families import SITES
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import export, open_finished
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, recipe_to_yaml
 from rotoboa.pipeline.storage.run_folder import RunFolder
+from rotoboa.pipeline.storage.run_writer import RunWriter
 from rotoboa.pipeline.verifying import run_logits
 
 MakeRecipe = Callable[..., Recipe]
-SITES = ("qkv", "output", "gate_up", "down")
 TIMINGS = ("seconds", "plain_forward_seconds", "peak_memory_bytes", "parts")
 
 
@@ -82,7 +83,7 @@ def test_resume_ends_with_the_same_bytes(
     recipe = make_recipe("w2a16", {"model": str(llama), "weights.zfold": True, "evaluation.baseline": False})
     whole, stopped = (recipe.model_copy(update={"output": tmp_path / name}) for name in ("whole", "stopped"))
     rotoboa.quantize(whole)
-    interrupted(stopped, RunFolder, "write_block", call=2)
+    interrupted(stopped, RunWriter, "write_block", call=2)
     assert rotoboa.quantize(stopped)["parts"] == 2
     assert _content(tmp_path / "stopped") == _content(tmp_path / "whole")
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rotoboa.models.families import FAMILIES, Family
+from rotoboa.models.families import FAMILIES, SITES, Family
 from rotoboa.models.shape import Shape
-from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels, ties
+from rotoboa.rotation.channels import absorbable, obstacle, readers, scale_channels, ties
 
 LLAMA, OPT, GEMMA = (FAMILIES[name] for name in ("llama", "opt", "gemma2"))
 SHAPE = Shape(blocks=1, hidden=8, ffn=6, query_heads=4, key_heads=2, head_dim=2, vocabulary=10)

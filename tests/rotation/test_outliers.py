@@ -10,12 +10,11 @@ from torch import nn
 from transformers import LlamaConfig
 
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import FAMILIES
+from rotoboa.models.families import FAMILIES, SITES
 from rotoboa.models.layout import split_tensors
 from rotoboa.rotation.outliers import (
     GRID,
     PICTURES,
-    SITES,
     Outliers,
     kurtosis,
     magnitudes,

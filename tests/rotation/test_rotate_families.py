@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import FAMILIES, family_for
+from rotoboa.models.families import FAMILIES, SITES, family_for
 from rotoboa.models.layout import split_modules
 from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.rotation import channels
 from rotoboa.rotation.balance import balanced_sites, moments, scales
-from rotoboa.rotation.channels import SITES, absorbable, obstacle, readers, scale_channels
+from rotoboa.rotation.channels import absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations
 
 EXACT = 1e-9  # logits are of order 1 to 10

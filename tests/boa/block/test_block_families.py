@@ -1,7 +1,6 @@
 """One block of every family through the quantizer: shapes of the objectives, streams, experts."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa.block import workspace
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block.context import BlockContext
+from rotoboa.boa.block.forward_parts import capture
 from rotoboa.boa.objective import statistics
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import NAME, AttentionTransform
@@ -73,20 +72,20 @@ def _run(setup: Setup, settings: Settings = SETTINGS, **options: Any) -> Ran:
 @pytest.mark.parametrize("name", NAMES + MIXTURES)
 def test_streams_are_forward_passes(family_model: Callable[..., nn.Module], name: str, rotated: str) -> None:
     setup = Setup(family_model(name), 16 if rotated == "plain" else 4, **ROTATIONS[rotated])
-    solver, full, quantized = _run(setup)
+    found, full, quantized, context = _run(setup)
     before_full, before_quantized = setup.streams()
     torch.testing.assert_close(full, setup.forward(setup.block, before_full, exact=True), rtol=0, atol=2e-5)
-    expected = setup.forward(solver.quantized, before_quantized, exact=False)
+    expected = setup.forward(context.quantized, before_quantized, exact=False)
     far = ((quantized - expected).abs() > 1e-4).float().mean()
     assert far < 0.02, "a value at the edge of two levels may fall to either side, and no more"
     assert (full - quantized).abs().max() > 0.01
-    assert list(solver.results) == list(solver.losses) == list(setup.decoder.family.projections)
+    assert list(found.results) == list(found.losses) == list(setup.decoder.family.projections)
 
 
 @pytest.mark.parametrize("name", NAMES + MIXTURES)
 def test_going_on_gives_the_same(family_model: Callable[..., nn.Module], name: str) -> None:
-    first, full, quantized = _run(Setup(family_model(name), 4, **EVERYTHING))
-    again, full_again, quantized_again = _run(Setup(family_model(name), 4, **EVERYTHING), previous=first.results)
+    first, full, quantized, _ = _run(Setup(family_model(name), 4, **EVERYTHING))
+    again, full_again, quantized_again, _ = _run(Setup(family_model(name), 4, **EVERYTHING), previous=first.results)
     assert torch.equal(full, full_again) and torch.equal(quantized, quantized_again)
     assert list(again.results) == list(first.results)
 
@@ -140,12 +139,12 @@ def test_what_a_post_norm_divides_by_weighs_tokens(
     family_model: Callable[..., nn.Module], name: str, solved: Solved
 ) -> None:
     setup = Setup(family_model(name))
-    solver, _, _ = _run(setup, replace(SETTINGS, token_weights=False))
+    context = _run(setup, SETTINGS).context
     full, quantized = setup.streams()
     family = setup.decoder.family
     x = [
-        workspace.capture(block.get_submodule(family.output), partial(setup.decoder.run, block, hidden))
-        for block, hidden in ((setup.block, full), (solver.quantized, quantized))
+        capture(block.get_submodule(family.output), partial(setup.decoder.run, block, hidden))
+        for block, hidden in ((setup.block, full), (context.quantized, quantized))
     ]
     y = torch.nn.functional.linear(x[0], setup.block.get_parameter(f"{family.output}.weight"))
     weighted = (x[1] / y.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1)
@@ -161,10 +160,10 @@ def test_an_expert_is_calibrated_on_its_tokens(
 ) -> None:
     monkeypatch.setattr(Setup, "streams", _many(Setup.streams))
     setup = Setup(family_model(name))
-    solver, _, _ = _run(setup, replace(SETTINGS, token_weights=False))
+    found, *_, context = _run(setup, SETTINGS)
     family, shape = setup.decoder.family, setup.decoder.shape
-    assert not solver.fallbacks
-    x, weights, index = _routed(setup, solver)
+    assert not found.fallbacks
+    x, weights, index = _routed(setup, context)
     counts = torch.bincount(index.flatten(), minlength=shape.experts)
     assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
     for i in range(shape.experts):
@@ -174,10 +173,10 @@ def test_an_expert_is_calibrated_on_its_tokens(
     assert family.expert_count == shape.experts == 4
 
 
-def _routed(setup: Setup, solver: BlockQuantizer) -> tuple[Tensor, Tensor, Tensor]:
+def _routed(setup: Setup, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """What the quantized block gives to its MLP, (tokens, hidden), as transformers runs it; weights and experts."""
-    block, (_, quantized) = solver.quantized, setup.streams()
-    x = workspace.capture(block.get_submodule("mlp"), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
+    block, (_, quantized) = context.quantized, setup.streams()
+    x = capture(block.get_submodule("mlp"), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
     _, weights, index = setup.block.get_submodule("mlp.gate")(x)
     return x, weights, index
 
@@ -200,14 +199,14 @@ def test_an_expert_with_few_tokens_falls_back(
     """A text of 24 tokens gives no expert 32 of them: each is calibrated on all, and named with its number."""
     monkeypatch.setattr(Setup, "streams", _first(Setup.streams))
     setup = Setup(family_model(name))
-    solver, _, quantized = _run(setup, replace(SETTINGS, token_weights=False))
-    x, _, index = _routed(setup, solver)
+    found, _, quantized, context = _run(setup, SETTINGS)
+    x, _, index = _routed(setup, context)
     counts = torch.bincount(index.flatten(), minlength=4).tolist()
     family = setup.decoder.family
-    assert solver.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
+    assert found.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
     for i in range(4):
         torch.testing.assert_close(solved[3 + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
-    assert torch.isfinite(quantized).all() and max(solver.losses.values()) < 0.2
+    assert torch.isfinite(quantized).all() and max(found.losses.values()) < 0.2
 
 
 def _first(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup], tuple[Tensor, Tensor]]:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rotoboa.boa.block.block import BlockQuantizer
 from rotoboa.boa.objective.objective import FEW_TOKENS
 from rotoboa.boa.solver.rounding import LAYERWISE
 
@@ -18,6 +17,7 @@ from ..small_block import (
     make_decoder,
     make_streams,
     make_tensors,
+    run_block,
     run_small,
 )
 
@@ -28,9 +28,8 @@ def test_bad_weight_is_named(name: str, value: float) -> None:
     decoder = make_decoder()
     tensors = make_tensors()
     tensors[f"{name}.weight"][1, 2] = value
-    solver = BlockQuantizer(decoder, decoder.block(0, tensors), QUICK, PLAIN)
     with pytest.raises(ValueError, match=f"^{name}: its weight holds NaN or Inf$"):
-        solver.run(*make_streams())
+        run_block(decoder, decoder.block(0, tensors), QUICK, PLAIN, make_streams())
 
 
 @pytest.mark.parametrize("stream", ["full-precision", "quantized"])
@@ -38,9 +37,8 @@ def test_bad_stream_is_named(stream: str) -> None:
     decoder = make_decoder()
     full, quantized = make_streams()
     (full if stream == "full-precision" else quantized)[1, 5, 0] = float("nan")
-    solver = BlockQuantizer(decoder, decoder.block(0, make_tensors()), QUICK, PLAIN)
     with pytest.raises(ValueError, match=f"^the {stream} stream that comes in holds NaN or Inf$"):
-        solver.run(full, quantized)
+        run_block(decoder, decoder.block(0, make_tensors()), QUICK, PLAIN, (full, quantized))
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
@@ -55,12 +53,12 @@ def test_bad_stream_is_named(stream: str) -> None:
 def test_what_arises_in_a_layer_is_named(huge: str, message: str, method: str) -> None:
     decoder, tensors = make_decoder(), make_tensors()
     tensors[f"{huge}.weight"] *= 1e37
-    solver = BlockQuantizer(decoder, decoder.block(0, tensors), replace(QUICK, method=method), PLAIN)
+    given = (decoder, decoder.block(0, tensors), replace(QUICK, method=method), PLAIN, make_streams())
     if method in LAYERWISE and huge == LLAMA.query:
-        solver.run(*make_streams())  # what queries and keys are weighed by is not looked at
+        run_block(*given)  # what queries and keys are weighed by is not looked at
         return
     with pytest.raises(ValueError, match=f"^{message}"):
-        solver.run(*make_streams())
+        run_block(*given)
 
 
 @pytest.mark.parametrize("layer", [LLAMA.output, LLAMA.down])
@@ -68,9 +66,9 @@ def test_what_arises_where_nothing_is_solved_is_named(layer: str) -> None:
     decoder, ran = make_decoder(), run_small()
     tensors = make_tensors()
     tensors[f"{layer}.weight"].mul_(3e38).clamp_(-3e38, 3e38)
-    solver = BlockQuantizer(decoder, decoder.block(0, tensors), QUICK, PLAIN, previous=ran.solver.results)
+    block, results = decoder.block(0, tensors), ran.found.results
     with pytest.raises(ValueError, match=f"^{layer}: the full-precision stream after it holds NaN or Inf$"):
-        solver.run(*make_streams())
+        run_block(decoder, block, QUICK, PLAIN, make_streams(), previous=results)
 
 
 def test_damping_that_was_raised_is_told() -> None:
@@ -78,9 +76,9 @@ def test_damping_that_was_raised_is_told() -> None:
     generator = torch.Generator().manual_seed(0)
     enough = -(-FEW_TOKENS * HIDDEN // LENGTH)  # with fewer tokens Hessians are shrunk, and none fails
     full = torch.randn(enough, LENGTH, 2, generator=generator) @ torch.randn(2, HIDDEN, generator=generator)
-    settings = replace(QUICK, damping=1e-12, method="gptq", token_weights=False)
-    solver = BlockQuantizer(decoder, decoder.block(0, make_tensors()), settings, PLAIN)
-    solver.run(full, full.clone())
-    assert {LLAMA.query, LLAMA.key} <= solver.damping.keys()  # inputs of two dimensions
-    assert all(1e-12 < value <= 1e-5 for value in solver.damping.values())
-    assert run_small().solver.damping == {}
+    settings = replace(QUICK, damping=1e-12, method="gptq")
+    block = decoder.block(0, make_tensors())
+    found = run_block(decoder, block, settings, PLAIN, (full, full.clone())).found
+    assert {LLAMA.query, LLAMA.key} <= found.damping.keys()  # inputs of two dimensions
+    assert all(1e-12 < value <= 1e-5 for value in found.damping.values())
+    assert run_small().found.damping == {}

@@ -71,11 +71,6 @@ def _sum(left: Tensor, right: Tensor) -> Tensor:
     return left.reshape(-1, left.shape[-1]).double().T @ right.reshape(-1, right.shape[-1]).double()
 
 
-def _weights(stream: Tensor, on: bool) -> Tensor:
-    """One over the root mean square of every token of the residual stream, or ones: a factor of each side of a sum."""
-    return stream.square().mean(-1, keepdim=True).rsqrt() if on else torch.ones_like(stream[..., :1])
-
-
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
 
@@ -87,17 +82,13 @@ def _near(found: Tensor | None, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("transforms", [PLAIN, ROTATED], ids=["plain", "rotated"])
-@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("drift", [True, False])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_objectives(
-    weighted: bool, drift: bool, sequential: bool, transforms: OnlineTransforms, solved: Solved
-) -> None:
+def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -> None:
     """Those that the projections are solved for, against the table of the method, written out on the streams."""
     # 2 bits: errors large enough to tell the streams apart.
-    settings = replace(QUICK, bits=2, method="boa", sequential=sequential, drift=drift, token_weights=weighted)
-    solver = run_small(settings, transforms).solver
-    full, rounded = make_block(make_decoder(), transforms), solver.quantized
+    settings = replace(QUICK, bits=2, method="boa", drift=drift)
+    context = run_small(settings, transforms).context
+    full, rounded = make_block(make_decoder(), transforms), context.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
     names = ((LLAMA.query, LLAMA.key), (LLAMA.value,), (LLAMA.output,), (LLAMA.gate, LLAMA.up), (LLAMA.down,))
     for (weight, _), group in zip(solved, names, strict=True):
@@ -118,12 +109,11 @@ def test_objectives(
         met.append(_turned_back(_total(_sum(half.query[:, h], half.query[:, h]) for h in (2 * g, 2 * g + 1))))
     _near(qk.h_out, torch.stack(met))
 
-    seen = given if sequential else half
     h_in, h_out, residual = [], [], []
     output = full.get_parameter(f"{LLAMA.output}.weight").double()
     for g in range(KEY_HEADS):
         pair = (2 * g, 2 * g + 1)
-        y = {h: seen.probabilities[:, h] @ xq for h in pair}
+        y = {h: half.probabilities[:, h] @ xq for h in pair}
         h_in.append(_total(_sum(y[h], y[h]) for h in pair))
         residual.append(_total(_sum(exact.probabilities[:, h] @ xf - y[h], y[h]) for h in pair))
         parts = [output[:, h * SIZE : (h + 1) * SIZE] for h in pair]
@@ -133,37 +123,35 @@ def test_objectives(
     value = full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
     _near(v.drift, value @ torch.stack(residual))
 
-    w = _weights(hf, weighted)
-    _near(o.h_in, _sum(w * given.attended, w * given.attended)[None])
+    _near(o.h_in, _sum(given.attended, given.attended)[None])
     lost = (exact.attended - given.attended) @ output.T + (hf - hq if drift else 0)
-    _near(o.drift, _sum(w * lost, w * given.attended)[None])
+    _near(o.drift, _sum(lost, given.attended)[None])
     hf, hq = (
         hf + exact.attended @ output.T,
         hq + given.attended @ rounded.get_parameter(f"{LLAMA.output}.weight").double().T,
     )
 
     mf, mq = (_normed(full, LLAMA.mlp_norm, h) for h in (hf, hq))
-    w = _weights(hf, weighted)
-    _near(gate_up.h_in, _sum(w * mq, w * mq)[None])
-    _near(gate_up.residual, _sum(w * (mf - mq), w * mq)[None])
+    _near(gate_up.h_in, _sum(mq, mq)[None])
+    _near(gate_up.residual, _sum(mf - mq, mq)[None])
 
     def hidden(block: nn.Module, x: Tensor) -> Tensor:
         gate, up = (x @ block.get_parameter(f"{name}.weight").double().T for name in (LLAMA.gate, LLAMA.up))
         return transforms.down.rotate(nn.functional.silu(gate) * up)
 
     uf, uq = hidden(full, mf), hidden(rounded, mq)
-    _near(down.h_in, _sum(w * uq, w * uq)[None])
+    _near(down.h_in, _sum(uq, uq)[None])
     lost = (uf - uq) @ full.get_parameter(f"{LLAMA.down}.weight").double().T + (hf - hq if drift else 0)
-    _near(down.drift, _sum(w * lost, w * uq)[None])
+    _near(down.drift, _sum(lost, uq)[None])
     for objective in (o, gate_up, down):
         assert objective.h_out is None
     assert o.residual is None and down.residual is None
 
 
 def test_statistics_are_of_quantized_inputs(solved: Solved) -> None:
-    solver = run_small(replace(QUICK, method="rtn"), QUANTIZED).solver
+    context = run_small(replace(QUICK, method="rtn"), QUANTIZED).context
     hf, hq = make_streams()
-    norm = solver.full.get_submodule(LLAMA.attention_norm)
+    norm = context.full.get_submodule(LLAMA.attention_norm)
     quantizer = DynamicQuantizer(4, True, 0.9)
     with torch.no_grad():
         xf, plain = norm(hf), norm(hq)
@@ -177,19 +165,16 @@ def test_full_precision_attention_sees_no_cache_quantizer(solved: Solved) -> Non
     """Values: A_f of exact keys, A_q of keys as the cache holds them."""
     cache = DynamicQuantizer(3, False, 0.95)
     transforms = OnlineTransforms(attention=AttentionTransform(key=cache))
-    for sequential in (True, False):
-        solved.clear()
-        solver = run_small(replace(QUICK, sequential=sequential), transforms).solver
-        hf, hq = (stream.double() for stream in make_streams())
-        xf, xq = (_normed(solver.full, LLAMA.attention_norm, h) for h in (hf, hq))
-        exact = _attention(solver.full, xf)
-        given = _attention(solver.quantized if sequential else solver.full, xq, cache)
-        for g in range(KEY_HEADS):
-            pair = (2 * g, 2 * g + 1)
-            y = {h: given.probabilities[:, h] @ xq for h in pair}
-            lost = {h: exact.probabilities[:, h] @ xf - y[h] for h in pair}
-            h_in, drift = solved[1][1].h_in, solved[1][1].drift
-            assert drift is not None
-            _near(h_in[g], _total(_sum(y[h], y[h]) for h in pair))
-            value = solver.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
-            _near(drift[g], value[g] @ _total(_sum(lost[h], y[h]) for h in pair))
+    context = run_small(QUICK, transforms).context
+    hf, hq = (stream.double() for stream in make_streams())
+    xf, xq = (_normed(context.full, LLAMA.attention_norm, h) for h in (hf, hq))
+    exact, given = _attention(context.full, xf), _attention(context.full, xq, cache)
+    for g in range(KEY_HEADS):
+        pair = (2 * g, 2 * g + 1)
+        y = {h: given.probabilities[:, h] @ xq for h in pair}
+        lost = {h: exact.probabilities[:, h] @ xf - y[h] for h in pair}
+        h_in, drift = solved[1][1].h_in, solved[1][1].drift
+        assert drift is not None
+        _near(h_in[g], _total(_sum(y[h], y[h]) for h in pair))
+        value = context.full.get_parameter(f"{LLAMA.value}.weight").double().unflatten(0, (KEY_HEADS, SIZE))
+        _near(drift[g], value[g] @ _total(_sum(lost[h], y[h]) for h in pair))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa.block.block import BlockQuantizer
-from rotoboa.boa.block.experts_half import ExpertsHalf
-from rotoboa.boa.block.workspace import capture
+from rotoboa.boa.block import experts_step
+from rotoboa.boa.block.context import BlockContext
+from rotoboa.boa.block.experts_step import choose, expert_of
+from rotoboa.boa.block.forward_parts import capture
 from rotoboa.models.decoder import Decoder
 
 from ..small_block import PLAIN, QUICK, Solved, make_decoder, run_block
@@ -41,27 +42,27 @@ def mixture() -> Mixture:
 def _down_goals(mixture: Mixture, sequences: int, solved: Solved) -> list[tuple[Tensor, Tensor]]:
     """Run, and of each expert's down projection: Y X^T that was asked for, and that of the formula."""
     decoder, block = mixture
-    solver: BlockQuantizer = run_block(decoder, block, QUICK, PLAIN, mixture.streams(sequences)).solver
+    found, *_, context = run_block(decoder, block, QUICK, PLAIN, mixture.streams(sequences))
     family = decoder.family
     hf, hq = (
         capture(part.get_submodule(family.mlp_norm), partial(decoder.run, part, h)).flatten(0, 1)
-        for part, h in zip((block, solver.quantized), mixture.streams(sequences), strict=True)
+        for part, h in zip((block, context.quantized), mixture.streams(sequences), strict=True)
     )
     norm = block.get_submodule(family.mlp_norm)
-    index, weights = solver._choose(norm(hq))
+    index, weights = experts_step.choose(context, norm(hq))
     total = weights.sum(-1, keepdim=True)
-    found = []
+    goals = []
     for i in range(EXPERTS):
         p = (weights * (index == i)).sum(-1, keepdim=True)
         share = torch.where(total > 0, p / total, 0)
-        if solver.fallbacks:
+        if found.fallbacks:
             p = share = torch.ones_like(p)
-        full, quantized = solver._expert(block, i), solver._expert(solver.quantized, i)
+        full, quantized = (expert_of(family, part, i) for part in (block, context.quantized))
         y, x = full.down_proj(full.inside(norm(hf))), quantized.inside(norm(hq)) * p
         weight, goal = solved[3 + 2 * i + 1]
         assert goal.drift is not None
-        found.append((goal.drift[0] + weight[0] @ goal.h_in[0], (p * y + share * (hf - hq)).T @ x))
-    return found
+        goals.append((goal.drift[0] + weight[0] @ goal.h_in[0], (p * y + share * (hf - hq)).T @ x))
+    return goals
 
 
 @pytest.mark.parametrize("sequences", [12, 1], ids=["own tokens", "fallback"])
@@ -76,12 +77,11 @@ def test_a_token_that_hardly_goes_anywhere(
     mixture: Mixture, least: float, solved: Solved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that vanish, or whose sum cannot be divided by, ask for nothing that is not finite."""
-    plain = ExpertsHalf._choose
 
-    def choose(self: ExpertsHalf, x: Tensor) -> tuple[Tensor, Tensor]:
-        index, weights = plain(self, x)
+    def hardly(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
+        index, weights = choose(context, x)
         return index, torch.where((torch.arange(len(x)) % 3 == 0)[:, None], least * weights, weights)
 
-    monkeypatch.setattr(ExpertsHalf, "_choose", choose)
+    monkeypatch.setattr(experts_step, "choose", hardly)
     for asked, expected in _down_goals(mixture, 12, solved):
         torch.testing.assert_close(asked, expected, rtol=1e-3, atol=1e-3)

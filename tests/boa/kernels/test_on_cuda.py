@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from rotoboa.boa.block import block
-from rotoboa.boa.block.block import BlockQuantizer
+from rotoboa.boa.block.context import Streams
 from rotoboa.boa.kernels import dispatch as kernels
 from rotoboa.boa.online.attention import NAME, attention_forward
 from rotoboa.boa.solver.rounding import Settings
@@ -30,7 +30,7 @@ from rotoboa.export.spec import Spec
 from rotoboa.models.decoder import Decoder
 from rotoboa.rotation.rotate import Rotations
 
-from ..small_block import block_tensors
+from ..small_block import block_tensors, make_context
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _MIXES = ("_to_copy", "copy_", "index", "index_put_", "_index_put_impl_", "set_data")  # with tensors of two devices
@@ -160,16 +160,15 @@ def _quantized(
         def empty(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device=streams)
 
-        solver = BlockQuantizer(
-            decoder, module, settings, SPEC.transforms(decoder.shape), batch=2, references=True, empty=empty,
-        )  # fmt: skip
-        solver.run(full, quantized)
-        assert {r.integers.device for r in solver.results.values()} == {device}
+        transforms = SPEC.transforms(decoder.shape)
+        context = make_context(decoder, module, settings, transforms, references=True, empty=empty)
+        result = block.quantize_block(context, Streams(full, quantized))
+        assert {r.integers.device for r in result.results.values()} == {device}
         assert (full.device, quantized.device) == (streams, streams)
-        others = {n: t for n, t in rotated.items() if n.removesuffix(".weight") not in solver.results}
-        packed = pack_block(solver.results, others, 3, torch.bfloat16)
+        others = {n: t for n, t in rotated.items() if n.removesuffix(".weight") not in result.results}
+        packed = pack_block(result.results, others, 3, torch.bfloat16)
         found = {name: tensor.cpu() for name, tensor in packed.items()}
-        return {**found, "full": full.cpu(), "quantized": quantized.cpu(), "losses": solver.losses}
+        return {**found, "full": full.cpu(), "quantized": quantized.cpu(), "losses": result.losses}
 
 
 def test_a_block_on_the_gpu_is_what_it_is_here(

@@ -31,30 +31,6 @@ def test_input_statistics() -> None:
         torch.testing.assert_close(found, expected[None], rtol=0, atol=1e-13)
 
 
-def test_tokens_count_by_the_norm_that_reads_them() -> None:
-    """By one over the mean square of the residual stream, in all three sums; a token of zeros does no harm."""
-    full, quantized, wanted = random(3, 4, 5, seed=1), random(3, 4, 5, seed=2), random(3, 4, 2, seed=3)
-    weight = random(2, 5, seed=5)
-    stream = random(3, 4, 7, seed=4) * torch.logspace(-2, 2, 4, dtype=torch.float64)[:, None]
-    sums = [torch.zeros(5, 5).double(), torch.zeros(5, 5).double(), torch.zeros(2, 5).double()]
-    for s in range(3):
-        for t in range(4):
-            counts = 7 / float(stream[s, t] @ stream[s, t])
-            lost = wanted - quantized @ weight.T
-            for total, left in zip(sums, (quantized, full - quantized, lost), strict=True):
-                total += counts * torch.outer(left[s, t], quantized[s, t])
-    statistics = InputStatistics()
-    statistics.add(full[:2], quantized[:2], wanted[:2], stream=stream[:2])
-    statistics.add(full[2], quantized[2], wanted[2], stream=stream[2])
-    objective = statistics.objective(weight)
-    for found, expected in zip((objective.h_in, objective.residual, objective.drift), sums, strict=True):
-        assert found is not None
-        torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
-    zeros = torch.zeros(2, 5, dtype=torch.float64)
-    statistics.add(zeros, zeros, zeros[:, :2], stream=torch.zeros(2, 7, dtype=torch.float64))
-    assert torch.equal(statistics.objective(weight).h_in, objective.h_in)
-
-
 def test_input_statistics_without_drift() -> None:
     statistics = InputStatistics()
     statistics.add(random(3, 5), random(3, 5))

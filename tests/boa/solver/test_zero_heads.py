@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rotoboa.boa.kernels import dispatch as kernels
+from rotoboa.boa.kernels import squares
 from rotoboa.boa.objective.objective import Objective
-from rotoboa.boa.solver import grid, refine
+from rotoboa.boa.solver import refine
 from rotoboa.boa.solver.rounding import Settings, quantize
 
 from ..problems import check_stored, problem, same
@@ -23,7 +24,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Where each form of the solver's loops runs; Triton's in its interpreter where there is no GPU."""
     if request.param == "compiled":
         return "cpu"
-    for module in (grid, kernels, refine):
+    for module in (kernels, refine, squares):
         monkeypatch.setattr(module, "is_compiled", lambda _: False)
     if request.param == "torch":
         return "cpu"
@@ -72,7 +73,7 @@ def test_channel_scales_are_none_of_its_business() -> None:
         values = block.get_parameter(f"{LLAMA.value}.weight").data[:SIZE]
         values *= size * torch.linspace(0.1, 1, HIDDEN)
         settings = replace(QUICK, bits=2, zfold=("qkv",))
-        solver, *_ = run_block(decoder, block, settings, PLAIN, make_streams())
-        found.append(solver.channel_scales["qkv"].zeta)
+        ran = run_block(decoder, block, settings, PLAIN, make_streams())
+        found.append(ran.found.channel_scales["qkv"].zeta)
     assert found[0].max() > 1.01 * found[0].min()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)

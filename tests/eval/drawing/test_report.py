@@ -18,6 +18,7 @@ from rotoboa.eval.drawing.figures import Layer
 from rotoboa.eval.drawing.report import Contents, page
 from rotoboa.pipeline.measure.comparing import comparison, table
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.storage.run_report import Report
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REPORT: dict[str, Any] = {
@@ -63,12 +64,16 @@ def activations(blocks: int = 3) -> dict[str, np.ndarray]:
     return found
 
 
+def compared(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return comparison([(Path(run), Report.model_validate(report)) for run, report in reports.items()])
+
+
 def contents(**changes: Any) -> Contents:
     other = copy.deepcopy(REPORT)
     other["recipe"]["weights"].update(method="gptq", bits=2)
     other["perplexity"]["stdlib"]["quantized"] = 14.0
     other["bits_per_weight"] = 2.125
-    rows = comparison([(Path("runs/mine"), REPORT), (Path("runs/<b>other & $x$"), other)])
+    rows = compared({"runs/mine": REPORT, "runs/<b>other & $x$": other})
     given: dict[str, Any] = {
         "report": REPORT,
         "rows": rows,
@@ -83,7 +88,8 @@ def contents(**changes: Any) -> Contents:
         "activations": activations(),
         "datasets": {"stdlib": "stdlib"},
     }
-    return Contents(**(given | changes))
+    given |= changes
+    return Contents(**given | {"report": Report.model_validate(given["report"])})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,7 @@ def test_the_page_says_what_shares_a_scale(html: str) -> None:
     assert "activations in 4 bits, keys in 4 bits" in html and "boa A4KV4" in html
     report = copy.deepcopy(REPORT)
     report["recipe"]["activations"]["group_size"] = 64
-    rows = comparison([(Path("runs/mine"), report)])
+    rows = compared({"runs/mine": report})
     grouped = page(contents(report=report, rows=rows, columns=table(rows)))
     assert "activations in 4 bits by token in groups of 64, keys in 4 bits" in grouped
     assert "boa A4 in 64sKV4" not in grouped and "boa A4 in 64s KV4" in grouped
@@ -165,7 +171,7 @@ def test_the_same_page_twice(html: str) -> None:
 def test_what_was_not_measured_has_no_section() -> None:
     bare = copy.deepcopy(REPORT)
     del bare["tasks"], bare["divergence"], bare["sources"]
-    rows = comparison([(Path("one"), bare)])
+    rows = compared({"one": bare})
     text = page(contents(report=bare, rows=rows, columns=table(rows), layers=[], activations={}, storage={}))
     for words in ("Activations", "Loss of each", "Zero-shot", "KL divergence", "bits went", "loss comes from"):
         assert words not in text
@@ -203,7 +209,7 @@ def test_geometric_means_and_units() -> None:
 def test_runs_that_cannot_be_compared_are_not_in_the_chart() -> None:
     other = copy.deepcopy(REPORT)
     other["tokens"]["evaluation"] = [4, 512]
-    rows = comparison([(Path("mine"), REPORT), (Path("fewer"), other)])
+    rows = compared({"mine": REPORT, "fewer": other})
     text = page(contents(rows=rows, columns=table(rows), activations={}))
     assert "the only run with this model" in text and "other evaluation windows" in text
 

@@ -1,22 +1,25 @@
 """Tables and pictures of where the loss comes from."""
 
 import re
-from typing import Any
 
 from rotoboa.eval.drawing import source_figures, source_tables
+from rotoboa.eval.results import Sources
 from rotoboa.pipeline.console.progress import source_table
+from rotoboa.pipeline.storage.run_report import Measured
 
-FOUND: dict[str, Any] = {
-    "kl": {"weights": 0.25, "down": 0.125, "values": 0.0, "all": 0.5},
-    "exact": 3e-6,
-    "blocks": {"weights": [0.02, 0.01], "down": [0.001, 0.004], "values": [0.0, 0.0], "all": [0.03, 0.01]},
-    "dataset": "stdlib",
-    "tokens": [4, 512],
-}
-WEIGHTS: dict[str, Any] = FOUND | {
-    "kl": {"weights": 0.2, "all": 0.2},
-    "blocks": dict.fromkeys(("weights", "all"), FOUND["blocks"]["weights"]),
-}
+FOUND = Sources(
+    kl={"weights": 0.25, "down": 0.125, "values": 0.0, "all": 0.5},
+    exact=3e-6,
+    blocks={"weights": (0.02, 0.01), "down": (0.001, 0.004), "values": (0.0, 0.0), "all": (0.03, 0.01)},
+    dataset="stdlib",
+    tokens=(4, 512),
+)
+WEIGHTS = FOUND.model_copy(
+    update={
+        "kl": {"weights": 0.2, "all": 0.2},
+        "blocks": dict.fromkeys(("weights", "all"), FOUND.blocks["weights"]),
+    }
+)
 
 
 def test_rows() -> None:
@@ -26,8 +29,8 @@ def test_rows() -> None:
         ["values", "0.0000", "0.00e+00", "0.00e+00", "0"],
         ["all together", "0.5000", "2.00e-02", "3.00e-02", "0"],
     ]
-    assert source_table({"sources": FOUND}).row_count == 4
-    assert not source_table({}).rows
+    assert source_table(Measured(sources=FOUND)).row_count == 4
+    assert not source_table(Measured()).rows
 
 
 def test_markdown() -> None:

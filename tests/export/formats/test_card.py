@@ -9,21 +9,22 @@ import yaml
 
 from rotoboa.errors import InputError
 from rotoboa.export.formats.card import FORMATS, licence_of, write_card
+from rotoboa.export.formats.card_facts import Base, Figures
 from rotoboa.export.record import check_files, read_record, write_record
 from rotoboa.export.spec import Spec
 from rotoboa.models.aliases import TINY_FOLDER
 
-REPORT: dict[str, Any] = {
-    "perplexity": {"wikitext2": {"full_precision": 9.7583, "rtn": 13.25, "quantized": 10.125}},
-    "tokens": {"evaluation": {"wikitext2": [141, 2048]}},
-    "sizes": {"original": 3 * 2**20},
-}
-HUB = {"model": "meta-llama/Llama-3.2-1B", "hub": True, "licence": "llama3.2"}
+FIGURES = Figures(
+    perplexity={"wikitext2": {"full_precision": 9.7583, "rtn": 13.25, "quantized": 10.125}},
+    tokens={"wikitext2": (141, 2048)},
+    original=3 * 2**20,
+)
+HUB = Base("meta-llama/Llama-3.2-1B", hub=True, licence="llama3.2")
 
 
-def card(folder: Path, name: str, spec: Spec, base: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+def card(folder: Path, name: str, spec: Spec, base: Base | None = None) -> tuple[dict[str, Any], str]:
     """Front matter and text."""
-    write_card(folder, name, spec, REPORT, "model: x\n", base=base or HUB, files={"model.x": 2**20})
+    write_card(folder, name, spec, FIGURES, "model: x\n", base=base or HUB, files={"model.x": 2**20})
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -68,7 +69,7 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
 
 
 def test_card_of_a_local_model_of_unknown_licence(tmp_path: Path) -> None:
-    front, text = card(tmp_path, "native", Spec(bits=2), {"model": "mine", "hub": False, "licence": None})
+    front, text = card(tmp_path, "native", Spec(bits=2), Base("mine", hub=False, licence=None))
     assert "base_model" not in front and "license" not in front
     assert "| licence of the base model | unknown: see the base model |" in text
 

@@ -16,8 +16,11 @@ from rotoboa.pipeline.console.progress import Progress
 from rotoboa.pipeline.recipe.fields import field_paths
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.recipe.recipe_files import recipe_names
+from rotoboa.pipeline.storage.run_report import Report
 
 REPORT = {
+    "model": "tiny",
+    "recipe": Recipe().model_dump(mode="json"),
     "perplexity": {"stdlib": {"full_precision": 9.125, "rtn": 99.0, "quantized": 10.5}},
     "seconds": {"quantize": 12.0},
     "sizes": {"quantized": 2**20},
@@ -32,11 +35,11 @@ class Stages(ModuleType):
         self.calls: list[tuple[Any, dict[str, Any]]] = []
         self.error: BaseException | None = None
 
-    def _call(self, subject: Any, **options: Any) -> dict[str, Any]:
+    def _call(self, subject: Any, **options: Any) -> Report:
         self.calls.append((subject, options))
         if self.error is not None:
             raise self.error
-        return REPORT
+        return Report.model_validate(REPORT)
 
     quantize = evaluate = _call
 
@@ -71,7 +74,7 @@ def run_folder(folder: Path, report: bool = True) -> Path:
     manifest = {
         "identity": {
             "recipe": {"model": "tiny", "weights": {"bits": 4, "group_size": None}},
-            "checkpoint": {"model.safetensors": 1},
+            "checkpoint": {"model.safetensors": "1"},
             "versions": {"torch": "2.13"},
         },
         "blocks": [{"index": 0, "seconds": 3.5, "layers": {"self_attn.q_proj": {"loss": 0.0625}}}],

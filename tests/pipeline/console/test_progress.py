@@ -16,6 +16,8 @@ from rotoboa.pipeline.console.progress import (
     task_table,
 )
 from rotoboa.pipeline.console.sizes import size_rows
+from rotoboa.pipeline.storage.manifest import BlockEntry
+from rotoboa.pipeline.storage.run_report import Measured
 
 
 def recorder(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -27,6 +29,10 @@ def text(table: Table) -> str:
     stream = io.StringIO()
     Console(file=stream, width=200).print(table)
     return stream.getvalue()
+
+
+def measured(**facts: Any) -> Measured:
+    return Measured.model_validate(facts)
 
 
 def work(progress: Progress) -> None:
@@ -114,7 +120,7 @@ def test_result_table() -> None:
         "stdlib": {"full_precision": 9.12345, "rtn": 1234.5, "quantized": 9.9},
         "wikitext2": {"full_precision": 5.0, "rtn": None, "quantized": 5.25},
     }
-    lines = text(result_table({"perplexity": perplexity})).splitlines()
+    lines = text(result_table(measured(perplexity=perplexity))).splitlines()
     assert "stdlib" in lines[2] and "wikitext2" in lines[2]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert rows == [
@@ -129,7 +135,7 @@ def test_divergence_has_columns_beside_its_data_set() -> None:
         "perplexity": {"c4": {"full_precision": 5.0, "rtn": 7.0, "quantized": 5.5}, "wikitext2": {"quantized": 6.0}},
         "divergence": {"c4": {"kl": 0.0625, "top1": 0.875, "rtn": {"kl": 1.5, "top1": 0.5}}},
     }
-    lines = text(result_table(report)).splitlines()
+    lines = text(result_table(measured(**report))).splitlines()
     assert lines[0].strip() == "Perplexity, and divergence from full precision"
     header = [cell.strip() for cell in lines[2].strip("┃").split("┃")]
     assert header == ["model", "c4", "KL (nats)", "same top-1", "wikitext2"]
@@ -146,7 +152,7 @@ def test_task_table() -> None:
         "piqa": {"metric": "acc_norm", "full_precision": 0.75, "full_precision_stderr": 0.01, "quantized": 0.7},
         "average": {"metric": "average", "full_precision": 0.75, "quantized": 0.5, "stderr": 0.02},
     }
-    lines = text(task_table({"tasks": tasks})).splitlines()
+    lines = text(task_table(measured(tasks=tasks))).splitlines()
     assert [cell.strip() for cell in lines[2].strip("┃").split("┃")] == [
         "task",
         "metric",
@@ -155,27 +161,26 @@ def test_task_table() -> None:
     ]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert rows == [["piqa", "acc_norm", "0.750 ± 0.010", "0.700"], ["average", "", "0.750", "0.500 ± 0.020"]]
-    assert not task_table({}).rows
+    assert not task_table(Measured()).rows
 
 
 def test_what_was_not_measured_has_no_row() -> None:
-    assert "RTN" not in text(result_table({"perplexity": {"c4": {"full_precision": 5.0, "quantized": 5.25}}}))
-    assert not result_table({}).rows and not cost_table({}).rows
+    assert "RTN" not in text(result_table(measured(perplexity={"c4": {"full_precision": 5.0, "quantized": 5.25}})))
+    assert not result_table(Measured()).rows and not cost_table(Measured()).rows
 
 
 def test_cost_table() -> None:
-    shown = text(cost_table({"seconds": {"quantize": 61.0}, "sizes": {"full_precision": 2**21, "quantized": 2**19}}))
-    for words in ("quantize", "1 min 01 s", "full precision", "2 MiB", "512 KiB"):
+    shown = text(cost_table(measured(seconds={"quantize": 61.0}, sizes={"original": 2**21, "quantized": 2**19})))
+    for words in ("quantize", "1 min 01 s", "original", "2 MiB", "512 KiB"):
         assert words in shown
 
 
 def test_sizes_are_those_that_people_count() -> None:
-    def rows(**found: Any) -> list[tuple[str, str]]:
+    def rows(bits: dict[str, float | None], was_tied: bool = False, **sizes: int) -> list[tuple[str, str]]:
         parts = {"original": 2000, "quantized": 1000, "blocks": 200, "embedding": 400, "head": 400}
-        return list(size_rows({"sizes": parts | found.pop("sizes", {}), **found}))
+        return list(size_rows(parts | sizes, bits, was_tied))
 
-    bits = {"bits_per_weight": 2.25, "bits_per_weight_of_file": 8.0}
-    assert rows(was_tied=True, **bits) == [
+    assert rows({"bits_per_weight": 2.25, "bits_per_weight_of_file": 8.0}, was_tied=True) == [
         ("original", "1.95 KiB"),
         ("quantized", "1000 B, 50% of the original"),
         ("  blocks", "200 B"),
@@ -184,8 +189,8 @@ def test_sizes_are_those_that_people_count() -> None:
         ("bits per weight of what is quantized", "2.250"),
         ("bits per weight of the whole file", "8.000"),
     ]
-    assert [name for name, _ in rows()][2:] == ["  blocks", "  embedding", "  head"]
-    assert [name for name, _ in rows(sizes={"head": 0}, was_tied=True)][2:] == [
+    assert [name for name, _ in rows({"bits_per_weight": None})][2:] == ["  blocks", "  embedding", "  head"]
+    assert [name for name, _ in rows({}, head=0, was_tied=True)][2:] == [
         "  blocks",
         "  embedding, which is the head",
     ]
@@ -196,7 +201,7 @@ def test_cost_table_shows_memory_against_bfloat16() -> None:
         "model": {"bfloat16": 2**22, "quantized": 2**20},
         "cache": {"tokens": 2048, "bfloat16": 2**13, "quantized": 2**11 + 2**9},
     }
-    lines = text(cost_table({"memory": memory})).splitlines()
+    lines = text(cost_table(measured(memory=memory))).splitlines()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert rows == [
         ["model in memory", "1 MiB, 25% of bfloat16"],
@@ -207,10 +212,10 @@ def test_cost_table_shows_memory_against_bfloat16() -> None:
 def test_loss_table_takes_the_mean_of_experts() -> None:
     layers = {"self_attn.q_proj": {"loss": 0.125}}
     experts = {f"mlp.experts.{index}.up_proj": {"loss": float(index)} for index in range(3)}
-    blocks: list[dict[str, Any]] = [
-        {"index": 0, "seconds": 1.25, "layers": layers},
-        {"index": 1, "seconds": 2.0, "layers": layers | experts},
-        {"index": 2},
+    blocks = [
+        BlockEntry.model_validate({"index": 0, "seconds": 1.25, "layers": layers}),
+        BlockEntry.model_validate({"index": 1, "seconds": 2.0, "layers": layers | experts}),
+        BlockEntry(index=2),
     ]
     lines = text(loss_table(blocks)).splitlines()
     assert [cell.strip() for cell in lines[2].strip("┃").split("┃")] == [

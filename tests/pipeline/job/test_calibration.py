@@ -110,7 +110,7 @@ def test_c4_is_256_windows_as_in_the_papers(
     hub: Hub, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = prepare(recipe_of(tiny_run))
-    job.model = replace(job.model, windows=None)  # as a model of the hub
+    job = replace(job, model=replace(job.model, windows=None))  # as a model of the hub
     words = datasets.Dataset.from_dict({"text": ["word " * 4000]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: words)
     assert len(evaluation_windows(job, "c4", "evaluation", 8, None)) == 256

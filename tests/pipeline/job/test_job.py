@@ -1,9 +1,13 @@
 """What a job makes of its recipe."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.rotating.placing import settle
+from rotoboa.rotation.placement import HARMFUL
 
 CHOICES = [(True, "auto", "diagonal"), (False, "auto", "hessian"), (True, "minmax", "minmax")]
 
@@ -17,3 +21,16 @@ def test_the_grid_follows_the_rotation(r1: bool, grid: str, expected: str) -> No
 def test_settings_are_those_of_the_recipe() -> None:
     settings = prepare(build_recipe({"weights": {"bits": 3, "rows": 2, "alpha": 0.5, "refine": 1}}), "cpu").settings
     assert (settings.bits, settings.rows, settings.alpha, settings.refine) == (3, 2, 0.5, 1)
+
+
+def test_what_a_stage_decides_makes_another_job() -> None:
+    job = prepare(build_recipe(load_recipe("w4a16"), {"rotation.r1": "auto"}), "cpu")
+    assert settle(job, None) is settle(job, HARMFUL) is job
+    settled = settle(job, 2 * HARMFUL)
+    assert settled.rotations.r1 is None and not settled.spec.r1 and settled.settings.grid == "hessian"
+    assert job.rotations.r1 is not None and job.spec.r1 and job.settings.grid == "diagonal"
+    assert [notice.split(":")[0] for notice in settled.found[len(job.found) :]] == ["R1 is left out"]
+    assert job.reseeded(7).rotations.seed == 7 and job.rotations.seed == 0
+    assert settled.clock is job.clock, "seconds of both are those of one run"
+    with pytest.raises(FrozenInstanceError):
+        job.spec = settled.spec  # type: ignore[misc]

@@ -37,7 +37,7 @@ def test_a_run_names_what_it_leaves_out(
     said: list[str] = []
     monkeypatch.setattr(Progress, "log", lambda self, message: said.append(message))
     changes = {"model": str(copied), "output": tmp_path / "run", "weights.bits": 8, "weights.method": "rtn"}
-    report = stages.quantize(make_recipe("w4a16", changes))
+    report = stages.quantize(make_recipe("w4a16", changes)).to_json()
     words = [
         "Left out: a tensor of the checkpoint that 'llama' models have no place for (mtp.fc.weight).",
         "output layer",

@@ -17,12 +17,13 @@ from rotoboa.pipeline.job.notices import IDLE, early_notices, idle_fields
 from rotoboa.pipeline.recipe.fields import LEAVES, value_of
 from rotoboa.pipeline.recipe.recipe import Recipe, Weights
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe, recipe_names, recipe_to_yaml
+from rotoboa.pipeline.storage.run_report import Measured
 
 MakeRecipe = Callable[..., Recipe]
 
-BY_LAYER = ("rows", "sequential", "value_rows", "value_output")
+BY_LAYER = ("rows", "value_rows", "value_output")
 LEARNED = ("iterations", "learning_rate", "regulariser")
-SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", "token_weights", "head")
+SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", "head")
 ALWAYS = {
     "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2", "rotation.r3",
     "rotation.r4", "rotation.heads", "rotation.scale", "weights.bits", "weights.group_size", "weights.symmetric",
@@ -34,8 +35,8 @@ the user's own needs a data set in any case."""
 OTHER = {
     "rotation.r4_blocks": True, "rotation.seed": 7, "rotation.seeds": 2, "weights.rows": 2, "weights.act_order": False,
     "weights.grid": "diagonal", "weights.damping": 0.3, "weights.alpha": 0.75, "weights.refine": 2,
-    "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.token_weights": True, "weights.head": 0.5,
-    "weights.sequential": True, "weights.value_rows": 2, "weights.value_output": False, "weights.iterations": 3,
+    "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
+    "weights.value_rows": 2, "weights.value_output": False, "weights.iterations": 3,
     "weights.learning_rate": 0.5, "weights.regulariser": 0, "activations.group_size": 16,
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False, "cache.clip": 0.6,
     "cache.search": False, "cache.center": False, "cache.sink": 4, "calibration.samples": 5, "calibration.seed": 1,
@@ -202,18 +203,13 @@ def test_inspect_names_them_too(small: Path) -> None:
     arguments = ["inspect", str(small), "--recipe", "w4a16", "--cache.clip", "0.8"]
     shown = CliRunner().invoke(app, arguments).stdout
     assert "Without effect in this recipe: cache.clip (cache.key_bits and cache.value_bits are 16)." in shown
-    # Options that are no fields of a recipe.
-    found = CliRunner().invoke(app, ["inspect", str(small), "--gpu", "a100", "--tf32"])
-    assert found.exit_code == 0 and found.stderr == "Without effect here: --gpu, --tf32 (--gpus is not given).\n"
-    found = CliRunner().invoke(app, ["inspect", str(small), "--gpu", "a100", "--gpus", "2"])
-    assert "A100" in found.stdout and not found.stderr
 
 
 def test_evaluate_names_what_it_does_not_read(tiny_run: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(*arguments: str) -> str:
         return CliRunner().invoke(app, ["evaluate", str(tiny_run), *arguments]).stderr
 
-    monkeypatch.setattr("rotoboa.pipeline.measure.evaluating.evaluate", lambda *arguments, **options: {})
+    monkeypatch.setattr("rotoboa.pipeline.measure.evaluating.evaluate", lambda *arguments, **options: Measured())
     assert shown("--limit", "3") == "Without effect here: --limit (no tasks are measured).\n"
     words = "Without effect here: --windows (no text is measured).\n"
     assert shown("--windows", "2", "--tasks", "default") == words
@@ -226,10 +222,10 @@ def test_a_run_that_goes_on_keeps_what_was_said(
     from rotoboa.pipeline import stages
     from rotoboa.pipeline.storage.run_folder import recipe_of
 
-    changes = {"model": str(llama), "output": tmp_path / "run", "weights.method": "gptq", "weights.sequential": True}
+    changes = {"model": str(llama), "output": tmp_path / "run", "weights.method": "gptq", "weights.value_output": False}
     run = interrupted(make_recipe("w4a16", changes), stages, "write_native")
     kept = recipe_of(run).model_copy(update={"output": run})
-    assert value_of(kept, "weights.sequential")
+    assert not value_of(kept, "weights.value_output")
     notices = [notice for notice in rotoboa.quantize(kept)["notices"] if "Without effect" in notice]
     # QUICK gives rows, too; the recipe of the manifest, which has every field, is not what was given.
-    assert notices == ["Without effect in this recipe: weights.rows, weights.sequential (weights.method is gptq)."]
+    assert notices == ["Without effect in this recipe: weights.rows, weights.value_output (weights.method is gptq)."]

@@ -17,6 +17,8 @@ from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.measure.comparing import comparison, format_of, render, short_names, table
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
+from rotoboa.pipeline.storage.files import read_report
+from rotoboa.pipeline.storage.run_report import Report
 
 REPORT: dict[str, Any] = {
     "model": "tiny",
@@ -46,7 +48,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def rows(*reports: dict[str, Any]) -> list[dict[str, Any]]:
-    return comparison([(Path(f"runs/{index}"), report) for index, report in enumerate(reports)])
+    return comparison([(Path(f"runs/{index}"), Report.model_validate(report)) for index, report in enumerate(reports)])
 
 
 def call(*arguments: str | Path) -> Result:
@@ -135,7 +137,7 @@ def test_the_command(tmp_path: Path) -> None:
     one, two = folder(tmp_path / "one", REPORT), folder(tmp_path / "two", changed(model="other"))
     shown = call("compare", one, two)
     assert shown.exit_code == 0 and shown.stdout.startswith("| run | model |") and "other model" in shown.stdout
-    assert shown.stdout == render(comparison([(one, REPORT), (two, changed(model="other"))]), "markdown")
+    assert shown.stdout == render(comparison([(run, read_report(run)) for run in (one, two)]), "markdown")
     for name, form in (("t.md", "markdown"), ("t.csv", "csv"), ("t.JSON", "json")):
         done = call("compare", one, two, "--output", tmp_path / name)
         assert done.exit_code == 0 and done.stdout == ""

@@ -158,10 +158,10 @@ def test_evaluating_measures_them_afterwards(measured: tuple[Path, dict[str, Any
     report = json.loads((run / "report.json").read_text())
     sources = report.pop("sources")
     (run / "report.json").write_text(json.dumps(report))
-    fewer = evaluating.evaluate(run, sources=True, windows=2)
+    fewer = evaluating.evaluate(run, sources=True, windows=2).to_json()
     assert fewer["sources"]["tokens"] == [2, 64] and fewer["perplexity"] == {}
     assert "sources" not in json.loads((run / "report.json").read_text()), "what was cut short is not kept"
-    assert evaluating.evaluate(run, sources=True)["sources"] == sources
+    assert evaluating.evaluate(run, sources=True).to_json()["sources"] == sources
     assert json.loads((run / "report.json").read_text()) == report | {"sources": sources}
 
 
@@ -170,7 +170,7 @@ def test_another_seed_of_the_rotation_is_that_of_the_run(llama: Path, make_recip
     changes = {"model": str(llama), "output": tmp_path / "run", "rotation.seeds": 4, "rotation.r1": "merged", **CHEAP}
     report = rotoboa.quantize(make_recipe("w4a4kv4", changes))
     assert report["seeds"]["rotation"] > 0, "the first one is the best: nothing is shown"
-    assert evaluating.evaluate(tmp_path / "run", sources=True)["sources"] == report["sources"]
+    assert evaluating.evaluate(tmp_path / "run", sources=True).to_json()["sources"] == report["sources"]
 
 
 def test_a_run_that_goes_on_measures_them_once(

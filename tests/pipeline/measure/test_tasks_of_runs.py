@@ -41,7 +41,7 @@ def test_default_is_by_the_model(monkeypatch: pytest.MonkeyPatch, llama: Path) -
 
 def test_real_items_through_every_model(run: Path) -> None:
     before = json.loads((run / "report.json").read_text())
-    found = evaluating.evaluate(run, tasks="tiny_agreement,tiny_recall", limit=4)
+    found = evaluating.evaluate(run, tasks="tiny_agreement,tiny_recall", limit=4).to_json()
     assert found["perplexity"] == {} and list(found["tasks"]) == ["tiny_agreement", "tiny_recall", "average"]
     for entry in found["tasks"].values():
         for model, stderr in (
@@ -78,7 +78,7 @@ def test_what_is_measured_later_is_added_to_the_report(run: Path, text: Path, mo
 
     other = run / "other.txt"
     other.write_text(text.read_text()[:9000])
-    found = evaluating.evaluate(run, dataset=f"{text},{other}")
+    found = evaluating.evaluate(run, dataset=f"{text},{other}").to_json()
     report = json.loads((run / "report.json").read_text())
     assert report["perplexity"] == before["perplexity"] | {str(other): found["perplexity"][str(other)]}
     assert set(report["divergence"]) == set(report["tokens"]["evaluation"]) == {str(text), str(other)}
@@ -102,7 +102,7 @@ def test_tasks_of_a_recipe_are_in_its_report(
     made = items.agreement()[:6]
     monkeypatch.setattr(items, "agreement", lambda: made)
     changes = {"output": tmp_path / "run", "evaluation.tasks": "tiny_agreement", "evaluation.baseline": False}
-    report = stages.quantize(make_recipe("w4a16", {"model": str(llama), **changes}))
+    report = stages.quantize(make_recipe("w4a16", {"model": str(llama), **changes})).to_json()
     assert json.loads((tmp_path / "run" / "report.json").read_text())["tasks"] == report["tasks"]
     (entry,) = report["tasks"].values()
     assert set(entry) == {"metric", "full_precision", "full_precision_stderr", "quantized", "stderr"}

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -5,9 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from rotoboa.boa.solver.rounding import Settings
 from rotoboa.errors import InputError
 from rotoboa.pipeline.recipe.fields import field_paths
-from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe import Recipe, Weights
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe, recipe_names, recipe_to_yaml
 
 LEAVES = {path.name for path in field_paths()}
@@ -116,6 +118,14 @@ def test_unknown_fields_are_named_with_the_closest_one() -> None:
     assert "weights.bits is 1" in message  # all of it at once
 
 
+def test_the_solver_has_the_defaults_of_the_recipe() -> None:
+    """`Settings` repeats the fields of `Weights`: boa knows no recipe."""
+    solver, recipe = {field.name: field.default for field in dataclasses.fields(Settings)}, Weights().model_dump()
+    assert recipe.keys() - solver.keys() == {"head"} and not solver.keys() - recipe.keys()
+    differing = {name for name in solver if solver[name] != recipe[name]}
+    assert differing == {"bits", "grid", "zfold"}  # none in the solver; of auto what it stands for; None and no sites
+
+
 def test_a_field_written_in_two_ways_is_given_twice() -> None:
     for base in (
         {"weights.bits": 3, "weights": {"bits": 2}},
@@ -142,7 +152,7 @@ def test_recipe_is_frozen_and_has_the_documented_defaults() -> None:
             value = getattr(value, part)
         assert value == path.default
         assert path.description.count("default") >= 1 and path.description[0].isprintable()
-    assert {"model", "output", "rotation.r1", "weights.bits", "weights.drift", "weights.sequential"} <= LEAVES
+    assert {"model", "output", "rotation.r1", "weights.bits", "weights.drift"} <= LEAVES
     assert build_recipe(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
 
 

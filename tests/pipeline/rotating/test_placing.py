@@ -56,7 +56,7 @@ def test_auto_leaves_r1_out(silenced: Path, make_recipe: MakeRecipe, tmp_path: P
                                    for n in found["notices"])  # fmt: skip
     assert any(n.startswith("Merged R1 makes the noise") for n in merged["notices"]) and not _of_r1(none)
     assert found["sources"]["exact"] < 1e-4
-    again = evaluate(tmp_path / "auto", sources=True, windows=2)
+    again = evaluate(tmp_path / "auto", sources=True, windows=2).to_json()
     assert again["sources"]["exact"] < 1e-4
 
 

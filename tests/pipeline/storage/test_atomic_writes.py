@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rotoboa.pipeline.storage.run_folder import checksum, remove_temporary, write_json, write_tensors, write_text
+from rotoboa.export.record import checksum
+from rotoboa.pipeline.storage.atomic import remove_temporary, write_json, write_tensors, write_text
 
 TENSORS = {"a": torch.arange(6).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
 

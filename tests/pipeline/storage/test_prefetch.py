@@ -17,8 +17,9 @@ from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.storage import buffers, prefetch
 from rotoboa.pipeline.storage.buffers import Buffers
+from rotoboa.pipeline.storage.manifest import BlockEntry, Identity
 from rotoboa.pipeline.storage.prefetch import Prefetcher, for_rotation
-from rotoboa.pipeline.storage.run_folder import RunFolder
+from rotoboa.pipeline.storage.run_writer import RunWriter
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ class Source(Checkpoint):
         return {"weight": torch.full((4, 4), float(index))}
 
 
-def blocks_of(folder: RunFolder) -> list[int]:
+def blocks_of(folder: RunWriter) -> list[int]:
     manifest = json.loads((folder.path / "manifest.json").read_text())
     return [entry["index"] for entry in manifest["blocks"]]
 
@@ -51,7 +52,7 @@ def tensors(value: float) -> dict[str, Tensor]:
 
 def test_the_next_block_is_read_in_a_thread(tmp_path: Path) -> None:
     source = Source()
-    with Prefetcher(source, RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
+    with Prefetcher(source, RunWriter(tmp_path / "run", Identity()), 3, CPU) as beside:
         found = [float(beside.block(index)["weight"][0, 0]) for index in range(3)]
     assert found == [0, 1, 2]
     assert [index for index, _ in source.read] == [0, 1, 2]
@@ -61,20 +62,20 @@ def test_the_next_block_is_read_in_a_thread(tmp_path: Path) -> None:
 def test_nothing_is_read_ahead_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "free_memory", lambda: prefetch.READ_SHARE * 64)  # exactly the size of a block
     source = Source()
-    with Prefetcher(source, RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
+    with Prefetcher(source, RunWriter(tmp_path / "run", Identity()), 3, CPU) as beside:
         beside.block(0)
         beside.block(1)
     assert [index for index, _ in source.read] == [0, 1]
 
 
 def test_another_block_than_the_next_one(tmp_path: Path) -> None:
-    with Prefetcher(Source(), RunFolder(tmp_path / "run", {}), 9, CPU) as beside:
+    with Prefetcher(Source(), RunWriter(tmp_path / "run", Identity()), 9, CPU) as beside:
         beside.block(0)
         assert float(beside.block(5)["weight"][0, 0]) == 5
 
 
 def test_what_fails_while_reading_ahead_is_raised_where_it_is_needed(tmp_path: Path) -> None:
-    with Prefetcher(Source(broken=1), RunFolder(tmp_path / "run", {}), 3, CPU) as beside:
+    with Prefetcher(Source(broken=1), RunWriter(tmp_path / "run", Identity()), 3, CPU) as beside:
         beside.block(0)
         with pytest.raises(RunError, match="block 1 is damaged"):
             beside.block(1)
@@ -97,7 +98,7 @@ def test_rotated_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", {})
+    folder = RunWriter(tmp_path / "run", Identity())
     folder.start("recipe")
     go, began = threading.Event(), threading.Event()
 
@@ -107,10 +108,10 @@ def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
         return tensors(0)
 
     with Prefetcher(Source(), folder, 3, CPU) as beside:
-        beside.write(0, slow, {"layers": {}}, peak_memory_bytes={"host": 7})
+        beside.write(0, slow, BlockEntry(index=0), peak_memory_bytes={"host": 7})
         assert began.wait(30)
         assert blocks_of(folder) == [] and not folder.block_path(0).exists()  # the caller goes on meanwhile
-        second = threading.Thread(target=beside.write, args=(1, lambda: tensors(1), {"layers": {}}))
+        second = threading.Thread(target=beside.write, args=(1, lambda: tensors(1), BlockEntry(index=1)))
         second.start()
         assert blocks_of(folder) == []  # it waits for the first
         go.set()
@@ -118,7 +119,7 @@ def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
         assert blocks_of(folder)[:1] == [0]
         beside.finish()
         assert blocks_of(folder) == [0, 1]
-        beside.write(2, lambda: tensors(2), {"layers": {}})
+        beside.write(2, lambda: tensors(2), BlockEntry(index=2))
     assert blocks_of(folder) == [0, 1, 2] and folder.finished_blocks() == 3
     assert float(load_file(folder.block_path(2))["q"][0]) == 2
     assert json.loads((folder.path / "manifest.json").read_text())["peak_memory_bytes"] == {"host": 7}
@@ -127,16 +128,16 @@ def test_blocks_are_written_behind_and_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["next write", "finish", "end"])
 def test_what_fails_while_writing_is_raised(tmp_path: Path, where: str) -> None:
-    folder = RunFolder(tmp_path / "run", {})
+    folder = RunWriter(tmp_path / "run", Identity())
     folder.start("recipe")
 
     def full() -> dict[str, Tensor]:
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"), Prefetcher(Source(), folder, 3, CPU) as beside:
-        beside.write(0, full, {})
+        beside.write(0, full, BlockEntry(index=0))
         if where == "next write":
-            beside.write(1, lambda: tensors(1), {})
+            beside.write(1, lambda: tensors(1), BlockEntry(index=1))
         elif where == "finish":
             beside.finish()
     assert blocks_of(folder) == []
@@ -144,14 +145,14 @@ def test_what_fails_while_writing_is_raised(tmp_path: Path, where: str) -> None:
 
 
 def test_a_finished_block_is_kept_whatever_comes_after(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", {})
+    folder = RunWriter(tmp_path / "run", Identity())
     folder.start("recipe")
     with pytest.raises(KeyboardInterrupt), Prefetcher(Source(), folder, 3, CPU) as beside:
-        beside.write(0, lambda: tensors(0), {})
+        beside.write(0, lambda: tensors(0), BlockEntry(index=0))
         raise KeyboardInterrupt
     assert blocks_of(folder) == [0]
     with pytest.raises(ValueError, match="of its own") as caught, Prefetcher(Source(), folder, 3, CPU) as beside:
-        beside.write(1, lambda: tensors(1) | {"q": torch.empty(2, device="meta")}, {})
+        beside.write(1, lambda: tensors(1) | {"q": torch.empty(2, device="meta")}, BlockEntry(index=1))
         raise ValueError("of its own")
     assert "The block before could not be written" in caught.value.__notes__[0]
     assert blocks_of(folder) == [0]
@@ -166,15 +167,15 @@ def test_a_run_that_cannot_write_says_so_and_goes_on_later(
         return make_recipe("w4a16", changes | {"evaluation.baseline": False})
 
     rotoboa.quantize(recipe("whole"))
-    write = RunFolder.write_block
+    write = RunWriter.write_block
 
-    def full(self: RunFolder, index: int, *arguments: Any) -> None:
+    def full(self: RunWriter, index: int, *arguments: Any) -> None:
         if index == 1:
             raise OSError("No space left on device")
         write(self, index, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_block", full)
+        patch.setattr(RunWriter, "write_block", full)
         with pytest.raises(RunError, match="No space left on device; the same command goes on"):
             rotoboa.quantize(recipe("run"))
     rotoboa.quantize(recipe("run"))

@@ -8,32 +8,29 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rotoboa.errors import InputError
 from rotoboa.pipeline.recipe.recipe import Recipe
-from rotoboa.pipeline.storage.run_folder import (
-    RunFolder,
-    checksum,
-    device_of,
-    read_manifest,
-    recipe_of,
-    write_json,
-    write_tensors,
-)
+from rotoboa.pipeline.storage.atomic import write_json, write_tensors
+from rotoboa.pipeline.storage.files import read_manifest
+from rotoboa.pipeline.storage.manifest import BlockEntry, Identity, Manifest
+from rotoboa.pipeline.storage.run_folder import RunFolder, checksum, device_of, recipe_of
+from rotoboa.pipeline.storage.run_writer import FollowedRun, RunWriter
 
-IDENTITY: dict[str, Any] = {
-    "recipe": Recipe().model_dump(mode="json", exclude={"output"}),
-    "checkpoint": {"model.safetensors": 100},
-    "versions": {"torch": "2.13"},
-}
+IDENTITY = Identity(
+    recipe=Recipe().model_dump(mode="json", exclude={"output"}),
+    checkpoint={"model.safetensors": "100"},
+    versions={"torch": "2.13"},
+)
 BLOCK = {"a": torch.arange(6).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
 
 
-def started(path: Path, blocks: int = 0, identity: dict[str, Any] = IDENTITY) -> RunFolder:
-    folder = RunFolder(path, identity)
+def started(path: Path, blocks: int = 0, identity: Identity = IDENTITY) -> RunWriter:
+    folder = RunWriter(path, identity)
     folder.start("model: tiny\n")
     for index in range(blocks):
-        folder.write_block(index, BLOCK, {"seconds": 1.0})
+        folder.write_block(index, BLOCK, BlockEntry(index=index, seconds=1.0))
     folder.close()
     return folder
 
@@ -42,10 +39,10 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def refusal(path: Path, identity: dict[str, Any] = IDENTITY) -> str:
+def refusal(path: Path, identity: Identity = IDENTITY) -> str:
     before = files(path) if path.is_dir() else {}
     with pytest.raises(InputError) as caught:
-        RunFolder(path, identity)
+        RunWriter(path, identity)
     assert (files(path) if path.is_dir() else {}) == before
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and message.endswith(".")
@@ -56,17 +53,17 @@ def refusal(path: Path, identity: dict[str, Any] = IDENTITY) -> str:
 
 
 def test_looking_writes_nothing(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run", IDENTITY).need_space(1)
+    RunWriter(tmp_path / "run", IDENTITY).need_space(1)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     started(tmp_path / "run", blocks=2)
-    again = RunFolder(tmp_path / "run", json.loads(json.dumps(IDENTITY)))
+    again = RunWriter(tmp_path / "run", Identity.model_validate(json.loads(json.dumps(IDENTITY.to_json()))))
     assert again.finished_blocks() == 2
     assert all(torch.equal(tensor, BLOCK[name]) for name, tensor in again.read_block(1).items())
-    entry = again.manifest["blocks"][1]
-    assert (entry["index"], entry["seconds"], entry["sha256"]) == (1, 1.0, checksum(again.block_path(1)))
+    entry = again.manifest.blocks[1]
+    assert (entry.index, entry.seconds, entry.sha256) == (1, 1.0, checksum(again.block_path(1)))
 
 
 def test_an_existing_empty_folder_is_used(tmp_path: Path) -> None:
@@ -85,10 +82,10 @@ def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
 def test_a_block_without_its_line_is_written_again(tmp_path: Path) -> None:
     folder = started(tmp_path, blocks=1)
     write_tensors(folder.block_path(1), {"other": torch.zeros(1)})  # killed before the manifest
-    again = RunFolder(tmp_path, IDENTITY)
+    again = RunWriter(tmp_path, IDENTITY)
     assert again.finished_blocks() == 1
-    again.write_block(1, BLOCK, {})
-    assert RunFolder(tmp_path, IDENTITY).finished_blocks() == 2
+    again.write_block(1, BLOCK, BlockEntry(index=1))
+    assert RunWriter(tmp_path, IDENTITY).finished_blocks() == 2
 
 
 @pytest.mark.parametrize(
@@ -96,14 +93,14 @@ def test_a_block_without_its_line_is_written_again(tmp_path: Path) -> None:
     [
         ("recipe.weights.bits", 3),
         ("recipe.model", "other"),
-        ("checkpoint.model.safetensors", 101),
+        ("checkpoint.model.safetensors", "101"),
         ("versions.torch", "2.14"),
         ("versions.new", "1"),
     ],
 )
 def test_another_run_is_named_by_what_differs(tmp_path: Path, path: str, value: object) -> None:
     started(tmp_path, blocks=1)
-    identity = json.loads(json.dumps(IDENTITY))
+    identity = IDENTITY.model_dump(mode="json", exclude_unset=True)
     section, _, rest = path.partition(".")
     target = identity[section]
     if section == "recipe" and "." in rest:
@@ -111,42 +108,42 @@ def test_another_run_is_named_by_what_differs(tmp_path: Path, path: str, value: 
         target = target[inner]
     target[rest] = value
     assert f"holds another run, with other {path}: give another --output, or remove the folder" in refusal(
-        tmp_path, identity
+        tmp_path, Identity.model_validate(identity)
     )
 
 
 def test_all_that_differs_is_named(tmp_path: Path) -> None:
     started(tmp_path)
-    changed = {"recipe": Recipe(model="x").model_dump(mode="json", exclude={"output"}), "checkpoint": {}}
+    changed = Identity(recipe=Recipe(model="x").model_dump(mode="json", exclude={"output"}), checkpoint={})
     message = refusal(tmp_path, changed)
     assert "with other checkpoint.model.safetensors, recipe.model: " in message
 
 
 def test_what_takes_long_to_know_is_compared_later(tmp_path: Path) -> None:
-    early = {"recipe": IDENTITY["recipe"]}
-    folder = RunFolder(tmp_path, early)
+    early = Identity(recipe=IDENTITY.recipe)
+    folder = RunWriter(tmp_path, early)
     folder.identify(text={"calibration": "a"})
     folder.start("model: tiny\n")
     folder.close()
-    again = RunFolder(tmp_path, early)
+    again = RunWriter(tmp_path, early)
     again.identify(text={"calibration": "a"}, versions={})
     with pytest.raises(InputError, match=r"holds another run, with other text\.calibration: give another --output"):
         again.identify(text={"calibration": "b"})
-    assert read_manifest(tmp_path)["identity"] == early | {"text": {"calibration": "a"}}
+    assert read_manifest(tmp_path).identity.to_json() == early.to_json() | {"text": {"calibration": "a"}}
 
 
 # -- one process at a time --------------------------------------------------------------------------------------------
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    first, second = RunFolder(tmp_path / "run", IDENTITY), RunFolder(tmp_path / "run", IDENTITY)
+    first, second = RunWriter(tmp_path / "run", IDENTITY), RunWriter(tmp_path / "run", IDENTITY)
     first.start("model: tiny\n")
     before = files(tmp_path)
     with pytest.raises(InputError, match=r"another process is writing to .*run: wait for it, or stop it\."):
         second.start("model: tiny\n")
     second.close()
     assert files(tmp_path) == before
-    first.write_block(0, BLOCK, {})
+    first.write_block(0, BLOCK, BlockEntry(index=0))
     first.close()
     assert not (tmp_path / "run" / ".lock").exists()
     with pytest.raises(InputError, match=r"another process has written to .*run meanwhile: run the command again"):
@@ -164,8 +161,7 @@ def test_a_lock_that_a_killed_process_left_does_not_hold(tmp_path: Path) -> None
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     folder = started(tmp_path, blocks=1)
-    folder.manifest["finished"] = True
-    folder.save()
+    folder.keep(finished=True)
     assert f"holds this very run, finished: see it with `rotoboa inspect {tmp_path}`" in refusal(tmp_path)
 
 
@@ -191,35 +187,56 @@ def test_a_damaged_block_is_named(tmp_path: Path, damage: str) -> None:
     else:
         file.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=r"00001\.safetensors is missing or damaged .*: remove .* and start again"):
-        RunFolder(tmp_path, IDENTITY).finished_blocks()
+        RunWriter(tmp_path, IDENTITY).finished_blocks()
 
 
 def test_only_a_finished_run_is_opened(tmp_path: Path) -> None:
     folder = started(tmp_path, blocks=1)
     with pytest.raises(InputError, match="is not finished: run `rotoboa quantize` with the same recipe"):
         RunFolder.open(tmp_path)
-    folder.manifest["finished"] = True
-    folder.save()
+    folder.keep(finished=True)
     assert RunFolder.open(tmp_path).read_block(0).keys() == BLOCK.keys()
     folder.block_path(0).write_bytes(b"")
     with pytest.raises(InputError, match=r"00000\.safetensors is missing or damaged"):
         RunFolder.open(tmp_path)
-    with pytest.raises(InputError, match="is no run folder: it does not exist"):
+    with pytest.raises(InputError, match="is no folder of a run: it does not exist"):
         RunFolder.open(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="is no run folder: it has no manifest"):
+    with pytest.raises(InputError, match="is no folder of a run: it has no manifest"):
         RunFolder.open(tmp_path / "empty")
 
 
 def test_the_recipe_of_a_run(tmp_path: Path) -> None:
     started(tmp_path)
     assert recipe_of(tmp_path) == Recipe()
-    assert read_manifest(tmp_path)["identity"] == IDENTITY
-    other = json.loads(json.dumps(IDENTITY))
+    assert read_manifest(tmp_path).identity == IDENTITY
+    other = IDENTITY.to_json()
     other["recipe"]["weights"]["of_the_future"] = 1
     write_json(tmp_path / "manifest.json", {"identity": other})
     with pytest.raises(InputError, match="is not one that this release of rotoboa reads"):
         recipe_of(tmp_path)
+    with pytest.raises(InputError, match=r"holds another run, with other recipe\.weights\.of_the_future: give another"):
+        RunWriter(tmp_path, IDENTITY)
+
+
+def test_other_ranks_know_what_is_found_and_write_nothing(tmp_path: Path) -> None:
+    folder = FollowedRun(tmp_path / "run", Manifest(identity=IDENTITY))
+    folder.start("model: tiny\n")
+    folder.keep(rotation_seed=3)
+    folder.write_block(0, BLOCK, BlockEntry(index=0, seconds=1.0))
+    folder.close()
+    assert folder.manifest.rotation_seed == 3 and folder.manifest.blocks == (BlockEntry(index=0, seconds=1.0),)
+    assert not (tmp_path / "run").exists()
+
+
+def test_none_is_known_where_it_was_found() -> None:
+    manifest = Manifest(identity=IDENTITY)
+    assert manifest.r1_noise is None and not manifest.knows("r1_noise")
+    found = manifest.including(r1_noise=None)
+    assert found.knows("r1_noise") and not manifest.knows("r1_noise")
+    assert "r1_noise" in found.to_json() and "r1_noise" not in manifest.to_json()
+    with pytest.raises(ValidationError, match="rotation_seed"):
+        manifest.including(rotation_seed="the best")
 
 
 # -- disk and device --------------------------------------------------------------------------------------------------
@@ -233,7 +250,7 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(free=3 * 2**20)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    folder = RunFolder(tmp_path / "deep" / "run", IDENTITY)
+    folder = RunWriter(tmp_path / "deep" / "run", IDENTITY)
     folder.need_space(3 * 2**20)
     with pytest.raises(InputError, match=r"needs about 2,048 MiB in .*run and 3 MiB are free: make room"):
         folder.need_space(2**31)

@@ -1,0 +1,209 @@
+"""The experts of a block: gate and up, then down, one expert after another; the router stays as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...models.families import Family
+from ...models.layout import Expert, Experts
+from ..objective.statistics import InputStatistics
+from ..objective.totals import Total
+from .context import BlockContext, BlockResult, Streams
+from .solving import Layers, layer_objective, solve_layers
+
+logger = logging.getLogger(__name__)
+
+GROUP = 8  # experts that ranks solve together: each has an objective in memory
+POOL = 8  # tokens that an expert with too few of its own is calibrated on, in multiples of the hidden size
+
+
+class Tokens(NamedTuple):
+    """Tokens of an expert, in order: their numbers, routing weights p, and p over the sum of a token's, (n, 1)."""
+
+    rows: Tensor
+    p: Tensor
+    share: Tensor
+
+
+class Part(NamedTuple):
+    """An expert's tokens of one batch of sequences, perhaps none, and both streams there, (n, hidden).
+
+    `number` is that of the batch among those of all ranks. All but `tokens.rows` are where blocks compute.
+    """
+
+    number: int
+    tokens: Tokens
+    full: Tensor
+    quantized: Tensor
+
+
+def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
+    """Every expert by itself, on the tokens that the quantized stream routes to it; both streams move through them.
+
+    A token counts by the square of its routing weight p, since the expert's output is multiplied by p. All of a token's
+    experts together make up for what the residual stream has lost, each for its part of their weights, which need not
+    sum to 1: for D to be in the sum of p y, an expert's y has D over that of p. An expert with fewer tokens than
+    input channels, whose Hessian has no full rank, is calibrated on tokens of the whole layer instead, spread evenly
+    over the text and alike in weight: `fallbacks` names it.
+    """
+    share, found, count = context.share, BlockResult(), len(experts_of(context.family, context.full))
+    moved, index, weights = _route(context, streams)
+    added = context.empty(*streams.full.shape, dtype=streams.full.dtype)
+    for part in added.split(share.batch):
+        part.zero_()
+        context.release()
+    counts = torch.bincount(index.flatten(), minlength=count)
+    share.ranks.sum([counts])()
+    seen = counts.tolist()
+    for group in torch.arange(count).split(min(share.ranks.size, GROUP)):
+        routed = {i: _routed(i, index, weights) for i in group.tolist()}
+        few = {i: seen[i] for i in routed if seen[i] < context.shape.hidden}
+        found |= _solve_group(context, streams, routed, few)
+        for i, tokens in routed.items():
+            _run_expert(context, i, added, streams, tokens)
+    for stream, what in ((streams.full, moved), (streams.quantized, added)):
+        for part, more in zip(stream.split(share.batch), what.split(share.batch), strict=True):
+            part += more
+            context.release()
+    return found
+
+
+def _solve_group(
+    context: BlockContext, streams: Streams, routed: dict[int, Tokens], few: dict[int, int]
+) -> BlockResult:
+    """Gate and up, then down, of some experts, by the tokens that go to each; those that see too `few` by others."""
+    names = {i: context.family.expert(i) for i in routed}
+    inputs, downs = ({i: context.share.total(InputStatistics) for i in routed} for _ in range(2))
+    given, fallbacks = dict[int, Tokens](), dict[str, int]()
+    if context.previous is None:
+        given = {i: _pool(context, i, few[i], streams) if i in few else tokens for i, tokens in routed.items()}
+        fallbacks = {name: number for i, number in few.items() for name in names[i]}
+    for i, tokens in given.items():
+        _add_inputs(context, inputs[i], streams, tokens)
+    gates = [Layers([gate, up], layer_objective(inputs[i]), [1, 1]) for i, (gate, up, _) in names.items()]
+    found = BlockResult(fallbacks=fallbacks) | solve_layers(context, *gates)
+    for i, tokens in given.items():
+        _add_downs(context, i, downs[i], streams, tokens)
+    downs_of = [(name, downs[i]) for i, (*_, name) in names.items()]
+    layers = [Layers([name], layer_objective(total, context.weight(name)), [1]) for name, total in downs_of]
+    return found | solve_layers(context, *layers)
+
+
+def choose(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts of each token of x (tokens, hidden), and their routing weights; both (tokens, experts per token)."""
+    _, weights, index = context.full.get_submodule(str(context.family.router))(x)
+    return index, weights
+
+
+def experts_of(family: Family, block: nn.Module) -> Experts:
+    """The experts of a block."""
+    experts = block.get_submodule(str(family.experts))
+    assert isinstance(experts, Experts)
+    return experts
+
+
+def expert_of(family: Family, block: nn.Module, i: int) -> Expert:
+    """Expert `i` of a block."""
+    expert = experts_of(family, block)[i]
+    assert isinstance(expert, Expert)
+    return expert
+
+
+def _route(context: BlockContext, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
+    """What the full-precision experts add to their stream, as large as that; the quantized stream's routing.
+
+    The routing is experts and weights of each token, (tokens, experts per token).
+    """
+    t, experts = context.transforms, experts_of(context.family, context.full)
+    moved = context.empty(*streams.full.shape, dtype=streams.full.dtype)
+    chosen: list[tuple[Tensor, Tensor]] = []
+
+    def run(expert: Expert, x: Tensor) -> Tensor:
+        return expert.down_proj(t.down.rotate(expert.inside(x)))
+
+    for batch in context.batches(streams):
+        x = _norm(context, batch.full).flatten(0, 1)
+        moved[batch.span] = experts(t.gate_up.rotate(x), *choose(context, x), run).view_as(batch.full)
+        index, weight = choose(context, _norm(context, batch.quantized).flatten(0, 1))
+        chosen.append((index.to(streams.full.device), weight.to(streams.full.device)))
+    indices, weights = zip(*chosen, strict=True)
+    return moved, torch.cat(indices), torch.cat(weights)
+
+
+def _routed(i: int, index: Tensor, weights: Tensor) -> Tokens:
+    """The tokens of this rank that go to expert `i`."""
+    rows, place = torch.where(index == i)
+    p = weights[rows, place, None]
+    return Tokens(rows, p, p / weights[rows].sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny))
+
+
+def _pool(context: BlockContext, i: int, few: int, streams: Streams) -> Tokens:
+    """Of this rank, tokens of the whole layer spread evenly, with weights that are alike, for an expert with too few.
+
+    Each counts as if it went to one expert alone.
+    """
+    share, length = context.share, streams.full.shape[1]
+    tokens, first = share.count * length, share.first * length
+    count = min(tokens, POOL * context.shape.hidden)
+    rows = torch.linspace(0, tokens - 1, count).long() - first
+    rows = rows[(rows >= 0) & (rows < share.own * length)]
+    alike = torch.ones(len(rows), 1, dtype=context.decoder.dtype)
+    if share.ranks.rank == 0:
+        logger.warning("expert %d saw %d tokens: calibrated on %d of all", i, few, count)
+    return Tokens(rows, alike, alike)
+
+
+def _add_inputs(context: BlockContext, total: Total[InputStatistics], streams: Streams, tokens: Tokens) -> None:
+    """Statistics of gate and up."""
+    t = context.transforms
+    for number, part, hf, hq in _parts(context, streams, tokens):
+        xf, xq = t.gate_up.rotate(_norm(context, hf)), t.gate_up(_norm(context, hq))
+        total.at(number).add(xf * part.p, xq * part.p)
+    total.start()
+
+
+def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], streams: Streams, tokens: Tokens) -> None:
+    """Statistics of the down projection of expert `i`, whose gate and up are quantized."""
+    t, family, settings = context.transforms, context.family, context.settings
+    full, quantized = expert_of(family, context.full, i), expert_of(family, context.quantized, i)
+    for number, part, hf, hq in _parts(context, streams, tokens):
+        exact = t.down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf))))
+        given = t.down(quantized.inside(t.gate_up(_norm(context, hq))))
+        wanted = full.down_proj(exact) * part.p
+        if settings.drift:
+            wanted += (hf - hq) * part.share
+        total.at(number).add(None, given * part.p, wanted)
+    total.start()
+
+
+def _run_expert(context: BlockContext, i: int, added: Tensor, streams: Streams, tokens: Tokens) -> None:
+    """Add what the quantized expert `i` puts out to `added`, as large as a stream."""
+    t, expert, flat = context.transforms, expert_of(context.family, context.quantized, i), added.flatten(0, 1)
+    for _, part, _, hq in _parts(context, streams, tokens):
+        y = expert.down_proj(t.down(expert.inside(t.gate_up(_norm(context, hq))))) * part.p
+        flat.index_add_(0, part.rows, y.to(added))
+
+
+def _norm(context: BlockContext, x: Tensor) -> Tensor:
+    normed: Tensor = context.full.get_submodule(context.family.mlp_norm)(x)
+    return normed
+
+
+def _parts(context: BlockContext, streams: Streams, tokens: Tokens) -> Iterator[Part]:
+    """An expert's tokens, a batch of sequences at a time."""
+    device, share, length = context.decoder.device, context.share, streams.full.shape[1]
+    full, quantized = streams.full.flatten(0, 1), streams.quantized.flatten(0, 1)
+    starts = range(0, share.own, share.batch)
+    inside = torch.searchsorted(
+        tokens.rows, torch.tensor(starts[1:], dtype=torch.int64, device=tokens.rows.device) * length
+    ).tolist()
+    parts = zip(*(whole.tensor_split(inside) for whole in tokens), strict=True)
+    for start, (rows, p, weight_share) in zip(starts, parts, strict=True):
+        part = Tokens(rows, p.to(device), weight_share.to(device))
+        yield Part(share.number(start), part, full[rows].to(device), quantized[rows].to(device))
+        context.release()

@@ -1,0 +1,95 @@
+"""Projections of a block are solved, and take their place in the quantized block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ..objective.objective import Objective
+from ..objective.statistics import InputStatistics
+from ..objective.totals import Total
+from ..precision import exact_products
+from ..solver.references import relative_losses
+from ..solver.rounding import Quantized
+from ..solver.units import Problem, Solved, solve
+from ..stopwatch import stage
+from .context import BlockContext, BlockResult
+
+
+class Layers(NamedTuple):
+    """Projections that share an H_in, and how many heads each has; the objective is asked for when they are solved."""
+
+    names: list[str]
+    objective: Callable[[], Objective]
+    heads: list[int]
+
+
+def layer_objective(total: Total[InputStatistics], weight: torch.Tensor | None = None) -> Callable[[], Objective]:
+    """The objective of a layer, once it is asked for; of its weight where outputs were wanted."""
+    return lambda: total.value().objective(weight)
+
+
+@stage("losses")
+@exact_products()
+def solve_layers(context: BlockContext, *layers: Layers) -> BlockResult:
+    """Solve projections and put them into the quantized block; those of an earlier run are only put there.
+
+    Args:
+        context: whose settings say how.
+        layers: they do not depend on each other. All ranks solve them together; one rank alone takes them one after
+            another, so that no two objectives are in memory.
+
+    Raises:
+        ValueError: a weight or an objective is not finite; the message names the projections.
+    """
+    found = BlockResult()
+    for group in [layers] if context.share.ranks.size > 1 else [(one,) for one in layers]:
+        found |= solve_together(context, group)
+    return found
+
+
+def solve_together(context: BlockContext, layers: Sequence[Layers]) -> BlockResult:
+    """As `solve_layers`, all of them at once."""
+    names = [name for one in layers for name in one.names]
+    if context.previous is not None:
+        found = BlockResult({name: context.previous[name] for name in names})
+    else:
+        found = BlockResult()
+        problems = [_problem(context, one) for one in layers]
+        solved = solve(problems, context.settings, context.share.ranks, references=context.references)
+        for problem, one_solved in zip(problems, solved, strict=True):
+            found |= _found(context, problem, one_solved)
+    for name in names:
+        weight = context.quantized.get_parameter(f"{name}.weight")
+        weight.data = found.results[name].dequantize().to(weight.device, weight.dtype)
+    return found
+
+
+def _problem(context: BlockContext, layers: Layers) -> Problem:
+    names, heads = layers.names, layers.heads
+    stacked = torch.cat([context.weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)])
+    goal = layers.objective()
+    return Problem(names, heads, stacked, replace(goal, memo={}) if context.share.ranks.deterministic else goal)
+
+
+def _found(context: BlockContext, problem: Problem, solved: Solved) -> BlockResult:
+    """By projection what was found of all heads of a problem; each loss is reported."""
+    result, heads, found = solved.result, problem.heads, BlockResult()
+    # An error of the size of the weight itself is 1.
+    loss = solved.losses["found"].clamp_min(0) / solved.losses["zero"].clamp_min(1e-30)
+    parts = [
+        [piece.flatten(0, 1) for piece in tensor.split(heads)]
+        for tensor in (result.integers, result.scale, result.zero)
+    ]
+    for i, (name, part) in enumerate(zip(problem.names, loss.split(heads), strict=True)):
+        found.results[name] = Quantized(*(pieces[i] for pieces in parts))
+        found.losses[name] = float(part.mean())
+        if result.damping > context.settings.damping:
+            found.damping[name] = result.damping
+        context.report(name, found.losses[name])
+    if context.references:
+        found.objectives.update(zip(problem.names, relative_losses(solved.losses, heads), strict=True))
+    return found

@@ -1,0 +1,134 @@
+"""MLX's affine format, which mlx-lm loads.
+
+A weight is `scale * q + bias`, with an unsigned q, for groups of 32, 64 or 128 inputs; bias is `-scale * zero` here.
+
+| tensor | shape, type | what it holds |
+|---|---|---|
+| `weight` | (out, in * bits / 32) uint32 | q, value i of a row from bit `i * bits` on |
+| `scales`, `biases` | (out, groups) | of one type: float16 where it holds each bias exactly, else float32 |
+
+A scale of more inputs is repeated for groups that MLX has. config.json says `quantization: {group_size, bits}`; a layer
+without `scales` is not quantized.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...boa.solver.rounding import Quantized
+from ...errors import InputError
+from ...models.running import what_it_is
+from ..finished import Finished, refuse_layout, refuse_online
+from ..packing import pack, unpack
+from ..reading import read_tensors, stock_model
+from ..writing import SHARD_BYTES, write_checkpoint
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (128, 64, 32)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+"""Model types that mlx-lm has, with the names that transformers gives their tensors."""
+
+
+def check(run: Finished) -> None:
+    """Check that the format holds the run.
+
+    Raises:
+        InputError: it does not; the sentence says why and what to use instead.
+    """
+    spec = run.spec
+    refuse_layout(run.family, "MLX")
+    refuse_online(spec, "MLX")
+    if run.family.model_type not in FAMILIES:
+        raise InputError(
+            f"MLX is written for {', '.join(FAMILIES)}, and this is a '{run.family.model_type}': use --format native."
+        )
+    if spec.bits not in BITS:
+        raise InputError(f"MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has {spec.bits}: use --format native.")
+    group_size(run)
+
+
+def group_size(run: Finished) -> int:
+    """Inputs that share a scale, as MLX has them: the most that divide the run's groups and all widths.
+
+    Raises:
+        InputError: it has none that do.
+    """
+    widths = {name: run.spec.group_size or columns for name, columns in run.columns.items()}
+    found = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
+    if found is None:
+        name, width = next((name, width) for name, width in widths.items() if width % GROUPS[-1])
+        raise InputError(
+            f"MLX has groups of 32, 64 and 128 inputs, and {width} of {name} share a scale: use --format native, or "
+            "quantize with --weights.group_size 32, 64 or 128 where that divides the width."
+        )
+    return found
+
+
+def to_mlx(result: Quantized, bits: int, group: int) -> dict[str, Tensor]:
+    """One projection: integers (out, in), scale and zero (out, groups) -> the tensors of the table above."""
+    times = result.integers.shape[1] // result.scale.shape[1] // group
+    scale, bias = result.scale.float(), -result.scale.float() * result.zero.float()
+    half = all(torch.equal(part.half().float(), part) for part in (scale, bias))
+    dtype = torch.float16 if half else torch.float32
+    scales, biases = (part.repeat_interleave(times, 1).to(dtype) for part in (scale, bias))
+    return {"weight": pack(result.integers, bits).view(torch.uint32), "scales": scales, "biases": biases}
+
+
+def from_mlx(tensors: dict[str, Tensor], bits: int, group: int) -> Tensor:
+    """The weight (out, in) in float32 of the tensors of one projection.
+
+    Raises:
+        ValueError: their shapes contradict each other.
+    """
+    scales, biases = tensors["scales"].float(), tensors["biases"].float()
+    words = (len(scales), scales.shape[1] * group * bits // 32)
+    if scales.shape != biases.shape or tensors["weight"].shape != words:
+        raise ValueError(f"they are of shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors.values())}")
+    integers = unpack(tensors["weight"].view(torch.int32), bits, scales.shape[1] * group).float()
+    return (integers.unflatten(1, (-1, group)) * scales[..., None] + biases[..., None]).flatten(1)
+
+
+def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a finished run in this format.
+
+    Raises:
+        InputError: the format cannot hold the run.
+    """
+    check(run)
+    bits, group = run.spec.bits, group_size(run)
+    config = {**run.config, "quantization": {"group_size": group, "bits": bits, "mode": "affine"}}
+    groups = run.groups(lambda result: to_mlx(result, bits, group))
+    write_checkpoint(folder, run.folder, config, groups, shard_bytes=shard_bytes)
+
+
+def read(folder: Path) -> nn.Module:
+    """The stock transformers model of a checkpoint in this format, unpacked to float32; it follows the table above.
+
+    Raises:
+        InputError: the checkpoint is damaged, or contradicts its config.
+    """
+    try:
+        config = what_it_is(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        quantization = config.pop("quantization")
+        bits, group = int(quantization["bits"]), int(quantization["group_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"{folder} holds no MLX checkpoint ({what}): export it again.") from error
+    tensors = read_tensors(folder)
+    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    state = {name: tensor.float() for name, tensor in tensors.items() if name.rpartition(".")[0] not in packed}
+    for name in packed:
+        try:
+            parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")}
+            state[f"{name}.weight"] = from_mlx(parts, bits, group)
+            if f"{name}.bias" in tensors:
+                state[f"{name}.bias"] = tensors[f"{name}.bias"].float()
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{folder}: the tensors of {name} and config.json do not belong together ({error}): export it again."
+            ) from error
+    return stock_model(folder, config, state)

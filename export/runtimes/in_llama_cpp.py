@@ -1,0 +1,37 @@
+"""Runs a folder in llama.cpp: `python in_llama_cpp.py FOLDER REQUEST ANSWER`. Knows nothing of rotoboa; see `ask`."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of the prompt's tokens, the most likely ones, and those that follow it greedily."""
+    import llama_cpp
+    import numpy
+
+    (file,) = Path(folder).glob("*.gguf")
+    ids, new = request["ids"], request["new_tokens"]
+    model = llama_cpp.Llama(str(file), n_ctx=len(ids) + new, logits_all=True, verbose=False, n_threads=1)
+    model.eval(ids)
+    logits = numpy.array(model.scores[: len(ids)], dtype=numpy.float64)
+    peak = logits.max(-1, keepdims=True)
+    found = logits - peak - numpy.log(numpy.exp(logits - peak).sum(-1, keepdims=True))
+    greedy = [int(logits[-1].argmax())]
+    while len(greedy) < new:
+        model.eval(greedy[-1:])
+        greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
+    return {
+        "versions": {"llama-cpp-python": version("llama-cpp-python")},
+        "kernels": [f"{file.stem.rpartition('-')[2]}, inputs rounded to 8 bits"],
+        "log_probabilities": [float(found[i, token]) for i, token in enumerate(ids[1:])],
+        "top": logits.argmax(-1).tolist(),
+        "greedy": greedy,
+    }
+
+
+if __name__ == "__main__":
+    answer = main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
+    Path(sys.argv[3]).write_text(json.dumps(answer), encoding="utf-8")

@@ -1,0 +1,54 @@
+"""Runs a folder in transformers: `python in_transformers.py FOLDER REQUEST ANSWER`. Knows no rotoboa; see `ask`.
+
+Online rotations, which transformers leaves out, are put in by the library of the format, as vLLM has them.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of the prompt's tokens, the most likely ones, and those that follow it greedily."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    data = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    quantization = data.get("quantization_config") or {}
+    transforms = quantization.pop("transform_config", None)
+    files = [file.name for file in Path(folder).glob("*.gguf")]
+    options: dict[str, Any] = {"gguf_file": files[0]} if files else {}
+    if transforms is not None:
+        data["quantization_config"] = {**quantization, "quantization_status": "compressed"}
+    if transforms is not None or files:
+        options["config"] = AutoConfig.for_model(**data)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, request["dtype"]), **options)
+    names = ["transformers", "torch"]
+    if transforms is not None:
+        from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+        apply_transform_config(model, TransformConfig.model_validate(transforms))
+    if quantization:
+        names.append("compressed-tensors")
+    ids, greedy = torch.tensor([request["ids"]]), list[int]()
+    with torch.no_grad():
+        logits = model(ids).logits[0].float()
+        for _ in range(request["new_tokens"]):
+            sequence = torch.cat([ids, torch.tensor([greedy], dtype=ids.dtype)], 1)
+            greedy.append(int(model(sequence).logits[0, -1].argmax()))
+    found = logits.log_softmax(-1)
+    layers = {type(module).__name__ for module in model.modules()}
+    return {
+        "versions": {name: version(name) for name in names},
+        "kernels": sorted(name for name in layers if "Linear" in name),
+        "log_probabilities": found[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist(),
+        "top": logits.argmax(-1).tolist(),
+        "greedy": greedy,
+    }
+
+
+if __name__ == "__main__":
+    answer = main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
+    Path(sys.argv[3]).write_text(json.dumps(answer), encoding="utf-8")

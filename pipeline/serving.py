@@ -1,0 +1,151 @@
+"""An export in the runtime that serves it, against its run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..export.finished import Finished
+from ..export.record import check_files, read_record
+from ..export.runtimes.ask import RUNTIMES, Answer, ask, interpreter
+from ..export.writing import write_checkpoint
+from .verifying import run_logits, run_of, sample
+
+ALONE = 0.02  # of a log-probability: what float16 is off by where there is no control to hold it against
+CONTROLS = 3.0  # times a dense model's difference: integers and their scales are rounded in other places
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a runtime computes of an export, beside what its run does.
+
+    Attributes:
+        format, runtime: of the export, and the name of what ran it.
+        dtype: that it computed in.
+        versions: of its packages.
+        kernels: the classes that computed the linear layers.
+        difference: the largest difference of the log-probability of a token of the prompt.
+        control: that of a dense model of the run's weights, in the same runtime and dtype, with its own computation in
+            float32; None where online rotations or the format leave none to make.
+        unquantized: the difference to the run with activations and cache in 16 bits, where it has fewer.
+        agreement: share of positions with the same most likely token.
+        greedy: share of the tokens it generated that the run finds most likely after the same ones.
+        tolerance: the difference that is allowed.
+    """
+
+    format: str
+    runtime: str
+    dtype: str
+    versions: dict[str, str]
+    kernels: tuple[str, ...]
+    difference: float
+    control: float | None
+    unquantized: float | None
+    agreement: float
+    greedy: float
+    tolerance: float
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether it is nearer to the run with activations in 16 bits: the runtime then leaves their quantizers out."""
+        return self.unquantized is not None and self.unquantized < self.difference
+
+    @property
+    def passed(self) -> bool:
+        """Whether the runtime computes what was measured (NaN is not)."""
+        return self.difference <= self.tolerance and not self.in_16_bits
+
+
+def serve(
+    export: Path,
+    runtime: str,
+    *,
+    run: Path | None = None,
+    python: Path | None = None,
+    dtype: str | None = None,
+    tolerance: float | None = None,
+) -> Served:
+    """Run an export in a runtime, and compare its log-probabilities with those of its run.
+
+    Args:
+        export: folder of an export.
+        runtime: a key of `RUNTIMES`.
+        run: folder of the run; None is where the export says it was.
+        python: the interpreter that has the runtime; None is that of `make runtimes`.
+        dtype: in which the runtime computes; None is its usual one.
+        tolerance: the largest difference allowed; None is three times the control's, at least 0.02, and without a
+            control 20 % of the standard deviation of the run's logits.
+
+    Raises:
+        InputError: the export is damaged, its run is not found, or the runtime does not read the format.
+        RunError: the runtime failed.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(f"there is no runtime '{runtime}': use one of {', '.join(RUNTIMES)}.")
+    record = read_record(export)
+    check_files(export, record)
+    known = RUNTIMES[runtime]
+    if record.format not in known.formats:
+        raise InputError(
+            f"{known.name} does not read the format {record.format}: export the run with --format "
+            f"{' or '.join(known.formats)}."
+        )
+    finished, where = run_of(export, record, run), interpreter(runtime, python)
+    dtype = dtype or known.dtype
+    ids = sample(finished)
+    prompt = ids[0].tolist()
+    answer = ask(runtime, export, prompt, python=where, dtype=dtype)
+    spec = finished.spec
+    reduced = min(spec.activation_bits, spec.key_bits, spec.value_bits) < 16
+    wide = replace(finished, spec=replace(spec, activation_bits=16, key_bits=16, value_bits=16, cache_center=False))
+    expected = run_logits(finished, ids, plain=True)[0]
+    in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
+    control = _control(runtime, wide, in_16_bits, prompt, where, dtype)
+    difference = _difference(answer, expected, ids)
+    limit = tolerance if tolerance is not None else float(0.2 * expected.std())
+    if tolerance is None and control is not None and not reduced:
+        limit = max(CONTROLS * control, ALONE)
+    top = expected.argmax(-1).tolist()[: len(answer.top)]
+    after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
+    follows = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()
+    return Served(
+        record.format,
+        known.name,
+        dtype,
+        dict(answer.versions),
+        tuple(answer.kernels),
+        difference,
+        control,
+        _difference(answer, in_16_bits, ids) if reduced else None,
+        sum(a == b for a, b in zip(answer.top, top, strict=True)) / len(top),
+        sum(a == b for a, b in zip(answer.greedy, follows, strict=True)) / len(follows),
+        limit,
+    )
+
+
+def _difference(answer: Answer, logits: Tensor, ids: Tensor) -> float:
+    """The largest difference of a token's log-probability, of those that both know."""
+    expected = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return float((torch.tensor(answer.log_probabilities) - expected).abs().max())
+
+
+def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], python: Path, dtype: str) -> float | None:
+    """How far the runtime is off with the run's weights as a dense model of `dtype`; None where none can be made."""
+    spec = run.spec
+    if runtime == "llama.cpp" or spec.r3 or spec.r4 or spec.online_r1 or spec.heads:
+        return None
+    kind = getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "dense"
+        groups = (
+            {name: tensor.to(kind) for name, tensor in group.items()}
+            for group in run.groups(lambda result: {"weight": result.dequantize()})
+        )
+        config = {key: value for key, value in run.config.items() if key != "torch_dtype"}
+        write_checkpoint(folder, run.folder, {**config, "dtype": dtype}, groups)
+        return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))

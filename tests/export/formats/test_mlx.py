@@ -1,0 +1,82 @@
+"""MLX's format against a reader written from its description, and what it cannot hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rotoboa.boa.solver.rounding import Quantized
+from rotoboa.errors import InputError
+from rotoboa.export.finished import Finished
+from rotoboa.export.formats import mlx
+from rotoboa.export.formats.mlx import from_mlx, to_mlx
+from rotoboa.pipeline.verifying import run_logits
+
+Opened = Callable[..., Finished]
+GROUPED = {"weights.group_size": 32}
+
+
+def slowly(tensors: dict[str, Tensor], bits: int, group: int) -> Tensor:
+    """The weight, bit by bit of the row's words, in float64."""
+    rows = []
+    for words, scales, biases in zip(tensors["weight"].tolist(), tensors["scales"], tensors["biases"], strict=True):
+        stream = sum(word << 32 * i for i, word in enumerate(words))
+        values = [stream >> bits * i & (2**bits - 1) for i in range(len(words) * 32 // bits)]
+        rows.append([float(scales[i // group]) * q + float(biases[i // group]) for i, q in enumerate(values)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bits", mlx.BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_round_trip_through_the_description(bits: int, symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    integers = torch.randint(0, 2**bits, (3, 192), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(3, 3, generator=generator).half().float()
+    zero = torch.full((3, 3), 2.0 ** (bits - 1)) if symmetric else torch.randint(0, 2**bits, (3, 3)).float()
+    result = Quantized(integers, scale, zero)
+    tensors = to_mlx(result, bits, 32)
+    assert tensors["weight"].dtype == torch.uint32 and tensors["weight"].shape == (3, 192 * bits // 32)
+    assert tensors["scales"].shape == tensors["biases"].shape == (3, 6)
+    assert tensors["scales"].dtype == tensors["biases"].dtype
+    assert not symmetric or tensors["scales"].dtype == torch.float16
+    exact = result.dequantize().double()
+    torch.testing.assert_close(slowly(tensors, bits, 32), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(from_mlx(tensors, bits, 32).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "group", "expected"), [(4, None, 32), (3, 32, 32)])
+def test_our_reader_gives_the_logits_of_the_run(
+    opened_run: Opened, bits: int, group: int | None, expected: int, tmp_path: Path
+) -> None:
+    run = opened_run("w4a16", {"weights.bits": bits, "weights.group_size": group})
+    mlx.write(run, tmp_path / "model")
+    assert mlx.group_size(run) == expected
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        found = mlx.read(tmp_path / "model")(ids).logits
+    torch.testing.assert_close(found, run_logits(run, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_cannot_hold(opened_run: Opened, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has 7"):
+        mlx.check(opened_run("w4a16", {"weights.bits": 7}))
+    with pytest.raises(InputError, match=r"MLX has groups of 32, 64 and 128 inputs, and 16 of .* share a scale"):
+        mlx.check(opened_run("w4a16", {"weights.group_size": 16}))
+    with pytest.raises(InputError, match="4-bit activations"):
+        mlx.check(opened_run("w4a4kv4"))
+
+
+@pytest.mark.parametrize("part", ["scales", "biases", "weight"])
+def test_a_damaged_checkpoint_is_one_sentence(opened_run: Opened, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "model"
+    mlx.write(opened_run("w4a16"), folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(f"q_proj.{part}"))
+    tensors[name] = tensors[name][:, :1].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="export it again"):
+        mlx.read(folder)

@@ -1,0 +1,85 @@
+"""An export in the runtime that serves it: what is compared, and what is refused. Real ones run in `make runtimes`."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rotoboa.errors import InputError, RunError
+from rotoboa.export.finished import Finished
+from rotoboa.export.runtimes.ask import RUNTIMES, Answer, interpreter
+from rotoboa.pipeline import serving
+from rotoboa.pipeline.exporting import export
+from rotoboa.pipeline.serving import Served, serve
+from rotoboa.pipeline.verifying import run_logits
+
+Runs = Callable[..., Path]
+SYMMETRIC = {"weights.symmetric": True, "weights.group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(cheap_run: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(cheap_run("w4a16", SYMMETRIC), "gguf", output=tmp_path_factory.mktemp("export") / "gguf")
+
+
+def test_transformers_serves_what_the_run_computes(cheap_run: Runs, tmp_path: Path) -> None:
+    run = cheap_run("w4a16", SYMMETRIC)
+    found = serve(export(run, "compressed-tensors", output=tmp_path / "ct"), "transformers")
+    assert (found.format, found.runtime, found.dtype) == ("compressed-tensors", "transformers", "float32")
+    assert found.control is not None and max(found.difference, found.control) < 1e-4
+    assert found.agreement == found.greedy == 1 and found.unquantized is None and found.passed
+    assert set(found.versions) == {"transformers", "torch", "compressed-tensors"} and found.kernels
+
+
+def test_activations_left_in_16_bits_are_found_out(
+    cheap_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a runtime that computes the same weights without rounding its inputs, and one that computes what was run."""
+    rounded = {"activations.bits": 4, "activations.search": False, "activations.clip": 14 / 15}
+    run = cheap_run("w4a16", {**SYMMETRIC, **rounded})
+    folder = export(run, "compressed-tensors", output=tmp_path / "ct")
+
+    original = serving.run_of
+
+    def answers(change: Callable[[Finished], Finished]) -> Served:
+        opened: list[Finished] = []
+
+        def run_of(*given: Any) -> Finished:
+            opened.append(original(*given))
+            return opened[0]
+
+        def ask(runtime: str, folder: Path, ids: list[int], **options: Any) -> Answer:
+            logits = run_logits(change(opened[0]), torch.tensor([ids]), plain=True)[0].log_softmax(-1)
+            chosen = logits[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+            return Answer({}, [], chosen, logits.argmax(-1).tolist(), [int(logits[-1].argmax())])
+
+        monkeypatch.setattr(serving, "run_of", run_of)
+        monkeypatch.setattr(serving, "ask", ask)
+        return serve(folder, "transformers")
+
+    right = answers(lambda finished: finished)
+    assert right.difference == 0 and right.unquantized is not None and right.passed and right.greedy == 1
+    wrong = answers(lambda finished: replace(finished, spec=replace(finished.spec, activation_bits=16)))
+    assert wrong.unquantized == 0 and wrong.difference > 0 and wrong.in_16_bits and not wrong.passed
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no runtime 'trt': use one of vllm, gptqmodel, mlx"):
+        serve(folder, "trt")
+    with pytest.raises(InputError, match="vLLM does not read the format gguf: export the run with --format"):
+        serve(folder, "vllm")
+    with pytest.raises(InputError, match=r"there is no Python for llama\.cpp at .*: `make runtimes` makes one"):
+        serve(folder, "llama.cpp", python=tmp_path / "python")
+    with pytest.raises(RunError, match=r"mlx-lm cannot run .* \(ModuleNotFoundError: No module named 'mlx'\)"):
+        serving.ask("mlx", folder, [1, 2], python=Path(sys.executable), dtype="float32")
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_each_runtime_has_its_program(runtime: str, tmp_path: Path) -> None:
+    known = RUNTIMES[runtime]
+    assert (Path(serving.__file__).parents[1] / "export" / "runtimes" / known.program).is_file() and known.formats
+    assert interpreter(runtime, Path(sys.executable)) == Path(sys.executable)
