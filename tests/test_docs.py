@@ -225,3 +225,15 @@ def test_the_version_is_one() -> None:
     assert re.findall(r"^## (\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == wanted
     cited = {part["url"].rpartition("/")[2] for part in citation["references"]}
     assert cited == {"2406.13474", "2404.00456"} and all(number in text_of(ROOT / "README.md") for number in cited)
+
+
+def test_every_room_is_in_the_tree() -> None:
+    (tree,) = blocks(text_of(ROOT / "docs" / "development.md"), "")
+    shown, part = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip("/")
+        part = part if line.startswith(" ") else name
+        shown.add(f"{part}.{name}" if line.startswith(" ") else name)
+    packages = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"]
+    rooms = {name.removeprefix("rotoboa.") for name in packages} - {"rotoboa", "models.tiny.tasks"}
+    assert shown == rooms | {"benchmarks", "examples", "docs", "tests"}

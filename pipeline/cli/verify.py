@@ -42,9 +42,9 @@ def verify(
         typer.Option(metavar="float32|float16|bfloat16", help="What the runtime computes in. (default its usual one)"),
     ] = None,
 ) -> None:
-    """Compare an export with its run.
+    """Compare what an export computes with its run.
 
-    The export is loaded with its stock reader; with --runtime it is run where it is served.
+    The export is loaded with its stock reader, or run where it is served (--runtime).
     """
     if runtime is not None:
         _in_runtime(folder, runtime, run=run, tolerance=tolerance, python=python, dtype=dtype)
