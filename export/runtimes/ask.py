@@ -27,7 +27,7 @@ class Runtime(NamedTuple):
 
 RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime("vLLM", "in_vllm.py", ("compressed-tensors", "gptq-v1", "gptq"), "float16"),
-    "gptqmodel": Runtime("GPTQModel", "in_gptqmodel.py", ("gptq", "gptq-v1"), "float32"),
+    "gptqmodel": Runtime("GPTQModel", "in_gptqmodel.py", ("gptq", "gptq-v1"), "float16"),
     "mlx": Runtime("mlx-lm", "in_mlx.py", ("mlx",), "float32"),
     "llama.cpp": Runtime("llama.cpp", "in_llama_cpp.py", ("gguf",), "float32"),
     "transformers": Runtime("transformers", "in_transformers.py", ("compressed-tensors", "gguf"), "float32"),
