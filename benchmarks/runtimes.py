@@ -196,8 +196,8 @@ def _seen(run: Path, runtime: str, format_name: str, python: Path | str) -> dict
         return {"failed": python}
     try:
         found: Served = serve(export(run, format_name), runtime, python=python)
-    except (InputError, RunError) as error:
-        return {"failed": str(error)}
+    except (InputError, RunError) as error:  # what it says of the folder is nobody's business
+        return {"failed": str(error).replace(f"{run}/", "")}
     return {**asdict(found), "runtime": runtime, "passed": found.passed, "in_16_bits": found.in_16_bits}
 
 

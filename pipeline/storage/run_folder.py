@@ -80,6 +80,10 @@ class RunFolder:
         return load_file(self.block_path(index))
 
 
+GONE = {("weights", "token_weights"): False, ("weights", "sequential"): False}
+"""Fields that recipes had once, and the value at which they did nothing: runs that have it are read."""
+
+
 def recipe_of(path: Path) -> Recipe:
     """The recipe of a run folder.
 
@@ -88,8 +92,10 @@ def recipe_of(path: Path) -> Recipe:
     """
     recipe = read_manifest(path).identity.recipe
     try:
+        for section, name in (field for field, off in GONE.items() if recipe[field[0]].get(field[1]) == off):
+            recipe = {**recipe, section: {key: value for key, value in recipe[section].items() if key != name}}
         return Recipe.model_validate(recipe)
-    except (InputError, ValueError, TypeError) as error:
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"the recipe in {path / MANIFEST} is not one that this release of rotoboa reads: "
             "use the release that made the run, or run it again."

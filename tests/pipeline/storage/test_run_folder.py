@@ -211,6 +211,14 @@ def test_the_recipe_of_a_run(tmp_path: Path) -> None:
     assert recipe_of(tmp_path) == Recipe()
     assert read_manifest(tmp_path).identity == IDENTITY
     other = IDENTITY.to_json()
+    other["recipe"]["weights"]["token_weights"] = False
+    write_json(tmp_path / "manifest.json", {"identity": other})
+    assert recipe_of(tmp_path) == Recipe()
+    other["recipe"]["weights"]["token_weights"] = True
+    write_json(tmp_path / "manifest.json", {"identity": other})
+    with pytest.raises(InputError, match="is not one that this release of rotoboa reads"):
+        recipe_of(tmp_path)
+    other = IDENTITY.to_json()
     other["recipe"]["weights"]["of_the_future"] = 1
     write_json(tmp_path / "manifest.json", {"identity": other})
     with pytest.raises(InputError, match="is not one that this release of rotoboa reads"):
