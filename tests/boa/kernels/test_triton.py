@@ -167,7 +167,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rotoboa.boa import triton_kernels as kernels
+from rotoboa.boa.kernels import triton_kernels as kernels
 
 WHOLE = ("rows", "width", "batch", "moves", "rest")
 for name, fixed in (
