@@ -65,7 +65,7 @@ def test_a_mask_left_out_is_a_regression(copied: Path) -> None:
     figures["results"][CASE]["ratio"] *= 100
     baseline.write_text(json.dumps(figures))
 
-    source = copied / "boa" / "attention.py"
+    source = copied / "boa" / "online" / "attention.py"
     text = source.read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if MASK in line)
     source.write_text(text.replace(line, ""), encoding="utf-8")

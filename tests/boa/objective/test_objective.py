@@ -62,7 +62,7 @@ def test_large_matrices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 PEAKS = """
 import resource, sys
 import torch
-from rotoboa.boa import objective
+from rotoboa.boa.objective import objective
 from rotoboa.boa.objective.objective import Objective, inverse_factor
 objective.TRIANGLE = 128
 n, heads = 2048, 8
