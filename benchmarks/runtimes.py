@@ -37,24 +37,8 @@ HERE = Path(__file__).resolve().parent
 WIDTH = 768
 MLX = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
 NEEDED = [
-    "accelerate",
-    "datasets",
-    "defuser",
-    "device-smi",
-    "dill",
-    "filelock",
-    "jinja2",
-    "logbar",
-    "numpy",
-    "packaging",
-    "pillow",
-    "protobuf",
-    "pyarrow",
-    "pypcre",
-    "requests",
-    "safetensors",
-    "threadpoolctl",
-    "tokenicer",
+    *("accelerate", "datasets", "defuser", "device-smi", "dill", "filelock", "jinja2", "logbar", "numpy", "packaging"),
+    *("pillow", "protobuf", "pyarrow", "pypcre", "requests", "safetensors", "threadpoolctl", "tokenicer"),
     "transformers",
 ]
 # What pip does for each environment, step by step. Torch is that of this project's constraints and stays so: GPTQModel
