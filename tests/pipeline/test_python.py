@@ -14,6 +14,7 @@ from rotoboa.errors import InputError
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.console import progress
 from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.storage.run_report import Measured
 
 ANYTHING: Any = 4
 
@@ -23,9 +24,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]
     """The recipes that would have run, and with what."""
     calls: list[tuple[Recipe, dict[str, Any]]] = []
 
-    def record(recipe: Recipe, **options: Any) -> dict[str, Any]:
+    def record(recipe: Recipe, **options: Any) -> Measured:
         calls.append((recipe, options))
-        return {}
+        return Measured()
 
     monkeypatch.setattr(stages, "quantize", record)
     return calls
