@@ -13,7 +13,7 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test lint bench bench-accept accuracy runtime ablation methods real verify runtimes memory ranks \
+.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real verify runtimes memory ranks \
 	speed clean
 .DEFAULT_GOAL := help
 
@@ -39,6 +39,10 @@ evaluate: $(STAMP)  ## measure the finished run in RUN again on GPUS (ARGS: --da
 ##@ Develop
 test: $(STAMP)  ## run the tests, a process with one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+
+quick: $(STAMP)  ## the tests of the mathematics, the recipes and the house: under a minute, while you work
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m "not slow" --deselect tests/boa/solver/test_zero_heads.py \
+		$(addprefix tests/,boa/solver boa/objective boa/online rotation models pipeline/recipe test_house.py test_docs.py) $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from ..small_block import HIDDEN, LLAMA, PLAIN, QUICK, SIZE, make_block, make_de
 HEADS, ROWS, COLUMNS = 3, 6, 16
 SMALL = 1e-10  # of the inputs' squares: as float32, a product with the least of these numbers is zero
 METHODS = pytest.mark.parametrize("method", ["boa", "aespa"])
+FEW = Settings(bits=4, iterations=20, refine=2, starts=2, tabu=0.5)
 
 
 @pytest.fixture(params=["compiled", "torch", "triton"])
@@ -43,7 +44,7 @@ def test_a_head_that_nothing_reads(method: str, device: str) -> None:
     assert objective.h_out is not None
     h_out = objective.h_out.float().to(device)
     h_out[1] = 0
-    settings = Settings(bits=4, method=method, iterations=20)
+    settings = replace(FEW, method=method)
     found = quantize(weight, Objective(h_in, h_out), settings)
     check_stored(found, 4)
     h_out[1] = torch.eye(ROWS, device=device) / (1 + settings.damping)
@@ -59,7 +60,7 @@ def test_nothing_is_read_and_nothing_comes_in(method: str, device: str) -> None:
     weight, _ = problem(HEADS, ROWS, COLUMNS)
     zeros = torch.zeros(HEADS, COLUMNS, COLUMNS, device=device)
     nothing = Objective(zeros[:1], zeros[:, :ROWS, :ROWS])
-    found = quantize(weight.float().to(device), nothing, Settings(bits=4, method=method, iterations=20))
+    found = quantize(weight.float().to(device), nothing, replace(FEW, method=method))
     check_stored(found, 4)
     assert not found.dequantize().any()
 

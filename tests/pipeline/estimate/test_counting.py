@@ -103,7 +103,7 @@ def test_a_plain_pass_is_counted_exactly() -> None:
 @pytest.mark.parametrize("length", [64, 256])
 def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotoboa.boa.solver.refine.is_compiled", lambda tensor: False)  # where sweeps are products
-    settings = Settings(3, starts=3, refine=4)
+    settings = Settings(3, starts=2, refine=2)
     sizes, found = real(settings, 2, length)
     run = Plan(settings, 2, length, 2, references=True)
     counted = {name: work.products for name, work in counting.whole(sizes, run).items()}
