@@ -40,9 +40,9 @@ evaluate: $(STAMP)  ## measure the finished run in RUN again on GPUS (ARGS: --da
 test: $(STAMP)  ## run the tests, a process with one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
-quick: $(STAMP)  ## the tests of the mathematics, the recipes and the house: under a minute, while you work
+quick: $(STAMP)  ## the tests of the mathematics, recipes and house, while you work
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m "not slow" --deselect tests/boa/solver/test_zero_heads.py \
-		$(addprefix tests/,boa/solver boa/objective boa/online rotation models pipeline/recipe test_house.py test_docs.py) $(ARGS)
+		$(addprefix tests/,boa/solver boa/objective boa/online rotation pipeline/recipe/test_recipe.py test_house.py) $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
