@@ -13,8 +13,8 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real verify runtimes memory ranks \
-	speed clean
+.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real \
+	verify runtimes memory ranks speed clean
 .DEFAULT_GOAL := help
 
 help:

@@ -31,7 +31,7 @@ def quantize_blocks(
     """Every block that is not finished yet; returns both streams as they leave the last one."""
     compute, family, ranks, share = job.decoder, job.decoder.family, job.ranks, own_share(job, len(tokens))
     tokens = tokens[share.start : share.stop]
-    follows = needs_full(job.settings, family) or moves_head(job.recipe) or bool(family.experts)
+    follows = needs_full(job.settings, family) or moves_head(job.recipe)
     full = job.buffers.empty(*tokens.shape, compute.shape.hidden, dtype=compute.dtype)
     quantized = job.buffers.empty(*full.shape, dtype=compute.dtype) if follows else full
     for i in range(len(tokens)):

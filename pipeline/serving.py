@@ -12,11 +12,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..export.finished import Finished
 from ..export.record import check_files, read_record
-from ..export.runtimes.ask import RUNTIMES, Answer, ask, interpreter
+from ..export.runtimes.ask import DTYPES, RUNTIMES, Answer, ask, interpreter
 from ..export.writing import write_checkpoint
 from .verifying import run_logits, run_of, sample
 
-ALONE = 0.02  # of a log-probability: what float16 is off by where there is no control to hold it against
 CONTROLS = 3.0  # times a dense model's difference: integers and their scales are rounded in other places
 
 
@@ -32,7 +31,7 @@ class Served:
         difference: the largest difference of the log-probability of a token of the prompt.
         control: that of a dense model of the run's weights, in the same runtime and dtype, with its own computation in
             float32; None where online rotations or the format leave none to make.
-        unquantized: the difference to the run with activations and cache in 16 bits, where it has fewer.
+        unquantized: the difference to the run with activations in 16 bits, where it has fewer.
         agreement: share of positions with the same most likely token.
         greedy: share of the tokens it generated that the run finds most likely after the same ones.
         tolerance: the difference that is allowed.
@@ -78,8 +77,8 @@ def serve(
         run: folder of the run; None is where the export says it was.
         python: the interpreter that has the runtime; None is that of `make runtimes`.
         dtype: in which the runtime computes; None is its usual one.
-        tolerance: the largest difference allowed; None is three times the control's, at least 0.02, and without a
-            control 20 % of the standard deviation of the run's logits.
+        tolerance: the largest difference allowed; None is three times the control's, at least that of `DTYPES`;
+            with quantized activations, and without a control, 20 % of the standard deviation of the run's logits.
 
     Raises:
         InputError: the export is damaged, its run is not found, or the runtime does not read the format.
@@ -90,26 +89,27 @@ def serve(
     record = read_record(export)
     check_files(export, record)
     known = RUNTIMES[runtime]
+    dtype = dtype or known.dtype
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {dtype} but must be one of {', '.join(DTYPES)}.")
     if record.format not in known.formats:
         raise InputError(
             f"{known.name} does not read the format {record.format}: export the run with --format "
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
-    dtype = dtype or known.dtype
     ids = sample(finished)
     prompt = ids[0].tolist()
     answer = ask(runtime, export, prompt, python=where, dtype=dtype)
-    spec = finished.spec
-    reduced = min(spec.activation_bits, spec.key_bits, spec.value_bits) < 16
-    wide = replace(finished, spec=replace(spec, activation_bits=16, key_bits=16, value_bits=16, cache_center=False))
+    reduced = finished.spec.activation_bits < 16  # the cache is not: no runtime here reads an export with one that is
+    wide = replace(finished, spec=replace(finished.spec, activation_bits=16))
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
     control = _control(runtime, wide, in_16_bits, prompt, where, dtype)
     difference = _difference(answer, expected, ids)
     limit = tolerance if tolerance is not None else float(0.2 * expected.std())
     if tolerance is None and control is not None and not reduced:
-        limit = max(CONTROLS * control, ALONE)
+        limit = max(CONTROLS * control, DTYPES[dtype])
     top = expected.argmax(-1).tolist()[: len(answer.top)]
     after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
     follows = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()

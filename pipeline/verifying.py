@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..boa.online.attention import NAME
@@ -20,10 +19,10 @@ from ..errors import InputError, RunError
 from ..export.finished import Finished
 from ..export.formats import compressed_tensors, gguf_reader, gptq, mlx
 from ..export.formats.native import load_native
-from ..export.reading import read_config
 from ..export.record import Record, check_files, read_record
 from ..export.runtime.linear import QuantizedLinear
 from ..export.runtime.prepared import packed_block
+from ..export.runtimes.ask import ask
 from ..models.decoder import Decoder
 from ..models.tokenizer import read_tokenizer
 from .exporting import blocks_digest, open_finished
@@ -195,74 +194,29 @@ def _mlx(export: Path, ids: Tensor) -> Tensor:
 
 def _compressed_tensors(export: Path, ids: Tensor) -> Tensor:
     compressed_tensors.inspect(export)
-    _, quantization = read_config(export, compressed_tensors.NAME)
-    return _fresh(_TRANSFORMED if "transform_config" in quantization else _TRANSFORMERS, export, ids, "")
+    return _fresh("transformers", export, ids)
 
 
 def _gguf(export: Path, ids: Tensor) -> Tensor:
-    return _fresh(_TRANSFORMERS, export, ids, gguf_reader.inspect(export).name)
+    gguf_reader.inspect(export)
+    return _fresh("transformers", export, ids)
 
 
 def _llama(export: Path, ids: Tensor) -> Tensor:
-    return _fresh(_LLAMA, export, ids, gguf_reader.inspect(export).name)
+    gguf_reader.inspect(export)
+    return _fresh("llama.cpp", export, ids)
 
 
-_TRANSFORMERS = """
-import sys, torch, transformers
-from safetensors.torch import load_file, save_file
-folder, ids, logits, file = sys.argv[1:]
-options = {"gguf_file": file, "config": transformers.AutoConfig.from_pretrained(folder)} if file else {}
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-with torch.no_grad():
-    save_file({"logits": model(load_file(ids)["ids"]).logits.float().contiguous()}, logits)
-assert "rotoboa" not in sys.modules
-"""
-
-# vLLM alone runs R4: in its place the library of the format does, on the stock model.
-_TRANSFORMED = """
-import json, pathlib, sys, torch, transformers
-from compressed_tensors.transform import TransformConfig, apply_transform_config
-from safetensors.torch import load_file, save_file
-folder, ids, logits, _ = sys.argv[1:]
-config = json.loads(pathlib.Path(folder, "config.json").read_text())
-quantization = config["quantization_config"] | {"quantization_status": "compressed"}
-transforms = TransformConfig.model_validate(quantization.pop("transform_config"))
-config = transformers.AutoConfig.for_model(**config | {"quantization_config": quantization})
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-apply_transform_config(model, transforms)
-with torch.no_grad():
-    save_file({"logits": model(load_file(ids)["ids"]).logits.float().contiguous()}, logits)
-assert "rotoboa" not in sys.modules
-"""
-
-_LLAMA = """
-import os, sys, numpy, llama_cpp
-from safetensors.numpy import load_file, save_file
-folder, ids, logits, file = sys.argv[1:]
-tokens = load_file(ids)["ids"][0].tolist()
-model = llama_cpp.Llama(os.path.join(folder, file), n_ctx=len(tokens), logits_all=True, verbose=False)
-model.eval(tokens)
-save_file({"logits": numpy.array(model.scores[: len(tokens)], dtype=numpy.float32)[None]}, logits)
-"""
-
-
-def _fresh(program: str, export: Path, ids: Tensor, file: str) -> Tensor:
-    """Logits that a program computes in a process of its own, which knows nothing of rotoboa and of the network.
+def _fresh(runtime: str, export: Path, ids: Tensor) -> Tensor:
+    """Logits that a runtime computes in float32, in a process of its own which knows nothing of rotoboa.
 
     Raises:
         RunError: it failed.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file({"ids": ids}, folder / "ids")
-        paths = [export.resolve(), folder / "ids", folder / "logits"]
-        command = [sys.executable, "-c", program, *map(str, paths), file]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip().rstrip(".")
-            raise RunError(f"{export} cannot be loaded by its stock reader ({last}): export it again.")
-        return load_file(folder / "logits")["logits"]
+        logits, python = Path(name) / "logits", Path(sys.executable)
+        ask(runtime, export, ids[0].tolist(), python=python, dtype="float32", new_tokens=0, logits=logits)
+        return load_file(logits)["logits"]
 
 
 # Format -> reader -> whether its logits must be those of the run, and how they are computed.

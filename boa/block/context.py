@@ -145,7 +145,8 @@ class BlockContext:
         device = self.decoder.device
         for start in range(0, len(streams.full), self.share.batch):
             span = slice(start, start + self.share.batch)
-            full, quantized = streams.full[span].to(device), streams.quantized[span].to(device)
+            quantized = streams.quantized[span].to(device)
+            full = streams.full[span].to(device) if self.follows_full else quantized
             yield Batch(self.share.number(start), span, full, quantized)
             self.release()
 
@@ -191,9 +192,15 @@ class BlockResult:
 def needs_full(settings: Settings, family: Family) -> bool:
     """Whether anything that a block is solved by follows from the full-precision stream.
 
-    Shifts of targets do, the objectives of attention and Z-Fold; and post norms divide errors by what is found there.
+    Shifts of targets do, the objectives of attention and Z-Fold, what experts put out together, and what post norms
+    divide errors by.
     """
-    layers_alone = settings.method in LAYERWISE and not settings.zfold and family.attention_post_norm is None
+    layers_alone = (
+        settings.method in LAYERWISE
+        and not settings.zfold
+        and family.attention_post_norm is None
+        and not family.experts
+    )
     return settings.alpha > 0 or not layers_alone
 
 

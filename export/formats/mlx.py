@@ -29,7 +29,7 @@ from ..writing import SHARD_BYTES, write_checkpoint
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Model types that mlx-lm has, with the names that transformers gives their tensors."""
 
 

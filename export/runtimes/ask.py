@@ -25,9 +25,12 @@ class Runtime(NamedTuple):
     dtype: str
 
 
-RUNTIMES: Mapping[str, Runtime] = {
+DTYPES = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
+"""What runtimes compute in, and what a log-probability may be off by then: readers may round weights to 16 bits."""
+
+RUNTIMES: dict[str, Runtime] = {
     "vllm": Runtime("vLLM", "in_vllm.py", ("compressed-tensors", "gptq-v1", "gptq"), "float16"),
-    "gptqmodel": Runtime("GPTQModel", "in_gptqmodel.py", ("gptq", "gptq-v1"), "float16"),
+    "gptqmodel": Runtime("GPTQModel", "in_transformers.py", ("gptq", "gptq-v1"), "float16"),
     "mlx": Runtime("mlx-lm", "in_mlx.py", ("mlx",), "float32"),
     "llama.cpp": Runtime("llama.cpp", "in_llama_cpp.py", ("gguf",), "float32"),
     "transformers": Runtime("transformers", "in_transformers.py", ("compressed-tensors", "gguf"), "float32"),
@@ -67,16 +70,35 @@ def interpreter(runtime: str, given: Path | None) -> Path:
     return found.absolute()  # a link to another Python is followed by no one: what it has lies beside the link
 
 
-def ask(runtime: str, folder: Path, ids: Sequence[int], *, python: Path, dtype: str, new_tokens: int = 16) -> Answer:
+def ask(
+    runtime: str,
+    folder: Path,
+    ids: Sequence[int],
+    *,
+    python: Path,
+    dtype: str,
+    new_tokens: int = 16,
+    logits: Path | None = None,
+) -> Answer:
     """What `runtime` computes of the export in `folder` for the prompt `ids`.
+
+    Args:
+        runtime: a key of `RUNTIMES`.
+        folder: of an export, or of a dense checkpoint.
+        ids: of the prompt.
+        python: the interpreter that has the runtime.
+        dtype: one of `DTYPES`.
+        new_tokens: how many follow the prompt.
+        logits: the safetensors file that they are left in, (1, n, vocabulary) float32; transformers and llama.cpp.
 
     Raises:
         RunError: it cannot run the export.
     """
-    name, program = RUNTIMES[runtime].name, Path(__file__).with_name(RUNTIMES[runtime].program)
+    name, program = RUNTIMES[runtime].name, Path(__file__).parent / RUNTIMES[runtime].program
+    asked = {"ids": list(ids), "new_tokens": new_tokens, "dtype": dtype, "logits": str(logits or "")}
     with tempfile.TemporaryDirectory() as directory:
         request, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
-        request.write_text(json.dumps({"ids": list(ids), "new_tokens": new_tokens, "dtype": dtype}), encoding="utf-8")
+        request.write_text(json.dumps(asked), encoding="utf-8")
         # -I: nothing of this folder or of the caller's paths is imported there.
         command = [str(python), "-I", str(program), str(folder.resolve()), str(request), str(answer)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

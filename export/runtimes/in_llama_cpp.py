@@ -19,10 +19,14 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     logits = numpy.array(model.scores[: len(ids)], dtype=numpy.float64)
     peak = logits.max(-1, keepdims=True)
     found = logits - peak - numpy.log(numpy.exp(logits - peak).sum(-1, keepdims=True))
-    greedy = [int(logits[-1].argmax())]
-    while len(greedy) < new:
-        model.eval(greedy[-1:])
+    greedy: list[int] = []
+    for _ in range(new):
         greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(greedy[-1:])
+    if request["logits"]:
+        from safetensors.numpy import save_file
+
+        save_file({"logits": logits[None].astype(numpy.float32)}, request["logits"])
     return {
         "versions": {"llama-cpp-python": version("llama-cpp-python")},
         "kernels": [f"{file.stem.rpartition('-')[2]}, inputs rounded to 8 bits"],

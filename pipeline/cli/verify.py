@@ -80,7 +80,7 @@ def _in_runtime(folder: Path, runtime: str, **options: Any) -> None:
     table.add_row("computes in", found.dtype)
     table.add_row("largest difference of a log-probability", f"{found.difference:.3g} of at most {found.tolerance:.3g}")
     if found.unquantized is not None:
-        table.add_row("to the run with 16-bit activations and cache", f"{found.unquantized:.3g}")
+        table.add_row("to the run with 16-bit activations", f"{found.unquantized:.3g}")
     if found.control is not None:
         table.add_row("of a dense model there", f"{found.control:.3g}")
     table.add_row("same most likely token", f"{found.agreement:.1%}")
@@ -88,7 +88,7 @@ def _in_runtime(folder: Path, runtime: str, **options: Any) -> None:
     print_tables(table)
     if found.in_16_bits:
         raise RunError(
-            f"{found.runtime} computes {folder} with activations or cache in 16 bits, which the run does not: serve it "
+            f"{found.runtime} computes {folder} with activations in 16 bits, which the run does not: serve it "
             "elsewhere, or measure a run with activations in 16 bits."
         )
     if not found.passed:

@@ -18,7 +18,7 @@ from ...boa.objective.statistics import value_stride
 from ...boa.solver.columns import COLUMN_BLOCK
 from ...boa.solver.grid import SHRINKS
 from ...boa.solver.rounding import LAYERWISE
-from .workload import Plan, Problem, Sizes, problems
+from .workload import Plan, Sizes, Stack, problems
 
 SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each
 STREAMS, EXPERTS = 2, 3.5  # passes of both streams; with experts, which are needed before and after they are solved
@@ -117,7 +117,7 @@ def value_statistics(sizes: Sizes, run: Plan) -> float:
     return s.blocks * (2 * rows * seen * s.head_dim + min(by_head, grouped))
 
 
-def factors(p: Problem, run: Plan) -> float:
+def factors(p: Stack, run: Plan) -> float:
     """c^3 / 3 for each of four factors or inverses, and 2 r c^2 for the solves that shift the target."""
     return 4 / 3 * p.hessians * p.columns**3 + (2 * p.all_rows * p.columns**2 if run.settings.alpha else 0)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...models.shape import Shape
 from ..job.job import Job
 from ..recipe.settings import changed_outer_layers, stays_tied
-from .workload import Plan, Problem, Sizes, problems
+from .workload import Plan, Sizes, Stack, problems
 
 FLOAT, DOUBLE = 4, 8  # bytes
 # Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
@@ -71,14 +71,14 @@ def disk_bytes(job: Job, tokens: int) -> int:
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
 
 
-def collected(p: Problem) -> float:
+def collected(p: Stack) -> float:
     """Bytes of a problem's statistics, of a batch and of all (float64): H_in, and c^2 or r c for its target."""
     return (FLOAT + DOUBLE) * (
         p.hessians * p.columns**2 + (p.columns**2 if p.shift == "residual" else p.all_rows * p.columns)
     )
 
 
-def solver(p: Problem, run: Plan) -> float:
+def solver(p: Stack, run: Plan) -> float:
     """Bytes of one problem where most are, beside its statistics.
 
     Hessians: as mirrored (4), damped (8); then while they are factored damped and permuted (8), two copies (16) and in

@@ -55,8 +55,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Projections that share an input and are solved together, as `Workspace._solve` stacks them.
+class Stack:
+    """Projections that share an input and are solved together, as `boa.block.solving` stacks them.
 
     Attributes:
         heads, rows, columns: r rows of c columns for each head.
@@ -81,15 +81,15 @@ class Problem:
         return self.heads * self.rows
 
 
-def problems(sizes: Sizes) -> Iterator[Problem]:
+def problems(sizes: Sizes) -> Iterator[Stack]:
     """What is solved in one block, in its order."""
     s = sizes.shape
     experts = max(s.experts, 1)
-    yield Problem("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, "residual")
-    yield Problem("value", s.key_heads, s.head_dim, s.hidden, s.key_heads, True, "drift")
-    yield Problem("output", 1, s.hidden, s.query_width)
-    yield Problem("gate and up", sizes.inputs, s.ffn, s.hidden, shift="residual", count=experts)
-    yield Problem("down", 1, s.hidden, s.ffn, count=experts)
+    yield Stack("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, "residual")
+    yield Stack("value", s.key_heads, s.head_dim, s.hidden, s.key_heads, True, "drift")
+    yield Stack("output", 1, s.hidden, s.query_width)
+    yield Stack("gate and up", sizes.inputs, s.ffn, s.hidden, shift="residual", count=experts)
+    yield Stack("down", 1, s.hidden, s.ffn, count=experts)
 
 
 @dataclass(frozen=True)

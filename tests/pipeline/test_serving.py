@@ -13,8 +13,9 @@ from rotoboa.errors import InputError, RunError
 from rotoboa.export.finished import Finished
 from rotoboa.export.runtimes.ask import RUNTIMES, Answer, interpreter
 from rotoboa.pipeline import serving
-from rotoboa.pipeline.exporting import export
+from rotoboa.pipeline.exporting import export, open_finished
 from rotoboa.pipeline.serving import Served, serve
+from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits
 
 Runs = Callable[..., Path]
@@ -67,9 +68,31 @@ def test_activations_left_in_16_bits_are_found_out(
     assert wrong.unquantized == 0 and wrong.difference > 0 and wrong.in_16_bits and not wrong.passed
 
 
+@pytest.mark.parametrize(("off", "passes"), [(0.004, True), (0.006, False), (float("nan"), False)])
+def test_what_float32_may_be_off_by(
+    cheap_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float, passes: bool
+) -> None:
+    """Where the dense model there is right, and the export's log-probabilities are off."""
+    run = cheap_run("w4a16", SYMMETRIC)
+    target = export(run, "compressed-tensors", output=tmp_path / "ct")
+
+    def ask(runtime: str, folder: Path, ids: list[int], **options: Any) -> Answer:
+        logits = run_logits(finished, torch.tensor([ids]), plain=True)[0].log_softmax(-1)
+        chosen = logits[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+        chosen[3] += off if folder == target else 0
+        return Answer({}, [], chosen.tolist(), logits.argmax(-1).tolist(), [int(logits[-1].argmax())])
+
+    finished = open_finished(RunFolder.open(run))
+    monkeypatch.setattr(serving, "ask", ask)
+    found = serve(target, "transformers")
+    assert found.control == 0 and found.tolerance == 0.005 and found.passed == passes
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no runtime 'trt': use one of vllm, gptqmodel, mlx"):
         serve(folder, "trt")
+    with pytest.raises(InputError, match="--dtype is int8 but must be one of float32, float16, bfloat16"):
+        serve(folder, "llama.cpp", dtype="int8")
     with pytest.raises(InputError, match="vLLM does not read the format gguf: export the run with --format"):
         serve(folder, "vllm")
     with pytest.raises(InputError, match=r"there is no Python for llama\.cpp at .*: `make runtimes` makes one"):

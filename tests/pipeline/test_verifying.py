@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from rotoboa.errors import InputError, RunError
 from rotoboa.export.record import read_record, write_record
+from rotoboa.export.runtimes.ask import RUNTIMES
 from rotoboa.pipeline import verifying
 from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.exporting import export
@@ -78,9 +79,13 @@ def test_an_edited_export_is_refused_and_a_wrong_one_fails(run: Path) -> None:
     assert result.exit_code == 0 and " ok " in result.stdout
 
 
-def test_the_stock_readers_complaint_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "_TRANSFORMERS", "raise ValueError('no such layer.')")
-    with pytest.raises(RunError, match=r"cannot be loaded by its stock reader \(ValueError: no such layer\)") as caught:
+def test_the_stock_readers_complaint_is_one_sentence(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text("raise ValueError('no such layer.')")
+    known = RUNTIMES["transformers"]
+    monkeypatch.setitem(RUNTIMES, "transformers", known._replace(program=str(tmp_path / "program.py")))
+    with pytest.raises(RunError, match=r"transformers cannot run .* \(ValueError: no such layer\)") as caught:
         verify(export(run, "compressed-tensors"))
     assert "\n" not in str(caught.value)
 
