@@ -12,7 +12,7 @@ from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back
 from ..objective.statistics import AttentionStatistics, InputStatistics
 from ..objective.totals import Total
-from ..solver.rounding import LAYERWISE
+from ..solver.rounding_settings import LAYERWISE
 from .context import BlockContext
 
 NormTotals = dict[str, Total[NormStatistics]]

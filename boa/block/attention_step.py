@@ -11,7 +11,7 @@ from ..objective.key_mean import KeyMean
 from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
 from ..online.attention import CENTER, AttentionInputs, AttentionTransform
-from ..solver.rounding import LAYERWISE
+from ..solver.rounding_settings import LAYERWISE
 from .attention_objectives import norm_totals, query_key_objective, value_objective, weighted, without_bias
 from .context import Batch, BlockContext, BlockResult, Streams
 from .forward_parts import attend, attention_inputs

@@ -16,7 +16,8 @@ from ...models.shape import Shape
 from ..objective.totals import Statistics, Total
 from ..online.transforms import OnlineTransforms
 from ..ranks import Ranks
-from ..solver.rounding import LAYERWISE, Quantized, Settings
+from ..solver.rounding import Quantized
+from ..solver.rounding_settings import LAYERWISE, Settings
 from ..solver.zfold import ChannelScales
 
 Report = Callable[[str, float], None]

@@ -12,7 +12,7 @@ from ..objective.objective import Objective
 from ..objective.statistics import AttentionStatistics, InputStatistics
 from ..objective.totals import Total
 from ..online.attention import AttentionTransform
-from ..solver.rounding import LAYERWISE
+from ..solver.rounding_settings import LAYERWISE
 from ..solver.zfold import Term, channel_scales
 from .attention_objectives import (
     NormTotals,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from ..objective.objective import Objective
 from ..stopwatch import stage
-from .rounding import Quantized, Settings, quantize
+from .rounding import Quantized, quantize
+from .rounding_settings import Settings
 
 NAMES = ("quantized", "gptq", "rtn")
 PLAIN: dict[str, Any] = {"grid": "minmax", "alpha": 0.0, "refine": 0, "starts": 1, "tabu": 0.0, "act_order": False}
@@ -37,11 +37,11 @@ def reference_sums(
     Returns:
         `NAMES` and, of a zero weight, `whole`: (heads,), or (r,) of the only head.
     """
-    plain = replace(settings, **PLAIN)
+    plain = settings.but(**PLAIN)
     found = {
         "quantized": result,
-        "gptq": quantize(weight, objective, replace(plain, method="gptq")),
-        "rtn": quantize(weight, None, replace(plain, method="rtn")),
+        "gptq": quantize(weight, objective, plain.but(method="gptq")),
+        "rtn": quantize(weight, None, plain.but(method="rtn")),
     }
     damped = objective.damped(settings.damping)  # after what takes memory of its own
     # Errors of channels and rows that the objective does not see count nothing; once damped, it would see them.

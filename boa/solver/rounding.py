@@ -16,59 +16,10 @@ from ..objective.objective import Objective, inverse_factor
 from ..stopwatch import stage
 from . import tabu
 from .columns import descending, permute, round_columns
-from .grid import GridSettings, search, snap
-from .learned import Learning, improve
+from .grid import search, snap
+from .learned import improve
 from .refine import refine
-
-LAYERWISE = ("rtn", "gptq", "adaround")
-"""Methods that know a layer by its inputs alone: X X^T for values too."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one projection is rounded.
-
-    | method | H_in | H_out | rows |
-    |---|---|---|---|
-    | rtn | identity | identity | all |
-    | gptq | the objective's | identity | all |
-    | boa | the objective's | the objective's | `rows` of each head at a time |
-    | adaround, aespa | learned from the result of gptq, boa: see `learned` | | |
-    | brecq | as boa; `learn_output` of `boa.block` goes on from there | | |
-
-    `drift`, `value_rows` and `value_output` say what the objective is collected from: see the steps of `boa.block`.
-    `zfold` names the sites whose input channels get a scale of their own first: see `rotation.channels`.
-    """
-
-    bits: int
-    group_size: int | None = None
-    symmetric: bool = False
-    method: str = "boa"
-    rows: int = 4
-    act_order: bool = True
-    grid: str = "diagonal"
-    damping: float = 0.01
-    alpha: float = 1.0
-    refine: int = 8
-    starts: int = 3
-    tabu: float = 2.0
-    drift: bool = True
-    zfold: tuple[str, ...] = ()
-    value_rows: int = 128
-    value_output: bool = True
-    iterations: int = 2000
-    learning_rate: float = 0.015
-    regulariser: float = 1.5
-
-    @property
-    def learning(self) -> Learning:
-        """The part that learns rounding."""
-        return Learning(self.iterations, self.learning_rate, self.regulariser)
-
-    @property
-    def grid_settings(self) -> GridSettings:
-        """The part that chooses scales."""
-        return GridSettings(self.bits, self.symmetric, self.grid)
+from .rounding_settings import LAYERWISE, Settings
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..objective.objective import Objective
 from ..ranks import Ranks
 from .references import NAMES, reference_sums
-from .rounding import Quantized, Settings, quantize
+from .rounding import Quantized, quantize
+from .rounding_settings import Settings
 
 PIECES = 16  # of a problem, in deterministic mode; more ranks than that find no work in it
 FINE = 4  # pieces that a rank's part of the work is cut into where a problem is more than that

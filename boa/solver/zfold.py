@@ -15,7 +15,7 @@ taken, and zeta = 1 where that is no better than plain rounding without a second
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from torch import Tensor
 from ..objective.objective import Objective
 from ..precision import exact_products
 from .grid import snap
-from .rounding import Settings, quantize
+from .rounding import quantize
+from .rounding_settings import Settings
 
 ROUNDS = 4  # of rounding again
 STEPS = 3  # of least squares in a round
@@ -95,7 +96,7 @@ def channel_scales(terms: Sequence[Term], settings: Settings, tie: Tensor | None
         settings: of the rounding; refinement and further starts are left out here.
         tie: (c,), which parameter each channel takes; None: each its own.
     """
-    quick = replace(settings, method="boa", alpha=0.0, refine=1, starts=1, tabu=0.0)
+    quick = settings.but(method="boa", alpha=0.0, refine=1, starts=1, tabu=0.0)
     columns = terms[0].weight.shape[-1]
     tie = torch.arange(columns) if tie is None else tie
     tie = tie.to(terms[0].weight.device)

@@ -17,7 +17,7 @@ from ...boa.block.experts_step import POOL
 from ...boa.objective.statistics import value_stride
 from ...boa.solver.columns import COLUMN_BLOCK
 from ...boa.solver.grid import SHRINKS
-from ...boa.solver.rounding import LAYERWISE
+from ...boa.solver.rounding_settings import LAYERWISE
 from .workload import Plan, Sizes, Stack, problems
 
 SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each

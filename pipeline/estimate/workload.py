@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...boa.online.activations import RATIOS, SEARCHED
-from ...boa.solver.rounding import Settings
+from ...boa.solver.rounding_settings import Settings
 from ...models.decoder import Decoder
 from ...models.shape import Shape
 from ..recipe.recipe import Recipe

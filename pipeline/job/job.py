@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...boa.online.attention import NAME
 from ...boa.ranks import Ranks
-from ...boa.solver.rounding import Settings
+from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
 from ...export.spec import Spec
 from ...models.aliases import ResolvedModel, resolve_model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
 from ...boa.online.activations import SEARCHED
-from ...boa.solver.rounding import LAYERWISE
+from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields

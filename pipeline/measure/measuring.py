@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Protocol
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...boa.online.transforms import OnlineTransforms
 from ...boa.precision import quick_products
-from ...boa.solver.rounding import Quantized, Settings, quantize
+from ...boa.solver.rounding import Quantized, quantize
+from ...boa.solver.rounding_settings import Settings
 from ...boa.stopwatch import STAGES
 from ...eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
 from ...eval.results import Divergences, Perplexities
@@ -156,7 +157,7 @@ def rounded_block(
     decoder: Decoder, index: int, tensors: Mapping[str, Tensor], settings: Settings, transforms: OnlineTransforms
 ) -> nn.Module:
     """Block `index` of the original checkpoint, every projection rounded to nearest."""
-    family, rtn = decoder.family, replace(settings, method="rtn")
+    family, rtn = decoder.family, settings.but(method="rtn")
     results = {}
     for name in family.projections:
         result = quantize(tensors[f"{name}.weight"].float()[None], None, rtn)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
 from .values import Bits, Legal, Names, Placement, Sites, WeightBits
 
@@ -66,57 +67,16 @@ class Rotation(_Section):
     )
 
 
-class Weights(_Section):
+class Weights(_Section, Settings):
     """Weights (their integer grid, and how they are rounded to it)."""
 
-    bits: WeightBits = Field(default=4, description="Bits of a weight.")
-    group_size: int | None = Field(
-        default=None,
-        ge=8,
-        description="Input channels that share a scale and zero point; none: all of an output channel.",
-    )
-    symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
-    method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
-        default="boa",
-        description="How weights are rounded. rtn: to the nearest; gptq: errors compensated within a row, layer by "
-        "layer; boa: also across the rows of an attention head, by what attention makes of them; adaround, aespa: "
-        "rounding learned on the objective of gptq, of boa, from their result; brecq: learned by backpropagation on "
-        "the output of the block, from the result of boa.",
-    )
-    rows: int = Field(
-        default=4, ge=1, description="Rows of a head rounded at a time by boa: fewer are more exact, and slower."
-    )
-    act_order: bool = Field(default=True, description="Round the input channels with the largest activations first.")
-    grid: Literal["auto", "minmax", "diagonal", "hessian"] = Field(
+    bits: WeightBits = Field(default=4, description=Settings.model_fields["bits"].description)
+    group_size: int | None = Field(default=None, ge=8, description=Settings.model_fields["group_size"].description)
+    grid: Literal["auto", "minmax", "diagonal", "hessian"] = Field(  # type: ignore[assignment]
         default="auto",
         description="How scale and zero point are chosen. minmax: the full range of the weights; diagonal: a search "
         "over smaller ranges, weighting errors by the diagonal of the input Hessian; hessian: by all of it; auto: "
         "diagonal with R1, hessian without it.",
-    )
-    damping: float = Field(
-        default=0.01, gt=0, lt=1, description="Part of a Hessian's mean diagonal added to its diagonal."
-    )
-    alpha: float = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description="How much of the error of earlier layers is compensated. 0: none; 1: all that calibration shows "
-        "(why recipes take a part of it: docs/methods.md#target).",
-    )
-    refine: int = Field(default=8, ge=0, description="Rounds of coordinate descent and closed-form scales; 0: none.")
-    starts: int = Field(
-        default=3,
-        ge=1,
-        description="How often rows are rounded and refined, from grids of other widths; every row keeps its best.",
-    )
-    tabu: float = Field(
-        default=2.0,
-        ge=0,
-        description="Moves of a tabu search after refinement, for each input channel of a row; 0: none "
-        "(why: docs/methods.md#tabu-search).",
-    )
-    drift: bool = Field(
-        default=True, description="Let O and down also make up for what the residual stream has lost before them."
     )
     head: float = Field(
         default=0.0,
@@ -125,24 +85,8 @@ class Weights(_Section):
         description="How far the output layer, which stays as it is otherwise, makes up for what the last hidden "
         "states have lost.",
     )
-    zfold: Sites = Field(
-        default=None,
-        description="A scale per input channel too, folded into the layer before (Z-Fold): true, or the inputs that "
-        "get one, of qkv (norm), output (V), gate_up (norm) and down (up).",
-    )
-    value_rows: int = Field(
-        default=128,
-        ge=0,
-        description="Values are weighed by the attention of every n-th query, so that this many rows remain for each "
-        "input channel; 0: of all queries (why: docs/methods.md#values).",
-    )
-    value_output: bool = Field(
-        default=True, description="Weigh the errors of values by the output projection; false: alike, as aespa does."
-    )
-    iterations: int = Field(default=2000, ge=1, description="Steps of learned rounding (adaround, aespa, brecq).")
-    learning_rate: float = Field(default=0.015, gt=0, description="Learning rate of learned rounding.")
-    regulariser: float = Field(
-        default=1.5, ge=0, description="How hard learned rounding is driven to integers; 0: not at all."
+    zfold: Sites = Field(  # type: ignore[assignment]
+        default=None, description=Settings.model_fields["zfold"].description
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...boa.solver.rounding import Settings
+from ...boa.solver.rounding_settings import Settings
 from ...export.spec import Spec
 from ...models.decoder import Decoder
 from ...models.families import Family

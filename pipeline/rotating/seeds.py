@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
     W is rounded to nearest and x by the quantizer of its site: a proxy that needs one forward pass.
     """
     decoder, family = job.decoder, job.decoder.family
-    settings = replace(job.settings, method="rtn")
+    settings = job.settings.but(method="rtn")
     sites = job.spec.transforms(decoder.shape).by_projection(family)
     hidden = torch.cat([_embedded(job, rotations, ids[None]) for ids in tokens]).to(decoder.device)
     costs: list[float] = []

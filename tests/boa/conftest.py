@@ -5,7 +5,8 @@ from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver import units
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from .small_block import Solved
 

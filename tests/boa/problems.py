@@ -6,7 +6,8 @@ from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver.refine import refine
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 # One pass of the solver and nothing after it.
 PLAIN = Settings(bits=3, refine=0, starts=1, tabu=0, act_order=False, rows=1)

@@ -13,7 +13,7 @@ from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.ranks import Ranks
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES
 from rotoboa.models.layout import split_tensors

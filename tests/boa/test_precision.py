@@ -9,7 +9,7 @@ from rotoboa.boa.block import block as block_module
 from rotoboa.boa.block import solving
 from rotoboa.boa.objective.statistics import InputStatistics
 from rotoboa.boa.precision import exact_products, quick_products
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from .small_block import run_small
 

@@ -1,6 +1,5 @@
 """One block of a small random Llama: streams and results against plain forward passes, and what settings are for."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from rotoboa.boa.block.block import quantize_block
 from rotoboa.boa.block.context import Streams, needs_full
 from rotoboa.boa.online.transforms import OnlineTransforms
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..small_block import (
     LLAMA,
@@ -34,7 +33,7 @@ from ..small_block import (
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
 @pytest.mark.parametrize("drift", [True, False])
 def test_streams_are_forward_passes(drift: bool, method: str, transforms: OnlineTransforms) -> None:
-    ran = run_small(replace(QUICK, method=method, drift=drift), transforms)
+    ran = run_small(QUICK.but(method=method, drift=drift), transforms)
     full, quantized = make_streams()
     decoder = make_decoder()
     block = make_block(decoder, transforms)
@@ -49,7 +48,7 @@ def test_streams_are_forward_passes(drift: bool, method: str, transforms: Online
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
 def test_results(method: str, group_size: int | None) -> None:
     reported: list[tuple[str, float]] = []
-    settings = replace(QUICK, method=method, group_size=group_size)
+    settings = QUICK.but(method=method, group_size=group_size)
     ran = run_small(settings, QUANTIZED, report=lambda *seen: reported.append(seen))
     found, context = ran.found, ran.context
     assert list(found.results) == list(found.losses) == list(LLAMA.projections)
@@ -102,7 +101,7 @@ def test_the_quantized_copy_shares_weights_until_they_are_replaced() -> None:
 def test_values_without_the_output_projection() -> None:
     """aespa's own objective of the values; whatever comes before them is as it was."""
     settings = Settings(bits=2, method="aespa", refine=1, starts=1, tabu=0, iterations=20)
-    with_output, without = (run_small(replace(settings, value_output=on)).found.results for on in (True, False))
+    with_output, without = (run_small(settings.but(value_output=on)).found.results for on in (True, False))
     for name in (LLAMA.query, LLAMA.key):
         assert torch.equal(with_output[name].integers, without[name].integers)
     assert not torch.equal(with_output[LLAMA.value].integers, without[LLAMA.value].integers)
@@ -113,7 +112,7 @@ def test_values_without_the_output_projection() -> None:
 def test_learned_rounding_lowers_the_loss_of_every_layer(method: str, start: str, transforms: OnlineTransforms) -> None:
     """In the first layers, whose statistics no earlier choice of integers has changed."""
     settings = Settings(bits=2, refine=2, starts=1, tabu=0, iterations=200, learning_rate=0.05)
-    learned, plain = (run_small(replace(settings, method=name), transforms).found.losses for name in (method, start))
+    learned, plain = (run_small(settings.but(method=name), transforms).found.losses for name in (method, start))
     assert list(learned) == list(LLAMA.projections)
     before, after = (losses[LLAMA.query] + losses[LLAMA.key] for losses in (plain, learned))
     assert after < before
@@ -147,7 +146,7 @@ def test_methods_in_order() -> None:
     """What the block's output has lost on the calibration text, at 3 bits: nearest, GPTQ, BoA."""
     lost = {}
     for method in ("rtn", "gptq", "boa"):
-        ran = run_small(replace(QUICK, bits=3, method=method, refine=4))
+        ran = run_small(QUICK.but(bits=3, method=method, refine=4))
         lost[method] = float((ran.full - ran.quantized).norm())
     assert lost["gptq"] < 0.9 * lost["rtn"] and lost["boa"] < 0.9 * lost["rtn"]
 
@@ -156,14 +155,14 @@ def test_drift_brings_the_streams_together(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         "rotoboa.boa.objective.objective.FEW_TOKENS", 0
     )  # on the text that is rounded by, shrunk or not
-    runs = [run_small(replace(QUICK, drift=on)) for on in (True, False)]
+    runs = [run_small(QUICK.but(drift=on)) for on in (True, False)]
     lost = [float((ran.full - ran.quantized).norm()) for ran in runs]
     assert lost[0] < 0.97 * lost[1]
 
 
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
 def test_plain_gptq_finds_the_same_without_the_full_stream(transforms: OnlineTransforms) -> None:
-    settings = replace(QUICK, method="gptq", alpha=0.0)
+    settings = QUICK.but(method="gptq", alpha=0.0)
     assert not needs_full(settings, LLAMA)
     both, alone = (run_small(settings, transforms, follows_full=follows) for follows in (True, False))
     assert torch.equal(alone.quantized, both.quantized) and alone.found.losses == both.found.losses
@@ -173,4 +172,4 @@ def test_plain_gptq_finds_the_same_without_the_full_stream(transforms: OnlineTra
 
 @pytest.mark.parametrize("change", [{"alpha": 0.25}, {"method": "boa"}, {"zfold": ("down",)}])
 def test_what_needs_the_full_stream(change: dict[str, Any]) -> None:
-    assert needs_full(replace(QUICK, **{"method": "gptq", "alpha": 0.0, **change}), LLAMA)
+    assert needs_full(QUICK.but(**{"method": "gptq", "alpha": 0.0, **change}), LLAMA)

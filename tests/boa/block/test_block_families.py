@@ -14,7 +14,7 @@ from rotoboa.boa.objective import statistics
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import NAME, AttentionTransform
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.rotation.rotate import Rotations
 

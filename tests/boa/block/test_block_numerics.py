@@ -1,12 +1,10 @@
 """What is not finite in a block, or hardly definite, is named: weights, streams, and what arises in a layer."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from rotoboa.boa.objective.objective import FEW_TOKENS
-from rotoboa.boa.solver.rounding import LAYERWISE
+from rotoboa.boa.solver.rounding_settings import LAYERWISE
 
 from ..small_block import (
     HIDDEN,
@@ -53,7 +51,7 @@ def test_bad_stream_is_named(stream: str) -> None:
 def test_what_arises_in_a_layer_is_named(huge: str, message: str, method: str) -> None:
     decoder, tensors = make_decoder(), make_tensors()
     tensors[f"{huge}.weight"] *= 1e37
-    given = (decoder, decoder.block(0, tensors), replace(QUICK, method=method), PLAIN, make_streams())
+    given = (decoder, decoder.block(0, tensors), QUICK.but(method=method), PLAIN, make_streams())
     if method in LAYERWISE and huge == LLAMA.query:
         run_block(*given)  # what queries and keys are weighed by is not looked at
         return
@@ -76,7 +74,7 @@ def test_damping_that_was_raised_is_told() -> None:
     generator = torch.Generator().manual_seed(0)
     enough = -(-FEW_TOKENS * HIDDEN // LENGTH)  # with fewer tokens Hessians are shrunk, and none fails
     full = torch.randn(enough, LENGTH, 2, generator=generator) @ torch.randn(2, HIDDEN, generator=generator)
-    settings = replace(QUICK, damping=1e-12, method="gptq")
+    settings = QUICK.but(damping=1e-12, method="gptq")
     block = decoder.block(0, make_tensors())
     found = run_block(decoder, block, settings, PLAIN, (full, full.clone())).found
     assert {LLAMA.query, LLAMA.key} <= found.damping.keys()  # inputs of two dimensions

@@ -1,7 +1,7 @@
 """The objectives that projections of a block are solved for, against the method's table written out in float64."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def _near(found: Tensor | None, expected: Tensor) -> None:
 def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -> None:
     """Those that the projections are solved for, against the table of the method, written out on the streams."""
     # 2 bits: errors large enough to tell the streams apart.
-    settings = replace(QUICK, bits=2, method="boa", drift=drift)
+    settings = QUICK.but(bits=2, method="boa", drift=drift)
     context = run_small(settings, transforms).context
     full, rounded = make_block(make_decoder(), transforms), context.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
@@ -149,7 +149,7 @@ def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -
 
 
 def test_statistics_are_of_quantized_inputs(solved: Solved) -> None:
-    context = run_small(replace(QUICK, method="rtn"), QUANTIZED).context
+    context = run_small(QUICK.but(method="rtn"), QUANTIZED).context
     hf, hq = make_streams()
     norm = context.full.get_submodule(LLAMA.attention_norm)
     quantizer = DynamicQuantizer(4, True, 0.9)

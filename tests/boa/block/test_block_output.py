@@ -1,7 +1,6 @@
 """Learned rounding on the output of a block: the error against a plain forward pass, gradients, units, what is kept."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from rotoboa.boa.block.block_output import BlockOutput, StraightThrough, straigh
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.online.transforms import OnlineTransforms
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 
 from ..small_block import (
@@ -129,8 +128,8 @@ def _run(settings: Settings, transforms: OnlineTransforms = PLAIN, **options: An
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_output_error_falls(group_size: int | None, transforms: OnlineTransforms) -> None:
     """On the streams themselves, from the result of boa; on its grids."""
-    settings = replace(SETTINGS, group_size=group_size)
-    start, full, before, _ = _run(replace(settings, method="boa"), transforms)
+    settings = SETTINGS.but(group_size=group_size)
+    start, full, before, _ = _run(settings.but(method="boa"), transforms)
     found, full_again, after, context = _run(settings, transforms)
     assert torch.equal(full, full_again)
     errors = [float((q - full).square().mean()) for q in (before, after)]
@@ -148,8 +147,8 @@ def test_output_error_falls(group_size: int | None, transforms: OnlineTransforms
 
 def test_what_would_be_worse_is_not_kept() -> None:
     """A learning rate that leads nowhere: the start, and its streams."""
-    start, _, before, _ = _run(replace(SETTINGS, method="boa"))
-    found, _, after, _ = _run(replace(SETTINGS, iterations=3, learning_rate=50.0))
+    start, _, before, _ = _run(SETTINGS.but(method="boa"))
+    found, _, after, _ = _run(SETTINGS.but(iterations=3, learning_rate=50.0))
     assert found.output_error is not None and found.output_error[0] == found.output_error[1]
     assert torch.equal(before, after)
     assert all(torch.equal(r.integers, start.results[name].integers) for name, r in found.results.items())
@@ -157,11 +156,11 @@ def test_what_would_be_worse_is_not_kept() -> None:
 
 @pytest.mark.parametrize("transforms", [PLAIN, QUANTIZED], ids=["plain", "w4a4kv4"])
 def test_going_on_gives_the_same_bits(transforms: OnlineTransforms) -> None:
-    first, full, quantized, _ = _run(replace(SETTINGS, iterations=20), transforms)
-    again, full_again, quantized_again, _ = _run(replace(SETTINGS, iterations=20), transforms, previous=first.results)
+    first, full, quantized, _ = _run(SETTINGS.but(iterations=20), transforms)
+    again, full_again, quantized_again, _ = _run(SETTINGS.but(iterations=20), transforms, previous=first.results)
     assert torch.equal(full, full_again) and torch.equal(quantized, quantized_again)
     assert again.output_error is None
-    second = _run(replace(SETTINGS, iterations=20), transforms)
+    second = _run(SETTINGS.but(iterations=20), transforms)
     assert all(torch.equal(r.integers, second.found.results[name].integers) for name, r in first.results.items())
 
 
@@ -175,7 +174,7 @@ def test_families(family_model: Callable[..., nn.Module], name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     full = torch.randn(3, 40, HIDDEN, generator=generator)
     quantized = full + 0.05 * torch.randn(full.shape, generator=generator)
-    settings = replace(SETTINGS, iterations=30, learning_rate=0.1)
+    settings = SETTINGS.but(iterations=30, learning_rate=0.1)
     found = run_block(decoder, block, settings, PLAIN, (full, quantized)).found
     assert found.output_error is not None and found.output_error[1] < found.output_error[0]
     assert list(found.results) == list(decoder.family.projections)

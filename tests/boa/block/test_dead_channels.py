@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
-from rotoboa.boa.solver.rounding import Settings, quantize
+from rotoboa.boa.solver.rounding import quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 ROWS, COLUMNS, TOKENS, DAMPING = 8, 16, 500, 1e-6
 LOST, NEVER = [3, 11], [5]  # dead in the quantized stream alone; in both
@@ -66,7 +67,7 @@ def streams() -> Streams:
 @pytest.mark.parametrize("method", ["gptq", "boa"])
 def test_living_channels_make_up_for_dead_ones(method: str, kind: str, streams: Streams) -> None:
     """The target is the best weight on the living channels, which is what gets rounded; dead ones become 0."""
-    settings = Settings(bits=8, method=method, damping=DAMPING)
+    settings = Settings(bits=8, damping=DAMPING).but(method=method)
     found = quantize(streams.weight, streams.objective(kind), settings)
     expected = quantize(streams.optimum(), Objective(streams.h_in), settings)
     assert torch.equal(found.integers, expected.integers) and torch.equal(found.scale, expected.scale)

@@ -1,6 +1,5 @@
 """Z-Fold inside a block: the full stream stays, what is stored is what runs, a finished block finds it again."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from rotoboa.boa.block.context import BlockResult
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import AttentionTransform
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import SITES
 
@@ -63,7 +62,7 @@ def _relative(found: BlockResult) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_full_stream_stays_and_losses_fall(name: str) -> None:
-    plain, folded = _run(name, replace(QUICK, zfold=())), _run(name)
+    plain, folded = _run(name, QUICK.but(zfold=())), _run(name)
     torch.testing.assert_close(folded.full, plain.full, rtol=0, atol=1e-4)
     assert list(folded.found.channel_scales) == list(SITES) and not plain.found.channel_scales
     assert all(found.loss <= found.without for found in folded.found.channel_scales.values())
@@ -78,7 +77,7 @@ def test_full_stream_stays_and_losses_fall(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_what_is_stored_is_what_runs(name: str) -> None:
     """A block made of the results and of `folded`, the rest as it was, gives the quantized stream."""
-    ran, decoder = _run(name, replace(QUICK, group_size=8)), _decoder(name)
+    ran, decoder = _run(name, QUICK.but(group_size=8)), _decoder(name)
     tensors = dict(_block(decoder).state_dict()) | ran.found.folded
     tensors |= {f"{projection}.weight": result.dequantize() for projection, result in ran.found.results.items()}
     _, quantized = _streams()
@@ -100,7 +99,7 @@ def test_a_finished_block_finds_its_scales_again() -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_a_site_alone(site: str) -> None:
     """The others keep their norms and biases."""
-    ran = _run("llama", replace(QUICK, zfold=(site,)))
+    ran = _run("llama", QUICK.but(zfold=(site,)))
     f = ran.context.family
     owners = {"qkv": f.attention_norm, "output": f.value, "gate_up": f.mlp_norm, "down": f.up}
     kind = "weight" if site in ("qkv", "gate_up") else "bias"
@@ -109,10 +108,8 @@ def test_a_site_alone(site: str) -> None:
 
 def test_methods_and_activations() -> None:
     """gptq has no H_out; learned rounding goes on from there; 4-bit activations and cache see the scaled channels."""
-    plain = _relative(_run("llama", replace(QUICK, method="gptq", zfold=())).found)
-    found = {
-        method: _run("llama", replace(QUICK, method=method, iterations=20)).found for method in ("gptq", "adaround")
-    }
+    plain = _relative(_run("llama", QUICK.but(method="gptq", zfold=())).found)
+    found = {method: _run("llama", QUICK.but(method=method, iterations=20)).found for method in ("gptq", "adaround")}
     assert _relative(found["gptq"]) < plain and _relative(found["adaround"]) < plain
     for name in ("q_proj", "k_proj", "v_proj"):  # those after them are solved for other inputs
         first, learned = (found[method].losses[f"self_attn.{name}"] for method in ("gptq", "adaround"))
@@ -121,7 +118,7 @@ def test_methods_and_activations() -> None:
     assert torch.equal(*scales) and not torch.equal(scales[0], _run("llama").found.channel_scales["qkv"].zeta)
     tokens, cache = InputTransform(quantizer=DynamicQuantizer(4)), DynamicQuantizer(4, False)
     quantized = OnlineTransforms(tokens, tokens, tokens, tokens, AttentionTransform(None, cache, cache))
-    unfolded, folded = _run("llama", replace(QUICK, zfold=()), quantized), _run("llama", QUICK, quantized)
+    unfolded, folded = _run("llama", QUICK.but(zfold=()), quantized), _run("llama", QUICK, quantized)
     torch.testing.assert_close(folded.full, unfolded.full, rtol=0, atol=1e-4)
     assert _relative(folded.found) < _relative(unfolded.found)
 
@@ -132,4 +129,4 @@ def test_values_that_are_not_finite_are_named() -> None:
     block.get_parameter(f"{decoder.family.value}.weight").data *= 1e25
     full = torch.randn(2, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(5))
     with pytest.raises(ValueError, match=r"^self_attn\.o_proj: its input in the .* holds NaN or Inf"):
-        run_block(decoder, block, replace(QUICK, zfold=("output",)), PLAIN, (full, full.clone()), batch=8)
+        run_block(decoder, block, QUICK.but(zfold=("output",)), PLAIN, (full, full.clone()), batch=8)

@@ -118,7 +118,7 @@ def test_experts(family_model: Callable[..., nn.Module]) -> None:
 
 
 def test_fold() -> None:
-    settings = replace(QUICK, bits=2, zfold=SITES)
+    settings = QUICK.but(bits=2, zfold=SITES)
     whole = run_small(settings).found
     decoder = make_decoder()
     context, (full, _) = make_context(decoder, make_block(decoder), settings), make_streams()
@@ -136,9 +136,9 @@ def test_fold() -> None:
 
 def test_the_output_of_the_block() -> None:
     """From what boa finds, given the streams before and after it."""
-    settings = replace(QUICK, bits=2, method="brecq", iterations=40, learning_rate=0.05)
+    settings = QUICK.but(bits=2, method="brecq", iterations=40, learning_rate=0.05)
     whole = run_small(settings).found
-    start = run_small(replace(settings, method="boa"))
+    start = run_small(settings.but(method="boa"))
     found = learn_output(replace(start.context, settings=settings), start.found.results, make_streams()[1], start.full)
     _same(found.results, whole.results, LLAMA.projections)
     assert found.output_error == whole.output_error

@@ -24,7 +24,7 @@ from rotoboa.boa.block import block
 from rotoboa.boa.block.context import Streams
 from rotoboa.boa.kernels import dispatch as kernels
 from rotoboa.boa.online.attention import NAME, attention_forward
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.export.packing import pack_block
 from rotoboa.export.spec import Spec
 from rotoboa.models.decoder import Decoder

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rotoboa.boa.objective.objective import DEPENDENT, FEW_TOKENS, MOST_SHRUNK, Objective, shrinkage
 from rotoboa.boa.objective.statistics import InputStatistics
-from rotoboa.boa.solver.rounding import Settings, quantize
+from rotoboa.boa.solver.rounding import quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import random, random_gram
 
@@ -56,14 +57,14 @@ def test_few_tokens_are_no_worse_than_rounding_to_nearest(tokens: int, method: s
     statistics, held = InputStatistics(), InputStatistics()
     statistics.add(few * spread, few * spread)
     held.add(many * spread, many * spread)
-    goal, settings = held.objective(), Settings(4, method=method, refine=4, starts=2, tabu=1, iterations=100)
+    goal, settings = held.objective(), Settings(bits=4, refine=4, starts=2, tabu=1, iterations=100).but(method=method)
     seen = statistics.objective()
     assert seen.tokens == tokens
 
     def lost(objective: Objective | None, used: Settings) -> float:
         return float(goal.loss(quantize(weight, objective, used).dequantize() - weight).sum())
 
-    nearest = lost(None, replace(settings, method="rtn"))
+    nearest = lost(None, settings.but(method="rtn"))
     assert lost(seen, settings) < 1.02 * nearest
     if tokens < channels:  # which it would be without
         assert lost(replace(seen, tokens=None), settings) > 1.2 * nearest

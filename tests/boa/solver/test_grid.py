@@ -12,7 +12,7 @@ from rotoboa.boa.kernels import squares
 from rotoboa.boa.kernels.squares import round_to
 from rotoboa.boa.solver import grid
 from rotoboa.boa.solver.grid import GridSettings, search, snap
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 
 ROWS, COLUMNS = 12, 16
 METHODS = ["diagonal", "hessian"]
@@ -220,4 +220,4 @@ def test_compiled_costs_are_those_of_the_errors(rows: int, columns: int, shared:
 
 
 def test_what_is_not_said_is_what_the_solver_has() -> None:
-    assert GridSettings(3) == Settings(3).grid_settings
+    assert GridSettings(3) == Settings(bits=3).grid_settings

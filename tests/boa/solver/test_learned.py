@@ -9,7 +9,8 @@ from torch import Tensor
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver.learned import Learning, Relaxed, beside, learn, penalty_slope, rectified, slope_, variables
 from rotoboa.boa.solver.refine import refine, rescale
-from rotoboa.boa.solver.rounding import Quantized, Settings, objective_rows, quantize
+from rotoboa.boa.solver.rounding import Quantized, objective_rows, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import check_stored, problem, random
 
@@ -158,9 +159,9 @@ def test_the_start_is_what_no_step_rounds_to(bits: int, symmetric: bool, heads: 
 def test_never_worse(method: str, start: str, group: int | None, heads: int, shared: bool, h_out: bool) -> None:
     """By row or by head; and on the whole better than a start that is refined as far as it goes."""
     weight, objective = _problem(heads, shared, h_out)
-    settings = Settings(bits=2, group_size=group, method=start, tabu=0, iterations=200, learning_rate=0.05)
+    settings = Settings(bits=2, group_size=group, tabu=0, iterations=200, learning_rate=0.05).but(method=start)
     first = quantize(weight, objective, settings)
-    result = quantize(weight, objective, replace(settings, method=method))
+    result = quantize(weight, objective, settings.but(method=method))
     judged = objective.damped(settings.damping)
     target = judged.target(weight, settings.alpha)
     judged = replace(judged, h_out=None if method == "adaround" else judged.h_out)
@@ -177,7 +178,7 @@ def test_without_refinement(h_out: bool) -> None:
     weight, objective = _problem(3, True, h_out)
     settings = Settings(bits=2, method="boa", refine=0, starts=1, tabu=0, iterations=200, learning_rate=0.05)
     first = quantize(weight, objective, settings)
-    result = quantize(weight, objective, replace(settings, method="aespa"))
+    result = quantize(weight, objective, settings.but(method="aespa"))
     assert first.loss is not None and result.loss is not None and result.loss < 0.9 * first.loss
 
 

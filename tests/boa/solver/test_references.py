@@ -1,13 +1,12 @@
 """Losses of RTN and plain GPTQ on a run's objective, against the formula in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver.references import PLAIN, reference_sums, relative_losses
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 HEADS, ROWS, COLUMNS = 3, 4, 16
 SETTINGS = Settings(bits=3, refine=2, starts=2)
@@ -37,11 +36,11 @@ def loss(result: Quantized, weight: torch.Tensor, goal: Objective, heads: slice)
 def test_reference_losses() -> None:
     goal, weight = objective(), torch.randn(HEADS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
     result = quantize(weight, goal, SETTINGS)
-    plain = replace(SETTINGS, **PLAIN)
+    plain = SETTINGS.but(**PLAIN)
     rounded = {
         "quantized": result,
-        "gptq": quantize(weight, goal, replace(plain, method="gptq")),
-        "rtn": quantize(weight, None, replace(plain, method="rtn")),
+        "gptq": quantize(weight, goal, plain.but(method="gptq")),
+        "rtn": quantize(weight, None, plain.but(method="rtn")),
     }
     found = relative_losses(reference_sums(weight, goal, SETTINGS, result), [2, 1])
     assert len(found) == 2
@@ -64,7 +63,7 @@ def test_what_the_objective_does_not_see_counts_nothing(by_rows: bool) -> None:
     weight = torch.randn(heads, ROWS, COLUMNS, generator=draw)
     weight[..., 3] *= 10
     weight[0, 1] *= 10
-    settings = replace(SETTINGS, bits=8, damping=1e-6)
+    settings = SETTINGS.but(bits=8, damping=1e-6)
     result, kept = quantize(weight, goal, settings), weight.clone()
     sums = reference_sums(weight, goal, settings, result, by_rows=by_rows)
     (found,) = relative_losses(sums, [ROWS if by_rows else heads])

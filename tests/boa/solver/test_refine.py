@@ -8,7 +8,8 @@ import torch
 from rotoboa.boa.kernels.squares import round_to
 from rotoboa.boa.solver.grid import GridSettings, search
 from rotoboa.boa.solver.refine import refine
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import KINDS, SLACK, check_stored, damped_problem, dense_losses, nearest, random, refine_from
 
@@ -41,7 +42,7 @@ def test_error_compensation_is_improved_too(bits: int, group: int | None, h_out:
     losses = torch.zeros(2, dtype=torch.float64)
     for seed in range(3):
         target, objective = damped_problem(2, 8, 24, h_out=h_out, seed=seed)
-        settings = Settings(bits=bits, group_size=group, refine=0, starts=1, tabu=0, damping=0.0, rows=1)
+        settings = Settings(bits=bits, group_size=group, refine=0, starts=1, tabu=0, rows=1).but(damping=0.0)
         start = quantize(target, objective, settings)
         refined = refine_from(start, target, objective, bits, 4)
         pair = [dense_losses(result, target, objective) for result in (start, refined)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.objective.statistics import InputStatistics
 from rotoboa.boa.solver.grid import search
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import PLAIN, check_stored, dense_losses, problem, random, same
 
@@ -28,7 +29,7 @@ def _loss(result: Quantized, target: Tensor, objective: Objective) -> Tensor:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rtn_is_the_nearest_level(symmetric: bool, group_size: int | None) -> None:
     weight, objective = problem(2, 5, 24)
-    settings = replace(PLAIN, method="rtn", symmetric=symmetric, group_size=group_size)
+    settings = PLAIN.but(method="rtn", symmetric=symmetric, group_size=group_size)
     result = quantize(weight, objective, settings)
     assert result.scale.shape == result.zero.shape == (2, 5, 24 // (group_size or 24))
     dequantized = result.dequantize()
@@ -38,7 +39,7 @@ def test_rtn_is_the_nearest_level(symmetric: bool, group_size: int | None) -> No
         distances = [abs(scale * (i - zero) - float(weight[h, r, c])) for i in range(8)]
         assert distances[int(result.integers[h, r, c])] == min(distances)
         assert float(dequantized[h, r, c]) == scale * (int(result.integers[h, r, c]) - zero)
-    same(quantize(weight, None, replace(settings, method="boa")), result)
+    same(quantize(weight, None, settings.but(method="boa")), result)
     # The grid is searched for the plain error, group by group.
     width = group_size or 24
     for g in range(24 // width):
@@ -52,8 +53,8 @@ def test_rtn_is_the_nearest_level(symmetric: bool, group_size: int | None) -> No
 def test_identity_is_rtn(act_order: bool, group_size: int | None, method: str) -> None:
     weight, eye = random(2, 5, 24), torch.eye(24, dtype=torch.float64)
     objective = Objective(eye[None].repeat(2, 1, 1), torch.eye(5, dtype=torch.float64).repeat(2, 1, 1))
-    settings = replace(PLAIN, method=method, act_order=act_order, group_size=group_size)
-    same(quantize(weight, objective, settings), quantize(weight, None, replace(settings, method="rtn")))
+    settings = PLAIN.but(method=method, act_order=act_order, group_size=group_size)
+    same(quantize(weight, objective, settings), quantize(weight, None, settings.but(method="rtn")))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -62,14 +63,14 @@ def test_identity_is_rtn(act_order: bool, group_size: int | None, method: str) -
 def test_range(symmetric: bool, method: str, bits: int) -> None:
     """Of integers and zero points; scales as they are stored; the more bits, the less is lost."""
     weight, objective = problem(2, 8, 24)
-    settings = Settings(bits=bits, method=method, symmetric=symmetric, group_size=8, starts=3)
+    settings = Settings(bits=bits, symmetric=symmetric, group_size=8, starts=3).but(method=method)
     result = quantize(weight.float(), objective, settings)
     check_stored(result, bits)
     assert result.integers.shape == weight.shape and result.scale.dtype == torch.float32
     assert result.scale.shape == result.zero.shape == (2, 8, 3)
     if symmetric:
         assert torch.all(result.zero == 2 ** (bits - 1))
-    finer = quantize(weight.float(), objective, replace(settings, bits=bits + 1)) if bits < 8 else None
+    finer = quantize(weight.float(), objective, settings.but(bits=bits + 1)) if bits < 8 else None
     if finer is not None:
         assert _loss(finer, weight, objective).sum() < _loss(result, weight, objective).sum()
 
@@ -81,9 +82,9 @@ def test_each_method_beats_the_last_on_the_objective(bits: int, group_size: int 
     losses = torch.zeros(4, dtype=torch.float64)
     for seed in range(3):
         weight, objective = problem(2, 16, 32, seed=seed)
-        settings = replace(PLAIN, bits=bits, group_size=group_size, symmetric=symmetric)
+        settings = PLAIN.but(bits=bits, group_size=group_size, symmetric=symmetric)
         for i, (method, refined) in enumerate((("rtn", 0), ("gptq", 0), ("boa", 0), ("boa", 4))):
-            result = quantize(weight, objective, replace(settings, method=method, refine=refined))
+            result = quantize(weight, objective, settings.but(method=method, refine=refined))
             losses[i] += _loss(result, weight, objective).sum()
     rtn, gptq, boa, refined = losses.tolist()
     assert gptq < 0.8 * rtn and boa < 0.9 * gptq and refined < 0.95 * boa
@@ -97,8 +98,8 @@ def test_restarts_never_lose(symmetric: bool, group_size: int | None, h_out: boo
     weight, objective = problem(3, 8, 24, h_out=h_out)
     gained = 0
     for refined in (0, 2):
-        settings = replace(PLAIN, rows=4, symmetric=symmetric, group_size=group_size, refine=refined)
-        one, many = (quantize(weight, objective, replace(settings, starts=starts)) for starts in (1, 5))
+        settings = PLAIN.but(rows=4, symmetric=symmetric, group_size=group_size, refine=refined)
+        one, many = (quantize(weight, objective, settings.but(starts=starts)) for starts in (1, 5))
         damped = objective.damped(PLAIN.damping)
         losses = []
         for result in (one, many):
@@ -120,23 +121,23 @@ def test_act_order_helps_where_inputs_differ_in_size() -> None:
         size = torch.logspace(-1, 1, 48, dtype=torch.float64)[torch.randperm(48, generator=torch.manual_seed(seed))]
         objective = Objective(objective.h_in * size[:, None] * size)
         for i, act_order in enumerate((False, True)):
-            result = quantize(weight, objective, replace(PLAIN, act_order=act_order))
+            result = quantize(weight, objective, PLAIN.but(act_order=act_order))
             losses[i] += _loss(result, weight, objective).sum()
     assert losses[1] < 0.9 * losses[0]
 
 
 def test_loss_is_that_of_the_damped_objective() -> None:
     weight, objective = problem(3, 8, 24, shared=True)
-    for settings in (PLAIN, replace(PLAIN, refine=2, starts=3)):
+    for settings in (PLAIN, PLAIN.but(refine=2, starts=3)):
         result = quantize(weight, objective, settings)
         assert result.loss == pytest.approx(float(_loss(result, weight, objective).sum()), rel=1e-12)
-    assert quantize(weight, None, replace(PLAIN, method="rtn")).loss is None
+    assert quantize(weight, None, PLAIN.but(method="rtn")).loss is None
 
 
 def test_float32_is_as_good() -> None:
     """A rounding may fall the other way, and others follow; what is lost in all is the same to 5 %."""
     weight, objective = problem(4, 16, 64)
-    settings = replace(PLAIN, refine=4, rows=4)
+    settings = PLAIN.but(refine=4, rows=4)
     wide, narrow = (quantize(w, objective, settings) for w in (weight, weight.float()))
     assert narrow.scale.dtype == torch.float32
     losses = [float(_loss(result, weight, objective).sum()) for result in (wide, narrow)]
@@ -162,7 +163,7 @@ def test_residual_brings_the_output_nearer(drift: bool, method: str) -> None:
         statistics.add(x_full, x_quantized)
     errors = {}
     for alpha in (0.0, 0.5, 1.0):
-        settings = replace(PLAIN, bits=4, method=method, alpha=alpha, refine=2)
+        settings = PLAIN.but(bits=4, method=method, alpha=alpha, refine=2)
         result = quantize(weight, statistics.objective(weight[0]), settings)
         errors[alpha] = float((wanted - x_quantized @ result.dequantize()[0].T).norm())
     assert errors[1.0] < errors[0.5] < errors[0.0] and errors[1.0] < 0.95 * errors[0.0]
@@ -173,7 +174,7 @@ def test_solves_for_the_target() -> None:
     weight, objective = problem(2, 8, 24)
     residual = 0.1 * random(2, 24, 24, seed=9) * objective.h_in.diagonal(dim1=-2, dim2=-1).mean()
     moved = replace(objective, residual=residual)
-    settings = replace(PLAIN, refine=2, starts=3, act_order=True)
+    settings = PLAIN.but(refine=2, starts=3, act_order=True)
     target = moved.damped(settings.damping).target(weight, settings.alpha)
     assert (target - weight).abs().max() > 0.1
     same(quantize(weight, moved, settings), quantize(target, objective, settings))
@@ -194,19 +195,19 @@ def test_dead_columns_become_zero(method: str, act_order: bool) -> None:
     h_in[:, :, dead] = 0
     objective = replace(objective, h_in=h_in)
     weight[..., dead] *= 100
-    settings = replace(PLAIN, method=method, act_order=act_order, grid="minmax", rows=6)
+    settings = PLAIN.but(method=method, act_order=act_order, grid="minmax", rows=6)
     result = quantize(weight, objective, settings)
     assert torch.count_nonzero(result.dequantize()[..., dead]) == 0
     # Damping is relative to the mean diagonal of all columns: less of them, more damping.
     without = replace(objective, h_in=h_in[:, alive][:, :, alive])
-    alone = quantize(weight[..., alive], without, replace(settings, damping=settings.damping * len(alive) / 16))
+    alone = quantize(weight[..., alive], without, settings.but(damping=settings.damping * len(alive) / 16))
     assert torch.equal(result.integers[..., alive], alone.integers)
     assert math.isfinite(result.loss or 0)
 
 
 def test_group_size_must_divide() -> None:
     with pytest.raises(ValueError, match="group size 7 does not divide 24 columns"):
-        quantize(random(1, 4, 24), None, replace(PLAIN, group_size=7))
+        quantize(random(1, 4, 24), None, PLAIN.but(group_size=7))
 
 
 @pytest.mark.parametrize("method", ["boa", "gptq"])
@@ -214,7 +215,7 @@ def test_not_finite(method: str) -> None:
     weight, objective = problem(1, 4, 8)
     objective.h_in[0, 2, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf"):
-        quantize(weight, objective, replace(PLAIN, method=method))
+        quantize(weight, objective, PLAIN.but(method=method))
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 24), (1, 1, 24), (1, 8, 1)])

@@ -3,8 +3,6 @@
 In float64 the solver and the references differ by 1e-13 at most before a rounding, so integers and scales are equal.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,8 @@ from rotoboa.boa.kernels.squares import round_to
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver import columns as columns_module
 from rotoboa.boa.solver.grid import search
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import PLAIN, problem, same
 
@@ -119,7 +118,7 @@ def _textbook_gptq(weight: Tensor, h_in: Tensor, settings: Settings) -> Quantize
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (4, 6), (8, 16)])
 def test_row_after_row_is_gptq_on_the_kronecker_matrix(rows: int, columns: int, bits: int, symmetric: bool) -> None:
-    settings = replace(PLAIN, bits=bits, symmetric=symmetric)
+    settings = PLAIN.but(bits=bits, symmetric=symmetric)
     for seed in range(3):
         weight, objective = problem(1, rows, columns, seed=seed)
         same(quantize(weight, objective, settings), _dense_gptq(weight[0], objective, settings))
@@ -130,7 +129,7 @@ def test_row_after_row_is_gptq_on_the_kronecker_matrix(rows: int, columns: int, 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8])
 def test_row_blocks_follow_the_definition(rows: int, group_size: int | None, method: str) -> None:
     """BoA takes one row at a time, TurboBoA several (3 of 8 leave a smaller last block), d_h of them are GPTQ's."""
-    settings = replace(PLAIN, rows=rows, group_size=group_size, grid=method)
+    settings = PLAIN.but(rows=rows, group_size=group_size, grid=method)
     weight, objective = problem(2, 8, 16)
     same(quantize(weight, objective, settings), _obs(weight, objective, settings))
 
@@ -139,7 +138,7 @@ def test_row_blocks_follow_the_definition(rows: int, group_size: int | None, met
 @pytest.mark.parametrize(("heads", "shared"), [(1, True), (3, False), (3, True)])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_heads_follow_the_definition(rows: int, heads: int, shared: bool, h_out: bool) -> None:
-    settings = replace(PLAIN, rows=rows)
+    settings = PLAIN.but(rows=rows)
     weight, objective = problem(heads, 6, 10, shared=shared, h_out=h_out)
     same(quantize(weight, objective, settings), _obs(weight, objective, settings))
 
@@ -147,16 +146,16 @@ def test_heads_follow_the_definition(rows: int, heads: int, shared: bool, h_out:
 def test_h_out_matters() -> None:
     """Or the tests above would compare GPTQ with GPTQ."""
     weight, objective = problem(1, 8, 16)
-    boa, gptq = (quantize(weight, objective, replace(PLAIN, method=method)) for method in ("boa", "gptq"))
+    boa, gptq = (quantize(weight, objective, PLAIN.but(method=method)) for method in ("boa", "gptq"))
     assert not torch.equal(boa.integers[:, 1:], gptq.integers[:, 1:])
     assert torch.equal(boa.integers[:, 0], gptq.integers[:, 0])  # nothing has moved the first row
 
 
 def test_all_rows_at_once_is_gptq() -> None:
     weight, objective = problem(2, 8, 16)
-    boa, gptq = (quantize(weight, objective, replace(PLAIN, method=m, rows=8)) for m in ("boa", "gptq"))
+    boa, gptq = (quantize(weight, objective, PLAIN.but(method=m, rows=8)) for m in ("boa", "gptq"))
     same(boa, gptq)
-    same(quantize(weight, objective, replace(PLAIN, rows=100)), gptq)
+    same(quantize(weight, objective, PLAIN.but(rows=100)), gptq)
 
 
 @pytest.mark.parametrize("method", ["boa", "gptq"])
@@ -164,7 +163,7 @@ def test_all_rows_at_once_is_gptq() -> None:
 @pytest.mark.parametrize("group_size", [None, 4, 8])
 @pytest.mark.parametrize("columns", [24, 160])
 def test_textbook_gptq(columns: int, group_size: int | None, act_order: bool, method: str) -> None:
-    settings = replace(PLAIN, method=method, group_size=group_size, act_order=act_order)
+    settings = PLAIN.but(method=method, group_size=group_size, act_order=act_order)
     weight, objective = problem(1, 12, columns, h_out=False)
     same(quantize(weight, objective, settings), _textbook_gptq(weight[0], objective.h_in[0], settings))
 
@@ -175,7 +174,7 @@ def test_textbook_gptq(columns: int, group_size: int | None, act_order: bool, me
 def test_lazy_updates_change_nothing(
     h_out: bool, group_size: int | None, act_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(PLAIN, group_size=group_size, act_order=act_order, rows=4)
+    settings = PLAIN.but(group_size=group_size, act_order=act_order, rows=4)
     weight, objective = problem(2, 8, 300, h_out=h_out)
     lazy = quantize(weight, objective, settings)
     monkeypatch.setattr(columns_module, "COLUMN_BLOCK", 1)
@@ -193,7 +192,7 @@ def test_heads_at_once_are_heads_one_at_a_time(
 
     One round: of several, heads at once stop together, when nothing moves in any of them.
     """
-    settings = replace(PLAIN, group_size=group_size, act_order=act_order, rows=4, refine=1, starts=3)
+    settings = PLAIN.but(group_size=group_size, act_order=act_order, rows=4, refine=1, starts=3)
     weight, objective = problem(4, 8, 24, shared=shared, h_out=h_out)
     together = quantize(weight, objective, settings)
     total = 0.0
@@ -211,7 +210,7 @@ def test_heads_at_once_are_heads_one_at_a_time(
 
 
 def test_rows_are_independent_without_h_out() -> None:
-    settings = replace(PLAIN, act_order=True, refine=1, starts=3)
+    settings = PLAIN.but(act_order=True, refine=1, starts=3)
     weight, objective = problem(1, 9, 24, h_out=False)
     whole = quantize(weight, objective, settings)
     for part in (slice(0, 1), slice(3, 9)):

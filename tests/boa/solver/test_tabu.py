@@ -11,7 +11,8 @@ from rotoboa.boa.kernels import dispatch as kernels
 from rotoboa.boa.kernels.dispatch import rest_until, search_block
 from rotoboa.boa.solver import tabu
 from rotoboa.boa.solver.refine import dequantize
-from rotoboa.boa.solver.rounding import Quantized, Settings, quantize
+from rotoboa.boa.solver.rounding import Quantized, quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import KINDS, SLACK, damped_problem, dense_losses, nearest, refine_from
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.ranks import Ranks
-from rotoboa.boa.solver.rounding import Settings, quantize
+from rotoboa.boa.solver.rounding import quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.boa.solver.units import PIECES, Problem, _joined, _solve_run, plan, solve
 
 from ..problems import random, random_gram

@@ -1,7 +1,5 @@
 """Heads that nothing reads, as pruning leaves them: H_out is zero there, and every form of the solver goes through."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,7 +7,8 @@ from rotoboa.boa.kernels import dispatch as kernels
 from rotoboa.boa.kernels import squares
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver import refine
-from rotoboa.boa.solver.rounding import Settings, quantize
+from rotoboa.boa.solver.rounding import quantize
+from rotoboa.boa.solver.rounding_settings import Settings
 
 from ..problems import check_stored, problem, same
 from ..small_block import HIDDEN, LLAMA, PLAIN, QUICK, SIZE, make_block, make_decoder, make_streams, run_block
@@ -44,7 +43,7 @@ def test_a_head_that_nothing_reads(method: str, device: str) -> None:
     assert objective.h_out is not None
     h_out = objective.h_out.float().to(device)
     h_out[1] = 0
-    settings = replace(FEW, method=method)
+    settings = FEW.but(method=method)
     found = quantize(weight, Objective(h_in, h_out), settings)
     check_stored(found, 4)
     h_out[1] = torch.eye(ROWS, device=device) / (1 + settings.damping)
@@ -60,7 +59,7 @@ def test_nothing_is_read_and_nothing_comes_in(method: str, device: str) -> None:
     weight, _ = problem(HEADS, ROWS, COLUMNS)
     zeros = torch.zeros(HEADS, COLUMNS, COLUMNS, device=device)
     nothing = Objective(zeros[:1], zeros[:, :ROWS, :ROWS])
-    found = quantize(weight.float().to(device), nothing, replace(FEW, method=method))
+    found = quantize(weight.float().to(device), nothing, FEW.but(method=method))
     check_stored(found, 4)
     assert not found.dequantize().any()
 
@@ -73,7 +72,7 @@ def test_channel_scales_are_none_of_its_business() -> None:
         block.get_parameter(f"{LLAMA.output}.weight").data[:, : HIDDEN // 2] = 0  # the first of two key heads
         values = block.get_parameter(f"{LLAMA.value}.weight").data[:SIZE]
         values *= size * torch.linspace(0.1, 1, HIDDEN)
-        settings = replace(QUICK, bits=2, zfold=("qkv",))
+        settings = QUICK.but(bits=2, zfold=("qkv",))
         ran = run_block(decoder, block, settings, PLAIN, make_streams())
         found.append(ran.found.channel_scales["qkv"].zeta)
     assert found[0].max() > 1.01 * found[0].min()

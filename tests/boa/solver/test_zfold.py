@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver import zfold
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.boa.solver.zfold import Term, alternate, channel_scales, column_scales, row_step, zeta_step
 
 HEADS, ROWS, COLUMNS = 3, 4, 8

@@ -16,7 +16,7 @@ from rotoboa.boa.block.context import BlockContext, Share, Streams, shared_copy
 from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.ranks import Ranks
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.boa.stopwatch import STAGES, Stopwatch
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.shape import Shape
@@ -103,7 +103,7 @@ def test_a_plain_pass_is_counted_exactly() -> None:
 @pytest.mark.parametrize("length", [64, 256])
 def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotoboa.boa.solver.refine.is_compiled", lambda tensor: False)  # where sweeps are products
-    settings = Settings(3, starts=2, refine=2)
+    settings = Settings(bits=3, starts=2, refine=2)
     sizes, found = real(settings, 2, length)
     run = Plan(settings, 2, length, 2, references=True)
     counted = {name: work.products for name, work in counting.whole(sizes, run).items()}
@@ -134,7 +134,7 @@ def test_factors() -> None:
     """A Cholesky factor, an inverse of it, and two triangular solves, one multiplication and one addition each."""
     value = next(p for p in problems(Sizes(Shape(1, 12, 8, 4, 2, 3, 8))) if p.name == "value")
     cholesky = sum(1 for i in range(12) for j in range(i + 1) for _ in range(j)) * 2
-    shifted, plain = (counting.factors(value, Plan(Settings(2, alpha=alpha), 1, 1, 1)) for alpha in (1.0, 0.0))
+    shifted, plain = (counting.factors(value, Plan(Settings(bits=2, alpha=alpha), 1, 1, 1)) for alpha in (1.0, 0.0))
     assert plain == pytest.approx(4 * 2 * cholesky, rel=0.2)  # of 2 heads, up to terms in c^2
     assert shifted - plain == 2 * 6 * 12 * 12
 
@@ -157,7 +157,7 @@ def test_every_family(name: str, family_model: Callable[..., nn.Module]) -> None
     if not decoder.family.merged:
         assert sizes.block_weights == sum(map(math.prod, projections))
     assert sum(p.all_rows * p.columns * p.count for p in problems(sizes)) == sizes.block_weights
-    found = counting.whole(sizes, Plan(Settings(4), 4, 16, 2, 6, 6, references=True, windows=2))
+    found = counting.whole(sizes, Plan(Settings(bits=4), 4, 16, 2, 6, 6, references=True, windows=2))
     assert all(work.operations > 0 or work.bytes > 0 for work in found.values())
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +5,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rotoboa.boa.solver.rounding import Settings
+from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.errors import InputError
 from rotoboa.pipeline.recipe.fields import field_paths
 from rotoboa.pipeline.recipe.recipe import Recipe, Weights
@@ -118,12 +117,11 @@ def test_unknown_fields_are_named_with_the_closest_one() -> None:
     assert "weights.bits is 1" in message  # all of it at once
 
 
-def test_the_solver_has_the_defaults_of_the_recipe() -> None:
-    """`Settings` repeats the fields of `Weights`: boa knows no recipe."""
-    solver, recipe = {field.name: field.default for field in dataclasses.fields(Settings)}, Weights().model_dump()
+def test_the_section_weights_is_what_the_solver_takes() -> None:
+    solver, recipe = Settings(bits=4).model_dump(), Weights().model_dump()
     assert recipe.keys() - solver.keys() == {"head"} and not solver.keys() - recipe.keys()
     differing = {name for name in solver if solver[name] != recipe[name]}
-    assert differing == {"bits", "grid", "zfold"}  # none in the solver; of auto what it stands for; None and no sites
+    assert differing == {"grid", "zfold"}  # auto, and what it stands for; None and no sites
 
 
 def test_a_field_written_in_two_ways_is_given_twice() -> None:
