@@ -212,7 +212,8 @@ class Bench:
         rotated_after, buffers = now(self.device), self.buffers()
         full, quantized = self.streams(buffers, samples)
         began = now(self.device)
-        transforms = spec_of(recipe, rotations).transforms(decoder.shape)
+        spec = spec_of(recipe, rotations, decoder)
+        transforms = spec.transforms(decoder.shape, decoder.family)
         context = BlockContext(
             decoder, block, shared_copy(block), settings_of(recipe), transforms,
             Share.of(Ranks(), len(full), self.batch), empty=buffers.empty, release=buffers.release,
@@ -220,7 +221,7 @@ class Bench:
         with watch, Timed() as timed:
             found = quantize_block(context, Streams(full, quantized))
         ended = now(self.device)
-        pack_block(found.results, others, recipe.weights.bits, torch.bfloat16)
+        pack_block(found.results, others, spec.schemes(decoder.family, 0), torch.bfloat16)
         return {
             "seconds": ended - began,
             "rotation": rotated_after - start,

@@ -64,7 +64,7 @@ def export(folder: Path, config: LlamaConfig, spec: Spec) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16)
     for block in model.get_submodule(family.layers).children():
-        prepare_block(block, family, spec, spec.transforms(shape))
+        prepare_block(block, family, spec.schemes(family, 0), spec.transforms(shape, family))
     folder.mkdir()
     save_tensors(folder / "model.safetensors", {name: fill(t, spec) for name, t in model.state_dict().items()})
     quantization = {"quant_method": METHOD, **spec.to_dict()}

@@ -15,15 +15,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from ..boa.scheme import QuantizationArgs
 from ..boa.solver.rounding import Quantized
 from ..errors import InputError
+from ..models.decoder import Decoder
 from ..models.families import Family, family_for, family_of
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from ..models.shape import Shape
-from .packing import unpack_block
+from .packing import packed_bytes, unpack_block
 from .spec import METHOD, Spec
 from .writing import read_outer_layers
+
+Stored = Callable[[Quantized, QuantizationArgs], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Finished:
     def split(self, index: int) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
         """Block `index` as integers, scale and zero point of every projection, and its other tensors."""
         tensors = self.block(index)
-        quantized = unpack_block(tensors, self.family, self.spec.bits, self.columns)
+        quantized = unpack_block(tensors, self.spec.schemes(self.family, index), self.columns)
         packed = {f"{name}.{part}" for name in quantized for part in ("qweight", "scale", "zero")}
         return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
 
@@ -107,11 +111,12 @@ class Finished:
         """How many outputs each projection has."""
         return projection_rows(self.family, self.shape)
 
-    def groups(self, stored: Callable[[Quantized], dict[str, Tensor]] | None = None) -> Iterator[dict[str, Tensor]]:
+    def groups(self, stored: Stored | None = None) -> Iterator[dict[str, Tensor]]:
         """All tensors by their full names: embedding, each block, then norm and head.
 
         Args:
-            stored: the tensors that a format has for one projection, by the last part of their names; None: ours.
+            stored: the tensors that a format has for one projection, by the last part of their names, from its result
+                and the scheme of its weights; None: ours.
         """
         f = self.family
         outer = self.outer_layers()
@@ -121,8 +126,10 @@ class Finished:
                 tensors = self.block(index)
             else:
                 quantized, tensors = self.split(index)
+                schemes = self.spec.schemes(f, index)
                 for name, result in quantized.items():
-                    tensors |= {f"{name}.{part}": tensor for part, tensor in stored(result).items()}
+                    parts = stored(result, schemes[name].weights)
+                    tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
         yield outer.after(f)
 
@@ -131,6 +138,17 @@ def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
     """How many inputs each projection of a block has."""
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
     return {name: widths[site] for name, site in family.sites.items()}
+
+
+def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, int]:
+    """Bytes of each projection of all blocks as a native checkpoint has it, by its full name."""
+    family, shape = decoder.family, decoder.shape
+    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
+    return {
+        f"{family.layers}.{index}.{name}": packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
+        for index in range(shape.blocks)
+        for name, scheme in spec.schemes(family, index).items()
+    }
 
 
 def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
@@ -150,6 +168,20 @@ def refuse_layout(family: Family, name: str) -> None:
         raise InputError(
             f"{name} is written for models with a tensor a projection and RMSNorm, and '{family.model_type}' has "
             "other parts: use --format native."
+        )
+
+
+def refuse_layers(spec: Spec, name: str) -> None:
+    """Refuse a run with schemes for single layers, in a format that has one for all.
+
+    Raises:
+        InputError: there are some.
+    """
+    if spec.layers:
+        first, scheme = next(iter(spec.layers.items()))
+        raise InputError(
+            f"{name} is written with one scheme for all layers, and this run has {scheme.shown} for {first}: use "
+            "--format native, or quantize without overrides."
         )
 
 

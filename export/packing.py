@@ -14,12 +14,13 @@ to 19 to unpack here and 235 to 310 there (22 of 4 bits).
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from ..boa.scheme import QuantizationArgs, QuantizationScheme
 from ..boa.solver.rounding import Quantized
-from ..models.families import Family
 
 _CHUNK = 1 << 20  # values at a time
 
@@ -141,14 +142,25 @@ def _check(bits: int) -> None:
         raise ValueError("words are cut into bytes here as little-endian machines have them, which this is not")
 
 
+def packed_bytes(rows: int, columns: int, args: QuantizationArgs, itemsize: int) -> int:
+    """Bytes of a weight as a native checkpoint has it; `itemsize` is that of a weight left as it is."""
+    if not args.quantizes:
+        return rows * columns * itemsize
+    return rows * (4 * packed_width(columns, args.num_bits) + 3 * (columns // (args.group_size or columns)))
+
+
 def pack_block(
-    results: dict[str, Quantized], others: dict[str, Tensor], bits: int, dtype: torch.dtype
+    results: Mapping[str, Quantized],
+    others: Mapping[str, Tensor],
+    schemes: Mapping[str, QuantizationScheme],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The tensors of a finished block by their names inside the block.
 
     Args:
-        results: integers (r, c), scale and zero (r, groups) of each projection.
+        results: integers (r, c), scale and zero (r, groups) of each projection that is quantized.
         others: the block's tensors after rotation; those that are no quantized weight are kept, in `dtype`.
+        schemes: of each projection.
     """
     packed = {
         name: tensor.to(dtype).contiguous()
@@ -156,21 +168,22 @@ def pack_block(
         if name.removesuffix(".weight") not in results
     }
     for name, result in results.items():
-        packed[f"{name}.qweight"] = pack(result.integers, bits)
+        packed[f"{name}.qweight"] = pack(result.integers, schemes[name].weights.num_bits)
         packed[f"{name}.scale"] = result.scale.to(torch.float16).contiguous()
         packed[f"{name}.zero"] = result.zero.to(torch.uint8).contiguous()
     return packed
 
 
 def unpack_block(
-    tensors: dict[str, Tensor], family: Family, bits: int, columns: dict[str, int]
+    tensors: Mapping[str, Tensor], schemes: Mapping[str, QuantizationScheme], columns: Mapping[str, int]
 ) -> dict[str, Quantized]:
-    """The inverse, for the projections: `columns` says how many inputs each has."""
+    """The inverse, for the projections that are quantized: `columns` says how many inputs each has."""
     return {
         name: Quantized(
-            unpack(tensors[f"{name}.qweight"], bits, columns[name]),
+            unpack(tensors[f"{name}.qweight"], scheme.weights.num_bits, columns[name]),
             tensors[f"{name}.scale"].float(),
             tensors[f"{name}.zero"].float(),
         )
-        for name in family.projections
+        for name, scheme in schemes.items()
+        if scheme.weights.quantizes
     }

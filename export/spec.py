@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..boa.online.activations import DynamicQuantizer
 from ..boa.online.attention import AttentionTransform
 from ..boa.online.transforms import InputTransform, OnlineTransforms
+from ..boa.scheme import QuantizationArgs, QuantizationScheme
 from ..errors import InputError
+from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
 
 METHOD = "rotoboa"  # quant_method in config.json
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 1 had clip ratios by block and site, which were searched on calibration text; 2 has one scheme for all."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Of every block alike.
+    """Of every block alike, but for `layers` and `clips`.
 
     Attributes:
         bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
@@ -32,6 +36,8 @@ class Spec:
         cache_center: keys are quantized without the center that each block has for them.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
+        layers: by the names of modules, the schemes of those that differ from the above.
+        clips: of format version 1, clip ratios by block and site, in place of those above; None: there are none.
     """
 
     bits: int
@@ -55,32 +61,62 @@ class Spec:
     activation_search: bool = False
     cache_search: bool = False
     cache_center: bool = False
+    layers: Mapping[str, QuantizationScheme] = field(default_factory=dict)
+    clips: Sequence[Mapping[str, float]] | None = None
     format_version: int = FORMAT_VERSION
 
-    def transforms(self, shape: Shape) -> OnlineTransforms:
-        """The online transforms of every block of a decoder of this shape."""
-        quantizer = DynamicQuantizer.of(
-            self.activation_bits,
-            self.activation_symmetric,
-            self.activation_clip,
-            self.activation_group,
-            search=self.activation_search,
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """Of every layer that `layers` does not name."""
+        return QuantizationScheme(
+            QuantizationArgs(self.bits, self.group_size, self.symmetric),
+            QuantizationArgs(self.activation_bits, self.activation_group, self.activation_symmetric),
         )
-        plain = InputTransform(quantizer=quantizer)
-        read = InputTransform(Hadamard.of(shape.hidden), quantizer) if self.online_r1 else plain
+
+    def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
+        """Those of the projections of block `index`, by their names inside the block."""
+        whole = self.scheme
+        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in family.projections}
+
+    def all_schemes(self, family: Family, blocks: int) -> Iterator[QuantizationScheme]:
+        """Those of the projections of all blocks."""
+        return (scheme for index in range(blocks) for scheme in self.schemes(family, index).values())
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether the input of any layer is quantized; where `layers` names all of them, the others count too."""
+        return any(scheme.input_activations.quantizes for scheme in (self.scheme, *self.layers.values()))
+
+    def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
+        """The online transforms of block `index` of a decoder of this family and shape."""
+        schemes = self.schemes(family, index)
+        clips = {} if self.clips is None else self.clips[index]
+        rotations = {"qkv": None, "output": self.heads_of(shape), "gate_up": None, "down": self.r4_of(shape)}
+        if self.online_r1:
+            rotations["qkv"] = rotations["gate_up"] = Hadamard.of(shape.hidden)
+        inputs = {
+            site: InputTransform(
+                rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
+            )
+            for name, site in family.sites.items()  # projections of one site have one input
+        }
         return OnlineTransforms(
-            qkv=read,
-            output=InputTransform(self.heads_of(shape), quantizer),
-            gate_up=read,
-            down=InputTransform(self.r4_of(shape), quantizer),
+            **inputs,
             attention=AttentionTransform(
                 Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=DynamicQuantizer.of(self.key_bits, False, self.cache_clip, search=self.cache_search),
-                value=DynamicQuantizer.of(self.value_bits, False, self.cache_clip, search=self.cache_search),
+                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip)),
+                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip)),
                 sink=self.cache_sink,
                 centered=self.cache_center and self.key_bits < 16,
             ),
         )
+
+    def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:
+        search = self.activation_search
+        return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
+
+    def _cache_quantizer(self, bits: int, clip: float) -> DynamicQuantizer | None:
+        return DynamicQuantizer.of(bits, False, clip, search=self.cache_search)
 
     @property
     def turned(self) -> bool:
@@ -107,7 +143,11 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        return asdict(self)
+        plain = asdict(self)
+        for name in ("layers", "clips"):  # which most runs have not
+            if not plain[name]:
+                del plain[name]
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
@@ -118,15 +158,21 @@ class Spec:
         """
         data = {name: value for name, value in data.items() if name != "quant_method"}
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise InputError(
-                f"this checkpoint has rotoboa format version {version}, and this installation reads {FORMAT_VERSION}: "
-                "install the release that wrote it, or quantize again."
+                f"this checkpoint has rotoboa format version {version}, and this installation reads {READABLE[0]} to "
+                f"{READABLE[-1]}: install the release that wrote it, or quantize again."
             )
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
         wrong = f"unknown {', '.join(unknown)}" if unknown else "no 'bits'" if "bits" not in data else ""
         if not wrong:
-            spec = cls(**data)
+            try:
+                layers = {name: QuantizationScheme.from_dict(one) for name, one in data.pop("layers", {}).items()}
+            except (AttributeError, TypeError) as error:
+                raise InputError(
+                    f"the layers in the quantization_config of this checkpoint are damaged: {error}."
+                ) from error
+            spec = cls(**{**data, "layers": layers, "format_version": FORMAT_VERSION})
             wrong = spec._wrong()
         if wrong:
             raise InputError(f"the quantization_config of this checkpoint is damaged: {wrong}; export it again.")
@@ -166,5 +212,13 @@ class Spec:
                 )
             },
         }
+        legal["clips"] = self.clips is None or (
+            isinstance(self.clips, list)
+            and all(isinstance(block, dict) for block in self.clips)
+            and all(isinstance(clip, int | float) and 0 < clip <= 1 for block in self.clips for clip in block.values())
+        )
+        for layer, scheme in self.layers.items():
+            if what := scheme.weights.wrong() or scheme.input_activations.wrong():
+                return f"of {layer} {what}"
         legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

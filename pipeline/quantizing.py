@@ -37,17 +37,16 @@ def quantize_blocks(
     for i in range(len(tokens)):
         full[i] = quantized[i] = compute.embed(outer, tokens[i : i + 1])[0]
     finished = len(folder.manifest.blocks)
-    transforms = job.spec.transforms(compute.shape)
     progress.stage("quantize", compute.shape.blocks)
     for index in range(compute.shape.blocks):
         start = time.perf_counter()
         watch = Stopwatch(compute.device)
         with watch, stage("rotation"):
             rotated = job.rotations.rotate_block(prefetcher.block(index), family, index)
-        previous = None
+        previous, schemes = None, job.spec.schemes(family, index)
         if index < finished:
             columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
-            previous = unpack_block(shared_block(job, folder, index), family, job.spec.bits, columns)
+            previous = unpack_block(shared_block(job, folder, index), schemes, columns)
         block = compute.block(index, rotated)
         projections = {f"{name}.weight" for name in family.projections}
         others = {name: tensor for name, tensor in rotated.items() if name not in projections}
@@ -59,7 +58,7 @@ def quantize_blocks(
             block,
             shared_copy(block),
             job.settings,
-            transforms,
+            job.spec.transforms(compute.shape, family, index),
             own,
             previous=previous,
             references=job.recipe.evaluation.references and previous is None,
@@ -67,6 +66,7 @@ def quantize_blocks(
             empty=job.buffers.empty,
             release=job.release,
             follows_full=follows,
+            schemes=schemes,
         )
         try:
             with watch:
@@ -77,7 +77,9 @@ def quantize_blocks(
             for name, damping in found.damping.items():
                 progress.log(f"block {index}, {name}: Cholesky failed; damping raised to {damping:g}")
             others |= found.folded | found.centers
-            pack = partial(pack_block, found.results, others, job.spec.bits, job.checkpoint.dtype)
+            left = [f"{name}.weight" for name, scheme in schemes.items() if not scheme.weights.quantizes]
+            others |= {name: block.get_parameter(name).data for name in left}
+            pack = partial(pack_block, found.results, others, schemes, job.checkpoint.dtype)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = BlockEntry.model_validate({"index": index, **spent, **_told(found)})
             prefetcher.write(

@@ -144,7 +144,7 @@ def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], pyth
         folder = Path(directory) / "dense"
         groups = (
             {name: tensor.to(kind) for name, tensor in group.items()}
-            for group in run.groups(lambda result: {"weight": result.dequantize()})
+            for group in run.groups(lambda result, _: {"weight": result.dequantize()})
         )
         config = {key: value for key, value in run.config.items() if key != "torch_dtype"}
         write_checkpoint(folder, run.folder, {**config, "dtype": dtype}, groups)

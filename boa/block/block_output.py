@@ -42,11 +42,12 @@ class StraightThrough(DynamicQuantizer):
 
 @dataclass
 class Rounded:
-    """One projection: integers (r, c), scale and zero (r, groups), as in `rounding.Quantized`."""
+    """One projection: integers (r, c) of `bits`, scale and zero (r, groups), as in `rounding.Quantized`."""
 
     integers: Tensor
     scale: Tensor
     zero: Tensor
+    bits: int
 
 
 @stage("refinement")
@@ -61,8 +62,11 @@ def learn_output(context: BlockContext, results: Mapping[str, Quantized], given:
     """
     settings = context.settings
     output = BlockOutput(context.decoder, context.quantized, context.transforms, given, wanted)
-    start = {name: Rounded(part.integers, part.scale, part.zero) for name, part in results.items()}
-    found, before, after = learn_block(output, start, settings.bits, settings.learning, context.share.batch)
+    start = {
+        name: Rounded(part.integers, part.scale, part.zero, (context.settings_of(name) or settings).bits)
+        for name, part in results.items()
+    }
+    found, before, after = learn_block(output, start, settings.learning, context.share.batch)
     learned = {name: Quantized(found[name], part.scale, part.zero) for name, part in start.items()}
     return BlockResult(learned, output_error=(before, after))
 
@@ -129,14 +133,13 @@ class BlockOutput:
 
 
 def learn_block(
-    output: BlockOutput, start: Mapping[str, Rounded], bits: int, learning: Learning, batch: int
+    output: BlockOutput, start: Mapping[str, Rounded], learning: Learning, batch: int
 ) -> tuple[dict[str, Tensor], float, float]:
     """The integers of each projection, and the error over all sequences at the start and at the result.
 
     Args:
         output: the error of the block.
         start: by projection; scales and zero points stay.
-        bits: of an integer.
         learning: iterations, learning rate, regulariser.
         batch: sequences computed at a time where no gradient is needed.
 
@@ -158,7 +161,7 @@ def learn_block(
     base, v, factors = {}, {}, {}
     for name, q in first.items():
         factors[name] = scales[name] / units[name]
-        base[name], v[name] = side_and_variables(q, factors[name] * slopes[name] / -2, 2**bits - 1)
+        base[name], v[name] = side_and_variables(q, factors[name] * slopes[name] / -2, 2 ** start[name].bits - 1)
 
     optimizer = torch.optim.Adam(list(v.values()), lr=learning.rate, fused=True)
     for iteration, rows in zip(range(learning.iterations), _batches(sequences, max(1, TOKENS // length)), strict=False):

@@ -16,6 +16,7 @@ from ...models.shape import Shape
 from ..objective.totals import Statistics, Total
 from ..online.transforms import OnlineTransforms
 from ..ranks import Ranks
+from ..scheme import QuantizationScheme
 from ..solver.rounding import Quantized
 from ..solver.rounding_settings import LAYERWISE, Settings
 from ..solver.zfold import ChannelScales
@@ -115,6 +116,7 @@ class BlockContext:
         report: called with each projection's name and its loss relative to that of a zero weight.
         empty: makes the tensors that hold a layer's input for all tokens, by their size and `dtype`.
         release: called after each batch, so that what lies in files need not stay in memory.
+        schemes: by projection, where they are not all as the settings have them.
         follows_full: whether the full-precision stream is moved too; see `needs_full`, which says where it is not read.
     """
 
@@ -130,6 +132,7 @@ class BlockContext:
     empty: Callable[..., Tensor] = torch.empty
     release: Callable[[], None] = lambda: None
     follows_full: bool = True
+    schemes: Mapping[str, QuantizationScheme] = field(default_factory=dict)
 
     @property
     def family(self) -> Family:
@@ -140,6 +143,13 @@ class BlockContext:
     def shape(self) -> Shape:
         """Sizes of the block."""
         return self.decoder.shape
+
+    def settings_of(self, name: str) -> Settings | None:
+        """How a projection is rounded; None: it is left as it is."""
+        if name not in self.schemes:
+            return self.settings
+        args = self.schemes[name].weights
+        return self.settings.of(args) if args.quantizes else None
 
     def batches(self, streams: Streams) -> Iterator[Batch]:
         """Both streams, `share.batch` sequences at a time."""

@@ -82,7 +82,7 @@ def _solve_group(
     given, fallbacks = dict[int, Tokens](), dict[str, int]()
     if context.previous is None:
         given = {i: _pool(context, i, few[i], streams) if i in few else tokens for i, tokens in routed.items()}
-        fallbacks = {name: number for i, number in few.items() for name in names[i]}
+        fallbacks = {name: number for i, number in few.items() for name in names[i] if context.settings_of(name)}
     for i, tokens in given.items():
         _add_inputs(context, inputs[i], streams, tokens)
     gates = [Layers([gate, up], layer_objective(inputs[i]), [1, 1]) for i, (gate, up, _) in names.items()]

@@ -47,7 +47,10 @@ def fold_channels(context: BlockContext, full: Tensor) -> BlockResult:
     seen = _see(context, full)
     projections = {f"{name}.weight" for name in family.projections}
     for site in (site for site in SITES if site in context.settings.zfold):
-        found = channel_scales(_terms(context, site, seen), context.settings, ties(shape, site))
+        terms = _terms(context, site, seen)
+        if not terms:
+            continue
+        found = channel_scales(terms, ties(shape, site))
         context.share.ranks.broadcast([found.zeta])  # which all have found, and must not differ in its last bits
         result.channel_scales[site] = found
         state = context.full.state_dict()
@@ -109,7 +112,11 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
 
 
 def _terms(context: BlockContext, site: str, seen: _Seen) -> list[Term]:
-    """The projections that read `site`, with the objective that the recipe's method has for each."""
+    """The quantized projections that read `site`, with the objective that the recipe's method has for each."""
+    return [term for term in _all_terms(context, site, seen) if term is not None]
+
+
+def _all_terms(context: BlockContext, site: str, seen: _Seen) -> list[Term | None]:
     f, s, inputs = context.family, context.shape, seen.inputs.pop(site)
     if site != "qkv":
         goal = inputs.value().objective()
@@ -129,7 +136,10 @@ def _terms(context: BlockContext, site: str, seen: _Seen) -> list[Term]:
     ]
 
 
-def _term(context: BlockContext, name: str, objective: Objective, heads: int) -> Term:
+def _term(context: BlockContext, name: str, objective: Objective, heads: int) -> Term | None:
+    settings = context.settings_of(name)
+    if settings is None:
+        return None
     unread = objective.unread
     try:
         objective.check()
@@ -140,7 +150,7 @@ def _term(context: BlockContext, name: str, objective: Objective, heads: int) ->
     if unread is not None:  # such rows ask nothing of the scales; damped, they would
         weight = weight.masked_fill(unread[..., None], 0)
     h_out = None if objective.h_out is None else objective.h_out.to(weight.dtype)
-    return Term(weight, Objective(objective.h_in.to(weight.dtype), h_out))
+    return Term(weight, Objective(objective.h_in.to(weight.dtype), h_out), settings)
 
 
 def _by_norm(x: Tensor, written: Tensor, post_norm: str | None) -> Tensor:

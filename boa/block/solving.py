@@ -14,6 +14,7 @@ from ..objective.totals import Total
 from ..precision import exact_products
 from ..solver.references import relative_losses
 from ..solver.rounding import Quantized
+from ..solver.rounding_settings import Settings
 from ..solver.units import Problem, Solved, solve
 from ..stopwatch import stage
 from .context import BlockContext, BlockResult
@@ -53,13 +54,13 @@ def solve_layers(context: BlockContext, *layers: Layers) -> BlockResult:
 
 def solve_together(context: BlockContext, layers: Sequence[Layers]) -> BlockResult:
     """As `solve_layers`, all of them at once."""
-    names = [name for one in layers for name in one.names]
+    names = [name for one in layers for name in one.names if context.settings_of(name) is not None]
     if context.previous is not None:
         found = BlockResult({name: context.previous[name] for name in names})
     else:
         found = BlockResult()
-        problems = [_problem(context, one) for one in layers]
-        solved = solve(problems, context.settings, context.share.ranks, references=context.references)
+        problems = [problem for one in layers for problem in _problems(context, one)]
+        solved = solve(problems, context.share.ranks, references=context.references)
         for problem, one_solved in zip(problems, solved, strict=True):
             found |= _found(context, problem, one_solved)
     for name in names:
@@ -68,11 +69,31 @@ def solve_together(context: BlockContext, layers: Sequence[Layers]) -> BlockResu
     return found
 
 
-def _problem(context: BlockContext, layers: Layers) -> Problem:
-    names, heads = layers.names, layers.heads
-    stacked = torch.cat([context.weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)])
+def _problems(context: BlockContext, layers: Layers) -> list[Problem]:
+    """One for all projections, or one for those of like settings; none of those that are left as they are."""
+    settings = {name: context.settings_of(name) for name in layers.names}
+    wanted = [own for own in dict.fromkeys(map(_key, settings.values())) if own is not None]
+    if not wanted:
+        return []
     goal = layers.objective()
-    return Problem(names, heads, stacked, replace(goal, memo={}) if context.share.ranks.deterministic else goal)
+    shared = len(wanted) > 1 and len(goal.h_in) == 1  # several problems of one H_in, which is factored once
+    goal = replace(goal, memo={}) if shared or context.share.ranks.deterministic else goal
+    numbers = torch.arange(sum(layers.heads), device=goal.h_in.device).split(layers.heads)
+    problems = []
+    for key in wanted:
+        chosen = [i for i, name in enumerate(layers.names) if _key(settings[name]) == key]
+        names, heads = [layers.names[i] for i in chosen], [layers.heads[i] for i in chosen]
+        stacked = [context.weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)]
+        part = goal if len(chosen) == len(layers.names) else goal.of_heads(torch.cat([numbers[i] for i in chosen]))
+        own = settings[names[0]]
+        assert own is not None
+        problems.append(Problem(names, heads, torch.cat(stacked), part, own))
+    return problems
+
+
+def _key(settings: Settings | None) -> tuple[object, ...] | None:
+    """What tells the settings of two projections of one run apart."""
+    return None if settings is None else (settings.bits, settings.group_size, settings.symmetric)
 
 
 def _found(context: BlockContext, problem: Problem, solved: Solved) -> BlockResult:

@@ -129,6 +129,18 @@ class Objective:
         torch.linalg.solve_triangular(factor.transpose(-1, -2), half, upper=True, out=half)
         return weight + alpha * half.transpose(-1, -2).reshape(shift.shape).to(weight.dtype)
 
+    def of_heads(self, index: Tensor) -> Objective:
+        """That of some heads, by their numbers (n,), on the device of the matrices."""
+        each = len(self.h_in) > 1
+        return replace(
+            self,
+            h_in=self.h_in[index] if each else self.h_in,
+            h_out=None if self.h_out is None else self.h_out[index],
+            residual=self.residual[index] if each and self.residual is not None else self.residual,
+            drift=None if self.drift is None else self.drift[index],
+            memo=None if each else self.memo,
+        )
+
     def gradient(self, error: Tensor) -> Tensor:
         """H_out E H_in, half the loss's gradient: (heads, r, c)."""
         inner = error @ self.h_in.to(error.dtype)

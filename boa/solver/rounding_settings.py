@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..scheme import QuantizationArgs
 from .grid import GridSettings
 from .learned import Learning
 
@@ -107,6 +108,10 @@ class Settings(BaseModel):
     def grid_settings(self) -> GridSettings:
         """The part that chooses scales."""
         return GridSettings(self.bits, self.symmetric, self.grid)
+
+    def of(self, args: QuantizationArgs) -> Settings:
+        """The same for the weights of one layer, as `args` has their grid."""
+        return self.but(bits=args.num_bits, group_size=args.group_size, symmetric=args.symmetric)
 
     def but(self, **changes: Any) -> Settings:
         """The same with other values of some fields."""

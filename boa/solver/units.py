@@ -32,12 +32,14 @@ class Problem:
         heads: how many heads each of them has.
         weight: (heads, r, c) float32.
         objective: of all heads.
+        settings: of the rounding of all of them.
     """
 
     names: list[str]
     heads: list[int]
     weight: Tensor
     objective: Objective
+    settings: Settings
 
     @property
     def by_heads(self) -> bool:
@@ -49,9 +51,10 @@ class Problem:
         """Heads or rows."""
         return self.weight.shape[0] * (1 if self.by_heads else self.weight.shape[1])
 
-    def cost(self, settings: Settings) -> float:
+    @property
+    def cost(self) -> float:
         """Floating-point operations of solving all of it, roughly: products of rows and H_in, and decompositions."""
-        heads, rows, columns = self.weight.shape
+        (heads, rows, columns), settings = self.weight.shape, self.settings
         if settings.method == "rtn":
             return float(self.weight.numel())
         products: float = settings.starts * (1 + 3 * settings.refine) + 4
@@ -84,9 +87,9 @@ class Solved:
     losses: dict[str, Tensor]
 
 
-def plan(problems: Sequence[Problem], settings: Settings, ranks: Ranks) -> list[Run]:
+def plan(problems: Sequence[Problem], ranks: Ranks) -> list[Run]:
     """Who solves what. Every rank comes to the same plan."""
-    costs = [problem.cost(settings) for problem in problems]
+    costs = [problem.cost for problem in problems]
     if ranks.size == 1 and not ranks.deterministic:
         return [Run(i, 0, torch.arange(problem.units)) for i, problem in enumerate(problems)]
     part = sum(costs) / ranks.size
@@ -107,7 +110,7 @@ def plan(problems: Sequence[Problem], settings: Settings, ranks: Ranks) -> list[
     return [Run(i, owner, torch.cat(units)) for (i, owner), units in sorted(merged.items(), key=lambda item: item[0])]
 
 
-def solve(problems: Sequence[Problem], settings: Settings, ranks: Ranks, *, references: bool = False) -> list[Solved]:
+def solve(problems: Sequence[Problem], ranks: Ranks, *, references: bool = False) -> list[Solved]:
     """Quantize problems, each rank its part, and give every rank all of the results.
 
     Raises:
@@ -118,16 +121,16 @@ def solve(problems: Sequence[Problem], settings: Settings, ranks: Ranks, *, refe
             problem.objective.check()
         except ValueError as error:
             raise ValueError(f"{', '.join(problem.names)}: {error}") from error
-    runs = plan(problems, settings, ranks)
+    runs = plan(problems, ranks)
     found: list[list[Tensor]] = []
     for run in runs:
         problem = problems[run.problem]
         if run.rank != ranks.rank:
-            found.append(_empty(problem, run, settings, references))
+            found.append(_empty(problem, run, references))
             continue
         ranks.tick()
         try:
-            found.append(_solve_run(problem, run, settings, references))
+            found.append(_solve_run(problem, run, references))
         except ValueError as error:
             raise ValueError(f"{', '.join(problem.names)}: {error}") from error
     ranks.exchange([[t for run, part in zip(runs, found, strict=True) if run.rank == rank for t in part]
@@ -142,11 +145,11 @@ def _names(references: bool) -> list[str]:
     return ["found", "zero", *((*NAMES, "whole") if references else ())]
 
 
-def _empty(problem: Problem, run: Run, settings: Settings, references: bool) -> list[Tensor]:
+def _empty(problem: Problem, run: Run, references: bool) -> list[Tensor]:
     """Room for what another rank finds; as `_solve_run`."""
     heads, rows, columns = problem.weight.shape
     count = len(run.units) * (rows if problem.by_heads else 1)
-    groups = columns // (settings.group_size or columns)
+    groups = columns // (problem.settings.group_size or columns)
     w = problem.weight
     return [
         w.new_empty(count, columns, dtype=torch.uint8),
@@ -157,14 +160,14 @@ def _empty(problem: Problem, run: Run, settings: Settings, references: bool) -> 
     ]
 
 
-def _solve_run(problem: Problem, run: Run, settings: Settings, references: bool) -> list[Tensor]:
+def _solve_run(problem: Problem, run: Run, references: bool) -> list[Tensor]:
     """Integers, scales and zero points by row; losses (names, heads), zero where nothing of a head is in; damping."""
     heads, rows, _ = problem.weight.shape
     goal, weight = problem.objective, problem.weight
     whole = len(run.units) == problem.units
     if not whole:
         goal, weight = _part(problem, run.units)
-    result = quantize(weight, goal, settings)
+    result = quantize(weight, goal, problem.settings)
     by_rows = not (whole or problem.by_heads)
     owner = run.units.to(weight.device)
     owner = (
@@ -179,7 +182,7 @@ def _solve_run(problem: Problem, run: Run, settings: Settings, references: bool)
         "zero": _losses(goal, weight, by_rows),
     }
     if references:
-        losses |= reference_sums(weight, goal, settings, result, by_rows=by_rows)
+        losses |= reference_sums(weight, goal, problem.settings, result, by_rows=by_rows)
     table = torch.stack([weight.new_zeros(heads).index_add_(0, owner, loss.to(weight)) for loss in losses.values()])
     damping = torch.tensor([result.damping], dtype=torch.float64, device=weight.device)
     return [*(part.flatten(0, 1) for part in (result.integers, result.scale, result.zero)), table, damping]
@@ -194,15 +197,7 @@ def _part(problem: Problem, units: Tensor) -> tuple[Objective, Tensor]:
     """The objective and the weight of some heads, or of some rows as those of one head."""
     goal, index = problem.objective, units.to(problem.weight.device)
     if problem.by_heads:
-        each = len(goal.h_in) > 1
-        return replace(
-            goal,
-            h_in=goal.h_in[index] if each else goal.h_in,
-            h_out=None if goal.h_out is None else goal.h_out[index],
-            residual=goal.residual[index] if each and goal.residual is not None else goal.residual,
-            drift=None if goal.drift is None else goal.drift[index],
-            memo=None if each else goal.memo,
-        ), problem.weight[index]
+        return goal.of_heads(index), problem.weight[index]
     drift = None if goal.drift is None else goal.drift.flatten(0, 1)[index][None]
     return replace(goal, drift=drift), problem.weight.flatten(0, 1)[index][None]
 

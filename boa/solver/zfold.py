@@ -15,7 +15,8 @@ taken, and zeta = 1 where that is no better than plain rounding without a second
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +40,18 @@ class Term:
     Attributes:
         weight: (heads, r, c).
         objective: damped.
+        settings: of its rounding; refinement and further starts are left out here.
     """
 
     weight: Tensor
     objective: Objective
+    settings: Settings
 
     def scaled(self, zeta: Tensor) -> Term:
         """The same problem for inputs that are multiplied by `zeta` (c,)."""
         z = zeta.to(self.weight)
         h_in = self.objective.h_in * zeta.to(self.objective.h_in) * zeta.to(self.objective.h_in)[:, None]
-        return Term(self.weight / z, Objective(h_in, self.objective.h_out))
+        return replace(self, weight=self.weight / z, objective=Objective(h_in, self.objective.h_out))
 
     def loss(self, levels: Tensor) -> Tensor:
         """tr(H_out E H_in E^T) of E = levels - W over that of W, scalar."""
@@ -85,7 +88,7 @@ class _Rounded:
 
 
 @exact_products()
-def channel_scales(terms: Sequence[Term], settings: Settings, tie: Tensor | None = None) -> ChannelScales:
+def channel_scales(terms: Sequence[Term], tie: Tensor | None = None) -> ChannelScales:
     """The scales of the input channels that `terms` share.
 
     Integers are made anew `ROUNDS` times, on the grids that least squares leave. The first grids are searched, at the
@@ -93,17 +96,19 @@ def channel_scales(terms: Sequence[Term], settings: Settings, tie: Tensor | None
 
     Args:
         terms: projections that read the same input; their relative losses add up.
-        settings: of the rounding; refinement and further starts are left out here.
         tie: (c,), which parameter each channel takes; None: each its own.
     """
-    quick = settings.but(method="boa", alpha=0.0, refine=1, starts=1, tabu=0.0)
+    quick: dict[str, Any] = {"method": "boa", "alpha": 0.0, "refine": 1, "starts": 1, "tabu": 0.0}
     columns = terms[0].weight.shape[-1]
     tie = torch.arange(columns) if tie is None else tie
     tie = tie.to(terms[0].weight.device)
 
     def rounded(zeta: Tensor, grids: Sequence[Grid | None]) -> _Rounded:
         scaled = [term.scaled(zeta[tie]) for term in terms]
-        found = [quantize(t.weight, t.objective, quick, grid) for t, grid in zip(scaled, grids, strict=True)]
+        found = [
+            quantize(t.weight, t.objective, t.settings.but(**quick), grid)
+            for t, grid in zip(scaled, grids, strict=True)
+        ]
         levels = [result.dequantize().to(term.weight) for result, term in zip(found, scaled, strict=True)]
         used = [(result.scale, result.zero) for result in found]
         return _Rounded(zeta, scaled, levels, used, float(sum(map(Term.loss, scaled, levels))))
@@ -116,7 +121,7 @@ def channel_scales(terms: Sequence[Term], settings: Settings, tie: Tensor | None
     del plain, other
     for _ in range(ROUNDS):
         before = list(now.levels)
-        factor = alternate(now.terms, now.levels, tie, settings.group_size or columns)
+        factor = alternate(now.terms, now.levels, tie)
         zeta = now.zeta * factor
         mean = zeta.log().mean().exp()
         grids = [
@@ -148,14 +153,13 @@ def column_scales(terms: Sequence[Term], tie: Tensor) -> Tensor:
     return found / found.log().mean().exp()
 
 
-def alternate(terms: Sequence[Term], levels: list[Tensor], tie: Tensor, group: int) -> Tensor:
+def alternate(terms: Sequence[Term], levels: list[Tensor], tie: Tensor) -> Tensor:
     """Least squares in turn for zeta and for the scales of rows, integers kept; the loss never rises.
 
     Args:
         terms: as above.
         levels: A of each, (heads, r, c); changed, to hold the new scales of rows and channels.
         tie: (c,), which parameter each channel takes.
-        group: columns that share a scale of a row.
 
     Returns:
         What zeta is multiplied by, (parameters,).
@@ -165,7 +169,7 @@ def alternate(terms: Sequence[Term], levels: list[Tensor], tie: Tensor, group: i
         step = zeta_step(terms, levels, tie)
         zeta = zeta * step
         for i, term in enumerate(terms):
-            levels[i] = row_step(term, levels[i] * step[tie], group)
+            levels[i] = row_step(term, levels[i] * step[tie])
     return zeta
 
 
@@ -205,11 +209,12 @@ def _normal(term: Term, a: Tensor) -> tuple[Tensor, Tensor]:
     return m.double() / whole, slope.double() / whole
 
 
-def row_step(term: Term, a: Tensor, group: int) -> Tensor:
+def row_step(term: Term, a: Tensor) -> Tensor:
     """`a` (heads, r, c) with the scale of every row, group after group, at its least squares for fixed integers."""
     h_in, h_out = (None if h is None else h.to(a.dtype) for h in (term.objective.h_in, term.objective.h_out))
     assert h_in is not None
     a = a.clone()
+    group = term.settings.group_size or a.shape[-1]
     for start in range(0, a.shape[-1], group):
         span = slice(start, start + group)
         part = a[..., span]

@@ -97,4 +97,5 @@ def _kind(spec: Spec) -> str:
     """Such as W4A16, or W4A4KV4."""
     cache_bits = {spec.key_bits, spec.value_bits}
     cached = "" if cache_bits == {16} else "KV" + "/".join(str(bits) for bits in sorted(cache_bits))
-    return f"W{spec.bits}A{spec.activation_bits}{cached}"
+    mixed = ", some layers otherwise" if spec.layers else ""
+    return f"W{spec.bits}A{spec.activation_bits}{cached}{mixed}"

@@ -38,7 +38,7 @@ from ...errors import InputError
 from ...models.families import Family, family_of
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
-from ..finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
+from ..finished import Finished, projection_columns, projection_rows, refuse_layers, refuse_layout, refuse_online
 from ..reading import check_shape, read_config, read_shapes
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
@@ -63,6 +63,7 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, NAME)
+    refuse_layers(spec, NAME)
     refuse_online(spec, NAME, activations=True, inputs=True)
     transforms(spec, run.family, run.shape)
     if spec.activation_bits == 16:
@@ -182,7 +183,7 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
 
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    yield from run.groups(lambda result: compress(result, run.spec.bits, run.spec.symmetric))
+    yield from run.groups(lambda result, args: compress(result, args.num_bits, args.symmetric))
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

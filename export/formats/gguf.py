@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
-from ..finished import Finished, refuse_online
+from ..finished import Finished, refuse_layers, refuse_online
 from ..writing import SHARD_BYTES, fresh_folder, write_extras
 from .gguf_metadata import add_sizes, add_tokenizer, rope_factors
 from .gguf_metadata import check as check_metadata
@@ -58,6 +58,7 @@ def check(run: Finished) -> None:
             f"GGUF is written for models of the Llama architecture, and this is a '{run.family.model_type}': "
             "use --format native."
         )
+    refuse_layers(spec, "GGUF")
     refuse_online(spec, "GGUF")
     if spec.bits not in TYPES or not spec.symmetric:
         grid = "symmetric" if spec.symmetric else "asymmetric"

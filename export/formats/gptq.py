@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family, family_of
-from ..finished import Finished, refuse_layout, refuse_online
+from ..finished import Finished, refuse_layers, refuse_layout, refuse_online
 from ..packing import pack, unpack
 from ..reading import read_config, read_tensors, stock_model
 from ..spec import Spec
@@ -45,6 +45,7 @@ def check(run: Finished, version: str = V2) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, "GPTQ")
+    refuse_layers(spec, "GPTQ")
     refuse_online(spec, "GPTQ")
     if spec.bits not in BITS:
         raise InputError(f"GPTQ has 2, 3, 4 and 8 bits, and the run has {spec.bits}: use --format compressed-tensors.")
@@ -120,7 +121,7 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, versio
         folder,
         run.folder,
         config,
-        run.groups(lambda result: to_gptq(result, run.spec.bits, version)),
+        run.groups(lambda result, args: to_gptq(result, args.num_bits, version)),
         shard_bytes=shard_bytes,
     )
     write_json(folder / CONFIG, quantization)

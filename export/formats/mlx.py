@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.running import what_it_is
-from ..finished import Finished, refuse_layout, refuse_online
+from ..finished import Finished, refuse_layers, refuse_layout, refuse_online
 from ..packing import pack, unpack
 from ..reading import read_tensors, stock_model
 from ..writing import SHARD_BYTES, write_checkpoint
@@ -41,6 +41,7 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, "MLX")
+    refuse_layers(spec, "MLX")
     refuse_online(spec, "MLX")
     if run.family.model_type not in FAMILIES:
         raise InputError(
@@ -101,7 +102,7 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
     check(run)
     bits, group = run.spec.bits, group_size(run)
     config = {**run.config, "quantization": {"group_size": group, "bits": bits, "mode": "affine"}}
-    groups = run.groups(lambda result: to_mlx(result, bits, group))
+    groups = run.groups(lambda result, args: to_mlx(result, bits, group))
     write_checkpoint(folder, run.folder, config, groups, shard_bytes=shard_bytes)
 
 

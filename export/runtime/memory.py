@@ -63,7 +63,11 @@ def _skeleton(decoder: Decoder, dtype: torch.dtype, *, tied: bool) -> nn.Module:
 def _cache_bytes(decoder: Decoder, spec: Spec | None, dtype: torch.dtype, tokens: int) -> int:
     shape = decoder.shape
     packs = spec is not None and min(spec.key_bits, spec.value_bits) < 16
-    cache = packed_cache([spec.transforms(shape).attention]) if spec is not None and packs else DynamicCache()
+    cache = (
+        packed_cache([spec.transforms(shape, decoder.family).attention])
+        if spec is not None and packs
+        else DynamicCache()
+    )
     states = torch.randn(1, shape.key_heads, tokens, shape.head_dim, dtype=dtype)
     cache.update(states, states, 0)
     return cache_bytes(cache) * shape.blocks

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ...boa.online.attention import CENTER, set_attention
-from ...boa.online.transforms import OnlineTransforms
+from ...boa.online.transforms import InputTransform, OnlineTransforms
+from ...boa.scheme import QuantizationScheme
 from ...models.decoder import Decoder
 from ...models.families import Family
 from ...models.layout import fold_layer_norms, split_modules
@@ -15,20 +19,30 @@ from ..spec import Spec
 from .linear import QuantizedLinear
 
 
-def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: OnlineTransforms) -> nn.Module:
-    """Replace a block's projections by packed layers and switch its attention's transforms on, in place."""
+def prepare_block(
+    block: nn.Module, family: Family, schemes: Mapping[str, QuantizationScheme], transforms: OnlineTransforms
+) -> nn.Module:
+    """Replace a block's projections by packed layers and switch its attention's transforms on, in place.
+
+    A projection whose `schemes` leave its weight in full precision stays, and what runs online comes before it.
+    """
     attention = block.get_submodule(family.attention)
     if transforms.attention.centered:
         attention.register_buffer(CENTER, torch.zeros_like(block.get_parameter(f"{family.key}.weight")[:, 0]))
     for name, transform in transforms.by_projection(family).items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        args = schemes[name].weights
+        if not args.quantizes:
+            if transform != InputTransform():
+                linear.register_forward_pre_hook(partial(_transformed, transform))
+            continue
         with linear.weight.device:
             packed = QuantizedLinear(
                 linear.in_features,
                 linear.out_features,
-                bits=spec.bits,
-                group_size=spec.group_size,
+                bits=args.num_bits,
+                group_size=args.group_size,
                 bias=linear.bias is not None,
                 transform=transform,
             )
@@ -37,15 +51,22 @@ def prepare_block(block: nn.Module, family: Family, spec: Spec, transforms: Onli
     return block
 
 
+def _transformed(transform: InputTransform, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (transform(arguments[0]), *arguments[1:])
+
+
 def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) -> None:
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
-    for block in model.get_submodule(family.layers).children():
-        prepare_block(split_modules(block, family, shape), family, spec, spec.transforms(shape))
+    for index, block in enumerate(model.get_submodule(family.layers).children()):
+        schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
+        prepare_block(split_modules(block, family, shape), family, schemes, transforms)
     if family.layer_norm and spec.turned:
         fold_layer_norms(model, family)
 
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
-    module = prepare_block(decoder.empty_block(index), decoder.family, spec, spec.transforms(decoder.shape))
+    family = decoder.family
+    schemes, transforms = spec.schemes(family, index), spec.transforms(decoder.shape, family, index)
+    module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
     return decoder.block(index, tensors, module)

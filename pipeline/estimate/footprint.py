@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...export.finished import projection_bytes
 from ...models.shape import Shape
 from ..job.job import Job
 from ..recipe.settings import changed_outer_layers, stays_tied
@@ -62,10 +63,9 @@ def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int, ch
 def disk_bytes(job: Job, tokens: int) -> int:
     """An upper estimate of what a run on so many calibration tokens needs on disk: blocks, model, what is spilled."""
     s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
-    weights = s.hidden * (2 * s.query_width + 2 * s.key_width + 3 * s.ffn * max(s.experts, 1))
-    scales = 3 * weights // (job.spec.group_size or min(s.hidden, s.ffn, s.query_width))
     outer = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
-    model = s.blocks * (weights * job.spec.bits // 8 + scales) + outer * s.vocabulary * s.hidden * itemsize
+    model = sum(projection_bytes(job.decoder, job.spec, itemsize).values())
+    model += outer * s.vocabulary * s.hidden * itemsize
     activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
     changed = changed_outer_layers(job.recipe, job.rotations)
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ...boa.online.attention import NAME
-from ...export.packing import packed_width
+from ...export.packing import packed_bytes
+from ...export.spec import Spec
 from ...models.aliases import resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
@@ -28,7 +29,7 @@ from ..console.sizes import bits_of_file, parameter_count, part_sizes, was_tied
 from ..job.checks import bos_of, check_sizes, length_of
 from ..job.notices import early_notices
 from ..recipe.recipe import Recipe
-from ..recipe.settings import changed_outer_layers, rotations_of, stays_tied
+from ..recipe.settings import changed_outer_layers, rotations_of, spec_of, stays_tied
 from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
 from .counting import whole
@@ -66,7 +67,8 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     }
     rotations = rotations_of(recipe, decoder)
     tied = stays_tied(recipe, rotations, decoder)
-    sizes = _sizes(recipe, decoder, projections, itemsize, tied)
+    spec = spec_of(recipe, rotations, decoder)
+    sizes = _sizes(spec, decoder, projections, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
@@ -171,7 +173,7 @@ def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, 
 
 
 def _sizes(
-    recipe: Recipe, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int, tied: bool
+    spec: Spec, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int, tied: bool
 ) -> dict[str, Any]:
     """Bytes of the exported tensors by part, and the bits of a weight, scales and zero points included."""
     packed = weights = 0
@@ -179,9 +181,9 @@ def _sizes(
     for name, tensor in decoder.shapes.items():
         stored[name] = tensor.numel() * itemsize
         if name in projections:
+            args = spec.layers.get(name.removesuffix(".weight"), spec.scheme).weights
             rows, columns = tensor
-            groups = columns // (recipe.weights.group_size or columns)
-            stored[name] = rows * (4 * packed_width(columns, recipe.weights.bits) + 3 * groups)
+            stored[name] = packed_bytes(rows, columns, args, itemsize)
             packed += stored[name]
             weights += tensor.numel()
     if tied:  # the model names it twice

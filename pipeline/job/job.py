@@ -137,7 +137,7 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     tokenizer = read_tokenizer(checkpoint.folder)
     check_bos(recipe, decoder, tokenizer, model)
     rotations = rotations_of(recipe, decoder)
-    spec = spec_of(recipe, rotations)
+    spec = spec_of(recipe, rotations, decoder)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
     return Job(
         recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks(),

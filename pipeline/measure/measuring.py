@@ -13,18 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.transforms import OnlineTransforms
 from ...boa.precision import quick_products
 from ...boa.solver.rounding import Quantized, quantize
-from ...boa.solver.rounding_settings import Settings
 from ...boa.stopwatch import STAGES
 from ...eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
 from ...eval.results import Divergences, Perplexities
 from ...export.packing import pack_block
 from ...export.runtime.memory import memory
 from ...export.runtime.prepared import packed_block, prepare_block
-from ...export.spec import Spec
-from ...models.decoder import Decoder
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress, peak_resident
 from ..console.sizes import exported_sizes, part_sizes
@@ -112,7 +108,6 @@ def _perplexities(
     compute, checkpoint = job.decoder, job.checkpoint
     share = own_windows(job, len(windows))
     own = windows[share.start : share.stop]
-    transforms = job.spec.unrotated.transforms(compute.shape)
 
     def advance() -> None:
         trim()
@@ -137,7 +132,7 @@ def _perplexities(
     indices, models = range(compute.shape.blocks), {}
     original = states("full precision", (compute.block(i, checkpoint.block(i)) for i in indices), outer_of_original)
     if job.recipe.evaluation.baseline:
-        rounded = (rounded_block(compute, i, checkpoint.block(i), job.settings, transforms) for i in indices)
+        rounded = (rounded_block(job, i) for i in indices)
         models["rtn"] = states("rtn", rounded, outer_of_original)
     packed = (packed_block(compute, i, shared_block(job, folder, i), job.spec) for i in indices)
     models["quantized"] = states("quantized", packed, outer)
@@ -153,18 +148,18 @@ def _perplexities(
     return perplexity, Divergences.model_validate({**far["quantized"], **of_rtn})
 
 
-def rounded_block(
-    decoder: Decoder, index: int, tensors: Mapping[str, Tensor], settings: Settings, transforms: OnlineTransforms
-) -> nn.Module:
-    """Block `index` of the original checkpoint, every projection rounded to nearest."""
-    family, rtn = decoder.family, settings.but(method="rtn")
+def rounded_block(job: Job, index: int) -> nn.Module:
+    """Block `index` of the original checkpoint, every projection rounded to nearest, with the quantizers of the run."""
+    decoder, family, spec = job.decoder, job.decoder.family, job.spec.unrotated
+    tensors, schemes, rtn = job.checkpoint.block(index), spec.schemes(family, index), job.settings.but(method="rtn")
     results = {}
-    for name in family.projections:
-        result = quantize(tensors[f"{name}.weight"].float()[None], None, rtn)
-        results[name] = Quantized(result.integers[0], result.scale[0], result.zero[0])
-    spec = Spec(settings.bits, settings.group_size, settings.symmetric)
-    module = prepare_block(decoder.empty_block(index), family, spec, transforms)
-    return decoder.block(index, pack_block(results, dict(tensors), settings.bits, decoder.dtype), module)
+    for name, scheme in schemes.items():
+        if scheme.weights.quantizes:
+            found = quantize(tensors[f"{name}.weight"].float()[None], None, rtn.of(scheme.weights))
+            results[name] = Quantized(found.integers[0], found.scale[0], found.zero[0])
+    transforms = spec.transforms(decoder.shape, family, index)
+    module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
+    return decoder.block(index, pack_block(results, tensors, schemes, decoder.dtype), module)
 
 
 def sizes(job: Job, folder: RunFolder) -> Sizes:
@@ -182,12 +177,12 @@ def loaded(job: Job, tokens: int, *, tied: bool) -> Memory:
 
 
 def bits_per_weight(job: Job, folder: RunFolder) -> float:
-    """Bits that a quantized weight takes as it is stored, scales, zero points and padding included."""
+    """Bits that a weight of a block's projections takes as it is stored, scales, zero points and padding included."""
     stored = weights = 0
     for index in range(job.decoder.shape.blocks):
         sizes, block = tensor_sizes(folder.block_path(index)), job.decoder.empty_block(index)
-        for name in (name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")):
-            stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("qweight", "scale", "zero"))
+        for name in job.decoder.family.projections:
+            stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("weight", "qweight", "scale", "zero"))
             weights += block.get_parameter(f"{name}.weight").numel()
     return 8 * stored / weights
 

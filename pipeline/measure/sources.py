@@ -28,12 +28,15 @@ from ..storage.run_folder import RunFolder
 PACKED = ("weights", "all")  # sources that run the run's own weights
 
 
-def source_names(transforms: OnlineTransforms) -> list[str]:
-    """The sources of a block with these transforms, `all` last.
+def source_names(job: Job) -> list[str]:
+    """The sources of the blocks of a job, `all` last.
 
     `weights`, the inputs `qkv`, `output`, `gate_up` and `down`, `keys`, `values`: those that are quantized.
     """
-    sites = [site for site in SITES if getattr(transforms, site).quantizer is not None]
+    shape, family = job.decoder.shape, job.decoder.family
+    blocks = [job.spec.transforms(shape, family, index) for index in range(shape.blocks)]
+    sites = [site for site in SITES if any(getattr(block, site).quantizer is not None for block in blocks)]
+    transforms = blocks[0]
     cache = {"keys": transforms.attention.key, "values": transforms.attention.value}
     return ["weights", *sites, *(name for name, quantizer in cache.items() if quantizer is not None), "all"]
 
@@ -117,7 +120,7 @@ class _Walk:
     def __init__(self, job: Job, own: Tensor, outer: OuterLayers) -> None:
         compute = job.decoder
         self.job, self.own = job, own
-        self.names = source_names(job.spec.transforms(compute.shape))
+        self.names = source_names(job)
         # Moving the head is a part of what is done about the weights.
         moved = bool(job.recipe.weights.head) and job.recipe.weights.method != "rtn"
         exact = rotated_outer_layers(job) if moved else outer
@@ -148,7 +151,7 @@ class _Walk:
             part.copy_(compute.run(original, part.to(compute.device)))
         del original
         exact = exact_block(self.job, index, tensors)
-        transforms = own_transforms(self.job, packed)
+        transforms = own_transforms(self.job, index, packed)
         quantized = unpacked_block(self.job, index, packed)
         for start in range(0, len(self.own), self.batch):
             span = slice(start, start + self.batch)
@@ -184,7 +187,7 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     compute, family = job.decoder, job.decoder.family
     empty = compute.empty_block(index)
     columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
-    results = unpack_block(packed, family, job.spec.bits, columns)
+    results = unpack_block(packed, job.spec.schemes(family, index), columns)
     parts = {f"{name}.{part}" for name in results for part in ("qweight", "scale", "zero")}
     parts.add(f"{family.attention}.{CENTER}")
     others = {name: tensor for name, tensor in packed.items() if name not in parts}
@@ -192,10 +195,10 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     return _hooked(compute.block(index, others | weights), family)
 
 
-def own_transforms(job: Job, packed: Mapping[str, Tensor]) -> OnlineTransforms:
-    """The transforms of the block with the tensors `packed`, whose keys have a center of their own."""
+def own_transforms(job: Job, index: int, packed: Mapping[str, Tensor]) -> OnlineTransforms:
+    """The transforms of block `index`, with the tensors `packed`, whose keys have a center of their own."""
     compute = job.decoder
-    transforms = job.spec.transforms(compute.shape)
+    transforms = job.spec.transforms(compute.shape, compute.family, index)
     center = packed.get(f"{compute.family.attention}.{CENTER}")
     near = None if center is None else center.to(compute.device, compute.dtype)
     return replace(transforms, attention=replace(transforms.attention, center=near))

@@ -103,10 +103,8 @@ def _models(job: Job, folder: RunFolder) -> Iterator[tuple[str, Any]]:
         model = original()
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
-        transforms = job.spec.unrotated.transforms(compute.shape)
         for index in range(compute.shape.blocks):
-            block = rounded_block(compute, index, job.checkpoint.block(index), job.settings, transforms)
-            layers[index] = block.to(dtype)
+            layers[index] = rounded_block(job, index).to(dtype)
         yield "rtn", model
         del model
     model, _ = load_native(folder.path, dtype=dtype)

@@ -69,7 +69,8 @@ def field_paths() -> list[FieldPath]:
     """All leaf fields of Recipe; the description ends with the legal values and the default."""
     paths = []
     for name, info in LEAVES.items():
-        default = str(info.default).lower() if isinstance(info.default, bool | NoneType) else str(info.default)
+        shown = "none" if info.default == () else str(info.default)
+        default = shown.lower() if isinstance(info.default, bool | NoneType) else shown
         # A flag shows by itself that it is true or false, and the text of a choice explains each of its values.
         kinds = {info.annotation, *get_args(info.annotation)}
         implied = get_origin(info.annotation) is Literal or not kinds.isdisjoint((bool, str, Path, tuple[str, ...]))
@@ -111,6 +112,13 @@ def complaints(error: ValidationError) -> list[str]:
     """What pydantic found wrong with the fields of a Recipe, each in a few words."""
     found = []
     for item in error.errors():
+        if item["loc"][0] == "overrides" and len(item["loc"]) > 1:
+            where = ".".join(str(part) for part in item["loc"][2:])
+            found.append(
+                f"overrides, entry {int(item['loc'][1]) + 1}{', ' * bool(where)}{where}: {item['msg'].removeprefix('Value error, ')} "
+                f"(given {item['input']!r}); write {legal_values(LEAVES['overrides'])}"
+            )
+            continue
         name, given = ".".join(str(part) for part in item["loc"][:2]), item["input"]
         shown = given if isinstance(given, str) and given else repr(given)
         known = name in LEAVES

@@ -10,10 +10,20 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
+from .overrides import TEXT, Override, read_overrides
 from .values import Bits, Legal, Names, Placement, Sites, WeightBits
 
 
@@ -197,6 +207,12 @@ class Recipe(_Section):
     )
     rotation: Rotation = Rotation()
     weights: Weights = Weights()
+    overrides: Annotated[tuple[Override, ...], BeforeValidator(read_overrides), Legal(TEXT)] = Field(
+        default=(),
+        description="Layers whose weights or inputs are quantized otherwise than the whole model's: globs on names of "
+        "modules, or blocks by numbers; 16 bits leave a layer's weights, or inputs, as they are "
+        "(why: docs/guide.md#a-scheme-for-each-layer).",
+    )
     activations: Activations = Activations()
     cache: Cache = Cache()
     calibration: Calibration = Calibration()

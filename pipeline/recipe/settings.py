@@ -7,6 +7,7 @@ from ...export.spec import Spec
 from ...models.decoder import Decoder
 from ...models.families import Family
 from ...rotation.rotate import Rotations
+from .layers import layer_schemes
 from .recipe import Recipe
 
 
@@ -57,7 +58,7 @@ def changed_outer_layers(recipe: Recipe, rotations: Rotations) -> int:
     return 2 if rotations.turned else int(moves_head(recipe))
 
 
-def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
+def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
     rotation = recipe.rotation
     return Spec(
@@ -82,4 +83,5 @@ def spec_of(recipe: Recipe, rotations: Rotations) -> Spec:
         cache_sink=recipe.cache.sink,
         cache_center=recipe.cache.center and recipe.cache.key_bits < 16,
         online_r1=rotations.online_r1,
+        layers=layer_schemes(recipe, decoder),
     )

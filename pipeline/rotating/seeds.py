@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.online.transforms import InputTransform
+from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import quantize
 from ...rotation.rotate import Rotations
 from ..console.progress import Progress
@@ -38,6 +39,9 @@ def choose_seed(job: Job, tokens: Tensor, progress: Progress) -> int:
     return min(candidates, key=costs.__getitem__)
 
 
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
 @torch.no_grad()
 def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
     """Mean over all projections of ||Q(W) q(x) - W x||^2 / ||W x||^2, each by itself on the full-precision stream.
@@ -46,16 +50,17 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
     """
     decoder, family = job.decoder, job.decoder.family
     settings = job.settings.but(method="rtn")
-    sites = job.spec.transforms(decoder.shape).by_projection(family)
     hidden = torch.cat([_embedded(job, rotations, ids[None]) for ids in tokens]).to(decoder.device)
     costs: list[float] = []
 
-    def measured(transform: InputTransform) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def measured(transform: InputTransform, args: QuantizationArgs) -> Hook:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            weight = module.get_parameter("weight")
+            weight: Tensor = module.get_parameter("weight")
             x = transform.rotate(arguments[0])
             exact = nn.functional.linear(x, weight)
-            rounded = quantize(weight[None], None, settings).dequantize()[0]
+            rounded = weight
+            if args.quantizes:
+                rounded = quantize(weight[None], None, settings.of(args)).dequantize()[0]
             given = x if transform.quantizer is None else transform.quantizer(x)
             lost = nn.functional.linear(given, rounded) - exact
             costs.append(float(lost.square().sum() / exact.square().sum().clamp_min(1e-30)))
@@ -65,8 +70,9 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
 
     for index in range(decoder.shape.blocks):
         block = decoder.block(index, rotations.rotate_block(job.checkpoint.block(index), family, index))
-        for name, transform in sites.items():
-            block.get_submodule(name).register_forward_pre_hook(measured(transform))
+        schemes = job.spec.schemes(family, index)
+        for name, transform in job.spec.transforms(decoder.shape, family, index).by_projection(family).items():
+            block.get_submodule(name).register_forward_pre_hook(measured(transform, schemes[name].weights))
         for part in hidden.split(job.recipe.calibration.batch):
             part.copy_(decoder.run(block, part))
     return sum(costs) / len(costs)

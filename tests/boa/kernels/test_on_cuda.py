@@ -160,13 +160,13 @@ def _quantized(
         def empty(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device=streams)
 
-        transforms = SPEC.transforms(decoder.shape)
+        transforms = SPEC.transforms(decoder.shape, decoder.family)
         context = make_context(decoder, module, settings, transforms, references=True, empty=empty)
         result = block.quantize_block(context, Streams(full, quantized))
         assert {r.integers.device for r in result.results.values()} == {device}
         assert (full.device, quantized.device) == (streams, streams)
         others = {n: t for n, t in rotated.items() if n.removesuffix(".weight") not in result.results}
-        packed = pack_block(result.results, others, 3, torch.bfloat16)
+        packed = pack_block(result.results, others, SPEC.schemes(decoder.family, 0), torch.bfloat16)
         found = {name: tensor.cpu() for name, tensor in packed.items()}
         return {**found, "full": full.cpu(), "quantized": quantized.cpu(), "losses": result.losses}
 

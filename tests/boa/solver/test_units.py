@@ -34,18 +34,18 @@ def gram(batch: int, size: int, seed: int) -> Tensor:
 def problem(kind: str) -> Problem:
     """Heads that share an H_in and have each an H_out; heads with an H_in each; two layers of independent rows."""
     if kind == "queries":
-        return Problem(["q", "k"], [4, 2], numbers(6, 4, 24), Objective(gram(1, 24, 1), gram(6, 4, 2)))
+        return Problem(["q", "k"], [4, 2], numbers(6, 4, 24), Objective(gram(1, 24, 1), gram(6, 4, 2)), SETTINGS)
     if kind == "values":
         goal = Objective(gram(3, 24, 1), gram(3, 4, 2), drift=numbers(3, 4, 24, seed=3))
-        return Problem(["v"], [3], numbers(3, 4, 24), goal)
+        return Problem(["v"], [3], numbers(3, 4, 24), goal, SETTINGS)
     residual = 0.1 * numbers(1, 24, 24, seed=3)
-    return Problem(["gate", "up"], [1, 1], numbers(2, 17, 24), Objective(gram(1, 24, 1), residual=residual))
+    return Problem(["gate", "up"], [1, 1], numbers(2, 17, 24), Objective(gram(1, 24, 1), residual=residual), SETTINGS)
 
 
 def solved(given: Problem, ranks: Ranks, references: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What all ranks would find together."""
-    runs = plan([given], SETTINGS, ranks)
-    found = _joined(given, [(run, _solve_run(given, run, SETTINGS, references)) for run in runs], references)
+    runs = plan([given], ranks)
+    found = _joined(given, [(run, _solve_run(given, run, references)) for run in runs], references)
     return found.result.integers, found.result.dequantize(), found.losses
 
 
@@ -54,12 +54,12 @@ def solved(given: Problem, ranks: Ranks, references: bool = False) -> tuple[Tens
 def test_every_head_and_row_goes_to_one_rank(size: int, deterministic: bool) -> None:
     problems = [problem(kind) for kind in ("queries", "values", "layer")]
     ranks = Some(size, deterministic)
-    runs = plan(problems, SETTINGS, ranks)
+    runs = plan(problems, ranks)
     for i, given in enumerate(problems):
         units = torch.cat([run.units for run in runs if run.problem == i])
         assert sorted(units.tolist()) == list(range(given.units))
         assert sum(run.problem == i for run in runs) <= max(PIECES, size)
-    costs = [given.cost(SETTINGS) for given in problems]
+    costs = [given.cost for given in problems]
     loads = [0.0] * size
     for run in runs:
         loads[run.rank] += costs[run.problem] * len(run.units) / problems[run.problem].units
@@ -70,9 +70,7 @@ def test_every_head_and_row_goes_to_one_rank(size: int, deterministic: bool) -> 
 
 def test_deterministic_pieces_do_not_depend_on_the_number_of_ranks() -> None:
     problems = [problem(kind) for kind in ("queries", "values", "layer")]
-    pieces = [
-        [(run.problem, run.units.tolist()) for run in plan(problems, SETTINGS, Some(size, True))] for size in (1, 2, 5)
-    ]
+    pieces = [[(run.problem, run.units.tolist()) for run in plan(problems, Some(size, True))] for size in (1, 2, 5)]
     assert pieces[0] == pieces[1] == pieces[2]
 
 
@@ -96,4 +94,4 @@ def test_a_problem_that_cannot_be_solved_is_named() -> None:
     given = problem("layer")
     given.objective.h_in[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="gate, up: its input in the quantized stream holds NaN or Inf"):
-        solve([given], SETTINGS, Ranks())
+        solve([given], Ranks())

@@ -1,5 +1,6 @@
 """Z-Fold's least squares against dense solvers in float64, and what they find in weights that have the structure."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,7 +30,7 @@ def _term(shared: bool, tied: bool, seed: int = 0) -> tuple[Term, Tensor]:
     h_in = _psd(1 if shared else HEADS, COLUMNS, COLUMNS, seed=seed + 1)
     h_out = _psd(HEADS, ROWS, ROWS, seed=seed + 2) if tied else None
     levels = weight + 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    return Term(weight, Objective(h_in, h_out)), levels
+    return Term(weight, Objective(h_in, h_out), QUICK), levels
 
 
 def _design(term: Term, part: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def test_scales_of_rows_are_those_of_a_dense_solver(shared: bool, tied_rows: boo
         columns.append(_design(term, part))
     solved = torch.linalg.lstsq(torch.stack(columns, 1), _design(term, term.weight)[:, None], driver="gelsd").solution
     expected = a * solved.view(HEADS, ROWS, 1)
-    torch.testing.assert_close(row_step(term, a, COLUMNS), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(row_step(term, a), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [COLUMNS, 4])
@@ -85,7 +86,7 @@ def test_no_step_raises_the_loss(group: int) -> None:
     """From bad levels too, where a full step would leave the bounds, and with a channel that no integer describes."""
     for seed in range(20):
         pairs = [_term(True, True, seed=seed), _term(False, False, seed=seed + 50)]
-        terms = [pair[0] for pair in pairs]
+        terms = [replace(pair[0], settings=QUICK.but(group_size=group)) for pair in pairs]
         noise = torch.randn(2, *pairs[0][1].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         levels = [a + 1.5 * n for (_, a), n in zip(pairs, noise, strict=True)]
         for a in levels:
@@ -96,7 +97,7 @@ def test_no_step_raises_the_loss(group: int) -> None:
             assert (step >= 0.499).all() and (step <= 2.001).all() and step[5] == pytest.approx(1, abs=1e-6)
             levels = [a * step for a in levels]
             losses.append(float(sum(map(Term.loss, terms, levels))))
-            levels = [row_step(term, a, group) for term, a in zip(terms, levels, strict=True)]
+            levels = [row_step(term, a) for term, a in zip(terms, levels, strict=True)]
             losses.append(float(sum(map(Term.loss, terms, levels))))
         assert all(after <= before * (1 + 1e-12) for before, after in pairwise(losses))
         assert losses[-1] < 0.9 * losses[0]
@@ -106,7 +107,7 @@ def test_alternation_keeps_account_of_what_it_changed() -> None:
     """Levels end as the first ones times zeta and a factor a row."""
     term, a = _term(True, True)
     levels = [a.clone()]
-    zeta = alternate([term], levels, TIE, COLUMNS)
+    zeta = alternate([term], levels, TIE)
     ratio = levels[0] / (a * zeta[TIE])
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
     assert float(term.loss(levels[0])) < float(term.loss(a))
@@ -129,7 +130,7 @@ def test_planted_scales_are_found(group: int | None, tied: bool) -> None:
     weight, zeta = _planted(tie, 0.5)
     objective = Objective(_psd(1, 32, 32, seed=4).float()).damped(0.01)
     settings = Settings(bits=2, group_size=group, refine=1, starts=1, tabu=0)
-    found = channel_scales([Term(weight, objective)], settings, tie)
+    found = channel_scales([Term(weight, objective, settings)], tie)
     assert found.loss < 0.25 * found.without
     correlation = torch.corrcoef(torch.stack([found.zeta.log(), zeta.log()]))[0, 1]
     assert correlation > (0.9 if tied or group is None else 0.8)
@@ -142,17 +143,17 @@ def test_scales_are_left_out_where_they_do_not_help(monkeypatch: pytest.MonkeyPa
     """Without rounds and on weights of one size the better start is 1, as it stands."""
     weight, _ = _planted(EACH, 0.0)
     objective = Objective(torch.eye(COLUMNS)[None]).damped(0.01)
-    found = channel_scales([Term(weight, objective)], QUICK)
+    found = channel_scales([Term(weight, objective, QUICK)])
     assert found.loss <= found.without
-    rough = Term(torch.randn(1, 4, COLUMNS, generator=torch.Generator().manual_seed(0)), objective)
+    rough = Term(torch.randn(1, 4, COLUMNS, generator=torch.Generator().manual_seed(0)), objective, QUICK)
     monkeypatch.setattr(zfold, "ROUNDS", 0)
-    found = channel_scales([rough], QUICK)
+    found = channel_scales([rough])
     assert found.loss <= found.without
 
 
 def test_size_of_columns() -> None:
     """Rows count alike however large they are; ties take the mean of their channels."""
     weight = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
-    term = Term(weight, Objective(torch.eye(2)[None]))
+    term = Term(weight, Objective(torch.eye(2)[None]), QUICK)
     torch.testing.assert_close(column_scales([term], torch.arange(2)), torch.tensor([0.75, 4 / 3]).sqrt())
     torch.testing.assert_close(column_scales([term], torch.zeros(2, dtype=torch.long)), torch.ones(1))

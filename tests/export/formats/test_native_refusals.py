@@ -39,7 +39,7 @@ def refusal(folder: Path) -> str:
 
 def test_another_format_version_is_refused(broken: Path) -> None:
     edit_config(broken, format_version=99)
-    assert f"format version 99, and this installation reads {FORMAT_VERSION}" in refusal(broken)
+    assert f"format version 99, and this installation reads 1 to {FORMAT_VERSION}" in refusal(broken)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""The schemes of layers that a recipe's overrides make other than those of the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...boa.scheme import QuantizationArgs, QuantizationScheme
+from ...errors import InputError
+from ...export.finished import projection_columns
+from ...models.decoder import Decoder
+from .overrides import chosen, nearest
+from .recipe import Recipe
+
+
+def whole_scheme(recipe: Recipe) -> QuantizationScheme:
+    """Of every layer that nothing is overridden of."""
+    weights, inputs = recipe.weights, recipe.activations
+    return QuantizationScheme(
+        QuantizationArgs(weights.bits, weights.group_size, weights.symmetric),
+        QuantizationArgs(inputs.bits, inputs.group_size, inputs.symmetric),
+    )
+
+
+def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationScheme]:
+    """By the full names of modules, those that differ from the whole model's; of several overrides the last counts.
+
+    Raises:
+        InputError: a pattern names no layer, a group does not divide a layer's width, or layers that read one input
+            are to have it quantized in two ways.
+    """
+    family, blocks = decoder.family, decoder.shape.blocks
+    names = [f"{family.layers}.{index}.{name}" for index in range(blocks) for name in family.projections]
+    whole = whole_scheme(recipe)
+    found: dict[str, QuantizationScheme] = {}
+    for override in recipe.overrides:
+        for pattern in override.layers:
+            layers = chosen(pattern, names, family.layers, blocks)
+            if not layers:
+                near = nearest(pattern, names)
+                hint = f"perhaps {' or '.join(near)}" if near else f"give a glob on names such as {names[0]}"
+                raise InputError(f"overrides: '{pattern}' names no layer that is quantized: {hint}.")
+            for name in layers:
+                scheme = found.get(name, whole)
+                found[name] = QuantizationScheme(
+                    replace(scheme.weights, **override.weights.given()),
+                    replace(scheme.input_activations, **override.activations.given()),
+                )
+    found = {name: found[name] for name in names if name in found and found[name] != whole}
+    _check(found, whole, decoder)
+    return found
+
+
+def _check(found: dict[str, QuantizationScheme], whole: QuantizationScheme, decoder: Decoder) -> None:
+    family, columns = decoder.family, projection_columns(decoder.family, decoder.shape)
+    for name, scheme in found.items():
+        width = columns[_inside(name, decoder)]
+        for field, args in (("weights", scheme.weights), ("activations", scheme.input_activations)):
+            if args.group_size and width % args.group_size:
+                raise InputError(
+                    f"overrides: {field}.group_size {args.group_size} does not divide the {width} inputs of {name}: "
+                    "give one that does, or none."
+                )
+    for index in range(decoder.shape.blocks):
+        by_site: dict[str, tuple[str, QuantizationArgs]] = {}
+        for name, site in family.sites.items():
+            inputs = found.get(f"{family.layers}.{index}.{name}", whole).input_activations
+            first, expected = by_site.setdefault(site, (name, inputs))
+            if inputs != expected:
+                raise InputError(
+                    f"overrides: {first} and {name} of block {index} read one input, and are to have it in "
+                    f"{expected.num_bits} and {inputs.num_bits} bits or other groups: override activations of both."
+                )
+
+
+def _inside(name: str, decoder: Decoder) -> str:
+    """The name of a projection inside its block."""
+    return name.removeprefix(f"{decoder.family.layers}.").partition(".")[2]
