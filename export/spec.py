@@ -36,7 +36,9 @@ class Spec:
         cache_center: keys are quantized without the center that each block has for them.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
-        layers: by the names of modules, the schemes of those that differ from the above.
+        layers: by the names of modules, the schemes of those that differ from the above; embedding and head are in full
+            precision where they are not named.
+        tied_head: the head is the packed embedding, which is stored once.
         clips: of format version 1, clip ratios by block and site, in place of those above; None: there are none.
     """
 
@@ -61,6 +63,7 @@ class Spec:
     activation_search: bool = False
     cache_search: bool = False
     cache_center: bool = False
+    tied_head: bool = False
     layers: Mapping[str, QuantizationScheme] = field(default_factory=dict)
     clips: Sequence[Mapping[str, float]] | None = None
     format_version: int = FORMAT_VERSION
@@ -77,6 +80,16 @@ class Spec:
         """Those of the projections of block `index`, by their names inside the block."""
         whole = self.scheme
         return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in family.projections}
+
+    def outer(self, module: str) -> QuantizationArgs:
+        """That of the weights of embedding or head, which are in full precision where `layers` does not name them."""
+        return self.layers[module].weights if module in self.layers else QuantizationArgs()
+
+    def inside(self, prefix: str) -> Spec:
+        """The same for a model whose modules have names without this prefix."""
+        if not prefix:
+            return self
+        return replace(self, layers={name.removeprefix(prefix): scheme for name, scheme in self.layers.items()})
 
     def all_schemes(self, family: Family, blocks: int) -> Iterator[QuantizationScheme]:
         """Those of the projections of all blocks."""
@@ -144,7 +157,7 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
         plain = asdict(self)
-        for name in ("layers", "clips"):  # which most runs have not
+        for name in ("layers", "clips", "tied_head"):  # which most runs have not
             if not plain[name]:
                 del plain[name]
         return plain
@@ -209,6 +222,7 @@ class Spec:
                     "online_r1",
                     "r4_blocks",
                     "heads",
+                    "tied_head",
                 )
             },
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..models.families import Family
 from ..models.matrices import StoredMatrix
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
+from .packing import PARTS, PackedMatrix
 from .shards import SHARD_BYTES, write_shards
 from .spec import METHOD, Spec
 
@@ -139,8 +140,10 @@ def read_outer_layers(folder: Path, family: Family) -> OuterLayers:
     Raises:
         InputError: some of it is missing, or a file is damaged.
     """
-    tied = is_tied(folder)
+    spec = _spec_of(folder)
+    tied = is_tied(folder) or spec.tied_head
     names, large = set(OuterLayers.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
+    names |= {f"{module}.{part}" for module in (family.embedding, family.head) for part in PARTS}
     names -= {f"{family.head}.weight"} if tied else set()
     found: dict[str, Tensor | StoredMatrix] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -155,9 +158,27 @@ def read_outer_layers(folder: Path, family: Family) -> OuterLayers:
                     )
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
-    if missing := OuterLayers.missing(family, found, tied=tied):
+    matrices = packed_matrices(found, family, spec)
+    if missing := OuterLayers.missing(family, matrices, tied=tied):
         raise InputError(f"{folder} lacks {', '.join(missing)}: run the recipe again.")
-    return OuterLayers.of(family, found)
+    return OuterLayers.of(family, matrices)
+
+
+def packed_matrices(found: Mapping[str, Any], family: Family, spec: Spec) -> dict[str, Any]:
+    """The tensors of `OuterLayers` by their full names, where those of a packed embedding or head become its matrix."""
+    result = dict(found)
+    for module in (family.embedding, family.head):
+        parts = {part: result.pop(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in result}
+        if len(parts) == len(PARTS):
+            columns = len(found[f"{family.final_norm}.weight"])
+            result[f"{module}.weight"] = PackedMatrix(**parts, bits=spec.outer(module).num_bits, columns=columns)
+    return result
+
+
+def _spec_of(folder: Path) -> Spec:
+    """What config.json of a native checkpoint says of it."""
+    fields = dict(_config_of(folder).get("quantization_config") or {})
+    return Spec.from_dict(fields) if fields.get("quant_method") == METHOD else Spec(bits=8)
 
 
 def is_tied(folder: Path) -> bool:
@@ -166,12 +187,19 @@ def is_tied(folder: Path) -> bool:
     Raises:
         InputError: it cannot be read.
     """
+    return bool(_config_of(folder).get("tie_word_embeddings"))
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{folder / 'config.json'} cannot be read ({error}): run the recipe or export it again."
         ) from error
+    return config
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

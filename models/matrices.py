@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,14 @@ class Matrix(Protocol):
 
     def __getitem__(self, index: slice | Tensor, /) -> Tensor:
         """The rows `index`."""
+
+
+@runtime_checkable
+class PartedMatrix(Matrix, Protocol):
+    """A matrix that a checkpoint holds as several tensors, packed."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """These by the last parts of their names."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .families import Family
-from .matrices import Matrix
+from .matrices import Matrix, PartedMatrix
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,15 @@ class OuterLayers:
         return self._named(family, ("norm", "norm_bias", *([] if self.tied else ["head"]), "head_bias"))
 
     def _named(self, family: Family, fields: Sequence[str]) -> dict[str, Tensor]:
-        names = _names(family)
-        return {names[field]: getattr(self, field)[:] for field in fields if getattr(self, field) is not None}
+        names, found = _names(family), dict[str, Tensor]()
+        for field in fields:
+            matrix = getattr(self, field)
+            if isinstance(matrix, PartedMatrix):
+                module = names[field].removesuffix(".weight")
+                found |= {f"{module}.{part}": tensor for part, tensor in matrix.parts().items()}
+            elif matrix is not None:
+                found[names[field]] = matrix[:]
+        return found
 
     @classmethod
     def missing(cls, family: Family, found: Mapping[str, object], *, tied: bool = False) -> list[str]:

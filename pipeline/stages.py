@@ -49,7 +49,7 @@ from .ranks.distributed import joined, shared_by
 from .recipe.recipe import Recipe
 from .recipe.recipe_files import recipe_to_yaml
 from .rotating.balancing import Balance, balanced
-from .rotating.outside_blocks import corrected_head, rotated_outer_layers
+from .rotating.outside_blocks import corrected_head, rotated_outer_layers, rounded_embedding
 from .rotating.placing import noise_of_r1, settle
 from .rotating.seeds import choose_seed
 from .storage.atomic import write_json, write_tensors
@@ -147,7 +147,7 @@ def _run(
         folder.keep(plain_forward_seconds=seconds)
     job = balanced(job, folder.path)
     if not ranks.broadcast_value(ranks.rank == 0 and folder.is_exported()):
-        outer = rotated_outer_layers(job)
+        outer = rounded_embedding(job, rotated_outer_layers(job))
         prefetcher = Prefetcher(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
         with job.timed("quantize"), prefetcher:
             # Streams get no name: evaluation needs their memory.
@@ -155,7 +155,8 @@ def _run(
         with job.timed("export"):
             if ranks.rank == 0:
                 temporary = folder.path / ".model.tmp"
-                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, outer), tied=outer.tied)
+                tied = outer.tied and not job.spec.tied_head
+                write_native(temporary, job.checkpoint, job.spec, _groups(job, folder, outer), tied=tied)
                 shutil.rmtree(folder.path / "model", ignore_errors=True)
                 temporary.replace(folder.path / "model")
                 folder.keep(model=folder.model_files())

@@ -63,7 +63,7 @@ class RotoboaQuantizer(HfQuantizer):
         family, shape = family_in(model, family_for(config, "the checkpoint")), Shape.of(config)
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
-        spec = self.quantization_config.spec
+        spec = self.quantization_config.spec.inside(base_prefix(model))
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")

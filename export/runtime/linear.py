@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...boa.online.activations import DynamicQuantizer
 from ...boa.online.transforms import InputTransform
-from ..packing import packed_width, planes, unpack
+from ..packing import dequantize_rows, packed_width, planes, unpack
 from .gradient import with_gradient
 
 _CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
@@ -74,10 +74,7 @@ class QuantizedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(out, in) weights, computed in float32 and rounded to `dtype`."""
-        integers = unpack(self.qweight, self.bits, self.in_features).float()
-        parts = integers.unflatten(1, (self.scale.shape[1], -1))
-        weight = (parts - self.zero.float()[..., None]) * self.scale.float()[..., None]
-        return weight.flatten(1).to(dtype)
+        return dequantize_rows(self.qweight, self.scale, self.zero, self.bits, self.in_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

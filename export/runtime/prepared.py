@@ -16,6 +16,7 @@ from ...models.families import Family
 from ...models.layout import fold_layer_norms, split_modules
 from ...models.shape import Shape
 from ..spec import Spec
+from .embedding import QuantizedEmbedding, TiedHead
 from .linear import QuantizedLinear
 
 
@@ -60,8 +61,44 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
         prepare_block(split_modules(block, family, shape), family, schemes, transforms)
+    _prepare_outer(model, family, spec)
     if family.layer_norm and spec.turned:
         fold_layer_norms(model, family)
+
+
+def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
+    """Make embedding and head packed layers, where they are; a model without this head has another or none."""
+    args, embedding = spec.outer(family.embedding), model.get_submodule(family.embedding)
+    if args.quantizes:
+        assert isinstance(embedding, nn.Embedding)
+        with embedding.weight.device:
+            packed = QuantizedEmbedding(
+                embedding.num_embeddings,
+                embedding.embedding_dim,
+                bits=args.num_bits,
+                group_size=args.group_size,
+                dtype=embedding.weight.dtype,
+                factor=embedding.embedding_dim**0.5 if family.scaled_embedding else None,
+            )
+        model.set_submodule(family.embedding, packed)
+    if "." not in family.head and not hasattr(model, family.head):
+        return
+    args, head = spec.outer(family.head), model.get_submodule(family.head)
+    if spec.tied_head:
+        found = model.get_submodule(family.embedding)
+        assert isinstance(found, QuantizedEmbedding)
+        model.set_submodule(family.head, TiedHead(found))
+    elif args.quantizes:
+        assert isinstance(head, nn.Linear)
+        with head.weight.device:
+            linear = QuantizedLinear(
+                head.in_features,
+                head.out_features,
+                bits=args.num_bits,
+                group_size=args.group_size,
+                bias=head.bias is not None,
+            )
+        model.set_submodule(family.head, linear)
 
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:

@@ -186,6 +186,10 @@ def _sizes(
             stored[name] = packed_bytes(rows, columns, args, itemsize)
             packed += stored[name]
             weights += tensor.numel()
+    for module in (decoder.family.embedding, decoder.family.head):
+        if (args := spec.outer(module)).quantizes:
+            rows, columns = decoder.shapes[f"{module}.weight"]
+            stored[f"{module}.weight"] = packed_bytes(rows, columns, args, itemsize)
     if tied:  # the model names it twice
         del stored[f"{decoder.family.head}.weight"]
     return {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...boa.ranks import Ranks
 from ...errors import InputError
-from ...export.writing import read_outer_layers
+from ...export.writing import packed_matrices, read_outer_layers
 from ...models.outer_layers import OuterLayers
 from ..ranks import launch
 from ..recipe.recipe import Recipe
@@ -70,7 +70,7 @@ def shared_outer_layers(job: Job, folder: RunFolder) -> OuterLayers:
     if job.ranks.size == 1:
         return read_outer_layers(folder.path / "model", family)
     found = shared_tensors(job.ranks, lambda: read_outer_layers(folder.path / "model", family).named(family))
-    return OuterLayers.of(family, found)
+    return OuterLayers.of(family, packed_matrices(found, family, job.spec))
 
 
 def check_alike(job: Job) -> None:

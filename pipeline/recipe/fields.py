@@ -114,8 +114,9 @@ def complaints(error: ValidationError) -> list[str]:
     for item in error.errors():
         if item["loc"][0] == "overrides" and len(item["loc"]) > 1:
             where = ".".join(str(part) for part in item["loc"][2:])
+            what = item["msg"].removeprefix("Value error, ")
             found.append(
-                f"overrides, entry {int(item['loc'][1]) + 1}{', ' * bool(where)}{where}: {item['msg'].removeprefix('Value error, ')} "
+                f"overrides, entry {int(item['loc'][1]) + 1}{', ' * bool(where)}{where}: {what} "
                 f"(given {item['input']!r}); write {legal_values(LEAVES['overrides'])}"
             )
             continue

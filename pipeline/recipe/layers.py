@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...boa.scheme import QuantizationArgs, QuantizationScheme
+from ...boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ...errors import InputError
 from ...export.finished import projection_columns
 from ...models.decoder import Decoder
 from .overrides import chosen, nearest
-from .recipe import Recipe
+from .recipe import Embedding, Head, Recipe
 
 
 def whole_scheme(recipe: Recipe) -> QuantizationScheme:
@@ -47,6 +47,27 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
                 )
     found = {name: found[name] for name in names if name in found and found[name] != whole}
     _check(found, whole, decoder)
+    return found
+
+
+def outer_schemes(recipe: Recipe, decoder: Decoder, *, tied: bool) -> dict[str, QuantizationScheme]:
+    """Those of embedding and head, where they are quantized; a head that stays `tied` is the embedding.
+
+    Raises:
+        InputError: a group does not divide the hidden size.
+    """
+    sections: dict[str, tuple[Embedding | Head, str]] = {"embedding": (recipe.embedding, decoder.family.embedding)}
+    if not tied:
+        sections["head"] = (recipe.head, decoder.family.head)
+    found = {}
+    for section, (wanted, name) in sections.items():
+        if wanted.group_size and decoder.shape.hidden % wanted.group_size:
+            raise InputError(
+                f"{section}.group_size {wanted.group_size} does not divide the hidden size {decoder.shape.hidden}: "
+                "give one that does, or none."
+            )
+        if wanted.bits < FULL:
+            found[name] = QuantizationScheme(QuantizationArgs(wanted.bits, wanted.group_size))
     return found
 
 

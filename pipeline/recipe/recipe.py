@@ -100,6 +100,28 @@ class Weights(_Section, Settings):
     )
 
 
+class Embedding(_Section):
+    """Embedding (rounded to nearest, on scales that are searched)."""
+
+    bits: Bits = Field(default=16, description="Bits of a weight of the embedding.")
+    group_size: int | None = Field(
+        default=None, ge=8, description="Channels of a token that share a scale and zero point; none: all of them."
+    )
+
+
+class Head(_Section):
+    """Head (the output layer, rounded as the layers of the blocks are, by what it reads)."""
+
+    bits: Bits = Field(
+        default=16,
+        description="Bits of a weight of the output layer; where it is the embedding and stays so, those of the "
+        "embedding count.",
+    )
+    group_size: int | None = Field(
+        default=None, ge=8, description="Input channels that share a scale and zero point; none: all of them."
+    )
+
+
 class Activations(_Section):
     """Activations (inputs of linear layers, quantized per token as the model runs)."""
 
@@ -213,6 +235,8 @@ class Recipe(_Section):
         "modules, or blocks by numbers; 16 bits leave a layer's weights, or inputs, as they are "
         "(why: docs/guide.md#a-scheme-for-each-layer).",
     )
+    embedding: Embedding = Embedding()
+    head: Head = Head()
     activations: Activations = Activations()
     cache: Cache = Cache()
     calibration: Calibration = Calibration()

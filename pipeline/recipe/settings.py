@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import Settings
 from ...export.spec import Spec
 from ...models.decoder import Decoder
 from ...models.families import Family
 from ...rotation.rotate import Rotations
-from .layers import layer_schemes
+from .layers import layer_schemes, outer_schemes
 from .recipe import Recipe
 
 
@@ -49,8 +50,9 @@ def moves_head(recipe: Recipe) -> bool:
 
 
 def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
-    """Whether embedding and head of the finished model are one matrix: they were, and neither is changed."""
-    return bool(decoder.config.tie_word_embeddings) and not rotations.turned and not moves_head(recipe)
+    """Whether embedding and head of the finished model are one matrix: they were, and the head alone is not changed."""
+    alone = moves_head(recipe) or recipe.head.bits < recipe.embedding.bits == FULL
+    return bool(decoder.config.tie_word_embeddings) and not rotations.turned and not alone
 
 
 def changed_outer_layers(recipe: Recipe, rotations: Rotations) -> int:
@@ -60,7 +62,7 @@ def changed_outer_layers(recipe: Recipe, rotations: Rotations) -> int:
 
 def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
-    rotation = recipe.rotation
+    rotation, tied = recipe.rotation, stays_tied(recipe, rotations, decoder)
     return Spec(
         bits=recipe.weights.bits,
         group_size=recipe.weights.group_size,
@@ -83,5 +85,6 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         cache_sink=recipe.cache.sink,
         cache_center=recipe.cache.center and recipe.cache.key_bits < 16,
         online_r1=rotations.online_r1,
-        layers=layer_schemes(recipe, decoder),
+        layers=layer_schemes(recipe, decoder) | outer_schemes(recipe, decoder, tied=tied),
+        tied_head=tied and recipe.embedding.bits < FULL,
     )

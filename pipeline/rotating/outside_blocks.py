@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from ...boa.objective.objective import is_finite
 from ...boa.objective.statistics import InputStatistics
 from ...boa.objective.totals import Total
+from ...boa.scheme import QuantizationArgs
+from ...boa.solver.rounding import Quantized, quantize
 from ...errors import RunError
+from ...export.packing import PackedMatrix
 from ...models.families import Family
-from ...models.matrices import SPAN, spans
+from ...models.matrices import SPAN, Matrix, spans
 from ...models.outer_layers import OuterLayers
 from ..job.job import Job
 from ..recipe.settings import moves_head
@@ -43,6 +47,28 @@ def rotated_outer_layers(job: Job) -> OuterLayers:
     return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
 
 
+def rounded_embedding(job: Job, outer: OuterLayers) -> OuterLayers:
+    """With the embedding in few bits, rounded to nearest, where the recipe asks for it; a tied head is the same."""
+    args = job.spec.outer(job.decoder.family.embedding)
+    if not args.quantizes:
+        return outer
+    settings = job.settings.but(method="rtn", grid="diagonal").of(args)
+    packed = _packed(job, outer.embedding, lambda rows: quantize(rows, None, settings), args)
+    return replace(outer, embedding=packed, head=packed if job.spec.tied_head else outer.head)
+
+
+def _packed(job: Job, matrix: Matrix, rounded: Callable[[Tensor], Quantized], args: QuantizationArgs) -> PackedMatrix:
+    """A matrix in few bits, `rounded` of some rows (1, r, c) at a time."""
+    parts = []
+    for rows in spans(matrix, SPAN // 8):
+        found = rounded(matrix[rows].to(job.decoder.device, job.decoder.dtype)[None])
+        integers, scale, zero = (part[0].cpu() for part in (found.integers, found.scale, found.zero))
+        parts.append(PackedMatrix.of(Quantized(integers, scale, zero), args.num_bits))
+        job.release()
+    words = {name: torch.cat([part.parts()[name] for part in parts]) for name in parts[0].parts()}
+    return PackedMatrix(**words, bits=args.num_bits, columns=matrix.shape[1])
+
+
 def _check_fits(part: OuterLayers, family: Family, dtype: torch.dtype) -> None:
     for name, tensor in part.named(family).items():
         if not is_finite(tensor):
@@ -54,14 +80,19 @@ def _check_fits(part: OuterLayers, family: Family, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def corrected_head(job: Job, outer: OuterLayers, full: Tensor, quantized: Tensor) -> OuterLayers:
-    """The output layer, which is not quantized, moved to make up for what the last hidden states lost.
+    """The output layer moved to make up for what the last hidden states lost, and rounded where the recipe asks for it.
 
-    It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with no rounding after it. A head that is
-    still the checkpoint's is copied into a file for it.
+    It is the target shift of any projection, W* = W (I + alpha R H_in^-1), with or without rounding after it. A head
+    that is still the checkpoint's is copied into a file for it.
     """
-    weights = job.recipe.weights
-    if not moves_head(job.recipe):
+    weights, args = job.recipe.weights, job.spec.outer(job.decoder.family.head)
+    if not moves_head(job.recipe) and not args.quantizes:
         return outer
+    settings = job.settings.of(args).but(alpha=weights.head if moves_head(job.recipe) else 0.0)
+    if args.quantizes and settings.method == "rtn":
+        return replace(outer, head=_packed(job, outer.head, lambda rows: quantize(rows, None, settings), args))
+    if settings.method == "brecq":
+        settings = settings.but(method="boa")
     final, batch = job.decoder.norm(outer.norm, outer.norm_bias), job.recipe.calibration.batch
     shares = job.ranks.shares(job.recipe.calibration.samples, batch)
     batches = [range(share.start // batch, -(-share.stop // batch)) for share in shares]
@@ -69,9 +100,13 @@ def corrected_head(job: Job, outer: OuterLayers, full: Tensor, quantized: Tensor
     for i, (f, q) in enumerate(zip(*(stream.split(batch) for stream in (full, quantized)), strict=True)):
         statistics.at(first // batch + i).add(final(f.to(job.decoder.device)), final(q.to(job.decoder.device)))
         job.release()
-    objective = statistics.value().objective().damped(weights.damping)
+    goal = statistics.value().objective()
     if job.ranks.rank > 0:
         return outer  # the first rank writes them
+    if args.quantizes:
+        goal = replace(goal, memo={})
+        return replace(outer, head=_packed(job, outer.head, lambda rows: quantize(rows, goal, settings), args))
+    objective = goal.damped(weights.damping)
     ours = isinstance(outer.head, Tensor)
     head = outer.head if ours else job.buffers.file(*outer.head.shape, dtype=job.checkpoint.dtype)
     assert isinstance(head, Tensor)
