@@ -135,7 +135,7 @@ class PretendCuda:
             mode.__exit__(*error)
 
 
-SETTINGS = Settings(bits=3, refine=1, starts=2, rows=8)
+SETTINGS = Settings(bits=3, refine=1, starts=2, tabu=0.2, rows=8)
 SPEC = Spec(bits=3, r3=True, r4=True, activation_bits=8, key_bits=4, value_bits=4)
 
 
