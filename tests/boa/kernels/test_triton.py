@@ -164,6 +164,8 @@ def test_triton_is_left_out_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- compiled for a GPU that need not be there ------------------------------------------------------------------------
 
 COMPILE = """
+import sys
+sys.argv[0] = "rotoboa"  # as the command line, which imports no more than it needs
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
