@@ -3,8 +3,12 @@
 import argparse
 import json
 import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,9 +66,9 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of some 30,000 tokens of the embedded model."""
+    """A text of some 10,000 tokens of the embedded model, which every run turns into tokens anew."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:32000], encoding="utf-8")
     return path
 
 
@@ -179,6 +183,26 @@ def cheap_run(
         return made[key]
 
     return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages with empty pictures: drawing one page takes seconds."""
+    monkeypatch.setattr("rotoboa.eval.drawing.charts.Chart._draw", lambda self: "")
+    monkeypatch.setattr("rotoboa.eval.drawing.charts.Chart.svg", lambda self, description: "<svg></svg>")
+
+
+@pytest.fixture
+def runtimes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runtimes are asked in this process: others take seconds to start; `pipeline/test_verifying.py` starts some."""
+
+    def run(command: list[str], **_: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[2:])  # behind the interpreter and -I
+            runpy.run_path(command[2], run_name="__main__")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("rotoboa.export.runtimes.ask.subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 from rotoboa.models.families import FAMILIES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def load(name: str) -> ModuleType:

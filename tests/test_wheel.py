@@ -54,7 +54,7 @@ def test_it_quantizes(installed: Path, tmp_path: Path) -> None:
         "from rotoboa.pipeline.cli.app import main; main()\n"
     )
     options = "--weights.refine 0 --weights.starts 1 --calibration.samples 2 --calibration.sequence_length 32 "
-    options += "--evaluation.windows 2"
+    options += "--weights.tabu 0 --weights.grid minmax --evaluation.windows 2 --no-evaluation.report"
     result = subprocess.run(
         [sys.executable, "-c", program, str(installed), "quantize", "--recipe", "w2a16", *options.split()],
         cwd=tmp_path, capture_output=True, text=True,

@@ -1,22 +1,18 @@
 """Whole runs repeat bit for bit, and one that was interrupted or killed ends like any other."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import rotoboa
 from rotoboa.boa.block import block
 from rotoboa.errors import InputError
 from rotoboa.pipeline import quantizing, stages
 from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.storage import run_writer
 from rotoboa.pipeline.storage.run_writer import RunWriter
 
 MakeRecipe = Callable[..., Recipe]
@@ -103,29 +99,19 @@ def test_other_settings_interrupted(
     assert model_files(tmp_path / "parts") == model_files(tmp_path / "whole")
 
 
-def test_a_killed_process_ends_with_the_same_bytes(finished: Finished, model_files: ModelFiles, tmp_path: Path) -> None:
+def test_half_a_file_leaves_nothing_behind(
+    finished: Finished, model_files: ModelFiles, interrupted: Interrupted, tmp_path: Path
+) -> None:
+    """As a process leaves it that is killed while it writes; `test_resume` kills some."""
     whole, recipe, _ = finished
     recipe = recipe.model_copy(update={"output": tmp_path / "run"})
-    code = (
-        "import os, signal, sys\n"
-        "import rotoboa\n"
-        "from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe\n"
-        "from rotoboa.pipeline import stages\n"
-        "from rotoboa.pipeline.storage import run_writer\n"
-        "write = run_writer.write_tensors\n"
-        "def killed(path, tensors):\n"
-        "    if path.name.startswith('00001'):\n"
-        "        path.with_name('.' + path.name + '.tmp').write_bytes(b'half of it')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write(path, tensors)\n"
-        "run_writer.write_tensors = killed\n"
-        "stages.quantize(build_recipe(load_recipe(sys.argv[1]), {'output': sys.argv[2]}))\n"
-    )
-    source = whole / "recipe.yaml"
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "run")]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are in another order with another number
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def is_second(path: Path, tensors: Any) -> bool:
+        if path.name.startswith("00001"):
+            path.with_name("." + path.name + ".tmp").write_bytes(b"half of it")
+        return path.name.startswith("00001")
+
+    interrupted(recipe, run_writer, "write_tensors", when=is_second)
     assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == 1
     rotoboa.quantize(recipe)
     assert model_files(tmp_path / "run") == model_files(whole)

@@ -27,6 +27,7 @@ def folder(cheap_run: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(cheap_run("w4a16", SYMMETRIC), "gguf", output=tmp_path_factory.mktemp("export") / "gguf")
 
 
+@pytest.mark.usefixtures("runtimes_here")
 def test_transformers_serves_what_the_run_computes(cheap_run: Runs, tmp_path: Path) -> None:
     run = cheap_run("w4a16", SYMMETRIC)
     found = serve(export(run, "compressed-tensors", output=tmp_path / "ct"), "transformers")

@@ -125,6 +125,7 @@ def tied_run(save_llama: SaveFamily, make_recipe: MakeRecipe, tmp_path_factory: 
     return folder / "run"
 
 
+@pytest.mark.usefixtures("runtimes_here")
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_one_matrix(tied_run: Path, tmp_path: Path, name: str) -> None:
     folder = export(tied_run, name, output=tmp_path / name)

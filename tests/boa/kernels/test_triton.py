@@ -39,7 +39,7 @@ def _part_of(larger: Tensor) -> Tensor:
     return whole[inside]
 
 
-@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 1, 1), (1, 6, 40), (3, 5, 17), (1, 2, 260)])
+@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 1, 1), (1, 6, 40), (3, 5, 17), (1, 1, 260)])
 def test_rounding_is_the_same_to_the_last_bit(batch: int, rows: int, width: int) -> None:
     block = _part_of(4 * _random(batch, rows, width, seed=1))
     upper = _part_of(inverse_factor(_gram(batch, width, 2)).float())
@@ -99,14 +99,14 @@ def test_tied_rows_move_together_or_alone_or_not_at_all() -> None:
     assert moved([0.1, 0.1, 0.1, 0.1], metric) == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("heads", "shared", "width"), [(1, True, 1), (2, True, 24), (3, False, 17)])
+@pytest.mark.parametrize(("heads", "shared", "width"), [(1, True, 1), (2, True, 12), (2, False, 9)])
 def test_search_is_the_same(heads: int, shared: bool, width: int) -> None:
     """Of whole numbers, so that sums in another order are the same."""
     h_in = (8 * _gram(1 if shared else heads, width, 1).float()).round()
     h_in = h_in + h_in.transpose(1, 2)
-    q = torch.randint(0, 4, (heads, 5, width), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
-    scale = 2 ** torch.randint(-1, 2, (heads, 5, width), generator=torch.Generator().manual_seed(4)).float().to(DEVICE)
-    gradient = (4 * _random(heads, 5, width, seed=5) @ h_in).round()
+    q = torch.randint(0, 4, (heads, 3, width), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    scale = 2 ** torch.randint(-1, 2, (heads, 3, width), generator=torch.Generator().manual_seed(4)).float().to(DEVICE)
+    gradient = (4 * _random(heads, 3, width, seed=5) @ h_in).round()
     given = (_part_of(gradient), _part_of(q), scale, _part_of(h_in), 3, 3 * width)
     found = triton_kernels.search_block(*given, kernels.REST)
     assert torch.equal(found, kernels._search_in_torch(*given)) and not torch.equal(found, q)
@@ -164,6 +164,8 @@ def test_triton_is_left_out_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- compiled for a GPU that need not be there ------------------------------------------------------------------------
 
 COMPILE = """
+import sys
+sys.argv[0] = "rotoboa"  # as the command line, which imports no more than it needs
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -61,6 +61,7 @@ def test_large_matrices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 PEAKS = """
 import resource, sys
+sys.argv[0] = "rotoboa"  # as the command line, which imports no more than it needs
 import torch
 from rotoboa.boa.objective import objective
 from rotoboa.boa.objective.objective import Objective, inverse_factor

@@ -57,7 +57,7 @@ def test_identity_is_rtn(act_order: bool, group_size: int | None, method: str) -
     same(quantize(weight, objective, settings), quantize(weight, None, settings.but(method="rtn")))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_range(symmetric: bool, method: str, bits: int) -> None:
@@ -77,7 +77,7 @@ def test_range(symmetric: bool, method: str, bits: int) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [None, 8])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_each_method_beats_the_last_on_the_objective(bits: int, group_size: int | None, symmetric: bool) -> None:
     losses = torch.zeros(4, dtype=torch.float64)
     for seed in range(3):

@@ -13,10 +13,10 @@ from rotoboa.boa.solver.rounding_settings import Settings
 from ..problems import check_stored, problem, same
 from ..small_block import HIDDEN, LLAMA, PLAIN, QUICK, SIZE, make_block, make_decoder, make_streams, run_block
 
-HEADS, ROWS, COLUMNS = 3, 6, 16
+HEADS, ROWS, COLUMNS = 2, 4, 8
 SMALL = 1e-10  # of the inputs' squares: as float32, a product with the least of these numbers is zero
 METHODS = pytest.mark.parametrize("method", ["boa", "aespa"])
-FEW = Settings(bits=4, iterations=20, refine=2, starts=2, tabu=0.5)
+FEW = Settings(bits=4, iterations=5, refine=1, starts=2, tabu=0.5)
 
 
 @pytest.fixture(params=["compiled", "torch", "triton"])

@@ -55,11 +55,16 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 ids = load_file(sys.argv[1])["ids"]
-for folder in sys.argv[2:]:
+for folder in sys.argv[3:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         save_file({"logits": model(ids).logits.contiguous()}, Path(folder).with_suffix(".logits"))
 assert "rotoboa" not in sys.modules
+import rotoboa
+assert "rotoboa.pipeline.stages" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(Path(sys.argv[2]) / "model", dtype=torch.float32)
+with torch.no_grad():
+    save_file({"logits": model(ids).logits.contiguous()}, Path(sys.argv[1]).with_name("native.logits"))
 """
 
 
@@ -70,20 +75,25 @@ def ids() -> Tensor:
 
 @pytest.fixture(scope="module")
 def loaded(
-    opened_run: Opened, ids: Tensor, tmp_path_factory: pytest.TempPathFactory
+    opened_run: Opened, cheap_run: Runs, ids: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Setting -> logits of stock transformers, which has not seen rotoboa, and of the run."""
+    """Setting -> logits of stock transformers, which has not seen rotoboa, and of the run.
+
+    And "native": of transformers once rotoboa is imported, of the run itself.
+    """
     folder = tmp_path_factory.mktemp("exports")
     save_file({"ids": ids}, folder / "ids")
     runs = {name: opened_run(recipe, changes) for name, (recipe, changes, _) in SETTINGS.items()}
     for name, run in runs.items():
         compressed_tensors.write(run, folder / name)
         inspect(folder / name)
-    command = [sys.executable, "-c", LOAD, str(folder / "ids"), *(str(folder / name) for name in runs)]
+    native = str(cheap_run(*SETTINGS["w2 groups"][:2]))
+    command = [sys.executable, "-c", LOAD, str(folder / "ids"), native, *(str(folder / name) for name in runs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     logits = {name: load_file(folder / f"{name}.logits")["logits"] for name in runs}
-    return {name: (logits[name], run_logits(run, ids, plain=True)) for name, run in runs.items()}
+    own = load_file(folder / "native.logits")["logits"], run_logits(runs["w2 groups"], ids)
+    return {name: (logits[name], run_logits(run, ids, plain=True)) for name, run in runs.items()} | {"native": own}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -93,6 +103,12 @@ def test_stock_transformers_computes_what_the_run_computes(
     found, expected = loaded[setting]
     assert expected.std() > 0.5
     assert (found - expected).abs().max() <= SETTINGS[setting][2]
+
+
+def test_a_process_that_imports_only_rotoboa_and_transformers(loaded: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """It loads the native format."""
+    found, expected = loaded["native"]
+    assert (found - expected).abs().max() < 1e-4
 
 
 def unpack_slowly(words: Tensor, bits: int, count: int) -> list[list[int]]:
@@ -167,6 +183,7 @@ def broken(opened_run: Opened, tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
+@pytest.mark.usefixtures("runtimes_here")
 @pytest.mark.parametrize(("width", "order"), [(128, 128), (96, 32)])
 def test_r4_is_written_for_vllm_and_kept_from_transformers(
     cheap_run: Runs, tmp_path: Path, width: int, order: int
@@ -192,6 +209,7 @@ def test_r4_is_written_for_vllm_and_kept_from_transformers(
     assert result.difference < 1e-4 and result.reader == "transformers, rotations by compressed-tensors"
 
 
+@pytest.mark.usefixtures("runtimes_here")
 def test_r1_behind_the_norms_is_written_for_vllm(cheap_run: Runs, opened_run: Opened, tmp_path: Path) -> None:
     changes = {"rotation.r1": "online", "rotation.scale": True, "weights.symmetric": True}
     export = exporting.export(cheap_run("w4a16", changes), "compressed-tensors", output=tmp_path / "export")

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from rotoboa.boa.block.block import quantize_block
 from rotoboa.boa.block.context import BlockContext, Share, Streams, shared_copy
+from rotoboa.boa.kernels.dispatch import descend_rows
 from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.ranks import Ranks
@@ -89,6 +90,15 @@ def real(settings: Settings, samples: int, length: int) -> tuple[Sizes, dict[str
     return Sizes.of(decoder), {**found, "rounding": sum(found.get(name, 0) for name in ROUNDING)}
 
 
+def descend_block(
+    inner: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor | None, levels: int
+) -> tuple[Tensor, Tensor]:
+    """The steps of `kernels.descend_block` in a block of columns, compiled: they are not counted, and torch is slow."""
+    found = integers.clone()
+    descend_rows(inner.clone(), found, scale, h_in.contiguous(), h_out, levels)
+    return found, (found - integers) * scale
+
+
 # -- against what torch runs ------------------------------------------------------------------------------------------
 
 
@@ -103,6 +113,7 @@ def test_a_plain_pass_is_counted_exactly() -> None:
 @pytest.mark.parametrize("length", [64, 256])
 def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotoboa.boa.solver.refine.is_compiled", lambda tensor: False)  # where sweeps are products
+    monkeypatch.setattr("rotoboa.boa.solver.refine.descend_block", descend_block)
     settings = Settings(bits=3, starts=2, refine=2)
     sizes, found = real(settings, 2, length)
     run = Plan(settings, 2, length, 2, references=True)

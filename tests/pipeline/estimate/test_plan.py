@@ -184,11 +184,12 @@ print(json.dumps([planned["time"]["seconds"], measured, *memory]))
 def test_a_run_takes_what_was_planned(tmp_path: Path) -> None:
     changes = {
         "output": str(tmp_path / "run"),
-        "calibration.samples": 8,
-        "evaluation.windows": 8,
+        "calibration.samples": 4,
+        "evaluation.windows": 4,
         "evaluation.report": False,
-        "weights.starts": 2,
-        "weights.refine": 2,
+        "weights.starts": 1,
+        "weights.refine": 1,
+        "weights.tabu": 0.5,
     }
     command = [sys.executable, "-c", RUN, json.dumps(changes)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -35,6 +35,7 @@ def run(
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_keeps_it_and_says_it(run: tuple[Path, dict[str, Any]]) -> None:
     folder, report = run
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -62,7 +62,7 @@ def test_the_second_run_stands_beside_the_first(runs: Path) -> None:
     assert siblings(runs / "second") == [runs / "first"]
 
 
-def test_made_again_it_is_the_same_page(runs: Path, tmp_path: Path) -> None:
+def test_made_again_it_is_the_same_page(runs: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     copy = Path(shutil.copytree(runs, tmp_path / "runs"))
     before = (copy / "second" / "report.html").read_text(encoding="utf-8")
     (copy / "second" / "report.html").unlink()
@@ -70,6 +70,7 @@ def test_made_again_it_is_the_same_page(runs: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout.split() == [str(copy / "second" / "report.html")]
     assert (copy / "second" / "report.html").read_text(encoding="utf-8") == before
+    request.getfixturevalue("undrawn")
     assert call("report", copy / "first", copy / "second").exit_code == 0
     assert "2 runs of the same model" in (copy / "first" / "report.html").read_text(encoding="utf-8")
 

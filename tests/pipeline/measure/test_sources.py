@@ -1,9 +1,7 @@
-"""What each quantizer costs alone: against whole models of transformers, against the whole run, families, ranks."""
+"""What each quantizer costs alone: against whole models of transformers, against the whole run, families."""
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from rotoboa.pipeline import stages
 from rotoboa.pipeline.job.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.measure import evaluating
 from rotoboa.pipeline.recipe.recipe import Recipe
-from rotoboa.pipeline.recipe.recipe_files import recipe_to_yaml
 
 MakeRecipe = Callable[..., Recipe]
 SOURCES = ["weights", "qkv", "output", "gate_up", "down", "keys", "values", "all"]
@@ -185,20 +182,3 @@ def test_a_run_that_goes_on_measures_them_once(
     interrupted(recipe, stages, "peak_so_far")  # after everything that is measured
     monkeypatch.setattr(stages, "measure_sources", lambda *arguments: pytest.fail("measured again"))
     assert rotoboa.quantize(recipe)["sources"] == measured[1]["sources"]
-
-
-def test_two_ranks_find_the_same(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Of three ranks and two windows, one has none."""
-    changes = {"model": str(llama), **CHEAP, "evaluation.windows": 2, "weights.head": 0.5, "weights.method": "gptq"}
-    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe("w4a4kv4", changes)))
-    given = {"recipe": str(tmp_path / "recipe.yaml"), "fault": None, "overrides": {"timeout": 30}}
-    cases = [{**given, "output": str(tmp_path / f"of {ranks}"), "ranks": ranks} for ranks in (1, 3)]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worlds = [sys.executable, str(Path(__file__).parents[1] / "worlds.py"), str(tmp_path / "cases.json")]
-    done = subprocess.run(worlds, capture_output=True, text=True, check=True)
-    assert all(set(found["codes"]) == {0} for found in json.loads(done.stdout.splitlines()[-1])), done.stdout
-    alone, shared = (json.loads((tmp_path / f"of {n}" / "report.json").read_text())["sources"] for n in (1, 3))
-    assert shared["tokens"] == alone["tokens"] == [2, 64]
-    for name in SOURCES:
-        assert shared["kl"][name] == pytest.approx(alone["kl"][name], rel=0.02)
-        assert shared["blocks"][name] == pytest.approx(alone["blocks"][name], rel=0.02)

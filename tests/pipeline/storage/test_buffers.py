@@ -67,6 +67,7 @@ def test_memory_of_a_pass_is_bounded(tmp_path: Path) -> None:
     """128 MiB are written and read in a process whose resident memory grows by a fraction of them."""
     code = (
         "import resource, sys, torch\n"
+        "sys.argv[0] = 'rotoboa'\n"  # as the command line, which imports no more than it needs
         "from pathlib import Path\n"
         "from rotoboa.pipeline.storage.buffers import Buffers\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
