@@ -121,8 +121,11 @@ def _expected(arch: MODEL_ARCH, sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 def is_stock(folder: Path) -> bool:
     """Whether transformers reads the file: it has no reader for some architectures, which `read` is for."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return ARCHITECTURES[config["model_type"]].stock
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # what is damaged is named where it is read
+    return kind not in ARCHITECTURES or ARCHITECTURES[kind].stock
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
@@ -137,9 +140,13 @@ def read(folder: Path) -> nn.Module:
         InputError: the file is damaged, or contradicts config.json.
     """
     file = inspect(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    whole = AutoConfig.for_model(**config)
-    f, s, row = family_for(whole, str(folder)), Shape.of(whole), ARCHITECTURES[config["model_type"]]
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        whole = AutoConfig.for_model(**config)
+        f, s, row = family_for(whole, str(folder)), Shape.of(whole), ARCHITECTURES[config["model_type"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"{folder / 'config.json'} is of no model ({what}): export it again.") from error
     names = get_tensor_name_map(row.arch, s.blocks)
     found = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in GGUFReader(file).tensors}
     heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -218,8 +218,40 @@ def test_pre_tokenizers_have_the_names_of_llama_cpp(steps: list[dict[str, Any]],
                 gguf_tokenizer._pre_tokenizer(data)
         else:
             assert gguf_tokenizer._pre_tokenizer(data) == name
-    with pytest.raises(InputError, match="byte-level BPE tokenizers"):
-        gguf_tokenizer._pre_tokenizer({"pre_tokenizer": None, "model": {"type": "BPE", "byte_fallback": True}})
+
+
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "split", "prefixed"),
+    [
+        (SPACES, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}, False),  # Gemma
+        ({"type": "Sequence", "normalizers": [{"type": "Prepend"}, SPACES]}, None, True),  # Mistral
+        ({"type": "Sequence", "normalizers": [{"type": "NFKC"}, SPACES]}, None, None),
+        (SPACES, {"type": "Metaspace"}, None),
+        (None, None, None),
+    ],
+)
+def test_tokenizers_of_sentencepiece(normalizer: Any, split: Any, prefixed: bool | None) -> None:
+    """Scores in the order of merges, bytes by their type, and no merge that is looked for as a word of its own."""
+    tokens = ["<unk>", "<s>", "<0x0A>", "a", "b", "\u2581", "ab", "\u2581ab", "\u2581\u2581", "<table>"]
+    model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": {t: i for i, t in enumerate(tokens)},
+             "merges": [["a", "b"], "\u2581 ab", ["\u2581a", "b"], ["\u2581", "\u2581"]]}  # fmt: skip
+    added = [{"id": 1, "content": "<s>", "special": True}]
+    added += [{"id": i, "content": tokens[i], "special": False} for i in (8, 9)]
+    data = {"model": model, "normalizer": normalizer, "pre_tokenizer": split, "added_tokens": added}
+    if prefixed is None:
+        with pytest.raises(InputError, match="tokenizers of bytes and of SentencePiece, and this is neither"):
+            gguf_tokenizer._pre_tokenizer(data)
+        return
+    assert gguf_tokenizer._pre_tokenizer(data) == ""
+    writer = GGUFWriter(None, "llama")
+    gguf_tokenizer._add_pieces(writer, data, 11)
+    found = {key.removeprefix("tokenizer.ggml."): field.value for key, field in writer.kv_data[0].items()}
+    assert found["tokens"] == [*tokens, "[PAD10]"] and found["model"] == "llama"
+    assert found["scores"] == [-4.0] * 6 + [0.0, -1.0, -3.0, -4.0, -4.0]
+    assert found["token_type"] == [2, 3, 6, 1, 1, 1, 1, 1, 1, 4, 5] and found["add_space_prefix"] == prefixed
 
 
 def test_damaged_files_are_named(opened_run: Opened, tmp_path: Path) -> None:
