@@ -138,4 +138,7 @@ def stock_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Ten
     model.load_state_dict({**state, **{name: state[source] for name, source in tied.items()}}, assign=True)
     rotary = model.model.rotary_emb  # its frequencies follow from the config, and are not on the meta device's side
     model.model.rotary_emb = type(rotary)(config=model.config)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # of Gemma: no part of a checkpoint either
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     return model.eval()

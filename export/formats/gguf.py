@@ -1,49 +1,73 @@
 """GGUF, the format of llama.cpp: one file with weights, sizes and tokenizer.
 
-Symmetric weights are Q4_0 or Q8_0 exactly: both mean `d * q` with a float16 d for 32 weights and a signed q.
+`gguf_blocks` has the types and what each holds exactly, `gguf_architectures` what llama.cpp computes. A scale of more
+than 32 weights is repeated. Where llama.cpp's RoPE turns neighbours and transformers' turns halves, rows of queries and
+keys are reordered. Gemma's norms multiply by one more than their weight: the file has the sum. Phi-3's projections lie
+in merged tensors and experts in one tensor of three dimensions, as readers have them.
 
-| | a block of 32 weights |
-|---|---|
-| Q4_0 | d, then 16 bytes: value i in the low half of byte i, value i + 16 in the high half; q is the value less 8 |
-| Q8_0 | d, then 32 signed bytes q |
-
-A scale of more than 32 weights is repeated. Rows of queries and keys are reordered, since llama.cpp's RoPE turns
-neighbours where transformers' turns halves. A feed-forward width that is no multiple of 32 is filled up with channels
-of zeros, which changes nothing: silu(0) * 0 goes into columns of zeros.
+A feed-forward width that is no multiple of 32 is filled up with channels of zeros, which changes nothing: the
+activation of 0 times 0 goes into the columns that are added.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import (
+    GGML_QUANT_VERSION,
+    MODEL_ARCH_NAMES,
+    MODEL_TENSOR,
+    TENSOR_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    TensorNameMap,
+    get_tensor_name_map,
+)
 from torch import Tensor
 
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
+from ...models.families import Family
 from ..finished import Finished, refuse_layers, refuse_online
 from ..writing import SHARD_BYTES, fresh_folder, write_extras
-from .gguf_metadata import add_sizes, add_tokenizer, rope_factors
+from . import gguf_tokenizer
+from .gguf_architectures import ARCHITECTURES, architecture, config_of, instead
+from .gguf_blocks import BLOCK, TYPES, Array, to_blocks
+from .gguf_metadata import add_sizes, rope_factors
 from .gguf_metadata import check as check_metadata
 
-BLOCK = 32
-TYPES = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
-_FILE_TYPES = {4: LlamaFileType.MOSTLY_Q4_0, 8: LlamaFileType.MOSTLY_Q8_0}
 _DENSE = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
-Array = np.ndarray[Any, Any]
 
 
-def file_name(bits: int) -> str:
+def file_name(bits: int, symmetric: bool = True) -> str:
     """The file in the export's folder."""
-    return f"model-{TYPES[bits].name}.gguf"
+    return f"model-{TYPES[bits, symmetric].name}.gguf"
+
+
+def type_of(bits: int, symmetric: bool) -> GGMLQuantizationType:
+    """The type of a layer's tensor.
+
+    Raises:
+        InputError: there is none for its weights.
+    """
+    if (bits, symmetric) in TYPES:
+        return TYPES[bits, symmetric]
+    grid = {True: "symmetric", False: "asymmetric"}
+    held = ", ".join(f"{grid[key[1]]} of {key[0]} ({kind.name})" for key, kind in TYPES.items())
+    change = "--weights.symmetric" if (bits, True) in TYPES else "--weights.bits 4"
+    raise InputError(
+        f"GGUF holds these weights exactly: {held} bits; and this run has {grid[symmetric]} ones of {bits}: quantize "
+        f"with {change}, or use --format native."
+    )
 
 
 def check(run: Finished) -> None:
@@ -53,42 +77,23 @@ def check(run: Finished) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     spec, shape = run.spec, run.shape
-    if run.family.model_type != "llama":
-        raise InputError(
-            f"GGUF is written for models of the Llama architecture, and this is a '{run.family.model_type}': "
-            "use --format native."
-        )
+    row = architecture(run)
     refuse_layers(spec, "GGUF")
     refuse_online(spec, "GGUF")
-    if spec.bits not in TYPES or not spec.symmetric:
-        grid = "symmetric" if spec.symmetric else "asymmetric"
-        raise InputError(
-            f"GGUF holds symmetric weights of 4 bits (Q4_0) or 8 (Q8_0) exactly, and this run has {grid} ones of "
-            f"{spec.bits}: quantize with --weights.symmetric --weights.bits 4, or use --format compressed-tensors."
-        )
+    type_of(spec.bits, spec.symmetric)
     if spec.group_size and spec.group_size % BLOCK:
         raise InputError(
             f"GGUF has a scale for {BLOCK} weights, and this run one for {spec.group_size}: quantize with "
-            f"--weights.group_size {BLOCK} or none, or use --format compressed-tensors."
+            f"--weights.group_size {BLOCK} or none, or {instead(run)}."
         )
-    for what, width in (("hidden size", shape.hidden), ("attention width", shape.query_heads * shape.head_dim)):
+    for what, width in (("hidden size", shape.hidden), ("attention width", shape.query_width)):
         if width % BLOCK:
             raise InputError(
                 f"GGUF packs {BLOCK} weights of a row together, and the {what} {width} is no multiple of it: "
-                "use --format compressed-tensors."
+                f"{instead(run)}."
             )
-    check_metadata(run)
-
-
-def to_blocks(result: Quantized, bits: int) -> Array:
-    """One projection, symmetric: integers (out, in), scale (out, groups) -> (out, bytes) uint8, Q4_0 or Q8_0."""
-    rows, columns = result.integers.shape
-    integers = result.integers.view(rows, -1, BLOCK).numpy()
-    repeat = columns // BLOCK // result.scale.shape[1]
-    scale = result.scale.to(torch.float16).repeat_interleave(repeat, 1).numpy()[..., None].view(np.uint8)
-    low, high = integers[..., :16], integers[..., 16:]
-    values = low | (high << 4) if bits == 4 else integers ^ 128  # less 128, as two's complement
-    return np.concatenate([scale, values.astype(np.uint8)], -1).reshape(rows, -1)
+    check_metadata(run, row)
+    gguf_tokenizer.check(run)
 
 
 def permute(rows: Tensor, heads: int) -> Tensor:
@@ -97,17 +102,17 @@ def permute(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _padded(result: Quantized, bits: int, rows: int, columns: int) -> Quantized:
-    """The projection with rows and columns of zeros added; a group per row where columns are."""
+def _padded(result: Quantized, rows: int, columns: int) -> Quantized:
+    """The projection with rows of zeros added, and columns of about zero; a group per row where columns are."""
     r, c = result.integers.shape
     if (r, c) == (rows, columns):
         return result
     groups = result.scale.shape[1]
-    integers = torch.full((rows, columns), 2 ** (bits - 1), dtype=torch.uint8)
+    scale, zero = torch.zeros(2, rows, groups)
+    scale[:r], zero[:r] = result.scale, result.zero
+    integers = zero[:, :1].to(torch.uint8).repeat(1, columns)
     integers[:r, :c] = result.integers
-    scale = torch.zeros(rows, groups)
-    scale[:r] = result.scale
-    return Quantized(integers, scale, torch.full((rows, groups), 2.0 ** (bits - 1)))
+    return Quantized(integers, scale, zero)
 
 
 def padded_ffn(run: Finished) -> int:
@@ -115,44 +120,67 @@ def padded_ffn(run: Finished) -> int:
     return -(-run.shape.ffn // BLOCK) * BLOCK
 
 
-def _names(run: Finished) -> dict[str, str]:
-    """Parts of a block -> llama.cpp's names for them."""
-    f = run.family
-    return {
-        f.query: "attn_q", f.key: "attn_k", f.value: "attn_v", f.output: "attn_output",
-        f.gate: "ffn_gate", f.up: "ffn_up", f.down: "ffn_down",
-        f.attention_norm: "attn_norm", f.mlp_norm: "ffn_norm",
-    }  # fmt: skip
+def stored_in(family: Family, part: str) -> str:
+    """The layer of a block that a projection is stored in: of experts all in one, of merged ones their layer."""
+    for merged in family.merged:
+        if part.startswith(f"{merged.name}."):
+            return merged.name
+    return re.sub(rf"^({re.escape(family.experts)})\.\d+\.", r"\1.", part) if family.experts else part
+
+
+def norms_of(family: Family) -> tuple[str | None, ...]:
+    """The norms of a block."""
+    f = family
+    return (f.attention_norm, f.mlp_norm, f.attention_post_norm, f.mlp_post_norm, f.query_norm, f.key_norm)
+
+
+def name_in(names: TensorNameMap, family: Family, index: int, part: str) -> str:
+    """The gguf package's name for a layer of a block."""
+    found = names.get_name(f"{family.layers}.{index}.{part}")
+    if found is None:
+        raise InputError(f"the installed gguf package has no name for {part} of '{family.model_type}': update it.")
+    return str(found)
 
 
 def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     """All tensors of the file: name, data, type."""
-    f, s, bits, names = run.family, run.shape, run.spec.bits, _names(run)
-    ffn = padded_ffn(run)
-    heads = {f.query: s.query_heads, f.key: s.key_heads}
+    f, s, row = run.family, run.shape, ARCHITECTURES[run.family.model_type]
+    names, ffn = get_tensor_name_map(row.arch, s.blocks), padded_ffn(run)
+    heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
     outer = run.outer_layers()
-    yield _dense("token_embd.weight", outer.embedding[:])
+    yield _dense(_outer(MODEL_TENSOR.TOKEN_EMBD), outer.embedding[:])
     factors = rope_factors(run)
     if factors is not None:
-        yield _dense("rope_freqs.weight", factors)
+        yield _dense(_outer(MODEL_TENSOR.ROPE_FREQS), factors)
     for index in range(s.blocks):
         quantized, others = run.split(index)
+        stored: dict[str, list[Array]] = {}
+        kind = type_of(run.spec.bits, run.spec.symmetric)
         for name, result in quantized.items():
             if name in heads:
                 h = heads[name]
                 result = Quantized(permute(result.integers, h), permute(result.scale, h), permute(result.zero, h))
-            rows = ffn if name in (f.gate, f.up) else run.rows[name]
-            padded = _padded(result, bits, rows, ffn if name == f.down else run.columns[name])
-            yield f"blk.{index}.{names[name]}.weight", to_blocks(padded, bits), TYPES[bits]
+            site = f.sites[name]
+            rows = ffn if site == "gate_up" else run.rows[name]
+            padded = _padded(result, rows, ffn if site == "down" else run.columns[name])
+            stored.setdefault(stored_in(f, name), []).append(to_blocks(padded, kind))
+        for name, blocks in stored.items():
+            whole = np.stack(blocks) if f.experts and name.startswith(f.experts) else np.concatenate(blocks)
+            yield f"{name_in(names, f, index, name)}.weight", whole, kind
         for name, tensor in others.items():
-            part, _, kind = name.rpartition(".")
+            part, _, last = name.rpartition(".")
             wide = permute(tensor, heads[part]) if part in heads else tensor
             if part in (f.gate, f.up):
                 wide = torch.nn.functional.pad(wide, (0, ffn - s.ffn))
-            yield _dense(f"blk.{index}.{names[part]}.{kind}", wide.float())
-    yield _dense("output_norm.weight", outer.norm.float())
+            offset = f.norm_offset if part in norms_of(f) else 0.0
+            yield _dense(f"{name_in(names, f, index, part)}.{last}", wide.float() + offset)
+    yield _dense(_outer(MODEL_TENSOR.OUTPUT_NORM), outer.norm.float() + f.norm_offset)
     if not outer.tied:  # llama.cpp takes the embedding where there is none
-        yield _dense("output.weight", outer.head[:])
+        yield _dense(_outer(MODEL_TENSOR.OUTPUT), outer.head[:])
+
+
+def _outer(tensor: MODEL_TENSOR) -> str:
+    return f"{TENSOR_NAMES[tensor]}.weight"
 
 
 def _dense(name: str, tensor: Tensor) -> tuple[str, Array, GGMLQuantizationType]:
@@ -169,12 +197,13 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
         InputError: the format cannot hold the run.
     """
     check(run)
+    row, spec, ffn = architecture(run), run.spec, padded_ffn(run)
     fresh_folder(folder)
-    writer = GGUFWriter(folder / file_name(run.spec.bits), "llama")
-    add_sizes(writer, run, padded_ffn(run))
-    writer.add_file_type(_FILE_TYPES[run.spec.bits])
+    writer = GGUFWriter(folder / file_name(spec.bits, spec.symmetric), MODEL_ARCH_NAMES[row.arch])
+    add_sizes(writer, run, row, ffn)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{type_of(spec.bits, spec.symmetric).name}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    add_tokenizer(writer, run)
+    gguf_tokenizer.add_tokenizer(writer, run)
     # The headers come first, so tensors are made twice: no more than a block of them is in memory.
     for name, data, kind in tensors(run):
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
@@ -184,4 +213,4 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
     for _, data, _ in tensors(run):
         writer.write_tensor_data(data)
     writer.close()
-    write_extras(folder, run.folder, {**run.config, "intermediate_size": padded_ffn(run)})
+    write_extras(folder, run.folder, config_of(run, ffn))

@@ -110,7 +110,7 @@ def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch:
         ("w4a4kv4", "compressed-tensors", "use --format native"),
         ("w4a4kv4", "gguf", "use --format native"),
         ("w4a16", "gptq-v1", "use --format gptq"),
-        ("w4a16", "gguf", "use --format compressed-tensors"),
+        ("w3a16", "gguf", "quantize with --weights.bits 4, or use --format native"),
         ("w4a16", "safetensors", "there is no format 'safetensors': use one of native, compressed-tensors, gptq"),
     ],
 )

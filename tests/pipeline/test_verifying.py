@@ -38,6 +38,13 @@ def test_stock_readers_agree_with_the_run(run: Path, name: str) -> None:
     assert len(more) == (name == "gguf" and find_spec("llama_cpp") is not None)
 
 
+def test_gguf_rounds_the_offsets_of_asymmetric_weights(cheap_run: Runs, tmp_path: Path) -> None:
+    folder = export(cheap_run("w4a16", {"weights.group_size": 32}), "gguf", output=tmp_path / "gguf")
+    result, *_ = verify(folder)
+    assert result.passed and result.tolerance == pytest.approx(0.03 * result.deviation)
+    assert 1e-5 < result.difference < 0.02 * result.deviation
+
+
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is an optional extra, built from source")
 def test_llama_cpp_runs_the_file(run: Path) -> None:
     _, llama = verify(export(run, "gguf"))

@@ -45,12 +45,11 @@ def test_stock_transformers_computes_what_native_does(make_run: Callable[..., Pa
         ("phi3", "and 'phi3' has other parts: use --format native"),
         ("opt", "and 'opt' has other parts: use --format native"),
         ("mixtral", "and 'mixtral' has other parts: use --format native"),
-        ("qwen2", "GGUF is written for models of the Llama architecture, and this is a 'qwen2'"),
     ],
 )
 def test_others_are_refused(make_run: Callable[..., Path], name: str, words: str) -> None:
     run = make_run(name)
-    for format_name in ("gguf",) if name == "qwen2" else ("compressed-tensors", "gptq"):
+    for format_name in ("compressed-tensors", "gptq"):
         with pytest.raises(InputError) as caught:
             export(run, format_name)
         assert words in str(caught.value)
