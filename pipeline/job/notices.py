@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
 from ...boa.online.activations import SEARCHED
+from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
 from ..recipe.recipe import Recipe
-from ..recipe.settings import rotations_of
+from ..recipe.settings import rotations_of, stays_tied
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,18 @@ def _searched(section: str, search: bool, bits: int) -> str | None:
     )
 
 
+def _tied(case: _Case) -> str | None:
+    tied = stays_tied(case.recipe, case.rotations, case.decoder)
+    return "the head is the embedding, and has its bits" if tied else None
+
+
 _RTN = _of_method("rtn")
 _BY_LAYER = _of_method(*LAYERWISE)
 
 IDLE: dict[str, _Why] = {
+    "embedding.group_size": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
+    "head.bits": _tied,
+    "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
     "rotation.r4_blocks": lambda case: None if case.recipe.rotation.r4 else "rotation.r4 is off",
     "rotation.seed": _seed,
     "rotation.seeds": _seed,
@@ -121,6 +130,7 @@ IDLE: dict[str, _Why] = {
     "weights.tabu": _RTN,
     "weights.drift": _drift,
     "weights.head": _RTN,
+    "weights.attention": _BY_LAYER,
     "weights.value_rows": _BY_LAYER,
     "weights.value_output": _BY_LAYER,
     "weights.iterations": _learned,
