@@ -39,7 +39,8 @@ OTHER = {
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
     "weights.attention": "bound", "weights.value_rows": 2,
     "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
-    "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5, "weights.regulariser": 0, "activations.group_size": 16,
+    "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
+    "weights.regulariser": 0, "activations.group_size": 16,
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False, "cache.clip": 0.6,
     "cache.search": False, "cache.center": False, "cache.sink": 4, "calibration.samples": 5, "calibration.seed": 1,
 }  # fmt: skip
