@@ -26,8 +26,8 @@ LEARNED = ("iterations", "learning_rate", "regulariser")
 SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", "head")
 ALWAYS = {
     "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2", "rotation.r3",
-    "rotation.r4", "rotation.heads", "rotation.scale", "weights.bits", "weights.group_size", "weights.symmetric",
-    "overrides", "embedding.bits", "weights.method", "weights.zfold",
+    "rotation.r4", "rotation.heads", "rotation.scale", "weights.group_size", "weights.symmetric",
+    "overrides", "embedding.bits", "weights.size", "weights.method", "weights.zfold",
     "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
     "calibration.sequence_length", "calibration.batch",
 }  # fmt: skip
@@ -37,7 +37,7 @@ OTHER = {
     "rotation.r4_blocks": True, "rotation.seed": 7, "rotation.seeds": 2, "weights.rows": 2, "weights.act_order": False,
     "weights.grid": "diagonal", "weights.damping": 0.3, "weights.alpha": 0.75, "weights.refine": 2,
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
-    "weights.attention": "bound", "weights.value_rows": 2,
+    "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8), "weights.value_rows": 2,
     "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16,
