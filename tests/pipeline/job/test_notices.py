@@ -37,7 +37,8 @@ OTHER = {
     "rotation.r4_blocks": True, "rotation.seed": 7, "rotation.seeds": 2, "weights.rows": 2, "weights.act_order": False,
     "weights.grid": "diagonal", "weights.damping": 0.3, "weights.alpha": 0.75, "weights.refine": 2,
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
-    "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8), "weights.value_rows": 2,
+    "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8),
+    "weights.value_rows": 2,
     "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16,
@@ -60,9 +61,11 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {f"weights.{name}" for name in (*BY_LAYER, *LEARNED)}
         | {"activations.clip", "cache.clip", "rotation.seed", "rotation.seeds"},
     ),
+    "a budget": ({"weights.size": "10MB"}, {"weights.bits", "weights.budget"}),
     "boa without alpha": (
         {"weights.alpha": 0, "activations.bits": 8, "cache.key_bits": 5, "cache.value_bits": 5, "rotation.r4": True},
         {"weights.drift", "activations.clip", "cache.clip", "embedding.group_size", "head.group_size",
+         "weights.choices",
          *(f"weights.{name}" for name in LEARNED)},
     ),
 }  # fmt: skip
@@ -122,6 +125,7 @@ def test_what_is_not_named_has_an_effect(
     name: str, result: Callable[..., Any], alive: Any, small: Path, make_recipe: MakeRecipe
 ) -> None:
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
+    setting |= {"weights.budget": 3} if name == "weights.choices" else {}
     setting |= {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group")) else {}
     value = True if name.endswith(".search") else OTHER[name]
     recipe = make_recipe("w4a16", {"model": str(small), **setting, name: value})
