@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-TIE = 1e-9  # of the largest cost, for each part of the room that is taken: of equal costs the smaller option
-
 
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int] | None:
     """The option of each item, so that the sum of sizes is at most `room` and that of costs the least there is.
@@ -23,12 +21,14 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], r
     """
     if sum(min(own) for own in sizes) > room:
         return None
-    items = np.repeat(np.arange(len(costs)), [len(own) for own in costs])
-    cost, size = np.concatenate([np.asarray(own, float) for own in costs]), np.concatenate([list(own) for own in sizes])
+    kept = [_worth(*own) for own in zip(costs, sizes, strict=True)]
+    items = np.repeat(np.arange(len(costs)), [len(own) for own in kept])
+    cost = np.array([own[i] for own, worth in zip(costs, kept, strict=True) for i in worth], float)
+    size = np.array([own[i] for own, worth in zip(sizes, kept, strict=True) for i in worth], float)
     scale = max(float(np.abs(cost).max()), 1e-300)
     one = (items[None] == np.arange(len(costs))[:, None]).astype(float)
     found = milp(
-        cost / scale + TIE * size / max(1, size.max()),
+        cost / scale,
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size[None] / max(1, room), -np.inf, 1)],
@@ -37,5 +37,16 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], r
     if found.x is None:
         raise RuntimeError(f"the solver of the budget found nothing: {found.message}")
     chosen = np.flatnonzero(np.round(found.x) == 1)
-    starts = np.concatenate([[0], np.cumsum([len(own) for own in costs])[:-1]])
-    return [int(number) for number in chosen - starts]
+    numbers = [i for worth in kept for i in worth]
+    return [numbers[at] for at in chosen]
+
+
+def _worth(costs: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """The options that no other one beats: of equal costs the smallest."""
+    order = sorted(range(len(costs)), key=lambda i: (sizes[i], costs[i]))
+    worth, least = list[int](), float("inf")
+    for i in order:
+        if costs[i] < least:
+            worth.append(i)
+            least = costs[i]
+    return worth
