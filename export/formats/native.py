@@ -124,6 +124,8 @@ def _check_files(model: nn.Module, family: Family, files: list[Path]) -> None:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
     tied: Any = getattr(model, "all_tied_weights_keys", {})
     prefix = base_prefix(model)
+    if not any(name.startswith(prefix) for name in found):  # a decoder alone that was saved by itself
+        prefix = ""
     for own, tensor in model.state_dict().items():
         name = prefix + own
         if own in tied or (name not in found and is_new_head(name, model, family)):

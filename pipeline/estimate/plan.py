@@ -190,6 +190,11 @@ def _sizes(
         if (args := spec.outer(module)).quantizes:
             rows, columns = decoder.shapes[f"{module}.weight"]
             stored[f"{module}.weight"] = packed_bytes(rows, columns, args, itemsize)
+    if spec.turned and decoder.family.layer_norm:  # biases of norms are folded, that of the last into the head
+        f = decoder.family
+        folded = tuple(f"{norm}.bias" for norm in (f.attention_norm, f.mlp_norm, f.final_norm))
+        stored = {name: size for name, size in stored.items() if not name.endswith(folded)}
+        stored[f"{f.head}.bias"] = decoder.shape.vocabulary * itemsize
     if tied:  # the model names it twice
         del stored[f"{decoder.family.head}.weight"]
     return {
