@@ -63,16 +63,16 @@ def size_of(stored: dict[str, Tensor]) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_stored_planned_and_loaded(
-    save_family: SaveFamily, make_recipe: MakeRecipe, tmp_path: Path, case: str
-) -> None:
+def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
     name, changes, bits, tied = CASES[case]
     folder, run = save_family(tmp_path / "model", name, torch.bfloat16), tmp_path / "run"
     recipe = make_recipe("w4a16", {"model": str(folder), "output": run, **SMALL, **changes})
     planned, report = plan(recipe), rotoboa.quantize(recipe)
     family, stored = Checkpoint(folder).family, tensors(run / "model")
     outer = open_finished(RunFolder.open(run)).outer_layers()
-    for matrix, module, wanted in zip((outer.embedding, outer.head), (family.embedding, family.head), bits, strict=True):
+    for matrix, module, wanted in zip(
+        (outer.embedding, outer.head), (family.embedding, family.head), bits, strict=True
+    ):
         assert isinstance(matrix, PackedMatrix) == (wanted < 16)
         if isinstance(matrix, PackedMatrix):
             assert matrix.bits == wanted and f"{module}.weight" not in stored

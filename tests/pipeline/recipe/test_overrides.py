@@ -166,7 +166,9 @@ def test_layers_of_one_input_agree(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("field", ["weights", "activations"])
 def test_groups_divide_the_width(decoder: Decoder, field: str) -> None:
-    with pytest.raises(InputError, match=rf"{field}\.group_size 24 does not divide the 32 inputs of model\.layers\.0\."):
+    with pytest.raises(
+        InputError, match=rf"{field}\.group_size 24 does not divide the 32 inputs of model\.layers\.0\."
+    ):
         schemes(decoder, [{"layers": "blocks 0", field: {"bits": 8, "group_size": 24}}])
     assert len(schemes(decoder, [{"layers": "*.down_proj", field: {"bits": 8, "group_size": 24}}])) == BLOCKS
 
@@ -188,7 +190,5 @@ def test_16_bits_leave_weights_as_they_are_rotated(
         exact = job.rotations.rotate_block(job.checkpoint.block(index), job.decoder.family, index)
         whole = [name for name in job.decoder.family.projections if f"{name}.weight" in stored]
         assert len(whole) == kept
-        assert all(
-            torch.equal(stored[f"{name}.weight"], exact[f"{name}.weight"].to(torch.bfloat16)) for name in whole
-        )
+        assert all(torch.equal(stored[f"{name}.weight"], exact[f"{name}.weight"].to(torch.bfloat16)) for name in whole)
         assert f"{job.decoder.family.value}.qweight" in stored, "the later one"
