@@ -202,9 +202,11 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: b
         online.append("R3 (an online rotation of queries and keys)")
     if spec.r4 and not inputs:
         online.append("R4 (an online rotation before down)")
-    if spec.activation_bits < 16 and not activations:
-        groups = f" in groups of {spec.activation_group}" if spec.activation_group else ""
-        online.append(f"{spec.activation_bits}-bit activations{groups}")
+    inputs_of = (scheme.input_activations for scheme in (spec.scheme, *spec.layers.values()))
+    args = next((args for args in inputs_of if args.quantizes), None)
+    if args is not None and not activations:
+        groups = f" in groups of {args.group_size}" if args.group_size else ""
+        online.append(f"{args.num_bits}-bit activations{groups}")
     if spec.key_bits < 16 or spec.value_bits < 16:
         sink = f", its {spec.sink} in 16 bits" if spec.sink else ""
         online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}")

@@ -9,7 +9,7 @@ from typing import Any
 from ..boa.online.activations import DynamicQuantizer
 from ..boa.online.attention import AttentionTransform
 from ..boa.online.transforms import InputTransform, OnlineTransforms
-from ..boa.scheme import QuantizationArgs, QuantizationScheme
+from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
 from ..models.families import Family
 from ..models.shape import Shape
@@ -99,6 +99,12 @@ class Spec:
     def quantizes_inputs(self) -> bool:
         """Whether the input of any layer is quantized; where `layers` names all of them, the others count too."""
         return any(scheme.input_activations.quantizes for scheme in (self.scheme, *self.layers.values()))
+
+    @property
+    def without_inputs(self) -> Spec:
+        """The same with the inputs of all layers in 16 bits."""
+        layers = {name: replace(scheme, input_activations=QuantizationArgs()) for name, scheme in self.layers.items()}
+        return replace(self, activation_bits=FULL, layers=layers)
 
     def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this family and shape."""

@@ -103,8 +103,8 @@ def serve(
     ids = sample(finished)
     prompt = ids[0].tolist()
     answer = ask(runtime, export, prompt, python=where, dtype=dtype)
-    reduced = finished.spec.activation_bits < 16  # the cache is not: no runtime here reads an export with one that is
-    wide = replace(finished, spec=replace(finished.spec, activation_bits=16))
+    reduced = finished.spec.quantizes_inputs  # the cache is not: no runtime here reads an export with one that is
+    wide = replace(finished, spec=finished.spec.without_inputs)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
     control = _control(runtime, wide, in_16_bits, prompt, where, dtype)

@@ -9,10 +9,13 @@ shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers we
 | `weight_scale` | (out, groups) float16 |
 | `weight_zero_point` | (ceil(out * bits / 32), groups) int32; asymmetric grids only |
 | `weight_shape` | [out, in] |
+
+A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,15 +34,18 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
-from torch import Tensor
+from compressed_tensors.utils import match
+from torch import Tensor, nn
 
+from ...boa import scheme as ours
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family, family_of
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
-from ..finished import Finished, projection_columns, projection_rows, refuse_layers, refuse_layout, refuse_online
+from ..finished import Finished, projection_columns, projection_rows, refuse_layout, refuse_online
 from ..reading import check_shape, read_config, read_shapes
+from ..scheme_layers import by_scheme, by_weights, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
 
@@ -63,31 +69,49 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, NAME)
-    refuse_layers(spec, NAME)
+    refuse_ends(run, NAME)
     refuse_online(spec, NAME, activations=True, inputs=True)
     transforms(spec, run.family, run.shape)
-    if spec.activation_bits == 16:
-        return
-    if not spec.symmetric:
+    weights, _ = by_weights(run, NAME)
+    for scheme, layers in by_scheme(run).items():
+        if scheme.input_activations.quantizes:
+            _check_inputs(spec, scheme, layers[0])
+    if len(weights) > 1 and not all(args.symmetric for args in weights):
+        first, second, *_ = (ours.QuantizationScheme(args).shown for args in weights)
+        raise InputError(
+            f"{NAME} with zero points is unpacked by transformers as if all layers had one scheme, and this run has "
+            f"{first} and {second}: quantize with --weights.symmetric, or use --format native."
+        )
+
+
+def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> None:
+    """Check a scheme that quantizes inputs, which `layer` has."""
+    inputs = scheme.input_activations
+    if not scheme.weights.quantizes:
+        raise InputError(
+            f"{NAME} leaves layers with 16-bit weights as they are, and {layer} has its inputs in {inputs.num_bits} "
+            "bits: override activations.bits=16 for it too, or use --format native."
+        )
+    if not scheme.weights.symmetric:
         raise InputError(
             f"{NAME} with quantized activations needs symmetric weights, and this run has zero points: quantize with "
             "--weights.symmetric, or use --format native."
         )
-    if not spec.activation_symmetric:
+    if not inputs.symmetric:
         raise InputError(
             f"{NAME} takes symmetric dynamic activations, and these have zero points: quantize with "
             "--activations.symmetric, or use --format native."
         )
-    if (spec.r4 or spec.online_r1) and spec.activation_group:
+    if (spec.r4 or spec.online_r1) and inputs.group_size:
         raise InputError(
             f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "
-            f"{spec.activation_group}: quantize with --activations.group_size none, or use --format native."
+            f"{inputs.group_size}: quantize with --activations.group_size none, or use --format native."
         )
-    clip = stock_clip(spec.activation_bits)
+    clip = stock_clip(inputs.num_bits)
     if spec.activation_search or abs(spec.activation_clip - clip) > 1e-6:
         raise InputError(
             f"{NAME} cannot hold clip ratios of activations, and its readers use {clip:.7f} at "
-            f"{spec.activation_bits} bits: quantize with --no-activations.search --activations.clip {clip:.16g}, "
+            f"{inputs.num_bits} bits: quantize with --no-activations.search --activations.clip {clip:.16g}, "
             "or use --format native."
         )
 
@@ -120,44 +144,59 @@ def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamar
     return {name: (hadamard, layers) for name, (hadamard, layers) in found.items() if hadamard is not None}
 
 
-def quantization_config(spec: Spec, family: Family, shape: Shape) -> dict[str, Any]:
-    """`quantization_config` of config.json; the head is left as it is.
+def quantization_config(run: Finished) -> dict[str, Any]:
+    """`quantization_config` of config.json; the head is left as it is, and so are layers with 16-bit weights.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
     checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key, nor
     `quantization_status`, which keeps transformers from loading a run with R4: it would leave the rotation out.
     """
-    weights = QuantizationArgs(
-        num_bits=spec.bits,
-        type=QuantizationType.INT,
-        symmetric=spec.symmetric,
-        strategy=QuantizationStrategy.GROUP if spec.group_size else QuantizationStrategy.CHANNEL,
-        group_size=spec.group_size,
-    )
-    inputs = None
-    if spec.activation_bits < 16:
-        inputs = QuantizationArgs(
-            num_bits=spec.activation_bits,
-            type=QuantizationType.INT,
-            symmetric=True,
-            strategy=QuantizationStrategy.GROUP if spec.activation_group else QuantizationStrategy.TOKEN,
-            group_size=spec.activation_group,
-            dynamic=True,
-        )
     # The format is set: what the library infers for quantized activations is another one, without packing.
     packed = CompressionFormat.pack_quantized
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs, format=packed)
+    layers = by_scheme(run)
+    ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
+    quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
+    groups = {}
+    for index, (scheme, names) in enumerate(quantized.items()):
+        # No layer is in two groups, so that no reader must choose.
+        targets = [f"re:{pattern}" for pattern in patterns(names, run)] if len(quantized) > 1 else ["Linear"]
+        parts = {"weights": _weights(scheme.weights), "input_activations": _inputs(scheme.input_activations)}
+        groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=packed, **parts)
     config = QuantizationConfig(
-        config_groups={"group_0": scheme},
+        config_groups=groups,
         format=packed.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[family.head],
+        ignore=[run.family.head, *(f"re:{pattern}" for pattern in patterns(ignored, run))],
     )
     data: dict[str, Any] = config.model_dump(mode="json")
-    online = transforms(spec, family, shape)
+    online = transforms(run.spec, run.family, run.shape)
     if online is not None:
         data |= {"transform_config": online.model_dump(mode="json"), "quantization_status": VLLM_ALONE}
-    return data if spec.symmetric else {**data, "dequantize": True}
+    symmetric = all(scheme.weights.symmetric for scheme in quantized)
+    return data if symmetric else {**data, "dequantize": True}
+
+
+def _weights(args: ours.QuantizationArgs) -> QuantizationArgs:
+    return QuantizationArgs(
+        num_bits=args.num_bits,
+        type=QuantizationType.INT,
+        symmetric=args.symmetric,
+        strategy=QuantizationStrategy.GROUP if args.group_size else QuantizationStrategy.CHANNEL,
+        group_size=args.group_size,
+    )
+
+
+def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
+    if not args.quantizes:
+        return None
+    return QuantizationArgs(
+        num_bits=args.num_bits,
+        type=QuantizationType.INT,
+        symmetric=True,
+        strategy=QuantizationStrategy.GROUP if args.group_size else QuantizationStrategy.TOKEN,
+        group_size=args.group_size,
+        dynamic=True,
+    )
 
 
 def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]:
@@ -197,7 +236,7 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
         InputError: the format cannot hold the run.
     """
     check(run)
-    config = {**run.config, "quantization_config": quantization_config(run.spec, run.family, run.shape)}
+    config = {**run.config, "quantization_config": quantization_config(run)}
     write_checkpoint(folder, run.folder, config, groups(run), shard_bytes=shard_bytes)
 
 
@@ -212,32 +251,49 @@ def inspect(folder: Path) -> None:
         stored = CompressionFormat(quantization.get("format"))
         if quantization.get("quantization_status") == VLLM_ALONE:
             quantization["quantization_status"] = QuantizationStatus.COMPRESSED.value
-        (scheme,) = QuantizationConfig.model_validate(quantization).config_groups.values()
-        weights = scheme.weights
-        if stored != CompressionFormat.pack_quantized or weights is None:
+        groups = QuantizationConfig.model_validate(quantization)
+        if stored != CompressionFormat.pack_quantized or any(not g.weights for g in groups.config_groups.values()):
             raise ValueError(f"format {quantization.get('format')}, where pack-quantized is read")
         family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
-    except (ValueError, TypeError, AttributeError) as error:
+        names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
+        layers = {name: _args_of(name, groups) for name in names}
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{folder / 'config.json'} cannot be used ({what}): export the model again.") from error
     found = read_shapes(folder)
-    bits = weights.num_bits
-    for index in range(shape.blocks):
-        for name in family.projections:
-            rows, columns = projection_rows(family, shape)[name], projection_columns(family, shape)[name]
-            groups = -(-columns // weights.group_size) if weights.group_size else 1
-            expected: dict[str, tuple[int, ...]] = {
-                "weight_packed": (rows, -(-columns * bits // 32)),
-                "weight_scale": (rows, groups),
-                "weight_shape": (2,),
-            }
-            if not weights.symmetric:
-                expected["weight_zero_point"] = (-(-rows * bits // 32), groups)
-            for part, size in expected.items():
-                check_shape(folder, f"{family.layers}.{index}.{name}.{part}", size, found)
+    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
+    for name, args in layers.items():
+        inside = name.removeprefix(f"{family.layers}.").partition(".")[2]
+        for part, size in _shapes(args, rows[inside], columns[inside]).items():
+            check_shape(folder, f"{name}.{part}", size, found)
     check_shape(folder, f"{family.embedding}.weight", (shape.vocabulary, shape.hidden), found)
     if not config.get("tie_word_embeddings"):
         check_shape(folder, f"{family.head}.weight", (shape.vocabulary, shape.hidden), found)
     check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
-    if f"{family.layers}.{shape.blocks}.{family.down}.weight_packed" in found:
+    if any(name.startswith(f"{family.layers}.{shape.blocks}.") for name in found):
         raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")
+
+
+def _args_of(layer: str, config: QuantizationConfig) -> QuantizationArgs | None:
+    """What the weights of a layer have, as the format's library finds it; None where it is left as it is."""
+    linear = nn.Linear(1, 1)
+    if match.is_match(layer, linear, config.ignore or []):
+        return None
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    found = match.match_targets(layer, linear, schemes)
+    return schemes[found[0]].weights if found else None
+
+
+def _shapes(args: QuantizationArgs | None, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors by the last part of their names."""
+    if args is None:
+        return {"weight": (rows, columns)}
+    groups = -(-columns // args.group_size) if args.group_size else 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_packed": (rows, -(-columns * args.num_bits // 32)),
+        "weight_scale": (rows, groups),
+        "weight_shape": (2,),
+    }
+    if not args.symmetric:
+        shapes["weight_zero_point"] = (-(-rows * args.num_bits // 32), groups)
+    return shapes

@@ -12,10 +12,15 @@ Of a linear layer with `in` inputs and `out` outputs, and groups of `g` inputs:
 The weight is `scales[g] * (integer - zero[g])`. `gptq_v2` stores zero points as they are; `gptq`, version 1, stores
 them less one, and its readers add the one. Values of 3 bits run across words, 32 of them in 3, which is also how 2, 4
 and 8 bits lie: one rule for all.
+
+`bits`, `group_size` and `sym` of the config are of all layers but those that a key of `dynamic` matches from the start
+of their names: the first that does counts. `+:` before a regular expression is for other values, `-:` for layers that
+are not quantized.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family, family_of
-from ..finished import Finished, refuse_layers, refuse_layout, refuse_online
+from ..finished import Finished, refuse_layout, refuse_online
 from ..packing import pack, unpack
 from ..reading import read_config, read_tensors, stock_model
-from ..spec import Spec
+from ..scheme_layers import by_weights, patterns, refuse_ends
 from ..writing import SHARD_BYTES, write_checkpoint, write_json
 
 V2, V1 = "gptq_v2", "gptq"
@@ -43,39 +49,50 @@ def check(run: Finished, version: str = V2) -> None:
     Raises:
         InputError: it does not; the sentence says why and what to use instead.
     """
-    spec = run.spec
     refuse_layout(run.family, "GPTQ")
-    refuse_layers(spec, "GPTQ")
-    refuse_online(spec, "GPTQ")
-    if spec.bits not in BITS:
-        raise InputError(f"GPTQ has 2, 3, 4 and 8 bits, and the run has {spec.bits}: use --format compressed-tensors.")
-    if version == V1 and not spec.symmetric:
-        raise InputError(
-            "version 1 of GPTQ stores zero points less one, so that a zero point of 0 is lost, and this run is "
-            "asymmetric: use --format gptq, or quantize with --weights.symmetric."
-        )
-    whole = 32 if spec.bits == 3 else 32 // spec.bits
-    for name in run.family.projections:
-        for what, size in (("inputs", run.columns[name]), ("outputs", run.rows[name])):
-            if size % whole:
-                raise InputError(
-                    f"GPTQ packs {whole} values of {spec.bits} bits together, and the {size} {what} of {name} are no "
-                    f"multiple of {whole}: use --format compressed-tensors."
-                )
+    refuse_ends(run, "GPTQ")
+    refuse_online(run.spec, "GPTQ")
+    for args, layers in by_weights(run, "GPTQ")[0].items():
+        if args.num_bits not in BITS:
+            raise InputError(
+                f"GPTQ has 2, 3, 4 and 8 bits, and the run has {args.num_bits}: use --format compressed-tensors."
+            )
+        if version == V1 and not args.symmetric:
+            raise InputError(
+                "version 1 of GPTQ stores zero points less one, so that a zero point of 0 is lost, and this run is "
+                "asymmetric: use --format gptq, or quantize with --weights.symmetric."
+            )
+        whole = 32 if args.num_bits == 3 else 32 // args.num_bits
+        for name in (name for name in run.family.projections if any(layer.endswith(name) for layer in layers)):
+            for what, size in (("inputs", run.columns[name]), ("outputs", run.rows[name])):
+                if size % whole:
+                    raise InputError(
+                        f"GPTQ packs {whole} values of {args.num_bits} bits together, and the {size} {what} of {name} "
+                        f"are no multiple of {whole}: use --format compressed-tensors."
+                    )
 
 
-def quantize_config(spec: Spec, version: str) -> dict[str, Any]:
+def quantize_config(run: Finished, version: str) -> dict[str, Any]:
     """The content of quantize_config.json, and `quantization_config` of config.json."""
+    layers, full = by_weights(run, "GPTQ")
+    first, *others = layers
+    dynamic: dict[str, dict[str, Any]] = {}
+    for args in others:
+        dynamic |= {f"+:{pattern}": _fields(args) for pattern in patterns(layers[args], run, fused=True)}
+    dynamic |= {f"-:{pattern}": {} for pattern in patterns(full, run, fused=True)}
     return {
         "quant_method": "gptq",
         "checkpoint_format": version,
-        "bits": spec.bits,
-        "group_size": spec.group_size or -1,
-        "sym": spec.symmetric,
+        **_fields(first),
         "desc_act": False,  # the columns were rounded in another order, and are stored in their own
         "lm_head": False,
         "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
     }
+
+
+def _fields(args: QuantizationArgs) -> dict[str, Any]:
+    return {"bits": args.num_bits, "group_size": args.group_size or -1, "sym": args.symmetric}
 
 
 def to_gptq(result: Quantized, bits: int, version: str = V2) -> dict[str, Tensor]:
@@ -115,7 +132,7 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, versio
         InputError: the format cannot hold the run.
     """
     check(run, version)
-    quantization = quantize_config(run.spec, version)
+    quantization = quantize_config(run, version)
     config = {**run.config, "quantization_config": quantization}
     write_checkpoint(
         folder,
@@ -135,24 +152,43 @@ def read(folder: Path) -> nn.Module:
     """
     config, quantization = read_config(folder, "gptq")
     family = family_of(str(config.get("model_type")), str(folder))
-    bits, version = quantization.get("bits"), quantization.get("checkpoint_format")
+    version = quantization.get("checkpoint_format")
     if version not in (V1, V2):
         raise InputError(f"{folder} is in the format {version}, and {V1} and {V2} are read: export it again.")
-    if bits not in BITS:
-        raise InputError(f"{folder / 'config.json'} says {bits} bits, and GPTQ has 2, 3, 4 and 8: export it again.")
-    state = _dense(folder, family, bits, version, quantization.get("group_size"))
-    return stock_model(folder, config, state)
+    return stock_model(folder, config, _dense(folder, family, quantization, version))
 
 
-def _dense(folder: Path, family: Family, bits: int, version: str, group_size: Any) -> dict[str, Tensor]:
+def _settings(folder: Path, quantization: Mapping[str, Any], name: str) -> tuple[int, Any]:
+    """Bits and group size of a layer by its full name, as the config has them.
+
+    Raises:
+        InputError: they are of no use, or the config says that the layer is not quantized.
+    """
+    try:
+        found = dict(quantization)
+        for pattern, fields in (quantization.get("dynamic") or {}).items():
+            if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+                found = {"bits": None} if pattern.startswith("-:") else found | fields
+                break
+    except (AttributeError, TypeError, re.error) as error:
+        raise InputError(f"dynamic in {folder / 'config.json'} is damaged ({error}): export it again.") from error
+    if found.get("bits") not in BITS:
+        raise InputError(
+            f"{folder / 'config.json'} says {found.get('bits')} bits, and GPTQ has 2, 3, 4 and 8: export it again."
+        )
+    return found["bits"], found.get("group_size")
+
+
+def _dense(folder: Path, family: Family, quantization: Mapping[str, Any], version: str) -> dict[str, Tensor]:
     """All weights in float32, by the names of the unquantized model."""
     tensors = read_tensors(folder)
     packed = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    if not any(name.endswith(family.down) for name in packed):
+    if not any(name.endswith(family.projections) for name in packed):
         raise InputError(f"{folder} has no packed weights, which its config.json speaks of: export it again.")
     parts = ("qweight", "qzeros", "scales", "g_idx")
     state = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith(parts)}
     for name in packed:
+        bits, group_size = _settings(folder, quantization, name)
         found = {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
         if len(found) < len(parts):
             missing = next(part for part in parts if part not in found)

@@ -7,24 +7,29 @@ A weight is `scale * q + bias`, with an unsigned q, for groups of 32, 64 or 128 
 | `weight` | (out, in * bits / 32) uint32 | q, value i of a row from bit `i * bits` on |
 | `scales`, `biases` | (out, groups) | of one type: float16 where it holds each bias exactly, else float32 |
 
-A scale of more inputs is repeated for groups that MLX has. config.json says `quantization: {group_size, bits}`; a layer
-without `scales` is not quantized.
+A scale of more inputs is repeated for groups that MLX has. config.json says `quantization: {group_size, bits}`, and
+beside that by the name of a layer `{group_size, bits}` where it has others, and false where it is not quantized, which
+a layer without `scales` is not either.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.running import what_it_is
-from ..finished import Finished, refuse_layers, refuse_layout, refuse_online
+from ..finished import Finished, refuse_layout, refuse_online
 from ..packing import pack, unpack
 from ..reading import read_tensors, stock_model
+from ..scheme_layers import by_weights, refuse_ends
 from ..writing import SHARD_BYTES, write_checkpoint
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -39,26 +44,34 @@ def check(run: Finished) -> None:
     Raises:
         InputError: it does not; the sentence says why and what to use instead.
     """
-    spec = run.spec
     refuse_layout(run.family, "MLX")
-    refuse_layers(spec, "MLX")
-    refuse_online(spec, "MLX")
+    refuse_ends(run, "MLX")
+    refuse_online(run.spec, "MLX")
     if run.family.model_type not in FAMILIES:
         raise InputError(
             f"MLX is written for {', '.join(FAMILIES)}, and this is a '{run.family.model_type}': use --format native."
         )
-    if spec.bits not in BITS:
-        raise InputError(f"MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has {spec.bits}: use --format native.")
-    group_size(run)
+    group_sizes(run)
 
 
-def group_size(run: Finished) -> int:
-    """Inputs that share a scale, as MLX has them: the most that divide the run's groups and all widths.
+def group_sizes(run: Finished) -> dict[QuantizationArgs, int]:
+    """Inputs that share a scale, as MLX has them, by what the weights of layers have: the most that divide their groups
+    and all widths.
 
     Raises:
-        InputError: it has none that do.
+        InputError: it has none that do, or not these bits.
     """
-    widths = {name: run.spec.group_size or columns for name, columns in run.columns.items()}
+    found = {}
+    for args, layers in by_weights(run, "MLX")[0].items():
+        if args.num_bits not in BITS:
+            raise InputError(f"MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has {args.num_bits}: use --format native.")
+        found[args] = _group_size(run, args, layers)
+    return found
+
+
+def _group_size(run: Finished, args: QuantizationArgs, layers: Iterable[str]) -> int:
+    names = {layer.removeprefix(f"{run.family.layers}.").partition(".")[2] for layer in layers}
+    widths = {name: args.group_size or columns for name, columns in run.columns.items() if name in names}
     found = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
     if found is None:
         name, width = next((name, width) for name, width in widths.items() if width % GROUPS[-1])
@@ -67,6 +80,17 @@ def group_size(run: Finished) -> int:
             "quantize with --weights.group_size 32, 64 or 128 where that divides the width."
         )
     return found
+
+
+def quantization(run: Finished) -> dict[str, Any]:
+    """`quantization` of config.json."""
+    sizes = group_sizes(run)
+    layers, full = by_weights(run, "MLX")
+    first, *others = ({"group_size": sizes[args], "bits": args.num_bits} for args in layers)
+    data: dict[str, Any] = {**first, "mode": "affine"}
+    for fields, names in zip(others, list(layers.values())[1:], strict=True):
+        data |= dict.fromkeys(names, fields)
+    return data | dict.fromkeys(full, False)
 
 
 def to_mlx(result: Quantized, bits: int, group: int) -> dict[str, Tensor]:
@@ -100,9 +124,9 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
         InputError: the format cannot hold the run.
     """
     check(run)
-    bits, group = run.spec.bits, group_size(run)
-    config = {**run.config, "quantization": {"group_size": group, "bits": bits, "mode": "affine"}}
-    groups = run.groups(lambda result, args: to_mlx(result, bits, group))
+    sizes = group_sizes(run)
+    config = {**run.config, "quantization": quantization(run)}
+    groups = run.groups(lambda result, args: to_mlx(result, args.num_bits, sizes[args]))
     write_checkpoint(folder, run.folder, config, groups, shard_bytes=shard_bytes)
 
 
@@ -114,8 +138,8 @@ def read(folder: Path) -> nn.Module:
     """
     try:
         config = what_it_is(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        quantization = config.pop("quantization")
-        bits, group = int(quantization["bits"]), int(quantization["group_size"])
+        stored = config.pop("quantization")
+        whole = int(stored["bits"]), int(stored["group_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"{folder} holds no MLX checkpoint ({what}): export it again.") from error
@@ -124,11 +148,13 @@ def read(folder: Path) -> nn.Module:
     state = {name: tensor.float() for name, tensor in tensors.items() if name.rpartition(".")[0] not in packed}
     for name in packed:
         try:
+            own = stored.get(name)
+            bits, group = whole if own is None else (int(own["bits"]), int(own["group_size"]))
             parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")}
             state[f"{name}.weight"] = from_mlx(parts, bits, group)
             if f"{name}.bias" in tensors:
                 state[f"{name}.bias"] = tensors[f"{name}.bias"].float()
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{folder}: the tensors of {name} and config.json do not belong together ({error}): export it again."
             ) from error

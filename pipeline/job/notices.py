@@ -105,6 +105,11 @@ def _searched(section: str, search: bool, bits: int) -> str | None:
     )
 
 
+def _budgeted(case: _Case) -> str | None:
+    weights = case.recipe.weights
+    return None if weights.budget is weights.size is None else "a budget chooses the bits"
+
+
 def _tied(case: _Case) -> str | None:
     tied = stays_tied(case.recipe, case.rotations, case.decoder)
     return "the head is the embedding, and has its bits" if tied else None
@@ -120,6 +125,9 @@ IDLE: dict[str, _Why] = {
     "rotation.r4_blocks": lambda case: None if case.recipe.rotation.r4 else "rotation.r4 is off",
     "rotation.seed": _seed,
     "rotation.seeds": _seed,
+    "weights.bits": _budgeted,
+    "weights.choices": lambda case: None if _budgeted(case) else "there is no weights.budget or weights.size",
+    "weights.budget": lambda case: "weights.size says it" if case.recipe.weights.size is not None else None,
     "weights.rows": _BY_LAYER,
     "weights.act_order": _RTN,
     "weights.grid": _grid,

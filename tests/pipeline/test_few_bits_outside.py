@@ -70,9 +70,8 @@ def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRec
     planned, report = plan(recipe), rotoboa.quantize(recipe)
     family, stored = Checkpoint(folder).family, tensors(run / "model")
     outer = open_finished(RunFolder.open(run)).outer_layers()
-    for matrix, module, wanted in zip(
-        (outer.embedding, outer.head), (family.embedding, family.head), bits, strict=True
-    ):
+    modules = (family.embedding, family.head)
+    for matrix, module, wanted in zip((outer.embedding, outer.head), modules, bits, strict=True):
         assert isinstance(matrix, PackedMatrix) == (wanted < 16)
         if isinstance(matrix, PackedMatrix):
             assert matrix.bits == wanted and f"{module}.weight" not in stored
@@ -122,10 +121,10 @@ def test_rounded_as_each_alone(save_family: SaveFamily, make_recipe: MakeRecipe,
     assert torch.equal(rtn.embedding[:], gptq.embedding[:]) and not torch.equal(rtn.head[:], gptq.head[:])
     job = prepare(recipe)
     exact = job.rotations.rotate_outer_layers(job.checkpoint.outer_layers(), job.decoder.family)
-    for matrix in (rtn.embedding, rtn.head, gptq.head):
-        assert isinstance(matrix, PackedMatrix)
+    assert isinstance(gptq.head, PackedMatrix)
     for matrix, whole in ((rtn.embedding, exact.embedding), (rtn.head, exact.head)):
-        step = matrix.scale.float()  # type: ignore[union-attr]
+        assert isinstance(matrix, PackedMatrix)
+        step = matrix.scale.float()
         inside = (matrix[:] - whole[:]).abs() <= 0.51 * step  # the rest is clipped
         assert inside.float().mean() > 0.9
     assert errors["gptq"] < errors["rtn"]

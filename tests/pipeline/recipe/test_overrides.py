@@ -166,9 +166,8 @@ def test_layers_of_one_input_agree(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("field", ["weights", "activations"])
 def test_groups_divide_the_width(decoder: Decoder, field: str) -> None:
-    with pytest.raises(
-        InputError, match=rf"{field}\.group_size 24 does not divide the 32 inputs of model\.layers\.0\."
-    ):
+    wrong = rf"{field}\.group_size 24 does not divide the 32 inputs of model\.layers\.0\."
+    with pytest.raises(InputError, match=wrong):
         schemes(decoder, [{"layers": "blocks 0", field: {"bits": 8, "group_size": 24}}])
     assert len(schemes(decoder, [{"layers": "*.down_proj", field: {"bits": 8, "group_size": 24}}])) == BLOCKS
 
