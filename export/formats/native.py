@@ -64,6 +64,8 @@ class RotoboaQuantizer(HfQuantizer):
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
         spec = self.quantization_config.spec.inside(base_prefix(model))
+        if spec.clips is not None and len(spec.clips) != len(layers):
+            raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
