@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ...boa.scheme import FULL
 from ...errors import InputError
 from ..console.progress import cost_table, loss_table, result_table, source_table, task_table
 from ..recipe.recipe_files import DEFAULT_RECIPE, build_recipe, load_recipe
 from ..storage.files import MANIFEST, REPORT, read_manifest, read_report, runs_in
+from ..storage.manifest import Manifest
 from .command import Device, facts_table, print_tables
 from .options import RecipeName, overrides, with_recipe_options
 
@@ -61,14 +63,31 @@ def _is_path_of_a_run(subject: str) -> bool:
     return not path.exists() and len(path.parts) > 1 and (path.parts[0] == "runs" or bool(runs_in(path.parent)))
 
 
+def _schemes(run: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The schemes of layers, where a run may have several: others are shown without torch."""
+    recipe = manifest.identity.recipe
+    ends = [recipe.get(section, {}).get("bits", FULL) for section in ("embedding", "head")]
+    if manifest.budget is None and not recipe.get("overrides") and min(ends) == FULL:
+        return None
+    from ..estimate.schemes import schemes_of_run
+
+    return schemes_of_run(run, manifest)
+
+
 def _inspect_run(run: Path, as_json: bool) -> None:
     manifest = read_manifest(run)
     report = read_report(run) if (run / REPORT).exists() else None
+    schemes = _schemes(run, manifest)
     if as_json:
         found = {"manifest": manifest.to_json(), "report": {} if report is None else report.to_json()}
+        found |= {} if schemes is None else {"schemes": schemes}
         typer.echo(json.dumps(found, indent=2))
         return
     print_tables(facts_table("recipe", manifest.identity.recipe), facts_table("versions", manifest.identity.versions))
+    if schemes is not None:
+        from ..console.plan_table import scheme_table
+
+        print_tables(scheme_table(schemes))
     if manifest.blocks:
         print_tables(loss_table(manifest.blocks))
     if report is None:

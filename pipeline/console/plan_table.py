@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -12,7 +12,7 @@ from .sizes import BITS, size_rows
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
-    """Tables of what `plan.plan` returns: the model and its rotations, then sizes, calibration, memory and time."""
+    """Tables of what `plan.plan` returns: model, rotations, schemes; sizes, calibration and memory; time."""
     model, calibration = plan["model"], plan["calibration"]
     facts = _table("Model")
     for name, value in model.items():
@@ -39,7 +39,61 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     costs.add_section()
     for name, size in plan["memory"].items():
         costs.add_row(f"memory: {name}", human_size(round(size)))
-    return [facts, rotations, costs, _times(plan["time"], calibration)]
+    schemes = [scheme_table(plan["schemes"])] if "schemes" in plan else []
+    return [facts, rotations, *schemes, costs, _times(plan["time"], calibration)]
+
+
+def scheme_table(schemes: Mapping[str, Any]) -> Table:
+    """Which layer has which scheme, as of `estimate.schemes`: a row for each scheme, embedding and head."""
+    table = Table(title="Schemes of layers", title_justify="left")
+    for column in ("scheme", "layers", "which"):
+        table.add_column(column, justify="right" if column == "layers" else "left")
+    groups = schemes["layers"]
+    kinds = list(dict.fromkeys(kind for group in groups for kind in group["blocks"]))
+    blocks = sorted({block for group in groups for own in group["blocks"].values() for block in own})
+    for number, group in enumerate(groups):
+        others = "all" if len(groups) == 1 else "all others"
+        table.add_row(
+            group["scheme"], f"{group['count']:,}", _which(group["blocks"], kinds, blocks) if number else others
+        )
+    if "embedding" in schemes:
+        tied = schemes["head"] is None
+        table.add_row(_of_weights(schemes["embedding"]), "1", "embedding, which is the head" if tied else "embedding")
+        if not tied:
+            table.add_row(_of_weights(schemes["head"]), "1", "head")
+    return table
+
+
+def _of_weights(named: Mapping[str, Any]) -> str:
+    """The name of a scheme of weights alone."""
+    return str(named["scheme"]).replace("A16", "")
+
+
+def _which(own: Mapping[str, Sequence[int]], kinds: Sequence[str], blocks: Sequence[int]) -> str:
+    """Layers of one scheme in words: kinds with the same blocks together."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for kind, where in own.items():
+        alike.setdefault(tuple(where), []).append(kind)
+    parts = []
+    for where, names in alike.items():
+        place = "" if list(where) == list(blocks) else f"block{'s' if len(where) > 1 else ''} {_ranges(where)}"
+        name = "" if names == list(kinds) else ", ".join(names)
+        parts.append(" in ".join(filter(None, (name, place))))
+    return "; ".join(parts)
+
+
+def _ranges(numbers: Sequence[int], most: int = 6) -> str:
+    """Rising numbers as 0-3, 7: of more than `most` parts the first ones, the last, and how many numbers there are."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    parts = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
+    if len(parts) <= most:
+        return ", ".join(parts)
+    return f"{', '.join(parts[: most - 2])} ... {parts[-1]} ({len(numbers)} of them)"
 
 
 def _times(time: Mapping[str, Any], calibration: Mapping[str, Any]) -> Table:

@@ -35,6 +35,7 @@ from ..storage.run_folder import device_of
 from .counting import whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import calibrated, measured
+from .schemes import planned_schemes
 from .workload import Plan, Sizes
 
 TIME, MEMORY = 2.0, 1.25
@@ -68,6 +69,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     rotations = rotations_of(recipe, decoder)
     tied = stays_tied(recipe, rotations, decoder)
     spec = spec_of(recipe, rotations, decoder)
+    schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
     sizes = _sizes(spec, decoder, projections, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
@@ -88,6 +90,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
         },
         "rotations": _rotations(recipe, rotations, shape),
+        **({} if schemes is None else {"schemes": schemes}),
         "sizes": {"original": checkpoint.bytes, **sizes},
         "calibration": {
             "sequences": recipe.calibration.samples,
