@@ -19,6 +19,7 @@ from ..export.formats import compressed_tensors, gguf, gptq, mlx
 from ..export.formats.card import licence_of, write_card
 from ..export.formats.card_facts import Base, Figures
 from ..export.record import RECORD, digest, write_record
+from ..export.scheme_layers import divided, scheme_layers
 from ..export.spec import METHOD
 from ..export.writing import SHARD_BYTES, write_checkpoint
 from ..models.aliases import HUB_ID, resolve_model
@@ -124,7 +125,9 @@ def describe(folder: RunFolder, finished: Finished, format_name: str, where: Pat
     weights = sorted((*where.glob("*.safetensors"), *where.glob("*.gguf")))
     files = {file.name: file.stat().st_size for file in weights}
     figures = Figures(public["perplexity"], public["tokens"]["evaluation"], report.bos, report.sizes.original)
-    write_card(where, format_name, finished.spec, figures, yaml, base=base, files=files)
+    layers = scheme_layers(finished)
+    split = divided(finished)
+    write_card(where, format_name, finished.spec, figures, yaml, base=base, files=files, layers=layers, divided=split)
     write_record(where, format_name, folder.path, final, blocks_digest(folder))
 
 

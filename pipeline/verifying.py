@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..boa.online.attention import NAME
 from ..errors import InputError, RunError
 from ..export.finished import Finished
-from ..export.formats import compressed_tensors, gguf_reader, gptq, mlx
+from ..export.formats import compressed_tensors, compressed_tensors_reader, gguf_reader, gptq, mlx
 from ..export.formats.native import load_native
 from ..export.record import Record, check_files, read_record
 from ..export.runtime.linear import QuantizedLinear
@@ -197,7 +197,7 @@ def _mlx(export: Path, ids: Tensor) -> Tensor:
 
 
 def _compressed_tensors(export: Path, ids: Tensor) -> Tensor:
-    compressed_tensors.inspect(export)
+    compressed_tensors_reader.inspect(export)
     return _fresh("transformers", export, ids)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from importlib.metadata import version
@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from ...boa.scheme import QuantizationArgs, QuantizationScheme
+from ..scheme_layers import SchemeLayers
 from ..spec import Spec
 from .card_facts import Base, Figures
 from .compressed_tensors import NAME, stock_clip
@@ -60,6 +62,8 @@ def write_card(
     *,
     base: Base,
     files: Mapping[str, int],
+    layers: Sequence[SchemeLayers] = (),
+    divided: str = "",
 ) -> None:
     """Write README.md.
 
@@ -71,14 +75,23 @@ def write_card(
         recipe: recipe.yaml of the run.
         base: the model that was quantized.
         files: bytes of each file with weights.
+        layers: which layers have which scheme; none is all that of `spec`.
+        divided: layers of several schemes which vLLM computes as one.
     """
+    schemes = [row.scheme for row in layers] or [spec.scheme]
+    quantized = [scheme.weights for scheme in schemes if scheme.weights.quantizes]
     text = _template().render(
         format=format_name,
         format_name=FORMATS[format_name],
         spec=spec,
         base=base,
-        weights="W" + str(spec.bits),
-        kind=_kind(spec),
+        kind=_kind(spec) + (", some layers otherwise" if len(layers) > 1 else ""),
+        tag=_kind(spec).lower(),
+        layers=layers if len(layers) > 1 else (),
+        divided=divided,
+        bits=sorted({args.num_bits for args in quantized}),
+        symmetric=all(args.symmetric for args in quantized),
+        inputs=_inputs(schemes),
         perplexity=figures.perplexity,
         tokens=figures.tokens,
         bos=figures.bos,
@@ -87,7 +100,7 @@ def write_card(
         files=files,
         recipe=recipe.strip(),
         transformers=version("transformers"),
-        clip=stock_clip(spec.activation_bits) if spec.activation_bits < 16 else None,
+        stock_clip=stock_clip,
         rotoboa=version("rotoboa"),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -97,5 +110,10 @@ def _kind(spec: Spec) -> str:
     """Such as W4A16, or W4A4KV4."""
     cache_bits = {spec.key_bits, spec.value_bits}
     cached = "" if cache_bits == {16} else "KV" + "/".join(str(bits) for bits in sorted(cache_bits))
-    mixed = ", some layers otherwise" if spec.layers else ""
-    return f"W{spec.bits}A{spec.activation_bits}{cached}{mixed}"
+    return f"W{spec.bits}A{spec.activation_bits}{cached}"
+
+
+def _inputs(schemes: Sequence[QuantizationScheme]) -> QuantizationArgs | None:
+    """What the first scheme with quantized inputs has for them; None where there is none."""
+    found = (scheme.input_activations for scheme in schemes if scheme.input_activations.quantizes)
+    return next(found, None)

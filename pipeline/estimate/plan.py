@@ -102,8 +102,18 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
-        "notices": [*checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
+        "notices": [*_of_budget(recipe), *checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
     }
+
+
+def _of_budget(recipe: Recipe) -> list[str]:
+    """A sentence where the bits of layers are not known yet."""
+    if recipe.weights.budget is recipe.weights.size is None:
+        return []
+    return [
+        "A run with a budget measures what each layer's bits cost before it chooses them, which takes longer than is "
+        f"said here; the sizes here are those of weights.bits {recipe.weights.bits}."
+    ]
 
 
 def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:

@@ -37,11 +37,12 @@ def test_transformers_serves_what_the_run_computes(cheap_run: Runs, tmp_path: Pa
     assert set(found.versions) == {"transformers", "torch", "compressed-tensors"} and found.kernels
 
 
+@pytest.mark.parametrize("bits", [{"activations.bits": 4}, {"overrides": "blocks 1: activations.bits=4"}])
 def test_activations_left_in_16_bits_are_found_out(
-    cheap_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cheap_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: dict[str, Any]
 ) -> None:
     """By a runtime that computes the same weights without rounding its inputs, and one that computes what was run."""
-    rounded = {"activations.bits": 4, "activations.search": False, "activations.clip": 14 / 15}
+    rounded = {**bits, "activations.search": False, "activations.clip": 14 / 15}
     run = cheap_run("w4a16", {**SYMMETRIC, **rounded})
     folder = export(run, "compressed-tensors", output=tmp_path / "ct")
 
@@ -65,7 +66,7 @@ def test_activations_left_in_16_bits_are_found_out(
 
     right = answers(lambda finished: finished)
     assert right.difference == 0 and right.unquantized is not None and right.passed and right.greedy == 1
-    wrong = answers(lambda finished: replace(finished, spec=replace(finished.spec, activation_bits=16)))
+    wrong = answers(lambda finished: replace(finished, spec=finished.spec.without_inputs))
     assert wrong.unquantized == 0 and wrong.difference > 0 and wrong.in_16_bits and not wrong.passed
 
 

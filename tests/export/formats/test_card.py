@@ -1,6 +1,7 @@
 """The model card and the record of an export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import yaml
 
 from rotoboa.errors import InputError
+from rotoboa.export.finished import Finished
 from rotoboa.export.formats.card import FORMATS, licence_of, write_card
 from rotoboa.export.formats.card_facts import Base, Figures
 from rotoboa.export.record import check_files, read_record, write_record
+from rotoboa.export.scheme_layers import divided, scheme_layers
 from rotoboa.export.spec import Spec
 from rotoboa.models.aliases import TINY_FOLDER
 
@@ -66,6 +69,38 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
     assert "| keys and values | 4 and 4 bits, of the first position 16 |" in one
     assert "gguf_file=" in card(tmp_path, "gguf", Spec(bits=4, symmetric=True))[1]
     assert "GPTQModel" in card(tmp_path, "gptq", Spec(bits=4))[1]
+
+
+def test_card_has_a_table_of_schemes(mixed_run: Callable[..., Finished], tmp_path: Path) -> None:
+    def written(name: str, run: Finished) -> str:
+        layers, base = scheme_layers(run), Base("mine", hub=False, licence=None)
+        write_card(
+            tmp_path, name, run.spec, FIGURES, "x", base=base, files={"x": 1}, layers=layers, divided=divided(run)
+        )
+        return (tmp_path / "README.md").read_text()
+
+    text = written("compressed-tensors", mixed_run())
+    assert "# mine in W4A16, some layers otherwise" in text and "tags: [rotoboa, quantized, w4a16, compressed" in text
+    assert "| weights | 4 bits, symmetric, a scale per group of 32 inputs, but for the layers below |" in text
+    assert "| activations | not quantized |" in text and "Kernels for 3-bit weights" in text
+    table = text[text.index("## Layers") : text.index("## Perplexity")].splitlines()
+    assert [line for line in table if line][3:] == [
+        "| W4A16 g32 | 5 | q_proj, k_proj, v_proj, gate_proj, up_proj of block 1 |",
+        "| W16A16 | 6 | q_proj, k_proj, v_proj, gate_proj, up_proj, down_proj of block 0 |",
+        "| W3A16 | 2 | o_proj |",
+        "| W8A16 g32 | 1 | down_proj of block 1 |",
+    ]
+    assert "\n\n\n" not in text and "None" not in text
+    one = written("native", mixed_run({"overrides": "*.q_proj: weights.bits=4"}))
+    assert "## Layers" not in one and "otherwise" not in one and "layers below" not in one
+    ends = written("native", mixed_run({"head.bits": 8}))
+    assert "| 1 | head |" in ends
+    for name in ("compressed-tensors", "gptq"):
+        split = written(name, mixed_run({"overrides": "*.1.*.q_proj: weights.bits=8"}))
+        assert "vLLM cannot load this model: it computes q_proj, k_proj, v_proj of block 1 as one layer" in split
+        assert "vllm serve" not in split and "\n\n\n" not in split
+    change = {"weights.symmetric": False, "overrides": "blocks 1: activations.bits=8"}
+    assert "| activations | not quantized, but for the layers below |" in written("native", mixed_run(change))
 
 
 def test_card_of_a_local_model_of_unknown_licence(tmp_path: Path) -> None:

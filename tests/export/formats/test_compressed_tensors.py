@@ -21,7 +21,8 @@ from rotoboa.boa.solver.rounding import Quantized
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import compressed_tensors
-from rotoboa.export.formats.compressed_tensors import compress, inspect, stock_clip
+from rotoboa.export.formats.compressed_tensors import compress, stock_clip
+from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.pipeline import exporting
 from rotoboa.pipeline.verifying import run_logits, verify
 from rotoboa.rotation.hadamard import Hadamard

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rotoboa.boa.scheme import QuantizationArgs, QuantizationScheme
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import compressed_tensors, gptq, mlx
+from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.export.scheme_layers import by_scheme, divided, patterns, scheme_layers
 from rotoboa.pipeline.verifying import run_logits
 
@@ -60,8 +60,7 @@ def test_layers_by_scheme(mixed_run: Mixed) -> None:
         ("W8A16 g32", 1, "down_proj of block 1"),
     ]
     assert divided(run) == ""
-    q = {f"{BLOCKS}.1.self_attn.q_proj": QuantizationScheme(QuantizationArgs(8))}
-    assert divided(mixed_run({"overrides": "*.1.*.q_proj: weights.bits=8"})) == "q_proj, k_proj, v_proj of block 1", q
+    assert divided(mixed_run({"overrides": "*.1.*.q_proj: weights.bits=8"})) == "q_proj, k_proj, v_proj of block 1"
 
 
 def test_patterns_match_their_layers_and_no_others(mixed_run: Mixed) -> None:
@@ -90,7 +89,7 @@ def test_stock_transformers_computes_what_the_run_computes(mixed_run: Mixed, ids
     for name, (run, _) in runs.items():
         compressed_tensors.check(run)
         compressed_tensors.write(run, tmp_path / name)
-        compressed_tensors.inspect(tmp_path / name)
+        inspect(tmp_path / name)
     save_file({"ids": ids}, tmp_path / "ids")
     command = [sys.executable, "-c", LOAD, str(tmp_path / "ids"), *(str(tmp_path / name) for name in runs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -121,7 +120,7 @@ def test_a_config_with_other_groups_is_found_out(mixed_run: Mixed, tmp_path: Pat
         change(data["quantization_config"])
         file.write_text(json.dumps(data))
         with pytest.raises(InputError, match=words):
-            compressed_tensors.inspect(file.parent)
+            inspect(file.parent)
 
 
 @pytest.mark.parametrize("version", [gptq.V2, gptq.V1])
@@ -185,6 +184,11 @@ def test_mlx(mixed_run: Mixed, ids: Tensor, tmp_path: Path) -> None:
             "its inputs in 8 bits: override",
         ),
         (compressed_tensors.check, {**STOCK, "overrides": "blocks 0: activations.bits=4"}, "use 0.9333333 at 4 bits"),
+        (
+            compressed_tensors.check,
+            {"rotation.r4": True, "rotation.r4_blocks": True, "overrides": "*.1.*.k_proj: weights.bits=8"},
+            "vLLM alone, which computes q_proj, k_proj, v_proj of block 1 as one layer",
+        ),
         (compressed_tensors.check, {"overrides": "*: weights.bits=16"}, "all layers of this run have 16-bit weights"),
         (gptq.check, {"overrides": "*.o_proj: weights.bits=5"}, "GPTQ has 2, 3, 4 and 8 bits, and the run has 5"),
         (gptq.check, {"overrides": "*.o_proj: activations.bits=4"}, "needs 4-bit activations, which GPTQ"),

@@ -1,0 +1,78 @@
+"""Looks at a checkpoint in the compressed-tensors format before transformers loads it, which fills gaps with noise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus
+from compressed_tensors.utils import match
+from torch import nn
+
+from ...errors import InputError
+from ...models.families import family_of
+from ...models.shape import Shape
+from ..finished import projection_columns, projection_rows
+from ..reading import check_shape, read_config, read_shapes
+from .compressed_tensors import NAME, VLLM_ALONE
+
+
+def inspect(folder: Path) -> None:
+    """Compare the headers of a checkpoint with its config: transformers fills gaps with noise.
+
+    Raises:
+        InputError: a file is damaged, a tensor is missing or of another shape, or the config is not one of ours.
+    """
+    config, quantization = read_config(folder, NAME)
+    try:
+        stored = CompressionFormat(quantization.get("format"))
+        if quantization.get("quantization_status") == VLLM_ALONE:
+            quantization["quantization_status"] = QuantizationStatus.COMPRESSED.value
+        groups = QuantizationConfig.model_validate(quantization)
+        if stored != CompressionFormat.pack_quantized or any(not g.weights for g in groups.config_groups.values()):
+            raise ValueError(f"format {quantization.get('format')}, where pack-quantized is read")
+        family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
+        names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
+        layers = {name: _args_of(name, groups) for name in names}
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{folder / 'config.json'} cannot be used ({what}): export the model again.") from error
+    found = read_shapes(folder)
+    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
+    for name, args in layers.items():
+        inside = name.removeprefix(f"{family.layers}.").partition(".")[2]
+        for part, size in _shapes(args, rows[inside], columns[inside]).items():
+            check_shape(folder, f"{name}.{part}", size, found)
+    check_shape(folder, f"{family.embedding}.weight", (shape.vocabulary, shape.hidden), found)
+    if not config.get("tie_word_embeddings"):
+        check_shape(folder, f"{family.head}.weight", (shape.vocabulary, shape.hidden), found)
+    check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
+    if any(name.startswith(f"{family.layers}.{shape.blocks}.") for name in found):
+        raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")
+
+
+def _args_of(layer: str, config: QuantizationConfig) -> QuantizationArgs | None:
+    """What the weights of a layer have, as the format's library finds it; None where it is left as it is."""
+    linear = nn.Linear(1, 1)
+    if match.is_match(layer, linear, config.ignore or []):
+        return None
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    found = match.match_targets(layer, linear, schemes)
+    return schemes[found[0]].weights if found else None
+
+
+def _shapes(args: QuantizationArgs | None, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors by the last part of their names."""
+    if args is None:
+        return {"weight": (rows, columns)}
+    groups = -(-columns // args.group_size) if args.group_size else 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_packed": (rows, -(-columns * args.num_bits // 32)),
+        "weight_scale": (rows, groups),
+        "weight_shape": (2,),
+    }
+    if not args.symmetric:
+        shapes["weight_zero_point"] = (-(-rows * args.num_bits // 32), groups)
+    return shapes
