@@ -119,7 +119,7 @@ class Finished:
                 and the scheme of its weights; None: ours.
         """
         f = self.family
-        outer = self.outer_layers()
+        outer = self.outer_layers() if stored is None else self.outer_layers().untied()
         yield outer.before(f)
         for index in range(self.shape.blocks):
             if stored is None:

@@ -143,6 +143,11 @@ class Spec:
         return self.r1 and not self.online_r1
 
     @property
+    def turns_head(self) -> bool:
+        """Whether the packed embedding of a rotated stream is the head, with a matrix before it."""
+        return self.tied_head and self.turned
+
+    @property
     def sink(self) -> str:
         """The positions of the cache that are not quantized, in words; empty where there are none."""
         return f"first {self.cache_sink} positions" if self.cache_sink > 1 else "first position" * self.cache_sink

@@ -159,7 +159,8 @@ def read_outer_layers(folder: Path, family: Family) -> OuterLayers:
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
     matrices = packed_matrices(found, family, spec)
-    if missing := OuterLayers.missing(family, matrices, tied=tied):
+    missing = OuterLayers.missing(family, matrices, tied=tied, turned=spec.turns_head)
+    if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}: run the recipe again.")
     return OuterLayers.of(family, matrices)
 

@@ -125,12 +125,14 @@ class Decoder:
         """
         norm = self.norm(outer.norm, outer.norm_bias)
         bias = None if outer.head_bias is None else outer.head_bias.to(self.device, self.dtype)
+        turn = None if outer.before_head is None else outer.before_head.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
         parts = spans(outer.head)
         sent = None if self.device.type == "cpu" else [outer.head[rows].to(self.device) for rows in parts]
 
         def function(hidden: Tensor) -> Tensor:
             x, found = norm(hidden), []
+            x = x if turn is None else x @ turn
             for i, rows in enumerate(parts):
                 weight = (outer.head[rows] if sent is None else sent[i]).to(self.dtype)
                 found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))

@@ -35,6 +35,23 @@ class PartedMatrix(Matrix, Protocol):
 
 
 @dataclass(frozen=True)
+class ProductMatrix:
+    """The rows of a matrix times another one, (columns, columns), in the dtype of that."""
+
+    rows: Matrix
+    right: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, columns)."""
+        return self.rows.shape
+
+    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
+        """The rows `index`."""
+        return (self.rows[index].float() @ self.right.float()).to(self.right.dtype)
+
+
+@dataclass(frozen=True)
 class StoredMatrix:
     """A matrix in a safetensors file; nothing of it is held.
 

@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from .families import Family
-from .matrices import Matrix, PartedMatrix
+from .matrices import Matrix, PartedMatrix, ProductMatrix
+
+TURN = "turn"
+"""The last part of the name of `OuterLayers.before_head`."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class OuterLayers:
         positions: (positions + offset, hidden), learned ones, as stored; None with RoPE.
         norm_bias: (hidden,), of a LayerNorm.
         head_bias: (vocabulary,), what the final norm's bias becomes when it is folded into the head.
+        before_head: (hidden, hidden), symmetric, by which the norm's output is multiplied before the head reads it,
+            where the head is the embedding of a rotated stream; see `Rotations.before_head`.
     """
 
     embedding: Matrix
@@ -31,11 +36,18 @@ class OuterLayers:
     positions: Tensor | None = None
     norm_bias: Tensor | None = None
     head_bias: Tensor | None = None
+    before_head: Tensor | None = None
 
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one matrix, which is stored once."""
         return self.head is self.embedding
+
+    def untied(self) -> OuterLayers:
+        """The same with a head of its own, where the embedding with a matrix before it is the head."""
+        if self.before_head is None:
+            return self
+        return replace(self, head=ProductMatrix(self.embedding, self.before_head), before_head=None)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OuterLayers:
         """The same with `function` of every tensor that is there, whole."""
@@ -56,7 +68,7 @@ class OuterLayers:
 
     def after(self, family: Family) -> dict[str, Tensor]:
         """Of `named` what comes after the blocks."""
-        return self._named(family, ("norm", "norm_bias", *([] if self.tied else ["head"]), "head_bias"))
+        return self._named(family, ("norm", "norm_bias", *([] if self.tied else ["head"]), "head_bias", "before_head"))
 
     def _named(self, family: Family, fields: Sequence[str]) -> dict[str, Tensor]:
         names, found = _names(family), dict[str, Tensor]()
@@ -70,9 +82,19 @@ class OuterLayers:
         return found
 
     @classmethod
-    def missing(cls, family: Family, found: Mapping[str, object], *, tied: bool = False) -> list[str]:
-        """Full names of the tensors that every model of the family has, and `found` has not; `tied`: without a head."""
+    def missing(
+        cls, family: Family, found: Mapping[str, object], *, tied: bool = False, turned: bool = False
+    ) -> list[str]:
+        """Full names of the tensors that every model of the family has, and `found` has not.
+
+        Args:
+            family: of the model.
+            found: tensors by their full names.
+            tied: without a head.
+            turned: with a matrix before it.
+        """
         fields = ["embedding", "norm", *([] if tied else ["head"]), *(["positions"] if family.positions else [])]
+        fields += ["before_head"] if turned else []
         return [name for field, name in _names(family).items() if field in fields and name not in found]
 
     @classmethod
@@ -95,6 +117,7 @@ def _names(family: Family) -> dict[str, str]:
         "norm_bias": f"{family.final_norm}.bias",
         "head": f"{family.head}.weight",
         "head_bias": f"{family.head}.bias",
+        "before_head": f"{family.head}.{TURN}",
     }
     if family.positions is None:
         del names["positions"]

@@ -174,6 +174,15 @@ class Rotations:
             return head, norm
         return self.r1.apply(head * (norm + family.norm_offset)), torch.full_like(norm, 1.0 - family.norm_offset)
 
+    def before_head(self, norm: Tensor, family: Family) -> Tensor:
+        """What a head that stays the rotated embedding E Q has before it, (hidden, hidden) in float64.
+
+        With the final norm's weight g, `x^ diag(g) E^T = (x^ Q) [Q^T diag(g) Q] (E Q)^T`.
+        """
+        assert self.turned and self.r1 is not None
+        half = self.r1.apply(torch.diag(norm.to(torch.float64) + family.norm_offset))
+        return self.r1.apply(half.T.contiguous())
+
 
 def _rotate_inputs(block: dict[str, Tensor], name: str, rotation: Hadamard) -> None:
     """W Q; a Q smaller than the input acts on each of its equal parts (heads)."""

@@ -147,7 +147,7 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
     f, s, row = run.family, run.shape, ARCHITECTURES[run.family.model_type]
     names, ffn = get_tensor_name_map(row.arch, s.blocks), padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
-    outer = run.outer_layers()
+    outer = run.outer_layers().untied()
     yield _dense(_outer(MODEL_TENSOR.TOKEN_EMBD), outer.embedding[:])
     factors = rope_factors(run)
     if factors is not None:

@@ -67,10 +67,18 @@ class QuantizedEmbedding(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Logits by the matrix of a packed embedding, which stays where it is."""
+    """Logits by the matrix of a packed embedding, which stays where it is.
 
-    def __init__(self, embedding: QuantizedEmbedding) -> None:
+    Where the stream is rotated, the buffer `turn` (width, width) is what the input is multiplied by first; see
+    `OuterLayers.before_head`.
+    """
+
+    turn: Tensor | None
+
+    def __init__(self, embedding: QuantizedEmbedding, *, turns: bool = False) -> None:
         super().__init__()
+        width = embedding.embedding_dim
+        self.register_buffer("turn", embedding.kind.new_zeros(width, width) if turns else None)
         self.embedding = (embedding,)  # in a tuple it is no module of this one, and is stored once
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
 
@@ -82,5 +90,6 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., tokens)."""
         (embedding,) = self.embedding
+        x = x if self.turn is None else x @ self.turn.to(x.dtype)
         spans = [slice(start, start + ROWS) for start in range(0, self.out_features, ROWS)]
         return torch.cat([nn.functional.linear(x, embedding.rows(span).to(x.dtype)) for span in spans], -1)

@@ -87,7 +87,8 @@ def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
     if spec.tied_head:
         found = model.get_submodule(family.embedding)
         assert isinstance(found, QuantizedEmbedding)
-        model.set_submodule(family.head, TiedHead(found))
+        with found.kind.device:
+            model.set_submodule(family.head, TiedHead(found, turns=spec.turned))
     elif args.quantizes:
         assert isinstance(head, nn.Linear)
         with head.weight.device:

@@ -81,7 +81,7 @@ def other_bytes(job: Job, itemsize: int) -> int:
     family, spec = job.decoder.family, job.spec
     outer = {f"{module}.weight": spec.outer(module) for module in (family.embedding, family.head)}
     tied = stays_tied(job.recipe, job.rotations, job.decoder)
-    total = HEADERS * len(job.decoder.shapes)
+    total = HEADERS * len(job.decoder.shapes) + spec.turns_head * job.decoder.shape.hidden**2 * itemsize
     blocks = range(job.decoder.shape.blocks)
     projections = {f"{family.layers}.{i}.{name}.weight" for i in blocks for name in family.projections}
     for name, tensor in job.decoder.shapes.items():

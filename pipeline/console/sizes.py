@@ -27,14 +27,17 @@ def exported_sizes(folder: Path) -> dict[str, int]:
 def part_sizes(stored: Mapping[str, int], decoder: Decoder) -> dict[str, int]:
     """Bytes of `blocks` with the final norm, of `embedding` and of `head`, which is 0 where it is the embedding.
 
+    What a rotated stream has before such a head is the final norm's weight, and counts with it.
+
     Args:
         stored: bytes of each tensor of the finished model, by its name.
         decoder: of the original one.
     """
     f = decoder.family
+    turn = f"{f.head}.turn"  # `models.outer_layers.TURN`, which takes torch
     modules = {"embedding": [f.embedding, *([f.positions] if f.positions else [])], "head": [f.head]}
     found = {
-        part: sum(size for name, size in stored.items() if name.rpartition(".")[0] in names)
+        part: sum(size for name, size in stored.items() if name.rpartition(".")[0] in names and name != turn)
         for part, names in modules.items()
     }
     return {"blocks": sum(stored.values()) - sum(found.values()), **found}

@@ -65,9 +65,9 @@ def disk_bytes(job: Job, tokens: int) -> int:
     s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
     outer = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
     model = sum(projection_bytes(job.decoder, job.spec, itemsize).values())
-    model += outer * s.vocabulary * s.hidden * itemsize
+    model += (outer * s.vocabulary + s.hidden * job.spec.turns_head) * s.hidden * itemsize
     activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
-    changed = changed_outer_layers(job.recipe, job.rotations)
+    changed = changed_outer_layers(job.recipe, job.rotations, job.decoder)
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
 
 

@@ -20,6 +20,7 @@ from ...models.aliases import resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
 from ...models.hub import fetch
+from ...models.outer_layers import TURN
 from ...models.remote import Remote
 from ...models.shape import Shape
 from ...rotation import hadamard_matrices
@@ -67,7 +68,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         if name.removesuffix(".weight").endswith(decoder.family.projections) and len(tensor) == 2
     }
     rotations = rotations_of(recipe, decoder)
-    tied = stays_tied(recipe, rotations, decoder)
+    tied, changed = stays_tied(recipe, rotations, decoder), changed_outer_layers(recipe, rotations, decoder)
     spec = spec_of(recipe, rotations, decoder)
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
     sizes = _sizes(spec, decoder, projections, itemsize, tied)
@@ -100,9 +101,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
             "evaluation_windows": windows,
             **activations,
             "memory": budget,
-            "spilled": spilled_bytes(
-                shape, sum(activations.values()), budget, itemsize, changed_outer_layers(recipe, rotations)
-            ),
+            "spilled": spilled_bytes(shape, sum(activations.values()), budget, itemsize, changed),
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
@@ -210,6 +209,8 @@ def _sizes(
         stored[f"{f.head}.bias"] = decoder.shape.vocabulary * itemsize
     if tied:  # the model names it twice
         del stored[f"{decoder.family.head}.weight"]
+    if spec.turns_head:
+        stored[f"{decoder.family.head}.{TURN}"] = decoder.shape.hidden**2 * itemsize
     return {
         "quantized": sum(stored.values()),
         **part_sizes(stored, decoder),

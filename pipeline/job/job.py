@@ -25,7 +25,7 @@ from ...rotation.rotate import Rotations
 from ..ranks import launch
 from ..ranks.distributed import device_name
 from ..recipe.recipe import Recipe
-from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of
+from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of, stays_tied
 from ..storage.buffers import Buffers
 from ..storage.manifest import BudgetEntry
 from ..storage.run_folder import device_of
@@ -75,7 +75,8 @@ class Job:
             )
         if self.recipe.rotation.scale:
             notices += self._unbalanced()
-        if self.decoder.config.tie_word_embeddings and not self.rotations.turned and moves_head(self.recipe):
+        unmoved = self.recipe.model_copy(update={"weights": self.recipe.weights.model_copy(update={"head": 0.0})})
+        if moves_head(self.recipe) and stays_tied(unmoved, self.rotations, self.decoder):
             notices.append(
                 "weights.head moves the output layer away from the embedding that it was tied to, and both are stored; "
                 "with weights.head 0 they stay one."

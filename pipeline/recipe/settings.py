@@ -50,14 +50,23 @@ def moves_head(recipe: Recipe) -> bool:
 
 
 def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
-    """Whether embedding and head of the finished model are one matrix: they were, and the head alone is not changed."""
-    alone = moves_head(recipe) or recipe.head.bits < recipe.embedding.bits == FULL
-    return bool(decoder.config.tie_word_embeddings) and not rotations.turned and not alone
+    """Whether embedding and head of the finished model are one matrix: they were, and the head alone is not changed.
+
+    A rotated stream takes a matrix (hidden, hidden) before such a head: where the embedding is packed, and the final
+    norm has no bias, that is worth it.
+    """
+    if not decoder.config.tie_word_embeddings or moves_head(recipe):
+        return False
+    if rotations.turned:
+        return recipe.embedding.bits < FULL and not decoder.family.layer_norm
+    return not recipe.head.bits < recipe.embedding.bits == FULL
 
 
-def changed_outer_layers(recipe: Recipe, rotations: Rotations) -> int:
+def changed_outer_layers(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> int:
     """How many of embedding and head are changed, and lie in files while a run works."""
-    return 2 if rotations.turned else int(moves_head(recipe))
+    if rotations.turned:
+        return 1 if stays_tied(recipe, rotations, decoder) else 2
+    return int(moves_head(recipe))
 
 
 def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:

@@ -18,6 +18,7 @@ from ...export.packing import PackedMatrix
 from ...models.families import Family
 from ...models.matrices import SPAN, Matrix, spans
 from ...models.outer_layers import OuterLayers
+from ...rotation.fold import neutral
 from ..job.job import Job
 from ..recipe.settings import moves_head
 
@@ -36,6 +37,8 @@ def rotated_outer_layers(job: Job) -> OuterLayers:
         rest = source.rows(slice(1)).map(lambda tensor: tensor.to(dtype))
         _check_fits(rest, family, dtype)
         return replace(rest, embedding=source.embedding, head=source.head)
+    if job.spec.turns_head:
+        return _rotated_embedding(job, source)
     embedding, head = (job.buffers.file(*source.embedding.shape, dtype=dtype) for _ in range(2))
     biases: list[Tensor] = []
     for rows in spans(source.head):
@@ -45,6 +48,19 @@ def rotated_outer_layers(job: Job) -> OuterLayers:
         biases += [] if part.head_bias is None else [part.head_bias]
         job.release()
     return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
+
+
+def _rotated_embedding(job: Job, source: OuterLayers) -> OuterLayers:
+    """As `rotated_outer_layers` of a tied model whose head stays the embedding, with a matrix before it."""
+    rotations, family, dtype = job.rotations, job.decoder.family, job.checkpoint.dtype
+    embedding = job.buffers.file(*source.embedding.shape, dtype=dtype)
+    norm, turn = neutral(source.norm, family).to(dtype), rotations.before_head(source.norm, family).to(dtype)
+    for rows in spans(source.embedding):
+        part = rotations.rotate_embedding(source.embedding[rows]).to(dtype)
+        _check_fits(OuterLayers(part, norm, part, before_head=turn), family, dtype)
+        embedding[rows] = part
+        job.release()
+    return OuterLayers(embedding, norm, embedding, before_head=turn)
 
 
 def rounded_embedding(job: Job, outer: OuterLayers) -> OuterLayers:

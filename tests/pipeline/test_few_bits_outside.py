@@ -2,22 +2,26 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import rotoboa
+from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError
 from rotoboa.export.packing import PackedMatrix
 from rotoboa.export.runtime.embedding import QuantizedEmbedding, TiedHead
 from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.export.runtime.memory import model_bytes
 from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.decoder import Decoder
+from rotoboa.models.outer_layers import TURN, OuterLayers
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import open_finished
@@ -26,6 +30,8 @@ from rotoboa.pipeline.measure.evaluating import evaluate
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits, verify
+from rotoboa.rotation.fold import neutral
+from rotoboa.rotation.rotate import Rotations
 
 MakeRecipe = Callable[..., Recipe]
 SaveFamily = Callable[..., Path]
@@ -41,6 +47,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int], bool]] = {
     "tied": ("llama-biases", {**OFF, "embedding.bits": 4, "embedding.group_size": 16}, (4, 4), True),
     "tied, scaled": ("gemma2", {"embedding.bits": 8, "head.bits": 3}, (8, 8), True),
     "tied, moved": ("gemma3_text", {"embedding.bits": 8, "weights.head": 0.5}, (8, 16), False),
+    "tied, merged": ("qwen2", {**MERGED, "embedding.bits": 4, "embedding.group_size": 8, "head.bits": 3}, (4, 4), True),
+    "tied, merged, moved": ("qwen2", {**MERGED, "embedding.bits": 8, "weights.head": 0.5}, (8, 16), False),
     "LayerNorm": ("opt", {**MERGED, "embedding.bits": 4, "head.bits": 4}, (4, 4), False),
 }
 
@@ -76,7 +84,9 @@ def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRec
         if isinstance(matrix, PackedMatrix):
             assert matrix.bits == wanted and f"{module}.weight" not in stored
     assert outer.tied == tied and config(run / "model")["tie_word_embeddings"] is False
-    assert any(key.startswith(f"{family.head}.") for key in stored) != tied
+    turned = tied and "rotation.r1" in changes and changes["rotation.r1"] == "merged"
+    of_head = {key.removeprefix(f"{family.head}.") for key in stored if key.startswith(f"{family.head}.")}
+    assert of_head == {TURN} if turned else bool(of_head) != tied
 
     assert planned["sizes"]["quantized"] == size_of(stored)
     for part in ("embedding", "head", "blocks", "bits_per_weight_of_file"):
@@ -95,7 +105,7 @@ def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRec
     small, _ = rotoboa.load(run)
     assert small.get_input_embeddings().weight.dtype == (torch.int32 if bits[0] < 16 else torch.bfloat16)
     assert small(ids()).logits.dtype == torch.bfloat16
-    if name not in ("llama-biases", "opt"):  # biases are counted in float32
+    if name not in ("llama-biases", "opt", "qwen2"):  # biases are counted in float32
         assert report["memory"]["model"]["quantized"] == model_bytes(small)
 
     model.save_pretrained(tmp_path / "again")
@@ -182,3 +192,65 @@ def test_a_group_that_does_not_fit(save_family: SaveFamily, make_recipe: MakeRec
         with pytest.raises(InputError, match=rf"{section}\.group_size 12 does not divide the hidden size 32: give one"):
             rotoboa.quantize(make_recipe("w4a16", {"model": str(folder), **changes}))
     assert not (tmp_path / "run").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_what_is_before_a_head_that_is_the_rotated_embedding(
+    save_family: SaveFamily, tmp_path: Path, name: str
+) -> None:
+    """x^ diag(g) E^T, whatever g is, of a stream that is turned."""
+    checkpoint = Checkpoint(save_family(tmp_path, name))
+    decoder = Decoder(checkpoint.config, attention=NAME)
+    family, rotations = decoder.family, Rotations.of(decoder.shape, r1=True, r2=False, r3=False, r4=False, seed=3)
+    outer = checkpoint.outer_layers()
+    tied = replace(outer, head=outer.embedding)
+    turned, before = rotations.rotate_embedding(outer.embedding[:]), rotations.before_head(outer.norm, family)
+    hidden = torch.randn(5, decoder.shape.hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x = rotations.rotate_stream(hidden, family)
+    root = hidden.square().mean(-1, keepdim=True).sqrt()  # of the rotated stream too
+    exact = hidden / root * (outer.norm.double() + family.norm_offset) @ outer.embedding[:].double().T
+    assert exact.std() > 0.1 and (x / root @ before @ turned.T - exact).abs().max() < 1e-9
+    assert (x / root @ turned.T - exact).abs().max() > 0.1
+
+    one = OuterLayers(turned.float(), neutral(outer.norm, family), turned.float(), before_head=before.float())
+    one = replace(one, head=one.embedding)
+    expected = decoder.logits(tied)(hidden.float())
+    assert (decoder.logits(one)(x.float()) - expected).abs().max() < 1e-4
+    rotated, ours = rotations.rotate_outer_layers(tied, family).head[:], one.untied()
+    assert not ours.tied and ours.before_head is None and ours.head.shape == outer.embedding.shape
+    assert (ours.head[3:7] - rotated[3:7]).abs().max() < 1e-5
+    assert (decoder.logits(ours)(x.float()) - expected).abs().max() < 1e-4
+    assert torch.equal(OuterLayers.of(family, one.named(family)).before_head, before.float())  # type: ignore[arg-type]
+    assert outer.untied() is outer
+
+
+@torch.no_grad()
+def test_one_matrix_in_the_rotated_stream(
+    save_family: SaveFamily,
+    make_recipe: MakeRecipe,
+    interrupted: Callable[..., Path],
+    model_files: Callable[[Path], dict[str, bytes]],
+    tmp_path: Path,
+) -> None:
+    """Its logits are those of two matrices, but for rounding; and a run goes on with the same bytes."""
+    folder = save_family(tmp_path / "model", "qwen2", torch.bfloat16)
+    changes = {"model": str(folder), **SMALL, **MERGED, "weights.bits": 8, "embedding.bits": 8}
+    recipe = make_recipe("w4a16", {**changes, "output": tmp_path / "one"})
+    one = rotoboa.quantize(recipe)
+    run = interrupted(make_recipe("w4a16", {**changes, "output": tmp_path / "run"}), stages, "write_native")
+    rotoboa.quantize(make_recipe("w4a16", {**changes, "output": run}))
+    assert model_files(run) == model_files(tmp_path / "one")
+    two = rotoboa.quantize(make_recipe("w4a16", {**changes, "embedding.bits": 16, "output": tmp_path / "two"}))
+    assert one["sizes"]["head"] == 0 < two["sizes"]["head"]
+    original: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = original(ids()).logits
+    for name in ("one", "two"):
+        model, _ = rotoboa.load(tmp_path / name, dtype=torch.float32)
+        assert (model(ids()).logits - expected).std() < 0.05 * expected.std(), name
+    with pytest.raises(InputError, match=r"lacks lm_head\.turn: run the recipe again"):
+        stored = {key: tensor for key, tensor in tensors(run / "model").items() if key != "lm_head.turn"}
+        save_file(stored, run / "model" / "model.safetensors", {"format": "pt"})
+        open_finished(RunFolder.open(run)).outer_layers()
+    with pytest.raises(InputError, match=r"has no tensor lm_head\.turn"):
+        rotoboa.load(run)
