@@ -26,7 +26,13 @@ from common import HERE, PLAIN, measure, perplexity, side_by_side, standalone
 from rotoboa.eval.drawing.charts import Chart, legend, log_scale, span
 
 RECIPES = ("w2a16", "w4a4kv4")
-PUBLISHED: dict[str, Any] = {**PLAIN, "weights.method": "boa", "weights.rows": 1, "weights.value_rows": 0}
+PUBLISHED: dict[str, Any] = {
+    **PLAIN,
+    "weights.method": "boa",
+    "weights.rows": 1,
+    "weights.attention": "bound",
+    "weights.value_rows": 0,
+}
 """BoA as published; `PLAIN` is GPTQ so."""
 SETTING: dict[str, Any] = {"calibration.samples": 64}
 """Half of a recipe's calibration sequences: all of it takes about an hour."""

@@ -16,6 +16,7 @@ from ..errors import InputError, RunError
 from ..eval.zeroshot import Tasks
 from ..export.writing import write_native
 from ..models.outer_layers import OuterLayers
+from .budget.choosing import choose_bits
 from .console.progress import Progress
 from .console.sizes import bits_of_file, exported_sizes, was_tied
 from .estimate.footprint import disk_bytes
@@ -146,6 +147,9 @@ def _run(
             write_tensors(folder.path / ACTIVATIONS, profile.tensors())
         folder.keep(plain_forward_seconds=seconds)
     job = balanced(job, folder.path)
+    if not folder.manifest.knows("budget"):
+        folder.keep(budget=choose_bits(job, tokens, progress))
+    job = job.budgeted(folder.manifest.budget)
     if not ranks.broadcast_value(ranks.rank == 0 and folder.is_exported()):
         outer = rounded_embedding(job, rotated_outer_layers(job))
         prefetcher = Prefetcher(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
@@ -197,6 +201,7 @@ def _run(
         python=platform.python_version(),
         device=device_name(job.decoder.device),
         recipe=recipe.model_dump(mode="json"),
+        budget=known.budget,
         seeds=Seeds(rotation=seed, calibration=recipe.calibration.seed),
         **more,
     )

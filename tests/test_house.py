@@ -19,7 +19,7 @@ FLOORS = [
     ["export", "export/runtime", "export/formats", "export/runtimes"],
     ["eval", "eval/drawing"],
     ["pipeline/recipe", "pipeline/storage", "pipeline/ranks", "pipeline/console", "pipeline/job", "pipeline/rotating"],
-    ["pipeline/estimate", "pipeline/measure", "pipeline", "pipeline/cli"],
+    ["pipeline/estimate", "pipeline/measure", "pipeline/budget", "pipeline", "pipeline/cli"],
 ]
 ROOMS = [room for floor in FLOORS for room in floor]
 MOST_FILES = 16

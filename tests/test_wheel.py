@@ -46,7 +46,7 @@ def test_contents(installed: Path) -> None:
     assert not [name for name in names if any(part in name for part in ("tests/", "benchmarks/", "examples/", "docs/"))]
 
 
-def test_it_quantizes(installed: Path, tmp_path: Path) -> None:
+def test_it_quantizes(installed: Path, text: Path, tmp_path: Path) -> None:
     """In another folder and another process, with nothing of the source on the path."""
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'rotoboa'\n"
@@ -56,7 +56,8 @@ def test_it_quantizes(installed: Path, tmp_path: Path) -> None:
     options = "--weights.refine 0 --weights.starts 1 --calibration.samples 2 --calibration.sequence_length 32 "
     options += "--weights.tabu 0 --weights.grid minmax --evaluation.windows 2 --no-evaluation.report"
     result = subprocess.run(
-        [sys.executable, "-c", program, str(installed), "quantize", "--recipe", "w2a16", *options.split()],
+        [sys.executable, "-c", program, str(installed), "quantize", "--recipe", "w2a16", *options.split(),
+         "--calibration.dataset", str(text), "--evaluation.dataset", str(text)],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..objective.fisher import ROWS
 from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back
-from ..objective.statistics import AttentionStatistics, InputStatistics
+from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
+from ..online.attention import AttentionInputs
 from ..solver.rounding_settings import LAYERWISE
 from .context import BlockContext
 
@@ -46,6 +48,18 @@ def weighted(context: BlockContext, norms: NormTotals, number: int, xf: Tensor, 
     return xf * weight, xq * weight
 
 
+def add_heads(
+    context: BlockContext, grams: Total[AttentionStatistics], number: int, seen: AttentionInputs, first: int
+) -> None:
+    """Statistics of what errors of queries and keys cost, from batch `number`, whose first sequence is `first`."""
+    if context.settings.attention == "bound":
+        grams.at(number).add_grams(seen.query, seen.key)
+        return
+    tokens = context.share.count * seen.query.shape[2]
+    stride = value_stride(tokens, 1, context.shape.head_dim, ROWS)
+    grams.at(number).add_fisher(seen, stride=stride, first=first)
+
+
 def query_key_objective(
     context: BlockContext,
     inputs: Total[InputStatistics],
@@ -57,7 +71,7 @@ def query_key_objective(
     f, shape, decoder = context.family, context.shape, context.decoder
     cos, sin = (part[0] for part in decoder.position_embeddings(length, decoder.index_of(context.full)))
     keys, queries = (positions_pull_back(gram, cos, sin) for gram in grams.value().grams())
-    h_out = {f.query: keys.repeat_interleave(shape.query_heads // shape.key_heads, 0), f.key: queries}
+    h_out = {f.query: keys.repeat_interleave(shape.query_heads // len(keys), 0), f.key: queries}
     for name, norm in ((f.query, f.query_norm), (f.key, f.key_norm)):
         if norm is not None:
             weight = context.full.get_parameter(f"{norm}.weight") + f.norm_offset

@@ -12,7 +12,7 @@ from ..objective.statistics import AttentionStatistics, InputStatistics, value_s
 from ..objective.totals import Total
 from ..online.attention import CENTER, AttentionInputs, AttentionTransform
 from ..solver.rounding_settings import LAYERWISE
-from .attention_objectives import norm_totals, query_key_objective, value_objective, weighted, without_bias
+from .attention_objectives import add_heads, norm_totals, query_key_objective, value_objective, weighted, without_bias
 from .context import Batch, BlockContext, BlockResult, Streams
 from .forward_parts import attend, attention_inputs
 from .residual_stream import Writer, add_given, write_full, write_quantized
@@ -69,7 +69,7 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
             if layerwise:
                 continue
             seen = attention_inputs(context.decoder, context.quantized, xq, t.attention)
-            grams.at(batch.number).add_grams(seen.query, seen.key)
+            add_heads(context, grams, batch.number, seen, share.first + batch.span.start)
             if batch.span.stop >= share.own:
                 for norm_total in norms.values():
                     norm_total.start()

@@ -16,6 +16,7 @@ from ..solver.rounding_settings import LAYERWISE
 from ..solver.zfold import Term, channel_scales
 from .attention_objectives import (
     NormTotals,
+    add_heads,
     norm_totals,
     query_key_objective,
     value_objective,
@@ -86,13 +87,13 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
         full.shape[1],
     )
     some = full[: max(0, first - share.first)]
-    for n, _, h, _ in context.batches(Streams(some, some)):
+    for n, span, h, _ in context.batches(Streams(some, some)):
         x = t.qkv.rotate(block.get_submodule(f.attention_norm)(h))
         attended = attend(decoder, block, x, exact)
         if "qkv" in sites:
             met = attention_inputs(decoder, block, x, exact)
             seen.inputs["qkv"].at(n).add(None, weighted(context, seen.norms, n, x, x)[0])
-            seen.grams.at(n).add_grams(met.query, met.key)
+            add_heads(context, seen.grams, n, met, share.first + span.start)
             if context.settings.method not in LAYERWISE:
                 seen.grams.at(n).add_values(x, without_bias(context, attended), met, context.weight(f.value))
         written = block.get_submodule(f.output)(t.output.rotate(attended))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...rotation.hadamard import Hadamard
 from ..online.attention import AttentionInputs, causal_probabilities
 from ..stopwatch import stage
+from .fisher import fisher_grams
 from .grams import add_gram, gram_parts, mirrored
 from .objective import Objective
 
@@ -104,7 +105,7 @@ class AttentionStatistics:
 
     Attributes:
         keys, queries: (key heads, head_dim, head_dim): K^T K, and Q^T Q summed over each key head's query heads, after
-            RoPE and with R3 taken out again.
+            RoPE and with R3 taken out again; or what `fisher` has in their place, `keys` by query head.
         value_h_in: (key heads, c, c): X_q A_q^T A_q X_q^T, summed so; before `mirrored`, blocks above the diagonal
             say nothing.
         value_drift: (key heads, head_dim, c): (W X_f A_f^T - W X_q A_q^T) A_q X_q^T, summed so.
@@ -127,6 +128,14 @@ class AttentionStatistics:
         q = query.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3)
         self.keys = _plus(self.keys, self._unrotate(k.transpose(1, 2) @ k))
         self.queries = _plus(self.queries, self._unrotate(q.transpose(1, 2) @ q))
+
+    @stage("head statistics")
+    def add_fisher(self, seen: AttentionInputs, *, stride: int = 1, first: int = 0) -> None:
+        """One batch, by what attention makes of errors in place of `add_grams`; `keys` is by query head then."""
+        scale = ON_A_GPU if seen.query.is_cuda else 1
+        keys, queries = fisher_grams(seen, PROBABILITIES * scale, stride, first)
+        self.keys = _plus(self.keys, self._unrotate(keys))
+        self.queries = _plus(self.queries, self._unrotate(queries))
 
     @stage("value statistics")
     def add_values(

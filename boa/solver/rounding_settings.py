@@ -25,7 +25,8 @@ class Settings(BaseModel):
     | adaround, aespa | learned from the result of gptq, boa: see `learned` | | |
     | brecq | as boa; `learn_output` of `boa.block` goes on from there | | |
 
-    `drift`, `value_rows` and `value_output` say what the objective is collected from: see the steps of `boa.block`.
+    `drift`, `attention`, `value_rows` and `value_output` say what the objective is collected from: see the steps of
+    `boa.block`.
     `zfold` names the sites whose input channels get a scale of their own first: see `rotation.channels`.
     """
 
@@ -83,6 +84,11 @@ class Settings(BaseModel):
         default=(),
         description="A scale per input channel too, folded into the layer before (Z-Fold): true, or the inputs that "
         "get one, of qkv (norm), output (V), gate_up (norm) and down (up).",
+    )
+    attention: Literal["fisher", "bound"] = Field(
+        default="fisher",
+        description="What errors of queries and keys cost. fisher: what attention makes of them, by its probabilities; "
+        "bound: the same for all, as BoA has it (why: docs/methods.md#queries-and-keys).",
     )
     value_rows: int = Field(
         default=128,

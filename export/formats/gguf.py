@@ -142,8 +142,8 @@ def name_in(names: TensorNameMap, family: Family, index: int, part: str) -> str:
     return str(found)
 
 
-def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
-    """All tensors of the file: name, data, type."""
+def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
+    """All tensors of the file: name, data, type; `dense` unpacks the quantized ones to float32."""
     f, s, row = run.family, run.shape, ARCHITECTURES[run.family.model_type]
     names, ffn = get_tensor_name_map(row.arch, s.blocks), padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
@@ -155,7 +155,7 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     for index in range(s.blocks):
         quantized, others = run.split(index)
         stored: dict[str, list[Array]] = {}
-        kind = type_of(run.spec.bits, run.spec.symmetric)
+        kind = GGMLQuantizationType.F32 if dense else type_of(run.spec.bits, run.spec.symmetric)
         for name, result in quantized.items():
             if name in heads:
                 h = heads[name]
@@ -163,7 +163,8 @@ def tensors(run: Finished) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
             site = f.sites[name]
             rows = ffn if site == "gate_up" else run.rows[name]
             padded = _padded(result, rows, ffn if site == "down" else run.columns[name])
-            stored.setdefault(stored_in(f, name), []).append(to_blocks(padded, kind))
+            data = padded.dequantize().numpy() if dense else to_blocks(padded, kind)
+            stored.setdefault(stored_in(f, name), []).append(data)
         for name, blocks in stored.items():
             whole = np.stack(blocks) if f.experts and name.startswith(f.experts) else np.concatenate(blocks)
             yield f"{name_in(names, f, index, name)}.weight", whole, kind
@@ -190,8 +191,10 @@ def _dense(name: str, tensor: Tensor) -> tuple[str, Array, GGMLQuantizationType]
     return name, tensor.contiguous().numpy(), kind
 
 
-def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, dense: bool = False) -> None:
     """Write a finished run in this format: the file, and config and tokenizer beside it. The file is not split.
+
+    `dense` unpacks the weights to float32, to see what a reader computes besides rounding its inputs.
 
     Raises:
         InputError: the format cannot hold the run.
@@ -199,18 +202,20 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
     check(run)
     row, spec, ffn = architecture(run), run.spec, padded_ffn(run)
     fresh_folder(folder)
-    writer = GGUFWriter(folder / file_name(spec.bits, spec.symmetric), MODEL_ARCH_NAMES[row.arch])
+    file = "model-F32.gguf" if dense else file_name(spec.bits, spec.symmetric)
+    writer = GGUFWriter(folder / file, MODEL_ARCH_NAMES[row.arch])
     add_sizes(writer, run, row, ffn)
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{type_of(spec.bits, spec.symmetric).name}"])
+    packed = LlamaFileType[f"MOSTLY_{type_of(spec.bits, spec.symmetric).name}"]
+    writer.add_file_type(LlamaFileType.ALL_F32 if dense else packed)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     gguf_tokenizer.add_tokenizer(writer, run)
     # The headers come first, so tensors are made twice: no more than a block of them is in memory.
-    for name, data, kind in tensors(run):
+    for name, data, kind in tensors(run, dense=dense):
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, data, _ in tensors(run):
+    for _, data, _ in tensors(run, dense=dense):
         writer.write_tensor_data(data)
     writer.close()
     write_extras(folder, run.folder, config_of(run, ffn))

@@ -23,7 +23,6 @@ class Architecture:
         arch: its name and tensors in the gguf package's tables.
         activation: of the feed-forward layers.
         permuted: rows of queries and keys are reordered, since its RoPE turns neighbours, not halves.
-        biases: all linear layers may have one; else those of Q, K and V alone.
         windows: layers attend within windows, as config.json has it. Elsewhere all positions are seen.
         square: queries are as wide as the hidden state.
         tied: the embedding is the head too.
@@ -35,7 +34,6 @@ class Architecture:
     arch: MODEL_ARCH
     activation: str = "silu"
     permuted: bool = False
-    biases: bool = False
     windows: bool = False
     square: bool = False
     tied: bool = False
@@ -47,7 +45,7 @@ class Architecture:
 _GEMMA: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "windows": True}
 _SCALE: dict[str, Any] = {"query_pre_attn_scalar": "head_dim"}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, permuted=True, biases=True),
+    "llama": Architecture(MODEL_ARCH.LLAMA, permuted=True),
     "mistral": Architecture(MODEL_ARCH.LLAMA, permuted=True, model_type="llama"),
     "mixtral": Architecture(MODEL_ARCH.LLAMA, permuted=True, stock=False),
     "qwen2": Architecture(MODEL_ARCH.QWEN2, square=True),

@@ -64,6 +64,8 @@ class RotoboaQuantizer(HfQuantizer):
         layers = model.get_submodule(family.layers)
         assert isinstance(layers, nn.ModuleList)
         spec = self.quantization_config.spec.inside(base_prefix(model))
+        if spec.clips is not None and len(spec.clips) != len(layers):
+            raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
@@ -124,6 +126,8 @@ def _check_files(model: nn.Module, family: Family, files: list[Path]) -> None:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
     tied: Any = getattr(model, "all_tied_weights_keys", {})
     prefix = base_prefix(model)
+    if not any(name.startswith(prefix) for name in found):  # a decoder alone that was saved by itself
+        prefix = ""
     for own, tensor in model.state_dict().items():
         name = prefix + own
         if own in tied or (name not in found and is_new_head(name, model, family)):

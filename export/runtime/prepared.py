@@ -61,9 +61,9 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
         prepare_block(split_modules(block, family, shape), family, schemes, transforms)
-    _prepare_outer(model, family, spec)
     if family.layer_norm and spec.turned:
-        fold_layer_norms(model, family)
+        fold_layer_norms(model, family)  # first: a packed head has the bias of the one that it replaces
+    _prepare_outer(model, family, spec)
 
 
 def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:

@@ -29,7 +29,7 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
         save_file({"logits": logits[None].astype(numpy.float32)}, request["logits"])
     return {
         "versions": {"llama-cpp-python": version("llama-cpp-python")},
-        "kernels": [f"{file.stem.rpartition('-')[2]}, inputs rounded to 8 bits"],
+        "kernels": [kind if (kind := file.stem.rpartition("-")[2]) == "F32" else f"{kind}, inputs rounded to 8 bits"],
         "log_probabilities": [float(found[i, token]) for i, token in enumerate(ids[1:])],
         "top": logits.argmax(-1).tolist(),
         "greedy": greedy,

@@ -19,7 +19,7 @@ def export(
             "--format",
             metavar="native|compressed-tensors|gptq|gptq-v1|gguf|mlx",
             help="native: rotoboa's own; compressed-tensors: transformers and vLLM; gptq: version 2; gptq-v1: its "
-            "version 1, symmetric alone; gguf: llama.cpp, symmetric weights of 4 or 8 bits; mlx: mlx-lm.",
+            "version 1, symmetric alone; gguf: llama.cpp, weights of 4 or 5 bits or symmetric ones of 8; mlx: mlx-lm.",
         ),
     ],
     output: Annotated[

@@ -14,7 +14,8 @@ from statistics import mean
 
 from ...boa.block.block_output import TOKENS
 from ...boa.block.experts_step import POOL
-from ...boa.objective.statistics import value_stride
+from ...boa.objective.fisher import LEAST, ROWS
+from ...boa.objective.statistics import PROBABILITIES, value_stride
 from ...boa.solver.columns import COLUMN_BLOCK
 from ...boa.solver.grid import SHRINKS
 from ...boa.solver.rounding_settings import LAYERWISE
@@ -53,7 +54,7 @@ def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
         "plain forward pass": Work(tokens * token(sizes, run.length)),
         "forward": forward(sizes, run),
         "input statistics": Work(s.blocks * input_statistics(sizes, tokens)),
-        "head statistics": Work(s.blocks * 2 * tokens * (s.query_width + s.key_width) * s.head_dim),
+        "head statistics": Work(s.blocks * head_statistics(sizes, run)),
         "value statistics": Work(value_statistics(sizes, run)),
         "factors": Work(wide=s.blocks * sum(p.count * factors(p, run) for p in problems(sizes))),
         "rounding": rounding(sizes, run),
@@ -105,6 +106,18 @@ def input_statistics(sizes: Sizes, tokens: float) -> float:
 
     attention = layer(tokens, s.hidden) + layer(tokens, s.query_width)
     return attention + max(s.experts, 1) * (layer(each, s.hidden) + layer(each, s.ffn))
+
+
+def head_statistics(sizes: Sizes, run: Plan) -> float:
+    """Of a block: Grams of queries and keys; or what `fisher` makes of every n-th query, by chunks."""
+    s, tokens = sizes.shape, run.samples * run.length
+    if run.settings.attention == "bound":
+        return 2 * tokens * (s.query_width + s.key_width) * s.head_dim
+    stride = value_stride(tokens, 1, s.head_dim, ROWS)
+    step = -(-max(LEAST, min(run.length, PROBABILITIES // (s.query_heads * run.length))) // stride) * stride
+    chunks = [(min(start + step, run.length), start) for start in range(0, run.length, step)]
+    met = sum(end * (s.head_dim + 1 + 2 * (end - start) / stride) for end, start in chunks)
+    return run.samples * 2 * s.query_width * (met + 2 * s.head_dim * run.length / stride)
 
 
 def value_statistics(sizes: Sizes, run: Plan) -> float:

@@ -103,8 +103,18 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
-        "notices": [*checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
+        "notices": [*_of_budget(recipe), *checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
     }
+
+
+def _of_budget(recipe: Recipe) -> list[str]:
+    """A sentence where the bits of layers are not known yet."""
+    if recipe.weights.budget is recipe.weights.size is None:
+        return []
+    return [
+        "A run with a budget measures what each layer's bits cost before it chooses them, which takes longer than is "
+        f"said here; the sizes here are those of weights.bits {recipe.weights.bits}."
+    ]
 
 
 def _time(sizes: Sizes, run: Plan, device: torch.device) -> dict[str, Any]:
@@ -190,6 +200,11 @@ def _sizes(
         if (args := spec.outer(module)).quantizes:
             rows, columns = decoder.shapes[f"{module}.weight"]
             stored[f"{module}.weight"] = packed_bytes(rows, columns, args, itemsize)
+    if spec.turned and decoder.family.layer_norm:  # biases of norms are folded, that of the last into the head
+        f = decoder.family
+        folded = tuple(f"{norm}.bias" for norm in (f.attention_norm, f.mlp_norm, f.final_norm))
+        stored = {name: size for name, size in stored.items() if not name.endswith(folded)}
+        stored[f"{f.head}.bias"] = decoder.shape.vocabulary * itemsize
     if tied:  # the model names it twice
         del stored[f"{decoder.family.head}.weight"]
     return {

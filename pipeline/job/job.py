@@ -27,6 +27,7 @@ from ..ranks.distributed import device_name
 from ..recipe.recipe import Recipe
 from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of
 from ..storage.buffers import Buffers
+from ..storage.manifest import BudgetEntry
 from ..storage.run_folder import device_of
 from .checks import bos_of, check_bos, check_sizes
 from .clock import Clock
@@ -105,6 +106,17 @@ class Job:
     def reseeded(self, seed: int) -> Job:
         """The same with the signs of its rotations drawn from another seed."""
         return replace(self, rotations=self.rotations.reseeded(seed))
+
+    def budgeted(self, budget: BudgetEntry | None) -> Job:
+        """The same with the bits that a budget has for each layer."""
+        layers, prefix, whole = dict(self.spec.layers), self.decoder.family.layers, self.spec.scheme
+        for unit in () if budget is None else budget.units:
+            for name in unit.layers:
+                full = f"{prefix}.{unit.block}.{name}"
+                scheme = layers.pop(full, whole)
+                scheme = replace(scheme, weights=replace(scheme.weights, num_bits=unit.bits))
+                layers |= {} if scheme == whole else {full: scheme}
+        return replace(self, spec=replace(self.spec, layers=layers))
 
     def rotated(self, **changes: Any) -> Job:
         """The same with fields of its rotations changed."""

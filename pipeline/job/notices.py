@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
 from ...boa.online.activations import SEARCHED
+from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
 from ..recipe.recipe import Recipe
-from ..recipe.settings import rotations_of
+from ..recipe.settings import rotations_of, stays_tied
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,29 @@ def _searched(section: str, search: bool, bits: int) -> str | None:
     )
 
 
+def _budgeted(case: _Case) -> str | None:
+    weights = case.recipe.weights
+    return None if weights.budget is weights.size is None else "a budget chooses the bits"
+
+
+def _tied(case: _Case) -> str | None:
+    tied = stays_tied(case.recipe, case.rotations, case.decoder)
+    return "the head is the embedding, and has its bits" if tied else None
+
+
 _RTN = _of_method("rtn")
 _BY_LAYER = _of_method(*LAYERWISE)
 
 IDLE: dict[str, _Why] = {
+    "embedding.group_size": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
+    "head.bits": _tied,
+    "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
     "rotation.r4_blocks": lambda case: None if case.recipe.rotation.r4 else "rotation.r4 is off",
     "rotation.seed": _seed,
     "rotation.seeds": _seed,
+    "weights.bits": _budgeted,
+    "weights.choices": lambda case: None if _budgeted(case) else "there is no weights.budget or weights.size",
+    "weights.budget": lambda case: "weights.size says it" if case.recipe.weights.size is not None else None,
     "weights.rows": _BY_LAYER,
     "weights.act_order": _RTN,
     "weights.grid": _grid,
@@ -121,6 +138,7 @@ IDLE: dict[str, _Why] = {
     "weights.tabu": _RTN,
     "weights.drift": _drift,
     "weights.head": _RTN,
+    "weights.attention": _BY_LAYER,
     "weights.value_rows": _BY_LAYER,
     "weights.value_output": _BY_LAYER,
     "weights.iterations": _learned,

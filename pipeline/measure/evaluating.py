@@ -99,7 +99,7 @@ def _evaluate(
     # A run of a release before `bos` had windows without.
     bos = bool(manifest.identity.bos)
     recipe = recipe.model_copy(update={"output": run, "model": _model_of(recipe.model, manifest), "bos": bos})
-    job = settle(prepare(recipe, device, ranks), manifest.r1_noise)
+    job = settle(prepare(recipe, device, ranks), manifest.r1_noise).budgeted(manifest.budget)
     check_alike(job)
     if first:
         _check_checkpoint(job, folder, progress)

@@ -30,13 +30,15 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
     """
     family, blocks = decoder.family, decoder.shape.blocks
     names = [f"{family.layers}.{index}.{name}" for index in range(blocks) for name in family.projections]
+    outer = {family.embedding: "--embedding.bits", family.head: "--head.bits"}  # which have sections of their own
     whole = whole_scheme(recipe)
     found: dict[str, QuantizationScheme] = {}
     for override in recipe.overrides:
         for pattern in override.layers:
             layers = chosen(pattern, names, family.layers, blocks)
             if not layers:
-                near = nearest(pattern, names)
+                near = chosen(pattern, outer, family.layers, blocks) or nearest(pattern, names)
+                near = [outer.get(name, name) for name in near]
                 hint = f"perhaps {' or '.join(near)}" if near else f"give a glob on names such as {names[0]}"
                 raise InputError(f"overrides: '{pattern}' names no layer that is quantized: {hint}.")
             for name in layers:

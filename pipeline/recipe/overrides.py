@@ -85,7 +85,7 @@ def read_overrides(value: Any) -> Any:
     Raises:
         ValueError: the text is not of the form `TEXT`.
     """
-    if value is None:
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
         return ()
     if not isinstance(value, str):
         return value

@@ -24,7 +24,7 @@ from pydantic import (
 from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
 from .overrides import TEXT, Override, read_overrides
-from .values import Bits, Legal, Names, Placement, Sites, WeightBits
+from .values import Bits, Choices, Legal, Names, Placement, Sites, WeightBits
 
 
 class _Section(BaseModel):
@@ -94,6 +94,19 @@ class Weights(_Section, Settings):
         le=1,
         description="How far the output layer, which stays as it is otherwise, makes up for what the last hidden "
         "states have lost.",
+    )
+    budget: float | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="Bits a weight of the blocks on average, scales included, spent where they count, in place of "
+        "weights.bits (why: docs/methods.md#a-budget).",
+    )
+    size: Annotated[ByteSize | None, Legal("a size such as 1.2GiB")] = Field(
+        default=None, gt=0, description="Bytes of the whole file that the bits of layers are chosen for, likewise."
+    )
+    choices: Choices = Field(
+        default=(2, 3, 4, 8), description="The bits that a budget chooses from: those that the export's kernels have."
     )
     zfold: Sites = Field(  # type: ignore[assignment]
         default=None, description=Settings.model_fields["zfold"].description

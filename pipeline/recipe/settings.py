@@ -18,7 +18,7 @@ def settings_of(recipe: Recipe, rotations: Rotations | None = None) -> Settings:
     if grid == "auto":
         has_r1 = recipe.rotation.r1 != "none" if rotations is None else rotations.r1 is not None
         grid = "diagonal" if has_r1 else "hessian"
-    fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold"})
+    fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold", "budget", "size", "choices"})
     return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
 
 

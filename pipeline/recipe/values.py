@@ -74,5 +74,19 @@ Sites = Annotated[
     AfterValidator(_check_sites),
     Legal(f"true, false, or some of {', '.join(SITES)} with commas between them or as a list, each once"),
 ]
+
+
+def _check_choices(choices: tuple[int, ...]) -> tuple[int, ...]:
+    if not choices or any(bits not in range(2, 9) for bits in choices):
+        raise ValueError("no bit widths")
+    return tuple(sorted(set(choices)))
+
+
+Choices = Annotated[
+    tuple[int, ...],
+    BeforeValidator(split_names),
+    AfterValidator(_check_choices),
+    Legal("some of 2 to 8 with commas between them or as a list"),
+]
 WeightBits = Annotated[int, AfterValidator(_check_weight_bits), Legal("2 to 8")]
 Bits = Annotated[int, AfterValidator(_check_bits), Legal("2 to 8, or 16 for no quantization")]

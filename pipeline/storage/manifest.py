@@ -63,6 +63,24 @@ class BlockEntry(Stored):
     sha256: str = ""
 
 
+class UnitEntry(Stored):
+    """Layers of one site of one block that share the bits that a budget chose; costs of each choice in nats."""
+
+    block: int
+    site: str
+    layers: tuple[str, ...]
+    bits: int
+    costs: dict[int, float]
+
+
+class BudgetEntry(Stored):
+    """What a budget was spent on: bytes that were there for these layers, and that they take."""
+
+    units: tuple[UnitEntry, ...]
+    room: int
+    taken: int
+
+
 class FileState(Stored):
     """A file of the checkpoint, and by what it is known unchanged: bytes, and times of two kinds in nanoseconds."""
 
@@ -83,6 +101,7 @@ class Manifest(Stored):
         seconds: by stage, up to now.
         r1_noise: how much louder R1 merged makes the noise of rounding; None where it is not merged.
         rotation_seed: the one that was chosen.
+        budget: the bits that were chosen; None where the recipe has no budget.
         peak_memory_bytes: by place, the most of any part.
         model: SHA-256 of each file of the exported model.
     """
@@ -97,6 +116,7 @@ class Manifest(Stored):
     seconds: dict[str, float] = Field(default_factory=dict)
     r1_noise: float | None = None
     rotation_seed: int | None = None
+    budget: BudgetEntry | None = None
     plain_forward_seconds: float | None = None
     peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
     model: dict[str, str] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ...eval.results import Divergences, Perplexities, Sources, Stored, TaskScore
 from ...export.formats.card_facts import Base
+from .manifest import BudgetEntry
 
 REPORT_VERSION = 1
 
@@ -150,6 +151,7 @@ class Report(Measured):
         plain_forward_seconds: of one forward pass over the calibration set, which ratios are taken to.
         peak_memory_bytes: by place: `host`, `device`, and `spilled` into files.
         raised_damping: that of layers whose Cholesky decomposition needed more than the recipe has.
+        budget: what a budget of bits was spent on.
         recipe: as the release that made the run wrote it; `shown` is what this one reads of it.
     """
 
@@ -167,6 +169,7 @@ class Report(Measured):
     device: str = ""
     recipe: dict[str, Any]
     seeds: Seeds | None = None
+    budget: BudgetEntry | None = None
     ranks: RanksUsed | None = None
 
     @model_validator(mode="before")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CASE = "w2a16"
 # Little text and no refinement: one case takes seconds.
-SMALL = {
+SMALL: dict[str, object] = {
     "calibration.samples": 8,
     "calibration.sequence_length": 64,
     "evaluation.windows": 8,
@@ -27,7 +28,8 @@ MASK = "+= _future("
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The benchmark of the package in `folder`, small, with its figures beside that package."""
-    changes = [word for name, value in SMALL.items() for word in ("--change", f"{name}={value}")]
+    texts = {f"{part}.dataset": folder.parent / "text.txt" for part in ("calibration", "evaluation")}
+    changes = [word for name, value in (SMALL | texts).items() for word in ("--change", f"{name}={value}")]
     files = ["--latest", str(folder.parent / "latest.json"), "--baseline", str(folder.parent / "baseline.json")]
     return subprocess.run(
         [sys.executable, str(folder / "benchmarks" / "bench.py"), "--case", CASE, *changes, *files, *arguments],
@@ -39,8 +41,9 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Path:
-    """The sources, to be spoiled."""
+def copied(text: Path, tmp_path: Path) -> Path:
+    """The sources, to be spoiled, beside a short text."""
+    shutil.copy(text, tmp_path / "text.txt")
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,

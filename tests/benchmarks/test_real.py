@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,6 +94,7 @@ def test_it_measures_and_goes_on(judged: Any, llama: Path, text: Path, tmp_path:
     assert (tmp_path / f"real-{llama.name}-quick-sources.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_settings_are_other_cases(judged: Any, text: Path, tmp_path: Path) -> None:
     _, first = judged(methods="RTN")
     keys, found = judged(methods="RTN", change=[*OFF, "weights.damping=0.02"])
@@ -106,6 +106,7 @@ def test_other_settings_are_other_cases(judged: Any, text: Path, tmp_path: Path)
     assert len(judged(methods="RTN", fresh=True)[0]) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_case_that_cannot_be_does_not_stop_the_others(
     judged: Any, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,19 +140,3 @@ def test_what_is_wrong_is_one_sentence(
     error = capsys.readouterr().err
     assert getattr(stopped.value, "exit_code", None) == 2
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
-
-
-def test_a_case_is_a_process_of_its_own(llama: Path, text: Path, tmp_path: Path) -> None:
-    """As make runs it, from a copy of the folder, so that its files are not written beside the committed ones."""
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    for file in (Path(__file__).parents[2] / "benchmarks").glob("*.py"):
-        shutil.copy(file, folder)
-    sizes = [word for key, value in SIZES.items() for word in (f"--{key}", str(value))]
-    command = [
-        *(sys.executable, str(folder / "real.py"), "--model", str(llama), "--text", str(text)),
-        *("--calibrate", str(text), "--quick", "--recipes", "w4a8", "--methods", "RTN", "--threads", "1", *sizes),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "1 of 1, 0 min left: w4a8 | RTN | rotation | 0: perplexity" in done.stdout
-    assert {file.suffix for file in folder.glob("real-*")} == {".md", ".json", ".svg"}

@@ -90,6 +90,26 @@ def test_what_float32_may_be_off_by(
     assert found.control == 0 and found.tolerance == 0.005 and found.passed == passes
 
 
+def test_llama_cpp_has_a_dense_control_and_room_for_its_rounding(
+    cheap_run: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = open_finished(RunFolder.open(cheap_run("w4a16", SYMMETRIC)))
+    asked: list[str] = []
+
+    def ask(runtime: str, where: Path, ids: list[int], **options: Any) -> Answer:
+        asked.extend(file.name for file in where.glob("*.gguf"))
+        logits = run_logits(finished, torch.tensor([ids]), plain=True)[0].log_softmax(-1)
+        chosen = logits[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+        chosen[3] += 0.1 if where == folder else 0.001
+        return Answer({}, [], chosen.tolist(), logits.argmax(-1).tolist(), [int(logits[-1].argmax())])
+
+    monkeypatch.setattr(serving, "ask", ask)
+    run = cheap_run("w4a16", SYMMETRIC)
+    found = serve(folder, "llama.cpp", run=run, python=Path(sys.executable))
+    assert asked == ["model-Q4_0.gguf", "model-F32.gguf"]
+    assert found.control == pytest.approx(0.001, rel=0.01) and found.tolerance > 0.1 and found.passed
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no runtime 'trt': use one of vllm, gptqmodel, mlx"):
         serve(folder, "trt")

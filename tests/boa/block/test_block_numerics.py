@@ -51,7 +51,7 @@ def test_bad_stream_is_named(stream: str) -> None:
 def test_what_arises_in_a_layer_is_named(huge: str, message: str, method: str) -> None:
     decoder, tensors = make_decoder(), make_tensors()
     tensors[f"{huge}.weight"] *= 1e37
-    given = (decoder, decoder.block(0, tensors), QUICK.but(method=method), PLAIN, make_streams())
+    given = (decoder, decoder.block(0, tensors), QUICK.but(method=method, attention="bound"), PLAIN, make_streams())
     if method in LAYERWISE and huge == LLAMA.query:
         run_block(*given)  # what queries and keys are weighed by is not looked at
         return

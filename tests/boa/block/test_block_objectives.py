@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from rotoboa.boa.objective.fisher import fisher_grams
 from rotoboa.boa.online.activations import DynamicQuantizer
-from rotoboa.boa.online.attention import AttentionTransform
+from rotoboa.boa.online.attention import AttentionInputs, AttentionTransform
 from rotoboa.boa.online.transforms import OnlineTransforms
 
 from ..small_block import (
@@ -86,7 +87,7 @@ def _near(found: Tensor | None, expected: Tensor) -> None:
 def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -> None:
     """Those that the projections are solved for, against the table of the method, written out on the streams."""
     # 2 bits: errors large enough to tell the streams apart.
-    settings = QUICK.but(bits=2, method="boa", drift=drift)
+    settings = QUICK.but(bits=2, method="boa", drift=drift, attention="fisher" if drift else "bound")
     context = run_small(settings, transforms).context
     full, rounded = make_block(make_decoder(), transforms), context.quantized
     (qk, v, o, gate_up, down) = (objective for _, objective in solved)
@@ -107,6 +108,9 @@ def test_objectives(drift: bool, transforms: OnlineTransforms, solved: Solved) -
         met.append(_turned_back(_sum(half.key[:, h // 2], half.key[:, h // 2])))
     for g in range(KEY_HEADS):
         met.append(_turned_back(_total(_sum(half.query[:, h], half.query[:, h]) for h in (2 * g, 2 * g + 1))))
+    if drift:  # what attention makes of errors, in place of the Grams: see test_fisher
+        seen = AttentionInputs(half.query, half.key, SIZE**-0.5)
+        met = [_turned_back(gram) for grams in fisher_grams(seen, 1 << 20) for gram in grams]
     _near(qk.h_out, torch.stack(met))
 
     h_in, h_out, residual = [], [], []

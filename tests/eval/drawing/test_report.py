@@ -120,6 +120,7 @@ def test_the_page_holds_the_figures(html: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_sink_of_the_cache_is_named() -> None:
     report = copy.deepcopy(REPORT)
     report["recipe"]["cache"]["sink"] = 4
@@ -127,6 +128,7 @@ def test_the_sink_of_the_cache_is_named() -> None:
     assert low in page(contents(report=report))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_says_what_shares_a_scale(html: str) -> None:
     assert "activations in 4 bits, keys in 4 bits" in html and "boa A4KV4" in html
     report = copy.deepcopy(REPORT)
@@ -168,6 +170,7 @@ def test_the_same_page_twice(html: str) -> None:
     assert page(contents()) == html
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_not_measured_has_no_section() -> None:
     bare = copy.deepcopy(REPORT)
     del bare["tasks"], bare["divergence"], bare["sources"]

@@ -124,6 +124,17 @@ def test_file_holds_the_run_exactly(
     assert len(tensors) == seen + 3
 
 
+def test_a_dense_file_has_the_same_weights(opened_run: Opened, tmp_path: Path) -> None:
+    run = opened_run("w4a16", SYMMETRIC, NARROW)
+    for dense in (False, True):
+        gguf.write(run, tmp_path / str(dense), dense=dense)
+    _, packed = read(inspect(tmp_path / "False"))
+    reader, unpacked = read(inspect(tmp_path / "True"))
+    assert packed.keys() == unpacked.keys() and all(torch.equal(packed[name], unpacked[name]) for name in packed)
+    blocks = {tensor.tensor_type for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    assert blocks == {GGMLQuantizationType.F32} and inspect(tmp_path / "True").name == "model-F32.gguf"
+
+
 def test_metadata(opened_run: Opened, tmp_path: Path) -> None:
     run = opened_run("w4a16", SYMMETRIC, NARROW)
     gguf.write(run, tmp_path / "export")

@@ -181,9 +181,11 @@ print(json.dumps([planned["time"]["seconds"], measured, *memory]))
 
 
 @pytest.mark.slow
-def test_a_run_takes_what_was_planned(tmp_path: Path) -> None:
+def test_a_run_takes_what_was_planned(text: Path, tmp_path: Path) -> None:
     changes = {
         "output": str(tmp_path / "run"),
+        "calibration.dataset": str(text),
+        "evaluation.dataset": str(text),
         "calibration.samples": 4,
         "evaluation.windows": 4,
         "evaluation.report": False,

@@ -21,13 +21,14 @@ from rotoboa.pipeline.storage.run_report import Measured
 
 MakeRecipe = Callable[..., Recipe]
 
-BY_LAYER = ("rows", "value_rows", "value_output")
+BY_LAYER = ("rows", "attention", "value_rows", "value_output")
 LEARNED = ("iterations", "learning_rate", "regulariser")
 SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", "head")
 ALWAYS = {
     "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2", "rotation.r3",
-    "rotation.r4", "rotation.heads", "rotation.scale", "weights.bits", "weights.group_size", "weights.symmetric",
-    "weights.method", "weights.zfold", "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
+    "rotation.r4", "rotation.heads", "rotation.scale", "weights.group_size", "weights.symmetric",
+    "overrides", "embedding.bits", "weights.size", "weights.method", "weights.zfold",
+    "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
     "calibration.sequence_length", "calibration.batch",
 }  # fmt: skip
 """Fields that always have a part in the result or in what it takes; zfold is refused where it has none, and a model of
@@ -36,8 +37,11 @@ OTHER = {
     "rotation.r4_blocks": True, "rotation.seed": 7, "rotation.seeds": 2, "weights.rows": 2, "weights.act_order": False,
     "weights.grid": "diagonal", "weights.damping": 0.3, "weights.alpha": 0.75, "weights.refine": 2,
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
-    "weights.value_rows": 2, "weights.value_output": False, "weights.iterations": 3,
-    "weights.learning_rate": 0.5, "weights.regulariser": 0, "activations.group_size": 16,
+    "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8),
+    "weights.value_rows": 2,
+    "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
+    "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
+    "weights.regulariser": 0, "activations.group_size": 16,
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False, "cache.clip": 0.6,
     "cache.search": False, "cache.center": False, "cache.sink": 4, "calibration.samples": 5, "calibration.seed": 1,
 }  # fmt: skip
@@ -57,9 +61,12 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {f"weights.{name}" for name in (*BY_LAYER, *LEARNED)}
         | {"activations.clip", "cache.clip", "rotation.seed", "rotation.seeds"},
     ),
+    "a budget": ({"weights.size": "10MB"}, {"weights.bits", "weights.budget"}),
     "boa without alpha": (
         {"weights.alpha": 0, "activations.bits": 8, "cache.key_bits": 5, "cache.value_bits": 5, "rotation.r4": True},
-        {"weights.drift", "activations.clip", "cache.clip", *(f"weights.{name}" for name in LEARNED)},
+        {"weights.drift", "activations.clip", "cache.clip", "embedding.group_size", "head.group_size",
+         "weights.choices",
+         *(f"weights.{name}" for name in LEARNED)},
     ),
 }  # fmt: skip
 
@@ -118,6 +125,8 @@ def test_what_is_not_named_has_an_effect(
     name: str, result: Callable[..., Any], alive: Any, small: Path, make_recipe: MakeRecipe
 ) -> None:
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
+    setting |= {"weights.budget": 3} if name == "weights.choices" else {}
+    setting |= {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group")) else {}
     value = True if name.endswith(".search") else OTHER[name]
     recipe = make_recipe("w4a16", {"model": str(small), **setting, name: value})
     assert name not in idle_fields(recipe, decoder_of(small))

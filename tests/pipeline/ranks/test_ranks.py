@@ -68,7 +68,7 @@ def runs(
     mixtral = str(save_family(folder / "mixtral", "mixtral", num_hidden_layers=1))
     recipes = {
         "llama": make_recipe("w4a4kv4", {"model": str(llama), **data, **size, "rotation.seeds": 2, "timeout": 30}),
-        "mixtral": make_recipe("w3a16", {"model": mixtral, **data, **size, "calibration.samples": 4}),
+        "mixtral": make_recipe("w3a16", {"model": mixtral, **data, **size, "calibration.samples": 4, "head.bits": 4}),
     }
     for name, recipe in recipes.items():
         (folder / f"{name}.yaml").write_text(recipe_to_yaml(recipe))
@@ -79,6 +79,7 @@ def runs(
 
     fixed: dict[str, Any] = {"deterministic": True, "evaluation.references": True, "weights.head": 0.5}
     fixed |= {"weights.zfold": "output", "rotation.heads": False}
+    fixed |= {"overrides": "*.q_proj: weights.bits=3; blocks 1: weights.bits=8", "embedding.bits": 4}
     fixed |= {"evaluation.sources": True, "evaluation.windows": 2}  # of three ranks one has none
     listed = [
         *(case("llama", f"llama-{n}", n) for n in (1, 2)),

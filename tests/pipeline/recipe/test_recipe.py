@@ -119,7 +119,7 @@ def test_unknown_fields_are_named_with_the_closest_one() -> None:
 
 def test_the_section_weights_is_what_the_solver_takes() -> None:
     solver, recipe = Settings(bits=4).model_dump(), Weights().model_dump()
-    assert recipe.keys() - solver.keys() == {"head"} and not solver.keys() - recipe.keys()
+    assert recipe.keys() - solver.keys() == {"head", "budget", "size", "choices"} and not solver.keys() - recipe.keys()
     differing = {name for name in solver if solver[name] != recipe[name]}
     assert differing == {"grid", "zfold"}  # auto, and what it stands for; None and no sites
 

@@ -1,0 +1,91 @@
+"""The bits of each layer that a budget leaves room for, by what they cost the model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...boa.scheme import QuantizationArgs
+from ...errors import InputError
+from ...export.finished import projection_bytes, projection_columns, projection_rows
+from ...export.packing import packed_bytes
+from ..console.human import human_size
+from ..console.progress import Progress
+from ..job.job import Job
+from ..recipe.settings import stays_tied
+from ..storage.manifest import BudgetEntry, UnitEntry
+from .knapsack import cheapest
+from .sensitivity import Unit, measure_units
+
+HEADERS = 400  # bytes of a file's header for each tensor of the original, of which a packed one is three
+
+
+def choose_bits(job: Job, tokens: Tensor, progress: Progress) -> BudgetEntry | None:
+    """What the recipe's budget is spent on, the same on every rank; None where it has none.
+
+    Raises:
+        InputError: there is no room for the fewest bits.
+    """
+    weights = job.recipe.weights
+    if weights.budget is None and weights.size is None:
+        return None
+    found = None
+    if job.ranks.rank == 0:
+        with job.timed("sensitivity"):
+            units = measure_units(job, tokens, lambda index, name: _free(job, index, name), weights.choices, progress)
+        found = _chosen(job, units).model_dump(mode="json")
+    return BudgetEntry.model_validate(job.ranks.broadcast_value(found))
+
+
+def _free(job: Job, index: int, name: str) -> bool:
+    """Whether no override says what becomes of a layer's weights."""
+    scheme = job.spec.layers.get(f"{job.decoder.family.layers}.{index}.{name}")
+    return scheme is None or scheme.weights == job.spec.scheme.weights
+
+
+def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
+    family, weights = job.decoder.family, job.recipe.weights
+    itemsize = job.checkpoint.dtype.itemsize
+    rows, columns = projection_rows(family, job.decoder.shape), projection_columns(family, job.decoder.shape)
+    taken = projection_bytes(job.decoder, job.spec, itemsize)
+    free = {f"{family.layers}.{unit.block}.{name}" for unit in units for name in unit.layers}
+    numbers = sum(rows[name] * columns[name] for name in family.projections) * job.decoder.shape.blocks
+    if weights.size is not None:
+        room = int(weights.size) - other_bytes(job, itemsize)
+    else:
+        assert weights.budget is not None
+        room = int(weights.budget * numbers / 8)
+    room -= sum(size for name, size in taken.items() if name not in free)
+
+    def size(unit: Unit, bits: int) -> int:
+        args = QuantizationArgs(bits, weights.group_size)
+        return sum(packed_bytes(rows[name], columns[name], args, itemsize) for name in unit.layers)
+
+    sizes = [[size(unit, bits) for bits in unit.costs] for unit in units]
+    chosen = cheapest([list(unit.costs.values()) for unit in units], sizes, room)
+    if chosen is None:
+        least = sum(map(min, sizes))
+        field = "weights.size" if weights.size is not None else "weights.budget"
+        raise InputError(
+            f"{field} leaves {human_size(max(room, 0))} for layers that take {human_size(least)} in "
+            f"{min(weights.choices)} bits: give more, fewer bits in --weights.choices, or larger groups."
+        )
+    entries = [
+        UnitEntry(block=unit.block, site=unit.site, layers=unit.layers, bits=list(unit.costs)[i], costs=unit.costs)
+        for unit, i in zip(units, chosen, strict=True)
+    ]
+    return BudgetEntry(units=tuple(entries), room=room, taken=sum(own[i] for own, i in zip(sizes, chosen, strict=True)))
+
+
+def other_bytes(job: Job, itemsize: int) -> int:
+    """What of the finished model is no projection of a block: embedding, head, norms, biases, headers of files."""
+    family, spec = job.decoder.family, job.spec
+    outer = {f"{module}.weight": spec.outer(module) for module in (family.embedding, family.head)}
+    tied = stays_tied(job.recipe, job.rotations, job.decoder)
+    total = HEADERS * len(job.decoder.shapes)
+    blocks = range(job.decoder.shape.blocks)
+    projections = {f"{family.layers}.{i}.{name}.weight" for i in blocks for name in family.projections}
+    for name, tensor in job.decoder.shapes.items():
+        if name in projections or (tied and name == f"{family.head}.weight"):
+            continue
+        total += packed_bytes(tensor[0], tensor.numel() // tensor[0], outer.get(name, QuantizationArgs()), itemsize)
+    return total

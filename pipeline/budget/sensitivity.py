@@ -1,0 +1,167 @@
+"""What rounding the layers of one site costs the model, for each number of bits, without backpropagation.
+
+The layers that read one input in one block are a unit: runtimes fuse them, and they share their bits. On a few tokens
+of the calibration text a unit alone is rounded by plain GPTQ to a middle number of bits, and the divergence of the
+model's predictions from those of full precision is measured, by running what comes after it. That of other bits is
+taken to rise as the unit's own error does, tr(E H_in E^T): near full precision a divergence is a quadratic form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...boa.objective.statistics import InputStatistics
+from ...boa.solver.rounding import quantize
+from ...models.families import SITES
+from ..console.progress import Progress
+from ..job.job import Job
+from ..measure.sources import exact_block, only, switch
+from ..rotating.outside_blocks import rotated_outer_layers
+
+TOKENS = 1024  # that divergences are measured on
+QUICK: dict[str, Any] = {"method": "gptq", "alpha": 0.0, "refine": 1, "starts": 1, "tabu": 0.0}
+LENGTH = 512  # of a sequence of them, at most
+
+
+class Unit(NamedTuple):
+    """The quantized layers of one site of one block, by their names inside it, and what they cost by bits, in nats."""
+
+    block: int
+    site: str
+    layers: tuple[str, ...]
+    costs: dict[int, float]
+
+
+@torch.no_grad()
+def measure_units(
+    job: Job, tokens: Tensor, wanted: Callable[[int, str], bool], bits: Sequence[int], progress: Progress
+) -> list[Unit]:
+    """The units of a job's layers that are `wanted`, by block and name, and what they cost.
+
+    Args:
+        job: whose rotations and balance are known.
+        tokens: (sequences, length), of which the first are taken.
+        bits: for which costs are wanted, rising.
+    """
+    compute, batch = job.decoder, job.recipe.calibration.batch
+    length = min(LENGTH, tokens.shape[1])
+    tokens = tokens[: -(-TOKENS // length), :length]
+    outer = rotated_outer_layers(job)
+    logits = compute.logits(outer)
+    blocks = [_exact(job, index) for index in range(compute.shape.blocks)] if _fits(job) else None
+
+    def block(index: int) -> nn.Module:
+        return _exact(job, index) if blocks is None else blocks[index]
+
+    def after(index: int, hidden: Tensor) -> Tensor:
+        for later in range(index + 1, compute.shape.blocks):
+            hidden = _run(job, block(later), hidden, batch)
+            job.ranks.tick()
+        return hidden
+
+    progress.stage("sensitivity", compute.shape.blocks)
+    start = torch.cat([compute.embed(outer, ids[None]) for ids in tokens]).to(compute.device)
+    exact = _log_probabilities(logits, after(-1, start))
+    units, hidden = list[Unit](), start
+    for index in range(compute.shape.blocks):
+        own = block(index)
+        for site in SITES:
+            layers = tuple(name for name, at in compute.family.sites.items() if at == site and wanted(index, name))
+            if layers:
+                errors, weights = _rounded(job, own, layers, hidden, bits)
+                reference = bits[len(bits) // 2] if len(bits) > 2 else bits[-1]
+                with _Replaced(own, weights[reference]):
+                    moved = after(index, _run(job, own, hidden, batch))
+                divergence = _divergence(exact, logits, moved)
+                ratio = {b: errors[b] / max(errors[reference], 1e-30) for b in bits}
+                units.append(Unit(index, site, layers, {b: divergence * ratio[b] for b in bits}))
+        hidden = _run(job, own, hidden, batch)
+        progress.advance(block=index)
+    return units
+
+
+def _fits(job: Job) -> bool:
+    """Whether all blocks may be held in memory: then each is read and rotated once."""
+    compute = job.decoder
+    numbers = sum(tensor.numel() for tensor in compute.shapes.values())
+    return numbers * compute.dtype.itemsize <= job.buffers.budget
+
+
+def _exact(job: Job, index: int) -> nn.Module:
+    """Block `index`, rotated and in full precision, with rotations that run online and no quantizer."""
+    block = exact_block(job, index, job.checkpoint.block(index))
+    transforms = job.spec.transforms(job.decoder.shape, job.decoder.family, index)
+    switch(block, job.decoder.family, only(transforms, None))
+    return block
+
+
+def _run(job: Job, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+    return torch.cat([job.decoder.run(block, part) for part in hidden.split(batch)])
+
+
+def _rounded(
+    job: Job, block: nn.Module, layers: Sequence[str], hidden: Tensor, bits: Sequence[int]
+) -> tuple[dict[int, float], dict[int, dict[str, Tensor]]]:
+    """By bits the error of the layers, rounded by plain GPTQ, and their weights."""
+    # Layers of one site read one input, but for experts, each of which has its tokens.
+    apart = layers if job.decoder.family.experts else layers[:1]
+    statistics = {name: InputStatistics() for name in apart}
+    hooks = [block.get_submodule(name).register_forward_pre_hook(_seen(statistics[name])) for name in apart]
+    _run(job, block, hidden, job.recipe.calibration.batch)
+    for hook in hooks:
+        hook.remove()
+    errors, weights = dict.fromkeys(bits, 0.0), {b: dict[str, Tensor]() for b in bits}
+    for name in layers:
+        weight = block.get_parameter(f"{name}.weight").data
+        seen = statistics.get(name, statistics[layers[0]])
+        if seen.h_in is None:  # an expert that saw no token
+            continue
+        goal = seen.objective()
+        for b in bits:
+            found = quantize(weight.float()[None], goal, job.settings.but(bits=b, **QUICK)).dequantize()
+            errors[b] += float(goal.loss(found - weight.float()[None]).sum())
+            weights[b][name] = found[0].to(weight)
+    return errors, weights
+
+
+def _seen(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        statistics.add(None, arguments[0])
+
+    return hook
+
+
+class _Replaced:
+    """Other weights of a block, for a while."""
+
+    def __init__(self, block: nn.Module, weights: dict[str, Tensor]) -> None:
+        self.block, self.weights = block, weights
+
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            parameter = self.block.get_parameter(f"{name}.weight")
+            self.weights[name], parameter.data = parameter.data, weight
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+
+def _log_probabilities(logits: Callable[[Tensor], Tensor], hidden: Tensor) -> list[Tensor]:
+    return [logits(row).float().log_softmax(-1) for row in hidden]
+
+
+def _divergence(exact: list[Tensor], logits: Callable[[Tensor], Tensor], hidden: Tensor) -> float:
+    """Mean over tokens of KL(exact || what `hidden` predicts)."""
+    total, count = 0.0, 0
+    for expected, row in zip(exact, hidden, strict=True):
+        found = logits(row).float().log_softmax(-1)
+        total += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+        count += len(row)
+    return max(total / count, 0.0)
