@@ -105,6 +105,15 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
     ),
     "W2A16, groups of 32": ("w2a16", {"weights.group_size": 32}, {"gptqmodel": ("gptq",), "mlx": ("mlx",)}),
     "W3A16, groups of 32": ("w3a16", {"weights.group_size": 32}, {"gptqmodel": ("gptq",), "mlx": ("mlx",)}),
+    "W4A16, O in 3 bits, down in 8, block 0 in 16": (
+        "w4a16",
+        {
+            **SYMMETRIC,
+            "weights.group_size": 32,
+            "overrides": "*.down_proj: weights.bits=8; blocks 0: weights.bits=16; *.o_proj: weights.bits=3",
+        },
+        {"gptqmodel": ("gptq",), "mlx": ("mlx",), "transformers": ("compressed-tensors",)},
+    ),
     "W8A16, symmetric, by channel": (
         "w4a16",
         {**SYMMETRIC, "weights.bits": 8},

@@ -85,7 +85,7 @@ def divided(run: Finished) -> str:
         schemes = run.spec.schemes(run.family, index)
         for parts in fused_layers(run.family).values():
             if len({_effective(schemes[name]) for name in parts}) > 1:
-                return f"{', '.join(name.rpartition('.')[2] for name in parts)} of block {index}"
+                return f"{', '.join(dict.fromkeys(name.rpartition('.')[2] for name in parts))} of block {index}"
     return ""
 
 
