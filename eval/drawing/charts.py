@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 SVG = "http://www.w3.org/2000/svg"
@@ -111,6 +112,15 @@ class Chart:
         bars = axes.barh(at, lengths, thickness, left=left, color=SERIES[series % len(SERIES)], label=label)
         for bar, title in zip(bars, titles, strict=True):
             self._title(bar, [title])
+
+    def cell(self, axes: Axes, x: float, y: float, text: str, strength: float, title: str) -> None:
+        """A square around (x, y) with a few letters in it; `strength` is 0 to 1, and how dark it is."""
+        square = Rectangle(
+            (x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=0.08 + 0.47 * strength, edgecolor=FAINT, linewidth=0.4
+        )
+        axes.add_patch(square)
+        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=7.5)
+        self._title(square, [title])
 
     def picture(self, axes: Axes, values: np.ndarray, low: float, high: float, title: str, extent: np.ndarray) -> Any:
         """Magnitudes (tokens, channels) on a logarithmic scale; `extent` is how many of each there were."""

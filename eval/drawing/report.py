@@ -11,11 +11,11 @@ import jinja2
 import numpy as np
 import yaml
 
-from . import costs, figures, source_figures
+from . import budget, costs, figures, source_figures
 from .figures import Layer, Picture
 
 if TYPE_CHECKING:
-    from ...pipeline.storage.run_report import Report, ShownRecipe, ShownRotation
+    from ...pipeline.storage.run_report import Report, ShownRotation
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def page(contents: Contents) -> str:
     """The page as HTML text."""
     template = resources.files("rotoboa.eval.drawing").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    sections = [_runs(contents), _activations(contents), _losses(contents), _sources(contents), _costs(contents)]
+    parts = (_runs, _activations, _budget, _losses, _sources, _costs)
+    sections = [part(contents) for part in parts]
     report, others = contents.report, len(contents.rows) - 1
     words = (
         f"This run beside {others} other{'s' if others > 1 else ''}." if others else "What was measured of this run."
@@ -67,7 +68,7 @@ def page(contents: Contents) -> str:
     listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return environment.from_string(template).render(
         name=contents.rows[0]["run"],
-        summary=_summary(contents.rows[0], report.shown),
+        summary=_summary(contents.rows[0], report),
         tiles=_tiles(contents),
         runs_text=words,
         columns=contents.columns,
@@ -77,8 +78,8 @@ def page(contents: Contents) -> str:
     )
 
 
-def _summary(row: Mapping[str, Any], recipe: ShownRecipe) -> str:
-    bits = row["bits"]
+def _summary(row: Mapping[str, Any], report: Report) -> str:
+    bits, recipe = row["bits"], report.shown
     widths = {
         "weights": bits["weights"],
         "activations": bits["activations"],
@@ -87,6 +88,8 @@ def _summary(row: Mapping[str, Any], recipe: ShownRecipe) -> str:
     }
     ways = {"activations": f" by token in groups of {row['activation_group']}"} if row["activation_group"] else {}
     low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
+    if report.budget is not None and report.budget.units:
+        low = low.replace(f"weights in {bits['weights']} bits", f"weights in {budget.range_of(report.budget)}", 1)
     sink = recipe.cache.sink
     if sink and min(bits["keys"], bits["values"]) < 16:
         low += f", but for the first {sink} positions" if sink > 1 else ", but for the first position"
@@ -160,6 +163,14 @@ def _activations(contents: Contents) -> Section:
         *figures.pictures(found, block),
     ]
     return Section("Activations before and after rotation", words, pictures, wide=True)
+
+
+def _budget(contents: Contents) -> Section:
+    found = contents.report.budget
+    if found is None or not found.units:
+        return Section("Budget", [], [])
+    pictures = [budget.bits_by_block(found, len(contents.block_seconds)), budget.dearest_units(found)]
+    return Section("What the budget was spent on", [budget.sentence(found)], pictures)
 
 
 def _losses(contents: Contents) -> Section:

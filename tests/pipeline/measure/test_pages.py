@@ -100,3 +100,16 @@ def test_bad_input_is_one_sentence(runs: Path, tmp_path: Path) -> None:
 def test_short_names_of_layers() -> None:
     assert short_layer("self_attn.q_proj") == "q_proj"
     assert short_layer("mlp.experts.17.up_proj") == "experts up_proj"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_of_a_run_with_a_budget(cheap_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cheap_run("w2a16", {"weights.budget": 3.4, "weights.choices": "2,3,4,8", "head.bits": 8}), run)
+    assert call("report", run).exit_code == 0
+    budget = json.loads((run / "manifest.json").read_text())["budget"]
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert f"left {budget['room']:,} bytes for these layers, and they take {budget['taken']:,}" in text
+    for block in range(2):
+        cells = "".join(f"<td>{unit['bits']}</td>" for unit in budget["units"] if unit["block"] == block)
+        assert f"<td>{block}</td>{cells}</tr>" in text
