@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..scheme import QuantizationArgs
-from .grid import GridSettings
-from .learned import Learning
+
+if TYPE_CHECKING:  # a recipe is read without torch
+    from .grid import GridSettings
+    from .learned import Learning
 
 LAYERWISE = ("rtn", "gptq", "adaround")
 """Methods that know a layer by its inputs alone: X X^T for values too."""
@@ -108,11 +110,15 @@ class Settings(BaseModel):
     @property
     def learning(self) -> Learning:
         """The part that learns rounding."""
+        from .learned import Learning
+
         return Learning(self.iterations, self.learning_rate, self.regulariser)
 
     @property
     def grid_settings(self) -> GridSettings:
         """The part that chooses scales."""
+        from .grid import GridSettings
+
         return GridSettings(self.bits, self.symmetric, self.grid)
 
     def of(self, args: QuantizationArgs) -> Settings:

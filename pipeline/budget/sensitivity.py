@@ -1,14 +1,15 @@
 """What rounding the layers of one site costs the model, for each number of bits, without backpropagation.
 
-The layers that read one input in one block are a unit: runtimes fuse them, and they share their bits. On a few tokens
-of the calibration text a unit alone is rounded by plain GPTQ to a middle number of bits, and the divergence of the
-model's predictions from those of full precision is measured, by running what comes after it. That of other bits is
-taken to rise as the unit's own error does, tr(E H_in E^T): near full precision a divergence is a quadratic form.
+The layers that read one input in one block are a unit: runtimes fuse them, and they share their bits. A unit alone is
+rounded by plain GPTQ to a middle number of bits, on some of the calibration text, and on a few other tokens the
+divergence of the model's predictions from those of full precision is measured, by running what comes after it. That of
+other bits is taken to rise as the unit's own error does there, tr(E H_in E^T): near full precision a divergence is a
+quadratic form. On the tokens that it was rounded by, a layer of many inputs would lose next to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from ..measure.sources import exact_block, only, switch
 from ..rotating.outside_blocks import rotated_outer_layers
 
 TOKENS = 1024  # that divergences are measured on
+LEARNED = 8192  # others that units are rounded by
 QUICK: dict[str, Any] = {"method": "gptq", "alpha": 0.0, "refine": 1, "starts": 1, "tabu": 0.0}
 LENGTH = 512  # of a sequence of them, at most
 
@@ -49,7 +51,9 @@ def measure_units(
     """
     compute, batch = job.decoder, job.recipe.calibration.batch
     length = min(LENGTH, tokens.shape[1])
-    tokens = tokens[: -(-TOKENS // length), :length]
+    judged = -(-TOKENS // length)
+    others = tokens[judged : judged - (-LEARNED // tokens.shape[1])]
+    tokens = tokens[:judged, :length]
     outer = rotated_outer_layers(job)
     logits = compute.logits(outer)
     blocks = [_exact(job, index) for index in range(compute.shape.blocks)] if _fits(job) else None
@@ -63,23 +67,28 @@ def measure_units(
             job.ranks.tick()
         return hidden
 
+    def embedded(ids: Tensor) -> Tensor:
+        return torch.cat([compute.embed(outer, row[None]) for row in ids]).to(compute.device)
+
     progress.stage("sensitivity", compute.shape.blocks)
-    start = torch.cat([compute.embed(outer, ids[None]) for ids in tokens]).to(compute.device)
-    exact = _log_probabilities(logits, after(-1, start))
-    units, hidden = list[Unit](), start
+    hidden, learned = embedded(tokens), embedded(others) if len(others) else None
+    exact = _log_probabilities(logits, after(-1, hidden))
+    reference = bits[(len(bits) - 1) // 2]
+    units = list[Unit]()
     for index in range(compute.shape.blocks):
         own = block(index)
+        names = [name for name in compute.family.sites if wanted(index, name)]
+        moved, seen = _observed(job, own, names, hidden)
+        learned, known = (None, seen) if learned is None else _observed(job, own, names, learned)
         for site in SITES:
-            layers = tuple(name for name, at in compute.family.sites.items() if at == site and wanted(index, name))
+            layers = tuple(name for name in names if compute.family.sites[name] == site)
             if layers:
-                errors, weights = _rounded(job, own, layers, hidden, bits)
-                reference = bits[len(bits) // 2] if len(bits) > 2 else bits[-1]
+                errors, weights = _rounded(job, own, layers, known, seen, bits, rtn=learned is None)
                 with _Replaced(own, weights[reference]):
-                    moved = after(index, _run(job, own, hidden, batch))
-                divergence = _divergence(exact, logits, moved)
+                    divergence = _divergence(exact, logits, after(index, _run(job, own, hidden, batch)))
                 ratio = {b: errors[b] / max(errors[reference], 1e-30) for b in bits}
                 units.append(Unit(index, site, layers, {b: divergence * ratio[b] for b in bits}))
-        hidden = _run(job, own, hidden, batch)
+        hidden = moved
         progress.advance(block=index)
     return units
 
@@ -103,27 +112,41 @@ def _run(job: Job, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
     return torch.cat([job.decoder.run(block, part) for part in hidden.split(batch)])
 
 
-def _rounded(
-    job: Job, block: nn.Module, layers: Sequence[str], hidden: Tensor, bits: Sequence[int]
-) -> tuple[dict[int, float], dict[int, dict[str, Tensor]]]:
-    """By bits the error of the layers, rounded by plain GPTQ, and their weights."""
-    # Layers of one site read one input, but for experts, each of which has its tokens.
-    apart = layers if job.decoder.family.experts else layers[:1]
-    statistics = {name: InputStatistics() for name in apart}
-    hooks = [block.get_submodule(name).register_forward_pre_hook(_seen(statistics[name])) for name in apart]
-    _run(job, block, hidden, job.recipe.calibration.batch)
+def _observed(
+    job: Job, block: nn.Module, names: Sequence[str], hidden: Tensor
+) -> tuple[Tensor, dict[str, InputStatistics]]:
+    """What a block puts out, and the inputs of its layers; those of one site share them, but for experts."""
+    family = job.decoder.family
+    first = {family.sites[name]: name for name in reversed(names)}
+    statistics = {name: InputStatistics() for name in (names if family.experts else first.values())}
+    hooks = [block.get_submodule(name).register_forward_pre_hook(_seen(found)) for name, found in statistics.items()]
+    moved = _run(job, block, hidden, job.recipe.calibration.batch)
     for hook in hooks:
         hook.remove()
+    return moved, {name: statistics.get(name, statistics[first[family.sites[name]]]) for name in names}
+
+
+def _rounded(
+    job: Job,
+    block: nn.Module,
+    layers: Sequence[str],
+    known: Mapping[str, InputStatistics],
+    seen: Mapping[str, InputStatistics],
+    bits: Sequence[int],
+    *,
+    rtn: bool,
+) -> tuple[dict[int, float], dict[int, dict[str, Tensor]]]:
+    """By bits the weights of layers, rounded by what is `known` of their inputs, and their error on what is `seen`."""
     errors, weights = dict.fromkeys(bits, 0.0), {b: dict[str, Tensor]() for b in bits}
     for name in layers:
         weight = block.get_parameter(f"{name}.weight").data
-        seen = statistics.get(name, statistics[layers[0]])
-        if seen.h_in is None:  # an expert that saw no token
+        if known[name].h_in is None or seen[name].h_in is None:  # an expert that saw no token
             continue
-        goal = seen.objective()
+        goal, judge = known[name].objective(), seen[name].objective()
         for b in bits:
-            found = quantize(weight.float()[None], goal, job.settings.but(bits=b, **QUICK)).dequantize()
-            errors[b] += float(goal.loss(found - weight.float()[None]).sum())
+            settings = job.settings.but(**QUICK, bits=b)
+            found = quantize(weight.float()[None], goal, settings.but(method="rtn") if rtn else settings).dequantize()
+            errors[b] += float(judge.loss(found - weight.float()[None]).sum())
             weights[b][name] = found[0].to(weight)
     return errors, weights
 

@@ -26,7 +26,13 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four sequences are judged; units are rounded by the others."""
+    monkeypatch.setattr("rotoboa.pipeline.budget.sensitivity.TOKENS", 96)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_costs_are_divergences_of_the_model(make_job: Callable[..., Job], tokens
 
 def test_a_budget_fits_and_is_spent(make_job: Callable[..., Job], tokens: torch.Tensor) -> None:
     taken = []
-    for bits in (2.8, 3.5, 4.5):
+    for bits in (2.8, 3.5, 5.0):
         found = chosen(make_job(**{"weights.budget": bits}), tokens)
         assert found.taken <= found.room
         assert len({unit.bits for unit in found.units}) > 1
