@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...boa.scheme import QuantizationArgs, QuantizationScheme
+from ...export.finished import Finished
 from ...export.spec import Spec
 from ...models.families import Family
 from ..console.progress import short_layer
-from ..exporting import open_finished
 from ..recipe.layers import whole_scheme
 from ..recipe.recipe import Recipe
 from ..storage.manifest import BudgetEntry, Manifest
@@ -44,7 +44,8 @@ def schemes_of_run(run: Path, manifest: Manifest) -> dict[str, Any] | None:
         InputError: its model or its recipe cannot be read.
     """
     if (run / "model" / "config.json").is_file():
-        found = open_finished(RunFolder(run, manifest))
+        folder = RunFolder(run, manifest)
+        found = Finished.open(run / "model", [folder.block_path(index) for index in range(len(manifest.blocks))])
         tied = found.spec.tied_head or bool(found.config.get("tie_word_embeddings"))
         return _shown(_layers(found.spec, found.family, found.shape.blocks), found.spec, found.family, tied)
     if manifest.budget is None:

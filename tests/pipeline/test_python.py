@@ -68,7 +68,10 @@ def test_the_default_is_that_of_the_command(asked: list[Any], tmp_path: Path) ->
     [
         (lambda: rotoboa.Recipe(weights={"bits": 9}), "weights.bits is 9 but must be 2 to 8"),
         (lambda: rotoboa.Recipe(weights={"bitz": 4}), r"there is no field weights.bitz \(perhaps weights.bits\)"),
-        (lambda: rotoboa.Recipe(bits=4), r"there is no field bits \(perhaps weights.bits or activations.bits\)"),
+        (
+            lambda: rotoboa.Recipe(bits=4),
+            r"there is no field bits \(perhaps weights.bits or embedding.bits or .*activations.bits\)",
+        ),
         (lambda: rotoboa.Recipe(weights=4), "weights must be a section with fields such as weights.bits"),
         (lambda: rotoboa.quantize("w4a16", weights={"bits": 9}), "weights.bits is 9 but must be 2 to 8"),
         (lambda: rotoboa.quantize("w4a16", bits=4), r"there is no field bits \(perhaps"),

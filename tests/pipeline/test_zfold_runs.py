@@ -43,6 +43,7 @@ def _check(run: Path) -> None:
 @pytest.mark.parametrize("group", [None, 16])
 def test_run_save_and_load(llama: Path, make_recipe: MakeRecipe, tmp_path: Path, group: int | None) -> None:
     changes = {"model": str(llama), "weights.group_size": group, "evaluation.baseline": False}
+    changes["weights.attention"] = "bound"  # of a random model nothing but large keys can be made better
     perplexities = {}
     for zfold in (False, True):
         run = tmp_path / str(zfold)
