@@ -58,6 +58,6 @@ def fisher_grams(seen: AttentionInputs, room: int, stride: int = 1, first: int =
             floor = ROUNDING * torch.finfo(k.dtype).eps * whole.diagonal(dim1=-2, dim2=-1).mean(-1)
             keys.diagonal(dim1=-2, dim2=-1).add_(floor[..., None])
             q = seen.query[i, :, start:stop:stride].unflatten(0, (groups, per))
-            spread = 1 - a.square().sum(-1, keepdim=True)
+            spread = (1 - a.square().sum(-1, keepdim=True)).clamp_min(0)
             queries += ((q * spread).flatten(1, 2)).transpose(1, 2) @ q.flatten(1, 2)
     return keys.flatten(0, 1), queries
