@@ -18,12 +18,11 @@ from transformers import AutoConfig, PretrainedConfig
 from ..boa.scheme import QuantizationArgs
 from ..boa.solver.rounding import Quantized
 from ..errors import InputError
-from ..models.decoder import Decoder
 from ..models.families import Family, family_for, family_of
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from ..models.shape import Shape
-from .packing import packed_bytes, unpack_block
+from .packing import unpack_block
 from .spec import METHOD, Spec
 from .writing import read_outer_layers
 
@@ -138,17 +137,6 @@ def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
     """How many inputs each projection of a block has."""
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
     return {name: widths[site] for name, site in family.sites.items()}
-
-
-def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, int]:
-    """Bytes of each projection of all blocks as a native checkpoint has it, by its full name."""
-    family, shape = decoder.family, decoder.shape
-    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
-    return {
-        f"{family.layers}.{index}.{name}": packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
-        for index in range(shape.blocks)
-        for name, scheme in spec.schemes(family, index).items()
-    }
 
 
 def projection_rows(family: Family, shape: Shape) -> dict[str, int]:

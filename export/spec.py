@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -90,10 +90,6 @@ class Spec:
         if not prefix:
             return self
         return replace(self, layers={name.removeprefix(prefix): scheme for name, scheme in self.layers.items()})
-
-    def all_schemes(self, family: Family, blocks: int) -> Iterator[QuantizationScheme]:
-        """Those of the projections of all blocks."""
-        return (scheme for index in range(blocks) for scheme in self.schemes(family, index).values())
 
     @property
     def quantizes_inputs(self) -> bool:

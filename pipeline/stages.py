@@ -147,11 +147,13 @@ def _run(
             write_tensors(folder.path / ACTIVATIONS, profile.tensors())
         folder.keep(plain_forward_seconds=seconds)
     job = balanced(job, folder.path)
-    if not folder.manifest.knows("budget"):
-        folder.keep(budget=choose_bits(job, tokens, progress))
+    exported = ranks.broadcast_value(ranks.rank == 0 and folder.is_exported())
+    outer = None if exported else rotated_outer_layers(job)
+    if outer is not None and not folder.manifest.knows("budget"):
+        folder.keep(budget=choose_bits(job, tokens, outer, progress))
     job = job.budgeted(folder.manifest.budget)
-    if not ranks.broadcast_value(ranks.rank == 0 and folder.is_exported()):
-        outer = rounded_embedding(job, rotated_outer_layers(job))
+    if outer is not None:
+        outer = rounded_embedding(job, outer)
         prefetcher = Prefetcher(job.checkpoint, folder, job.decoder.shape.blocks, job.decoder.device)
         with job.timed("quantize"), prefetcher:
             # Streams get no name: evaluation needs their memory.

@@ -14,7 +14,6 @@ from ..objective.totals import Total
 from ..precision import exact_products
 from ..solver.references import relative_losses
 from ..solver.rounding import Quantized
-from ..solver.rounding_settings import Settings
 from ..solver.units import Problem, Solved, solve
 from ..stopwatch import stage
 from .context import BlockContext, BlockResult
@@ -72,7 +71,7 @@ def solve_together(context: BlockContext, layers: Sequence[Layers]) -> BlockResu
 def _problems(context: BlockContext, layers: Layers) -> list[Problem]:
     """One for all projections, or one for those of like settings; none of those that are left as they are."""
     settings = {name: context.settings_of(name) for name in layers.names}
-    wanted = [own for own in dict.fromkeys(map(_key, settings.values())) if own is not None]
+    wanted = [own for own in dict.fromkeys(settings.values()) if own is not None]
     if not wanted:
         return []
     goal = layers.objective()
@@ -80,20 +79,13 @@ def _problems(context: BlockContext, layers: Layers) -> list[Problem]:
     goal = replace(goal, memo={}) if shared or context.share.ranks.deterministic else goal
     numbers = torch.arange(sum(layers.heads), device=goal.h_in.device).split(layers.heads)
     problems = []
-    for key in wanted:
-        chosen = [i for i, name in enumerate(layers.names) if _key(settings[name]) == key]
+    for own in wanted:
+        chosen = [i for i, name in enumerate(layers.names) if settings[name] == own]
         names, heads = [layers.names[i] for i in chosen], [layers.heads[i] for i in chosen]
         stacked = [context.weight(name).unflatten(0, (h, -1)) for name, h in zip(names, heads, strict=True)]
         part = goal if len(chosen) == len(layers.names) else goal.of_heads(torch.cat([numbers[i] for i in chosen]))
-        own = settings[names[0]]
-        assert own is not None
         problems.append(Problem(names, heads, torch.cat(stacked), part, own))
     return problems
-
-
-def _key(settings: Settings | None) -> tuple[object, ...] | None:
-    """What tells the settings of two projections of one run apart."""
-    return None if settings is None else (settings.bits, settings.group_size, settings.symmetric)
 
 
 def _found(context: BlockContext, problem: Problem, solved: Solved) -> BlockResult:

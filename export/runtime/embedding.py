@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from ..packing import dequantize_rows, packed_width
+from ..packing import dequantize_rows
+from .packed_weight import PackedWeight
 
 ROWS = 1 << 12  # of the matrix that become floats at a time, as an output layer
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(PackedWeight):
     """Rows of a packed matrix as floats of `dtype`, times `factor` where the family scales its embedding.
 
-    Buffers, as in the files: `qweight` (tokens, words) int32, `scale` (tokens, groups) float16, `zero` (tokens, groups)
-    uint8; see `QuantizedLinear`.
+    Its buffers are those of `PackedWeight`, a row a token.
     """
 
-    qweight: Tensor
-    scale: Tensor
-    zero: Tensor
     kind: Tensor
 
     def __init__(
@@ -35,25 +30,9 @@ class QuantizedEmbedding(nn.Module):
         factor: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.bits, self.factor = tokens, width, bits, factor
-        groups = width // (group_size or width)
-        self.register_buffer("qweight", torch.zeros(tokens, packed_width(width, bits), dtype=torch.int32))
-        self.register_buffer("scale", torch.ones(tokens, groups, dtype=torch.float16))
-        self.register_buffer("zero", torch.zeros(tokens, groups, dtype=torch.uint8))
+        self.num_embeddings, self.embedding_dim, self.factor = tokens, width, factor
+        self.make_room(tokens, width, bits, group_size)
         self.register_buffer("kind", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
-        # As of `QuantizedLinear`: scales stay float16.
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
-
-    @property
-    def weight(self) -> Tensor:
-        """The packed words, for those who ask a layer for its device."""
-        return self.qweight
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows, in the model's dtype."""

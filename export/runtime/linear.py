@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, reduce
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ...boa.online.activations import DynamicQuantizer
 from ...boa.online.transforms import InputTransform
-from ..packing import dequantize_rows, packed_width, planes, unpack
+from ...boa.scheme import QuantizationArgs
+from ..packing import dequantize_rows, planes, unpack
 from .gradient import with_gradient
+from .packed_weight import PackedWeight
 
 _CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
 _CHUNK_ELSEWHERE = 1 << 24
@@ -19,14 +21,11 @@ _COLUMNS = 128  # least of a product of integers by group, by estimate: with few
 _SLOW_INTEGERS = ("NO AVX", "AVX2")  # processors where oneDNN has no kernel: 25 times a float product's time, as seen
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(PackedWeight, nn.Linear):
     """y = dequantize(qweight) transform(x) + bias.
 
-    A linear layer to those who look for one, as PEFT does for its adapters. What they read of `weight`, its device and
-    whether it learns, is that of the packed words.
-
-    Buffers, as in the files: `qweight` (out, words) int32, `scale` (out, groups) float16, `zero` (out, groups) uint8;
-    the weight is `scale * (integer - zero)`. `bias` (out,) where the original has one.
+    A linear layer to those who look for one, as PEFT does for its adapters. Its buffers are those of `PackedWeight`, a
+    row an output; `bias` (out,) where the original has one.
 
     | activations | weights | computed |
     |---|---|---|
@@ -40,11 +39,6 @@ class QuantizedLinear(nn.Linear):
     left after a call is of the size of its output.
     """
 
-    qweight: Tensor
-    scale: Tensor
-    zero: Tensor
-    weight = property(lambda self: self.qweight)
-
     def __init__(
         self,
         inputs: int,
@@ -56,21 +50,26 @@ class QuantizedLinear(nn.Linear):
         transform: InputTransform | None = None,
     ) -> None:
         nn.Module.__init__(self)  # without a weight
-        self.in_features, self.out_features, self.bits = inputs, outputs, bits
-        groups = inputs // (group_size or inputs)
+        self.in_features, self.out_features = inputs, outputs
         self.transform = transform or InputTransform()
-        self.register_buffer("qweight", torch.zeros(outputs, packed_width(inputs, bits), dtype=torch.int32))
-        self.register_buffer("scale", torch.ones(outputs, groups, dtype=torch.float16))
-        self.register_buffer("zero", torch.zeros(outputs, groups, dtype=torch.uint8))
+        self.make_room(outputs, inputs, bits, group_size)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay float16.
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
+    @classmethod
+    def in_place_of(
+        cls, linear: nn.Linear, args: QuantizationArgs, transform: InputTransform | None = None
+    ) -> QuantizedLinear:
+        """One of the same size, on the same device, without data."""
+        bias = linear.bias is not None
+        with linear.weight.device:
+            return cls(
+                linear.in_features,
+                linear.out_features,
+                bits=args.num_bits,
+                group_size=args.group_size,
+                bias=bias,
+                transform=transform,
+            )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(out, in) weights, computed in float32 and rounded to `dtype`."""

@@ -38,16 +38,7 @@ def prepare_block(
             if transform != InputTransform():
                 linear.register_forward_pre_hook(partial(_transformed, transform))
             continue
-        with linear.weight.device:
-            packed = QuantizedLinear(
-                linear.in_features,
-                linear.out_features,
-                bits=args.num_bits,
-                group_size=args.group_size,
-                bias=linear.bias is not None,
-                transform=transform,
-            )
-        block.set_submodule(name, packed)
+        block.set_submodule(name, QuantizedLinear.in_place_of(linear, args, transform))
     set_attention(attention, transforms.attention)
     return block
 
@@ -91,15 +82,7 @@ def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
             model.set_submodule(family.head, TiedHead(found, turns=spec.turned))
     elif args.quantizes:
         assert isinstance(head, nn.Linear)
-        with head.weight.device:
-            linear = QuantizedLinear(
-                head.in_features,
-                head.out_features,
-                bits=args.num_bits,
-                group_size=args.group_size,
-                bias=head.bias is not None,
-            )
-        model.set_submodule(family.head, linear)
+        model.set_submodule(family.head, QuantizedLinear.in_place_of(head, args))
 
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ...boa.scheme import QuantizationArgs
 from ...errors import InputError
-from ...export.finished import projection_bytes, projection_columns, projection_rows
+from ...export.finished import projection_columns, projection_rows
 from ...export.packing import packed_bytes
+from ...export.stored_sizes import projection_bytes, stored_bytes
+from ...models.outer_layers import OuterLayers
 from ..console.human import human_size
 from ..console.progress import Progress
 from ..job.job import Job
@@ -19,8 +23,8 @@ from .sensitivity import Unit, measure_units
 HEADERS = 400  # bytes of a file's header for each tensor of the original, of which a packed one is three
 
 
-def choose_bits(job: Job, tokens: Tensor, progress: Progress) -> BudgetEntry | None:
-    """What the recipe's budget is spent on, the same on every rank; None where it has none.
+def choose_bits(job: Job, tokens: Tensor, outer: OuterLayers, progress: Progress) -> BudgetEntry | None:
+    """What the recipe's budget is spent on, the same on every rank; None where it has none. `outer` is rotated.
 
     Raises:
         InputError: there is no room for the fewest bits.
@@ -31,7 +35,7 @@ def choose_bits(job: Job, tokens: Tensor, progress: Progress) -> BudgetEntry | N
     found = None
     if job.ranks.rank == 0:
         with job.timed("sensitivity"):
-            units = measure_units(job, tokens, lambda index, name: _free(job, index, name), weights.choices, progress)
+            units = measure_units(job, tokens, outer, partial(_free, job), weights.choices, progress)
         found = _chosen(job, units).model_dump(mode="json")
     return BudgetEntry.model_validate(job.ranks.broadcast_value(found))
 
@@ -50,7 +54,9 @@ def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
     free = {f"{family.layers}.{unit.block}.{name}" for unit in units for name in unit.layers}
     numbers = sum(rows[name] * columns[name] for name in family.projections) * job.decoder.shape.blocks
     if weights.size is not None:
-        room = int(weights.size) - other_bytes(job, itemsize)
+        tied = stays_tied(job.recipe, job.rotations, job.decoder)
+        whole = sum(stored_bytes(job.decoder, job.spec, itemsize, tied=tied).values())
+        room = int(weights.size) - (whole - sum(taken.values())) - HEADERS * len(job.decoder.shapes)
     else:
         assert weights.budget is not None
         room = int(weights.budget * numbers / 8)
@@ -74,18 +80,3 @@ def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
         for unit, i in zip(units, chosen, strict=True)
     ]
     return BudgetEntry(units=tuple(entries), room=room, taken=sum(own[i] for own, i in zip(sizes, chosen, strict=True)))
-
-
-def other_bytes(job: Job, itemsize: int) -> int:
-    """What of the finished model is no projection of a block: embedding, head, norms, biases, headers of files."""
-    family, spec = job.decoder.family, job.spec
-    outer = {f"{module}.weight": spec.outer(module) for module in (family.embedding, family.head)}
-    tied = stays_tied(job.recipe, job.rotations, job.decoder)
-    total = HEADERS * len(job.decoder.shapes) + spec.turns_head * job.decoder.shape.hidden**2 * itemsize
-    blocks = range(job.decoder.shape.blocks)
-    projections = {f"{family.layers}.{i}.{name}.weight" for i in blocks for name in family.projections}
-    for name, tensor in job.decoder.shapes.items():
-        if name in projections or (tied and name == f"{family.head}.weight"):
-            continue
-        total += packed_bytes(tensor[0], tensor.numel() // tensor[0], outer.get(name, QuantizationArgs()), itemsize)
-    return total

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ...boa.objective.statistics import InputStatistics
 from ...boa.solver.rounding import quantize
 from ...models.families import SITES
+from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
 from ..job.job import Job
 from ..measure.sources import exact_block, only, switch
-from ..rotating.outside_blocks import rotated_outer_layers
 
 TOKENS = 1024  # that divergences are measured on
 LEARNED = 8192  # others that units are rounded by
@@ -40,13 +40,20 @@ class Unit(NamedTuple):
 
 @torch.no_grad()
 def measure_units(
-    job: Job, tokens: Tensor, wanted: Callable[[int, str], bool], bits: Sequence[int], progress: Progress
+    job: Job,
+    tokens: Tensor,
+    outer: OuterLayers,
+    wanted: Callable[[int, str], bool],
+    bits: Sequence[int],
+    progress: Progress,
 ) -> list[Unit]:
     """The units of a job's layers that are `wanted`, by block and name, and what they cost.
 
     Args:
         job: whose rotations and balance are known.
         tokens: (sequences, length), of which the first are taken.
+        outer: what is outside the blocks, rotated.
+        wanted: which layers.
         bits: for which costs are wanted, rising.
     """
     compute, batch = job.decoder, job.recipe.calibration.batch
@@ -54,7 +61,6 @@ def measure_units(
     judged = -(-TOKENS // length)
     others = tokens[judged : judged - (-LEARNED // tokens.shape[1])]
     tokens = tokens[:judged, :length]
-    outer = rotated_outer_layers(job)
     logits = compute.logits(outer)
     blocks = [_exact(job, index) for index in range(compute.shape.blocks)] if _fits(job) else None
 

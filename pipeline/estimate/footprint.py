@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...export.finished import projection_bytes
+from ...export.stored_sizes import stored_bytes
 from ...models.shape import Shape
 from ..job.job import Job
 from ..recipe.settings import changed_outer_layers, stays_tied
@@ -63,9 +63,8 @@ def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int, ch
 def disk_bytes(job: Job, tokens: int) -> int:
     """An upper estimate of what a run on so many calibration tokens needs on disk: blocks, model, what is spilled."""
     s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
-    outer = 1 if stays_tied(job.recipe, job.rotations, job.decoder) else 2
-    model = sum(projection_bytes(job.decoder, job.spec, itemsize).values())
-    model += (outer * s.vocabulary + s.hidden * job.spec.turns_head) * s.hidden * itemsize
+    tied = stays_tied(job.recipe, job.rotations, job.decoder)
+    model = sum(stored_bytes(job.decoder, job.spec, itemsize, tied=tied).values())
     activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
     changed = changed_outer_layers(job.recipe, job.rotations, job.decoder)
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS

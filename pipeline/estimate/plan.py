@@ -7,20 +7,18 @@ at once where most is (`footprint`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...boa.online.attention import NAME
-from ...export.packing import packed_bytes
 from ...export.spec import Spec
+from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.aliases import resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
 from ...models.hub import fetch
-from ...models.outer_layers import TURN
 from ...models.remote import Remote
 from ...models.shape import Shape
 from ...rotation import hadamard_matrices
@@ -71,7 +69,8 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     tied, changed = stays_tied(recipe, rotations, decoder), changed_outer_layers(recipe, rotations, decoder)
     spec = spec_of(recipe, rotations, decoder)
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
-    sizes = _sizes(spec, decoder, projections, itemsize, tied)
+    quantized = sum(tensor.numel() for tensor in projections.values())
+    sizes = _sizes(spec, decoder, quantized, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
@@ -80,7 +79,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
             "name": model.name,
             "architecture": decoder.family.model_type,
             "parameters": parameter_count(decoder),
-            "quantized_parameters": sum(tensor.numel() for tensor in projections.values()),
+            "quantized_parameters": quantized,
             "blocks": shape.blocks,
             "hidden": shape.hidden,
             "ffn": shape.ffn,
@@ -184,37 +183,13 @@ def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, 
     return found
 
 
-def _sizes(
-    spec: Spec, decoder: Decoder, projections: Mapping[str, torch.Size], itemsize: int, tied: bool
-) -> dict[str, Any]:
-    """Bytes of the exported tensors by part, and the bits of a weight, scales and zero points included."""
-    packed = weights = 0
-    stored: dict[str, int] = {}
-    for name, tensor in decoder.shapes.items():
-        stored[name] = tensor.numel() * itemsize
-        if name in projections:
-            args = spec.layers.get(name.removesuffix(".weight"), spec.scheme).weights
-            rows, columns = tensor
-            stored[name] = packed_bytes(rows, columns, args, itemsize)
-            packed += stored[name]
-            weights += tensor.numel()
-    for module in (decoder.family.embedding, decoder.family.head):
-        if (args := spec.outer(module)).quantizes:
-            rows, columns = decoder.shapes[f"{module}.weight"]
-            stored[f"{module}.weight"] = packed_bytes(rows, columns, args, itemsize)
-    if spec.turned and decoder.family.layer_norm:  # biases of norms are folded, that of the last into the head
-        f = decoder.family
-        folded = tuple(f"{norm}.bias" for norm in (f.attention_norm, f.mlp_norm, f.final_norm))
-        stored = {name: size for name, size in stored.items() if not name.endswith(folded)}
-        stored[f"{f.head}.bias"] = decoder.shape.vocabulary * itemsize
-    if tied:  # the model names it twice
-        del stored[f"{decoder.family.head}.weight"]
-    if spec.turns_head:
-        stored[f"{decoder.family.head}.{TURN}"] = decoder.shape.hidden**2 * itemsize
+def _sizes(spec: Spec, decoder: Decoder, weights: int, itemsize: int, tied: bool) -> dict[str, Any]:
+    """Bytes of the exported tensors by part, and the bits of each of `weights`, scales and zero points included."""
+    stored = stored_bytes(decoder, spec, itemsize, tied=tied)
     return {
         "quantized": sum(stored.values()),
         **part_sizes(stored, decoder),
         "was_tied": was_tied(decoder),
-        "bits_per_weight": 8 * packed / weights,
+        "bits_per_weight": 8 * sum(projection_bytes(decoder, spec, itemsize).values()) / weights,
         "bits_per_weight_of_file": bits_of_file(stored, decoder),
     }

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import rotoboa
-from rotoboa.export.finished import projection_bytes
 from rotoboa.export.packing import PARTS
 from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.export.runtime.memory import model_bytes
+from rotoboa.export.stored_sizes import projection_bytes
 from rotoboa.pipeline.console.sizes import exported_sizes
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import open_finished

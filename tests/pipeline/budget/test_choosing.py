@@ -13,11 +13,12 @@ from rotoboa.boa.ranks import Ranks
 from rotoboa.errors import InputError
 from rotoboa.export.formats.native import load_native
 from rotoboa.pipeline.budget.choosing import choose_bits
-from rotoboa.pipeline.budget.sensitivity import measure_units
+from rotoboa.pipeline.budget.sensitivity import Unit, measure_units
 from rotoboa.pipeline.console.progress import Progress
 from rotoboa.pipeline.job.job import Job, prepare
 from rotoboa.pipeline.measure.evaluating import evaluate
 from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.rotating.outside_blocks import rotated_outer_layers
 from rotoboa.pipeline.storage.manifest import BudgetEntry
 
 MakeRecipe = Callable[..., Recipe]
@@ -45,22 +46,26 @@ def make_job(llama: Path, make_recipe: MakeRecipe, tmp_path_factory: pytest.Temp
 
 
 def chosen(job: Job, tokens: torch.Tensor) -> BudgetEntry:
-    found = choose_bits(job, tokens, QUIET)
+    found = choose_bits(job, tokens, rotated_outer_layers(job), QUIET)
     assert found is not None
     return found
+
+
+def measured(job: Job, tokens: torch.Tensor, bits: tuple[int, ...]) -> list[Unit]:
+    return measure_units(job, tokens, rotated_outer_layers(job), lambda index, name: True, bits, QUIET)
 
 
 def test_costs_are_divergences_of_the_model(make_job: Callable[..., Job], tokens: torch.Tensor) -> None:
     """Those of other bits are taken to rise as the layer's error does: held against measuring them."""
     job = make_job()
-    units = measure_units(job, tokens, lambda index, name: True, (3, 4, 5), QUIET)
+    units = measured(job, tokens, (3, 4, 5))
     assert [(unit.block, unit.site) for unit in units] == [
         (block, site) for block in range(2) for site in ("qkv", "output", "gate_up", "down")
     ]
-    measured = {bits: measure_units(job, tokens, lambda index, name: True, (bits,), QUIET) for bits in (3, 5)}
+    alone = {bits: measured(job, tokens, (bits,)) for bits in (3, 5)}
     for i, unit in enumerate(units):
         assert unit.costs[3] > unit.costs[4] > unit.costs[5] > 0
-        for bits, found in measured.items():
+        for bits, found in alone.items():
             assert unit.costs[bits] == pytest.approx(found[i].costs[bits], rel=0.5)
 
 
@@ -87,7 +92,7 @@ def test_what_an_override_says_stays(make_job: Callable[..., Job], tokens: torch
 
 def test_too_little_is_refused(make_job: Callable[..., Job], tokens: torch.Tensor) -> None:
     with pytest.raises(InputError, match=r"weights\.size leaves .* for layers that take .* in 2 bits: give more"):
-        choose_bits(make_job(**{"weights.size": "20KB"}), tokens, QUIET)
+        chosen(make_job(**{"weights.size": "20KB"}), tokens)
 
 
 def test_a_run_with_a_size(llama: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Bytes that a native checkpoint will take, counted from config and spec before there is one."""
+
+from __future__ import annotations
+
+from ..models.decoder import Decoder
+from ..models.outer_layers import TURN
+from .finished import projection_columns, projection_rows
+from .packing import packed_bytes
+from .spec import Spec
+
+
+def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, int]:
+    """Of each projection of all blocks, by its full name; `itemsize` is that of the checkpoint's dtype."""
+    family, shape = decoder.family, decoder.shape
+    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
+    return {
+        f"{family.layers}.{index}.{name}": packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
+        for index in range(shape.blocks)
+        for name, scheme in spec.schemes(family, index).items()
+    }
+
+
+def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> dict[str, int]:
+    """Of all weights, by the names that they have in full precision; `tied`: there is no head of its own."""
+    f, shape = decoder.family, decoder.shape
+    stored = {name: tensor.numel() * itemsize for name, tensor in decoder.shapes.items()}
+    stored |= {f"{name}.weight": size for name, size in projection_bytes(decoder, spec, itemsize).items()}
+    for module in (f.embedding, f.head):
+        rows, columns = decoder.shapes[f"{module}.weight"]
+        stored[f"{module}.weight"] = packed_bytes(rows, columns, spec.outer(module), itemsize)
+    if spec.turned and f.layer_norm:  # biases of norms are folded, that of the last into the head
+        folded = tuple(f"{norm}.bias" for norm in (f.attention_norm, f.mlp_norm, f.final_norm))
+        stored = {name: size for name, size in stored.items() if not name.endswith(folded)}
+        stored[f"{f.head}.bias"] = shape.vocabulary * itemsize
+    if tied:  # the model names it twice
+        del stored[f"{f.head}.weight"]
+    if spec.turns_head:
+        stored[f"{f.head}.{TURN}"] = shape.hidden**2 * itemsize
+    return stored
