@@ -60,7 +60,7 @@ def _row(report: Report) -> dict[str, Any]:
         "group_size": recipe.weights.group_size,
         "activation_group": recipe.activations.group_size,
         "bits": {
-            "weights": recipe.weights.bits,
+            "weights": recipe.weights.bits if report.budget is None else round(report.bits_per_weight or 0, 2),
             "activations": recipe.activations.bits,
             "keys": recipe.cache.key_bits,
             "values": recipe.cache.value_bits,

@@ -1,6 +1,5 @@
 """Embedding and head in few bits: stored, planned, loaded, measured and saved again as they are computed with."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -33,6 +32,8 @@ from rotoboa.pipeline.verifying import run_logits, verify
 from rotoboa.rotation.fold import neutral
 from rotoboa.rotation.rotate import Rotations
 
+from ..model_files import config, ids, tensors
+
 MakeRecipe = Callable[..., Recipe]
 SaveFamily = Callable[..., Path]
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3, "weights.method": "gptq"}
@@ -51,18 +52,6 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int], bool]] = {
     "tied, merged, moved": ("qwen2", {**MERGED, "embedding.bits": 8, "weights.head": 0.5}, (8, 16), False),
     "LayerNorm": ("opt", {**MERGED, "embedding.bits": 4, "head.bits": 4}, (4, 4), False),
 }
-
-
-def ids() -> Tensor:
-    return torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text()))
 
 
 def size_of(stored: dict[str, Tensor]) -> int:

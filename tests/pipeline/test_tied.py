@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import rotoboa
@@ -24,24 +23,14 @@ from rotoboa.pipeline.measure.evaluating import evaluate
 from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits, verify
 
+from ..model_files import config, ids, tensors
+
 MakeRecipe = Callable[..., Any]
 SaveFamily = Callable[..., Path]
 OFF, ONLINE = {"rotation.r1": False}, {"rotation.r1": "online"}
 # Post norms keep the stream from being turned, whatever the recipe says.
 TIED: dict[str, dict[str, Any]] = {"llama-biases": OFF, "qwen2": ONLINE, "opt": OFF, "gemma2": {}, "gemma3_text": {}}
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
-
-
-def ids() -> Tensor:
-    return torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text()))
 
 
 @torch.no_grad()
