@@ -179,14 +179,17 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
     own, at, least = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(_LANES, np.float32)
     log, barred, until = np.empty(count, np.int32), np.empty(2 * wait + 1, np.int64), np.empty(2 * wait + 1, np.int64)
     even = levels != E2M1  # all steps are of 1
-    twice_down = twice if even else np.zeros(padded, np.float32)
+    twice_down = np.zeros(0 if even else padded, np.float32)
     for index in range(start, stop):
         b, r = index // rows, index % rows
         h = h_in[b % h_in.shape[0]]
         for j in range(columns):
             s = scale[b, r, j // size]
             g[j], twice[j], at[j], own[j] = gradient[b, r, j], s + s, integers[b, r, j], s * s * h[j, j]
-            price_steps(j, s, at, own, twice, twice_down, up, down, levels)
+            if even:
+                up[j], down[j] = own[j] if at[j] < levels else FAR, own[j] if at[j] > 0 else FAR
+            else:
+                price_steps(j, s, at, own, twice, twice_down, up, down)
         loss = lowest = np.float32(0)
         waiting = best = 0
         for move in range(count):
@@ -197,14 +200,18 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
                     continue
                 k, waiting = barred[i], waiting - 1
                 barred[i], until[i] = barred[waiting], until[waiting]
-                price_steps(k, scale[b, r, k // size], at, own, twice, twice_down, up, down, levels)
+                if even:
+                    up[k], down[k] = own[k] if at[k] < levels else FAR, own[k] if at[k] > 0 else FAR
+                else:
+                    price_steps(k, scale[b, r, k // size], at, own, twice, twice_down, up, down)
             cost = _costs(g, twice, up, down, v, least) if even else costs_apart(g, twice, twice_down, up, down, v)
             k = _place(v, cost)
             if k >= columns or cost >= FAR / 2:  # nothing can move
                 log[move] = 0
                 continue
-            rises = up[k] + twice[k] * g[k] < down[k] - twice_down[k] * g[k]
-            step = np.float32(0.5) * twice[k] if rises else np.float32(-0.5) * twice_down[k]
+            two = twice[k] if even else twice_down[k]
+            rises = up[k] + twice[k] * g[k] < down[k] - two * g[k]
+            step = np.float32(0.5) * twice[k] if rises else np.float32(-0.5) * two
             at[k] += step_above(at[k], levels) if rises else -step_above(levels - at[k], levels)
             _follow(g, h[k], step)
             loss += cost

@@ -98,13 +98,11 @@ def step_above(at, levels):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def price_steps(j, s, at, own, twice, twice_down, up, down, levels):  # type: ignore[no-untyped-def]
-    """What the steps of column j up and down cost by themselves, and what they are multiplied by in the gradient."""
-    if levels != E2M1:
-        up[j], down[j] = own[j] if at[j] < levels else FAR, own[j] if at[j] > 0 else FAR
-        return
+def price_steps(j, s, at, own, twice_up, twice_down, up, down):  # type: ignore[no-untyped-def]
+    """What steps of column j on E2M1 cost by themselves, and what they are multiplied by in the gradient."""
+    levels = np.float32(E2M1)
     above, below = step_above(at[j], levels), step_above(levels - at[j], levels)
-    twice[j], twice_down[j] = (s + s) * above, (s + s) * below
+    twice_up[j], twice_down[j] = (s + s) * above, (s + s) * below
     up[j] = own[j] * (above * above) if at[j] < levels else FAR
     down[j] = own[j] * (below * below) if at[j] > 0 else FAR
 
