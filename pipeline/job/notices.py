@@ -78,9 +78,14 @@ def _activations(case: _Case) -> str | None:
     return "activations.bits is 16" if case.recipe.activations.bits == 16 else None
 
 
+def _activation_search(case: _Case) -> str | None:
+    found = case.recipe.activations.format
+    return _activations(case) or (f"activations.format is {found}" if found != "int" else None)
+
+
 def _activation_clip(case: _Case) -> str | None:
     found = case.recipe.activations
-    return _activations(case) or _searched("activations", found.search, found.bits)
+    return _activation_search(case) or _searched("activations", found.search, found.bits)
 
 
 def _cache(case: _Case) -> str | None:
@@ -147,7 +152,8 @@ IDLE: dict[str, _Why] = {
     "activations.group_size": _activations,
     "activations.symmetric": _activations,
     "activations.clip": _activation_clip,
-    "activations.search": _activations,
+    "activations.search": _activation_search,
+    "activations.format": _activations,
     "cache.clip": _cache_clip,
     "cache.search": _cache,
     "cache.center": _center,
