@@ -1,7 +1,7 @@
-"""The compressed-tensors format, `pack-quantized`: what vLLM serves and what transformers loads by itself.
+"""The compressed-tensors format: what vLLM serves and what transformers loads by itself.
 
-A weight is `scale * (integer - zero)`, as in a run; the format has signed numbers, so integers and zero points are
-shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers were chosen for exactly these values.
+Floating point is in `compressed_floats`. A weight of integers (`pack-quantized`) is `scale * (integer - zero)`, as in
+a run; the format has signed numbers, so integers and zero points are shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers were chosen for exactly these values.
 
 | | |
 |---|---|
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -44,6 +43,7 @@ from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
+from .compressed_floats import FORMATS, compress_floats, float_args
 
 NAME = "compressed-tensors"
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
@@ -73,7 +73,12 @@ def check(run: Finished) -> None:
             f"{NAME} with online rotations is for vLLM alone, which computes {split} as one layer, and these have "
             "several schemes: override all of them, or use --format native."
         )
-    weights, _ = by_weights(run, NAME)
+    weights, _ = by_weights(run, NAME, floats=True)
+    if len({args.format for args in weights}) > 1:
+        raise InputError(
+            f"{NAME} has files of integers and of one kind of floating point, and this run has "
+            f"{' and '.join(sorted({args.format for args in weights}))}: use --format native."
+        )
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
             _check_inputs(spec, scheme, layers[0])
@@ -88,6 +93,11 @@ def check(run: Finished) -> None:
 def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> None:
     """Check a scheme that quantizes inputs, which `layer` has."""
     inputs = scheme.input_activations
+    if scheme.weights.quantizes and inputs.format != scheme.weights.format:
+        raise InputError(
+            f"{NAME} has weights and inputs of one format, and {layer} has {scheme.weights.format} and "
+            f"{inputs.format}: use --format native."
+        )
     if not scheme.weights.quantizes:
         raise InputError(
             f"{NAME} leaves layers with 16-bit weights as they are, and {layer} has its inputs in {inputs.num_bits} "
@@ -108,6 +118,8 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> No
             f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "
             f"{inputs.group_size}: quantize with --activations.group_size none, or use --format native."
         )
+    if inputs.format != "int":
+        return
     clip = stock_clip(inputs.num_bits)
     if spec.activation_search or abs(spec.activation_clip - clip) > 1e-6:
         raise InputError(
@@ -149,11 +161,13 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     """`quantization_config` of config.json; the head is left as it is, and so are layers with 16-bit weights.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
-    checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key, nor
+    checkpoint, and takes them only where it unpacks all weights at once; so do floating-point weights alone, which it
+    would leave in bfloat16 in a model of another dtype. vLLM does not read this key, nor
     `quantization_status`, which keeps transformers from loading a run with R4: it would leave the rotation out.
     """
     # The format is set: what the library infers for quantized activations is another one, without packing.
-    packed = CompressionFormat.pack_quantized
+    weights, _ = by_weights(run, NAME, floats=True)
+    packed = FORMATS[next(iter(weights)).format]
     layers = by_scheme(run)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
     quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
@@ -174,10 +188,13 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     if online is not None:
         data |= {"transform_config": online.model_dump(mode="json"), "quantization_status": VLLM_ALONE}
     symmetric = all(scheme.weights.symmetric for scheme in quantized)
-    return data if symmetric else {**data, "dequantize": True}
+    floats = packed != FORMATS["int"] and not run.spec.quantizes_inputs
+    return {**data, "dequantize": True} if floats or not symmetric else data
 
 
 def _weights(args: ours.QuantizationArgs) -> QuantizationArgs:
+    if args.format != "int":
+        return float_args(args)
     return QuantizationArgs(
         num_bits=args.num_bits,
         type=QuantizationType.INT,
@@ -190,6 +207,8 @@ def _weights(args: ours.QuantizationArgs) -> QuantizationArgs:
 def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
     if not args.quantizes:
         return None
+    if args.format != "int":
+        return float_args(args, inputs=True)
     return QuantizationArgs(
         num_bits=args.num_bits,
         type=QuantizationType.INT,
@@ -221,9 +240,13 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
     return tensors
 
 
+def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:
+    return compress(result, args.num_bits, args.symmetric) if args.format == "int" else compress_floats(result, args)
+
+
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    yield from run.groups(lambda result, args: compress(result, args.num_bits, args.symmetric))
+    yield from run.groups(_compressed)
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus, QuantizationType
 from compressed_tensors.utils import match
 from torch import nn
 
@@ -16,6 +16,7 @@ from ...models.families import family_of
 from ...models.shape import Shape
 from ..finished import projection_columns, projection_rows
 from ..reading import check_shape, read_config, read_shapes
+from .compressed_floats import FORMATS, float_shapes
 from .compressed_tensors import NAME, VLLM_ALONE
 
 
@@ -31,7 +32,7 @@ def inspect(folder: Path) -> None:
         if quantization.get("quantization_status") == VLLM_ALONE:
             quantization["quantization_status"] = QuantizationStatus.COMPRESSED.value
         groups = QuantizationConfig.model_validate(quantization)
-        if stored != CompressionFormat.pack_quantized or any(not g.weights for g in groups.config_groups.values()):
+        if stored not in FORMATS.values() or any(not g.weights for g in groups.config_groups.values()):
             raise ValueError(f"format {quantization.get('format')}, where pack-quantized is read")
         family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
         names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
@@ -67,6 +68,8 @@ def _shapes(args: QuantizationArgs | None, rows: int, columns: int) -> dict[str,
     """The shapes of a layer's tensors by the last part of their names."""
     if args is None:
         return {"weight": (rows, columns)}
+    if args.type == QuantizationType.FLOAT:
+        return float_shapes(args, rows, columns)
     groups = -(-columns // args.group_size) if args.group_size else 1
     shapes: dict[str, tuple[int, ...]] = {
         "weight_packed": (rows, -(-columns * args.num_bits // 32)),

@@ -69,8 +69,8 @@ def _overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> Q
     wrong = {field: value for field, value in given.items() if value != getattr(found, field)}
     if wrong:
         raise InputError(
-            f"overrides: the {what} are {name}, which has 4 bits, groups of {found.group_size} and no zero point: leave "
-            f"{' and '.join(_WORDS.get(field, field) for field in wrong)} out, or give format=int too."
+            f"overrides: the {what} are {name}, which has 4 bits, groups of {found.group_size} and no zero point: "
+            f"leave {' and '.join(_WORDS.get(field, field) for field in wrong)} out, or give format=int too."
         )
     return found
 
