@@ -133,6 +133,8 @@ class Spec:
 
     def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:
         search = self.activation_search
+        if args.format != "int":
+            return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
 
     def _cache_quantizer(self, bits: int, clip: float) -> DynamicQuantizer | None:

@@ -1,7 +1,8 @@
 """The compressed-tensors format: what vLLM serves and what transformers loads by itself.
 
 Floating point is in `compressed_floats`. A weight of integers (`pack-quantized`) is `scale * (integer - zero)`, as in
-a run; the format has signed numbers, so integers and zero points are shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers were chosen for exactly these values.
+a run; the format has signed numbers, so integers and zero points are shifted by 2^(b-1) on their way in and out. Scales
+stay float16: the integers were chosen for exactly these values.
 
 | | |
 |---|---|
@@ -34,6 +35,7 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from torch import Tensor
 
 from ...boa import scheme as ours
+from ...boa.online.transforms import INPUT_SCALE
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
@@ -246,7 +248,8 @@ def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Ten
 
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    yield from run.groups(_compressed)
+    for group in run.groups(_compressed):
+        yield {name: t.float() if name.endswith(f".{INPUT_SCALE}") else t for name, t in group.items()}
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

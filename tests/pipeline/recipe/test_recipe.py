@@ -23,7 +23,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["w4a4kv4", "w4a4", "w4a8", "w4a16", "w3a16", "w2a16", "w2a4kv4", "nvfp4a16", "mxfp4a16"]
+    "name", ["w4a4kv4", "w4a4", "w4a8", "w4a16", "w3a16", "w2a16", "w2a4kv4", "nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4"]
 )
 def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     assert name in recipe_names()
