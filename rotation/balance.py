@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..models.decoder import Decoder
 from ..models.families import Family
 from ..models.shape import Shape
-from .channels import HEADS, absorbable, key_ties, readers, ties
+from .channels import HEADS, absorbable, activation_of, key_ties, readers, ties
 
 BOUND = 64.0
 """How far a scale may be from the geometric mean of its site: what lies beyond is dead, or close to it."""
@@ -42,7 +42,7 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     norms are `folded` into their readers for R1, the inputs of these are rotated without them, and have nothing to take
     a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded.
     """
-    through = family.gate or getattr(config, "activation_function", None) == "relu"
+    through = family.gate or activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
     sites = ("output", *downs) if folded else ("qkv", "output", "gate_up", *downs)
     return (*sites, *HEADS) if keys else sites

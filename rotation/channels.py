@@ -40,10 +40,16 @@ def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: 
         return f"experts, which share a norm with their router, are not scaled ({_short(family, site)})"
     if site == "down" and r4:
         return f"R4 runs online between {family.up} and {family.down}"
-    function = getattr(config, "activation_function", None)
+    function = activation_of(config)
     if site == "down" and not family.gate and function != "relu":
         return f"{function} stands between {family.up} and {family.down}, and relu alone lets a scale through"
     return ""
+
+
+def activation_of(config: Any) -> str:
+    """The name of the MLP's activation."""
+    names = (getattr(config, field, None) for field in ("activation_function", "hidden_activation", "hidden_act"))
+    return str(next((name for name in names if name is not None), None))
 
 
 def _short(family: Family, site: str) -> str:

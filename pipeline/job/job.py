@@ -21,6 +21,7 @@ from ...models.decoder import Decoder
 from ...models.hub import fetch
 from ...models.tokenizer import read_tokenizer, size_notices
 from ...rotation.balance import balanced_sites
+from ...rotation.channels import activation_of
 from ...rotation.rotate import Rotations
 from ..ranks import launch
 from ..ranks.distributed import device_name
@@ -92,7 +93,7 @@ class Job:
                 "weights. With rotation.r1 online or none they are."
             ]
         if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
-            function = config.activation_function
+            function = activation_of(config)
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
         return []
 
