@@ -155,6 +155,8 @@ class Decoder:
         if self._rotary is None:
             return False
         layers = getattr(self.config, self.family.rope_layers) if self.family.rope_layers else None
+        if self.family.rope_layers == "layer_types" and self.config.sliding_window is None:
+            return True
         return layers is None or layers[index] in (1, "sliding_attention")
 
     def position_embeddings(self, length: int, index: int = 0) -> tuple[Tensor, Tensor]:

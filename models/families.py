@@ -23,6 +23,17 @@ _GEMMA2 = Family(
     window="layers",
     legal=_CAUSAL,
 )
+# Norms stand behind attention and MLP alone.
+_POST_NORMS = Family(
+    "",
+    attention_norm="no_attention_norm",
+    mlp_norm="no_mlp_norm",
+    pre_norms=False,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+)
 _EXPERTS = Family(
     "",
     gate="mlp.experts.{}.gate_proj",
@@ -125,6 +136,25 @@ _ROWS = (
         layer_norm=True,
         window="all",
         legal={"use_bias": (True,)},  # the biases of its norms go into those of their readers
+    ),
+    replace(_POST_NORMS, model_type="olmo2", head_norms_whole=True),
+    replace(_POST_NORMS, model_type="olmo3", head_norms_whole=True, window="layers", rope_by_layer=True),
+    replace(_POST_NORMS, model_type="exaone4", window="layers", rope_layers="layer_types"),
+    Family("ernie4_5", rope_neighbours=True),
+    Family(
+        "hunyuan_v1_dense",
+        query_norm="self_attn.query_layernorm",
+        key_norm="self_attn.key_layernorm",
+        head_norms_last=True,
+    ),
+    Family(
+        "glm4",
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+        gate="mlp.gate_up_proj.gate",
+        up="mlp.gate_up_proj.up",
+        merged=(Merged("mlp.gate_up_proj", {"gate": "ffn", "up": "ffn"}),),
+        rope_neighbours=True,
     ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}

@@ -37,6 +37,8 @@ class Family:
         embedding_factor, branch_factor, logits_divisor: names of these numbers in the config; a branch is what is added
             to the residual stream.
         norm_offset: what RMSNorm adds to the stored weight: 0 for `w * x`, 1 for Gemma's `(1 + w) * x`.
+        pre_norms: false where attention and MLP read the stream itself; `layout.split_modules` then puts an identity
+            where `attention_norm` and `mlp_norm` say.
         layer_norm: norms are LayerNorm with weight and bias.
         attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
         query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE. `head_norms_last`: after it.
@@ -72,6 +74,7 @@ class Family:
     down: str = "mlp.down_proj"
     activation: str = ""
     norm_offset: float = 0.0
+    pre_norms: bool = True
     layer_norm: bool = False
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None

@@ -32,6 +32,8 @@ HEADS = ("keys", "queries")
 
 def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: bool, r4: bool) -> str:
     """Why no layer can take the scales of `site` under these rotations, as a clause; empty where one can."""
+    if site in ("qkv", "gate_up") and not family.pre_norms:
+        return f"no norm stands before {_short(family, site)}"
     if site in ("qkv", "gate_up") and online_r1:
         return f"R1 runs online between the norm and {_short(family, site)}"
     if site == "output" and heads:
@@ -99,10 +101,15 @@ def ties(shape: Shape, site: str) -> Tensor | None:
     return channels.expand(-1, shape.query_heads // shape.key_heads, -1).flatten()
 
 
-def key_ties(head_dim: int, rotary: int) -> Tensor:
-    """Which scale each channel of a key takes, (head_dim,) indices: RoPE turns the first `rotary`, j with j + half."""
+def key_ties(head_dim: int, rotary: int, *, neighbours: bool = False) -> Tensor:
+    """Which scale each channel of a key takes, (head_dim,) indices: RoPE turns the first `rotary`, j with j + half, or
+    2 j with 2 j + 1.
+    """
     channels = torch.arange(head_dim)
-    channels[rotary // 2 : rotary] = channels[: rotary // 2]
+    if neighbours:
+        channels[1:rotary:2] = channels[0:rotary:2]
+    else:
+        channels[rotary // 2 : rotary] = channels[: rotary // 2]
     return channels
 
 

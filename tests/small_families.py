@@ -101,6 +101,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "starcoder2": {"sliding_window": 9, "tie_word_embeddings": True},
+    "olmo2": {"pad_token_id": None},
+    "olmo3": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": None,
+    },
+    "exaone4": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    "ernie4_5": {"head_dim": 16, "use_bias": True, "pad_token_id": None, "tie_word_embeddings": True},
+    "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": None},
+    "glm4": {"head_dim": 16, "pad_token_id": None},
 }
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 

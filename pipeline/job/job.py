@@ -92,6 +92,8 @@ class Job:
                 "The inputs of q, k, v, gate and up are not balanced: with R1 merged their norms are folded into the "
                 "weights. With rotation.r1 online or none they are."
             ]
+        if not family.pre_norms:
+            return ["The inputs of q, k, v, gate and up are not balanced: no norm stands before them."]
         if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
             function = activation_of(config)
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]

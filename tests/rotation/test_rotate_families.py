@@ -207,7 +207,7 @@ def test_channel_scales_change_nothing(
     on = {"online_r1": choice["r1"] and family.post_norms, "heads": False, "r4": choice["r4"]}
     reasons = {site: obstacle(family, model.config, site, **on) for site in SITES}
     stopped = {site for site, reason in reasons.items() if reason}
-    online_r1 = {"qkv", "gate_up"} if family.post_norms and choice["r1"] else set()
+    online_r1 = {"qkv", "gate_up"} if (family.post_norms and choice["r1"]) or not family.pre_norms else set()
     nonlinear = not family.gate and channels.activation_of(model.config) != "relu"
     downs = {"gate_up", "down"} if family.experts else {"down"} if choice["r4"] or nonlinear else set()
     assert stopped == online_r1 | downs
