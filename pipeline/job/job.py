@@ -21,6 +21,7 @@ from ...models.decoder import Decoder
 from ...models.hub import fetch
 from ...models.tokenizer import read_tokenizer, size_notices
 from ...rotation.balance import balanced_sites
+from ...rotation.channels import activation_of
 from ...rotation.rotate import Rotations
 from ..ranks import launch
 from ..ranks.distributed import device_name
@@ -91,8 +92,10 @@ class Job:
                 "The inputs of q, k, v, gate and up are not balanced: with R1 merged their norms are folded into the "
                 "weights. With rotation.r1 online or none they are."
             ]
+        if not family.pre_norms:
+            return ["The inputs of q, k, v, gate and up are not balanced: no norm stands before them."]
         if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
-            function = config.activation_function
+            function = activation_of(config)
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
         return []
 
