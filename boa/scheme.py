@@ -8,6 +8,9 @@ from typing import Any
 
 FULL = 16
 """Bits of a number that is left as it is."""
+GROUPS = {"nvfp4": 16, "mxfp4": 32}
+"""The group sizes of the formats of four-bit floating point, by which they are told apart: see `stored_scales`."""
+_SIZES = tuple(GROUPS.values())
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class QuantizationArgs:
         num_bits: 2 to 8; 16 is no quantization.
         group_size: channels that share a scale; None: all of an output channel, or of a token.
         symmetric: there is no zero point, or it is fixed at the middle of the grid.
-        type: of the numbers, of which there are integers alone so far.
+        type: of the numbers: int, or float, of four bits and symmetric in groups of `GROUPS`.
     """
 
     num_bits: int = FULL
@@ -31,13 +34,28 @@ class QuantizationArgs:
         """Whether anything is rounded."""
         return self.num_bits < FULL
 
+    @classmethod
+    def of(cls, name: str, num_bits: int, group_size: int | None, symmetric: bool) -> QuantizationArgs:
+        """In the format `name`: int, or one of `GROUPS`, which has bits, group and symmetry of its own."""
+        if name == "int" or num_bits == FULL:
+            return cls(num_bits, group_size, symmetric)
+        return cls(4, GROUPS[name], True, "float")
+
+    @property
+    def format(self) -> str:
+        """The name of the format of the numbers: int, nvfp4 or mxfp4."""
+        if self.type == "int" or not self.quantizes:
+            return "int"
+        return next(name for name, size in GROUPS.items() if size == self.group_size)
+
     def wrong(self) -> str:
         """What has no meaning, in words; empty where all has."""
         legal = {
             "num_bits": self.num_bits in (*range(2, 9), FULL),
             "group_size": self.group_size is None or (type(self.group_size) is int and self.group_size > 0),
             "symmetric": isinstance(self.symmetric, bool),
-            "type": self.type == "int",
+            "type": self.type == "int"
+            or (self.type == "float" and (self.num_bits, self.symmetric) == (4, True) and self.group_size in _SIZES),
         }
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")
 
@@ -66,4 +84,6 @@ class QuantizationScheme:
     def shown(self) -> str:
         """Such as W4A16, with the group of the weights where there is one."""
         group = f" g{self.weights.group_size}" if self.weights.group_size and self.weights.quantizes else ""
+        if self.weights.format != "int":
+            group = f" {self.weights.format}"
         return f"W{self.weights.num_bits}A{self.input_activations.num_bits}{group}"

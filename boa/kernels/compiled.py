@@ -13,6 +13,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .levels import E2M1, FAR, FAST, beyond_one, costs_apart, nearest_e2m1, price_steps, step_above
+
 COLUMNS = 128  # of a block: their rows of H_in stay in cache while all rows of the weight pass
 TOGETHER = 8  # rows that are rounded side by side: one alone waits for its divisions
 AHEAD = 32  # columns that are looked at together for one that moves
@@ -59,7 +61,10 @@ def round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  #
         for i in range(width):
             after, pivot = u[i, i + 1 :], u[i, i]
             for k in range(len(block)):  # each waits for its own division only
-                nearest = min(max(np.rint(block[k, i] / s[k, i] + z[k, i]), np.float32(0)), levels)
+                if levels == E2M1:
+                    nearest = nearest_e2m1(block[k, i] / s[k, i]) + z[k, i]
+                else:
+                    nearest = min(max(np.rint(block[k, i] / s[k, i] + z[k, i]), np.float32(0)), levels)
                 error = (block[k, i] - (nearest - z[k, i]) * s[k, i]) / pivot
                 q[k, i], e[k, i] = nearest, error
                 rest = block[k, i + 1 :]
@@ -92,13 +97,17 @@ def descend_rows(inner, integers, scale, diagonal, h_in, moved, levels, start, s
                 last = min(first + AHEAD, right)
                 ahead, places, factors = row[first:last], at[first:last], newton[first - left : last - left]
                 moves = np.int32(0)
-                for j in range(len(ahead)):  # which is compiled to vectors: no index is below 0
-                    goal = min(max(np.rint(ahead[j] * factors[j]) + places[j], zero), levels)
-                    moves |= np.int32(goal != places[j])
+                if levels == E2M1:
+                    for j in range(len(ahead)):
+                        moves |= np.int32(beyond_one(places[j], ahead[j] * factors[j], levels) != places[j])
+                else:
+                    for j in range(len(ahead)):  # which is compiled to vectors: no index is below 0
+                        goal = min(max(np.rint(ahead[j] * factors[j]) + places[j], zero), levels)
+                        moves |= np.int32(goal != places[j])
                 if moves:  # of these at least the first is taken
                     moved[b, r] = True
                     for j in range(first, last):
-                        goal = min(max(np.rint(row[j] * newton[j - left]) + at[j], zero), levels)
+                        goal = beyond_one(at[j], row[j] * newton[j - left], levels)
                         if goal != at[j]:
                             d = (goal - at[j]) * s[j // size]
                             at[j] = goal
@@ -130,7 +139,7 @@ def descend_heads(inner, integers, scale, diagonal, h_in, moved, levels, h_out, 
             for r in range(rows):
                 at, s = integers[b, r, j], scale[b, r, g]
                 newton = one / (s * (curvature[j] * out[r, r]))
-                goal[r] = min(max(np.rint(gradient[r] * newton) + at, zero), levels)
+                goal[r] = beyond_one(at, gradient[r] * newton, levels)
                 d[r] = (goal[r] - at) * s
                 moves += d[r] != 0
             if moves == 0:
@@ -156,10 +165,7 @@ def descend_heads(inner, integers, scale, diagonal, h_in, moved, levels, h_out, 
                         row[k] += column[k] * step
 
 
-# What a sum in another order may change here is which of two steps that are as good is taken first.
-_FAST = {"nnan", "ninf", "nsz", "contract", "reassoc"}
 _LANES = 64  # columns that are looked at together
-_FAR = np.float32(1e37)  # the cost of a step that is not to be taken
 
 
 @njit(nogil=True, cache=True)
@@ -169,16 +175,21 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
     padded = -(-columns // _LANES) * _LANES
     size, count, wait = columns // scale.shape[2], int(moves), int(rest)
     g, twice, v = np.zeros(padded, np.float32), np.zeros(padded, np.float32), np.empty(padded, np.float32)
-    up, down = np.full(padded, _FAR), np.full(padded, _FAR)
+    up, down = np.full(padded, FAR), np.full(padded, FAR)
     own, at, least = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(_LANES, np.float32)
     log, barred, until = np.empty(count, np.int32), np.empty(2 * wait + 1, np.int64), np.empty(2 * wait + 1, np.int64)
+    even = levels != E2M1  # all steps are of 1
+    twice_down = np.zeros(0 if even else padded, np.float32)
     for index in range(start, stop):
         b, r = index // rows, index % rows
         h = h_in[b % h_in.shape[0]]
         for j in range(columns):
             s = scale[b, r, j // size]
             g[j], twice[j], at[j], own[j] = gradient[b, r, j], s + s, integers[b, r, j], s * s * h[j, j]
-            up[j], down[j] = own[j] if at[j] < levels else _FAR, own[j] if at[j] > 0 else _FAR
+            if even:
+                up[j], down[j] = own[j] if at[j] < levels else FAR, own[j] if at[j] > 0 else FAR
+            else:
+                price_steps(j, s, at, own, twice, twice_down, up, down)
         loss = lowest = np.float32(0)
         waiting = best = 0
         for move in range(count):
@@ -189,19 +200,23 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
                     continue
                 k, waiting = barred[i], waiting - 1
                 barred[i], until[i] = barred[waiting], until[waiting]
-                up[k], down[k] = own[k] if at[k] < levels else _FAR, own[k] if at[k] > 0 else _FAR
-            cost = _costs(g, twice, up, down, v, least)
+                if even:
+                    up[k], down[k] = own[k] if at[k] < levels else FAR, own[k] if at[k] > 0 else FAR
+                else:
+                    price_steps(k, scale[b, r, k // size], at, own, twice, twice_down, up, down)
+            cost = _costs(g, twice, up, down, v, least) if even else costs_apart(g, twice, twice_down, up, down, v)
             k = _place(v, cost)
-            if k >= columns or cost >= _FAR / 2:  # nothing can move
+            if k >= columns or cost >= FAR / 2:  # nothing can move
                 log[move] = 0
                 continue
-            rises = up[k] + twice[k] * g[k] < down[k] - twice[k] * g[k]
-            step = np.float32(0.5) * twice[k] if rises else np.float32(-0.5) * twice[k]
-            at[k] += np.float32(1) if rises else np.float32(-1)
+            two = twice[k] if even else twice_down[k]
+            rises = up[k] + twice[k] * g[k] < down[k] - two * g[k]
+            step = np.float32(0.5) * twice[k] if rises else np.float32(-0.5) * two
+            at[k] += step_above(at[k], levels) if rises else -step_above(levels - at[k], levels)
             _follow(g, h[k], step)
             loss += cost
             log[move] = k + 1 if rises else -k - 1
-            up[k] = down[k] = _FAR
+            up[k] = down[k] = FAR
             barred[waiting], until[waiting] = k, move + 1 + wait + move * 7 % (wait + 1)
             waiting += 1
             if loss < lowest:
@@ -211,16 +226,16 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
         for move in range(best):
             k = log[move]
             if k > 0:
-                result[k - 1] += np.float32(1)
+                result[k - 1] += step_above(result[k - 1], levels)
             elif k < 0:
-                result[-k - 1] -= np.float32(1)
+                result[-k - 1] -= step_above(levels - result[-k - 1], levels)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _costs(g, twice, up, down, v, least):  # type: ignore[no-untyped-def]
     """The cost of each column's better step in `v`; the least of all."""
     for j in range(_LANES):
-        least[j] = _FAR
+        least[j] = FAR
     for i in range(0, len(g), _LANES):
         part, two, rise, fall, cost = (
             g[i : i + _LANES], twice[i : i + _LANES], up[i : i + _LANES], down[i : i + _LANES], v[i : i + _LANES],
@@ -252,7 +267,7 @@ def _place(v, cost):  # type: ignore[no-untyped-def]
     return len(v)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _follow(g, column, step):  # type: ignore[no-untyped-def]
     for j in range(len(column)):
         g[j] += column[j] * step

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import compiled
 from .compiled import is_compiled, spread
+from .levels import E2M1, beyond, nearest, steps_beside
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, level
         rows = work.shape[0] * work.shape[1]
         spread(compiled.round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
         return found, errors
-    if (triton := _triton_for(block)) is not None:
+    if levels != E2M1 and (triton := _triton_for(block)) is not None:  # whose kernels know the grids of integers alone
         result: tuple[Tensor, Tensor] = triton.round_block(block, upper, scale, zero, levels)
         return result
     return _round_in_torch(block, upper, scale, zero, levels)
@@ -54,7 +55,7 @@ def _round_in_torch(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, l
     found, errors = torch.empty_like(work), torch.empty_like(work)
     for i in range(work.shape[1]):
         column = work[:, i]
-        q = (column / s[:, i] + z[:, i]).round_().clamp_(0, levels)
+        q = nearest(column / s[:, i], z[:, i], levels)
         found[:, i] = q
         errors[:, i] = error = (column - (q - z[:, i]) * s[:, i]) / upper[:, i, i, None]
         work[:, i + 1 :] -= upper[:, i, i + 1 :, None] * error[:, None]
@@ -83,7 +84,7 @@ def descend_block(
     diagonal = h_in.diagonal(dim1=-2, dim2=-1)
     curvature = diagonal[:, None] if h_out is None else diagonal[:, None] * h_out.diagonal(dim1=-2, dim2=-1)[..., None]
     newton = -1 / (scale * curvature)
-    triton = _triton_for(inner)
+    triton = _triton_for(inner) if levels != E2M1 else None
     if triton is not None and (h_out is None or inner.shape[1] <= triton.MOST_TIED_ROWS):
         result: tuple[Tensor, Tensor] = triton.descend_block(inner, integers, scale, newton, h_in, h_out, levels)
         return result
@@ -140,7 +141,7 @@ def search_block(gradient: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor
         work = gradient.numel() * max(moves, 1)
         spread(compiled.search_rows, rows, work, gradient, integers, scale, h_in, found, levels, moves, REST)
         return found
-    if (triton := _triton_for(gradient)) is not None:
+    if levels != E2M1 and (triton := _triton_for(gradient)) is not None:
         result: Tensor = triton.search_block(gradient, integers, scale, h_in, levels, moves, REST)
         return result
     return _search_in_torch(gradient, integers, scale, h_in, levels, moves)
@@ -155,13 +156,14 @@ def _search_in_torch(
     until = torch.zeros_like(at, dtype=torch.int32)
     loss, lowest = (g.new_zeros((*g.shape[:2], 1)) for _ in range(2))
     for move in range(moves):
-        change = 2 * scale * g
-        up, down = own + change, own - change
+        change, (above, below) = 2 * scale * g, steps_beside(at, levels)
+        up, down = above * (above * own + change), below * (below * own - change)
         rests = until > move
         up, down = up.masked_fill(rests | (at >= levels), torch.inf), down.masked_fill(rests | (at <= 0), torch.inf)
         cost, place = torch.minimum(up, down).min(-1, keepdim=True)
         moves_on = cost.isfinite()
-        rise = (2 * (up.gather(-1, place) < down.gather(-1, place)).to(g.dtype) - 1) * moves_on
+        rises = up.gather(-1, place) < down.gather(-1, place)
+        rise = torch.where(rises, above.gather(-1, place), -below.gather(-1, place)) * moves_on
         at.scatter_add_(-1, place, rise)
         g += rise * scale.gather(-1, place) * h_in[rows.expand(len(g), -1) if len(h_in) > 1 else 0, place[..., 0]]
         until.scatter_(-1, place, until.gather(-1, place).masked_fill(moves_on, rest_until(move)))
@@ -188,7 +190,7 @@ def _descend_in_torch(
         at = found[:, j]
         g = work[:, j] if h_out is None else (h_out @ work[:, j, :, None])[..., 0]
         # The nearest integer to the minimum of a parabola, or one on the way there, never raises it.
-        goal = (g * newton[:, j]).round_().add_(at).clamp_(0, levels)
+        goal = beyond(at, g * newton[:, j], levels)
         d = (goal - at) * s[:, j]
         if h_out is not None:
             taken = _joint_steps(d, g, h_out, diagonal[:, j, None])

@@ -8,11 +8,12 @@ from numba import njit
 from torch import Tensor
 
 from .compiled import is_compiled, spread
+from .levels import E2M1, nearest, nearest_e2m1
 
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """The integers nearest to `weight`, in its dtype; shapes broadcast."""
-    return (weight / scale + zero).round_().clamp_(0, levels)
+    """The integers of the grid nearest to `weight`, in its dtype; shapes broadcast."""
+    return nearest(weight / scale, zero, levels)
 
 
 def weighted_squares(weight: Tensor, scale: Tensor, zero: Tensor, metric: Tensor, levels: int) -> Tensor:
@@ -49,6 +50,12 @@ def _weigh_rows(weight, scale, zero, metric, found, levels, start, stop):  # typ
         for k in range(scale.shape[2]):
             s, z = scale[b, r, k], zero[b, r, k]
             total = np.float32(0)
+            if levels == E2M1:
+                for j in range(width):
+                    error = nearest_e2m1(row[j] / s) * s - row[j]
+                    total += error * error * h[j]
+                found[b, r, k] = total
+                continue
             for j in range(width):
                 error = (min(max(np.rint(row[j] / s + z), np.float32(0)), levels) - z) * s - row[j]
                 total += error * error * h[j]

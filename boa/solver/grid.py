@@ -1,7 +1,8 @@
 """Scales and zero points.
 
 A row (or a group of its columns) is stored as integers I in 0 .. 2^b - 1, and means `scale * (I - zero)`. The zero
-point is an integer of the same range; a symmetric grid fixes it at 2^(b-1).
+point is an integer of the same range; a symmetric grid fixes it at 2^(b-1). Four-bit floating point is integers too, of
+which some are left out (`kernels.levels`), with scales that are storable in its format.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import stored_scales
+from ..kernels.levels import E2M1, middle_of
 from ..kernels.squares import rounding_errors, weighted_squares
 from ..stopwatch import stage
 
@@ -30,21 +33,34 @@ class GridSettings:
     | hessian | e H_in e^T |
 
     That of all of H_in is what counts where outliers make it nearly singular, so without a rotation. After one, the
-    error that compensation leaves is closer to that of the diagonal.
+    error that compensation leaves is closer to that of the diagonal. A grid of floating point (`format`) is searched
+    over the storable scales next to that of the full range.
     """
 
     bits: int
     symmetric: bool = False
     method: str = "diagonal"
+    format: str = "int"
+    global_scale: float = 1.0
 
     @property
     def levels(self) -> int:
         """The largest integer."""
-        return 2**self.bits - 1
+        return 2**self.bits - 1 if self.format == "int" else E2M1
+
+    def snap(self, scale: Tensor) -> Tensor:
+        """The scale as it will be stored. Integers are chosen for exactly this value."""
+        if self.format == "int":
+            return snap(scale)
+        return stored_scales.nearest(2 * scale, self.format, self.global_scale) / 2  # of values, which are half of it
+
+    def beside(self, scale: Tensor, steps: Tensor | int) -> Tensor:
+        """Of floating point, the scales so many storable ones above `scale`."""
+        return stored_scales.beside(2 * scale, steps, self.format, self.global_scale) / 2
 
 
 def snap(scale: Tensor) -> Tensor:
-    """The scale as it will be stored: float16. Integers are chosen for exactly this value."""
+    """The scale of integers as it will be stored: float16."""
     return scale.clamp(2.0**-24, 65504.0).to(torch.float16).to(scale.dtype)
 
 
@@ -71,12 +87,31 @@ def _search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tupl
     if settings.symmetric:
         high = torch.maximum(-low, high)
         low = -high
+    if settings.format != "int":
+        return _search_storable(weight, high, h_in, settings)
     full = (high - low) / settings.levels
     full = torch.where(full > 0, full, torch.ones_like(full))
     if settings.method == "minmax":
         scale = snap(full)
         return scale, _zero(low, scale, settings, up=False, exact=True)
-    scale, zero = _candidates(low, full, settings, weight)
+    return _best(weight, *_candidates(low, full, settings, weight), h_in, settings)
+
+
+def _search_storable(
+    weight: Tensor, peak: Tensor, h_in: Tensor | None, settings: GridSettings
+) -> tuple[Tensor, Tensor]:
+    scale = stored_scales.full_range(peak, settings.format, settings.global_scale) / 2
+    if settings.method == "minmax":
+        return scale, _zero(scale, scale, settings, up=False)
+    offsets = torch.tensor(stored_scales.OFFSETS[settings.format], device=scale.device)
+    scales = settings.beside(scale[..., None].expand(*scale.shape, len(offsets)), offsets)
+    return _best(weight, scales, _zero(scales, scales, settings, up=False), h_in, settings)
+
+
+def _best(
+    weight: Tensor, scale: Tensor, zero: Tensor, h_in: Tensor | None, settings: GridSettings
+) -> tuple[Tensor, Tensor]:
+    """Of the candidates (B, R, S) the one with the least error, (B, R)."""
     if h_in is None or settings.method == "diagonal":
         metric = weight.new_ones(1, weight.shape[2]) if h_in is None else h_in.diagonal(dim1=-2, dim2=-1)
         cost = weighted_squares(weight, scale, zero, metric.to(weight.dtype), settings.levels)
@@ -99,7 +134,7 @@ def _candidates(low: Tensor, full: Tensor, settings: GridSettings, weight: Tenso
 
 def _zero(low: Tensor, scale: Tensor, settings: GridSettings, *, up: bool, exact: bool = False) -> Tensor:
     if settings.symmetric:
-        return torch.full_like(scale, float(2 ** (settings.bits - 1)))
+        return torch.full_like(scale, float(middle_of(settings.bits, floating=settings.format != "int")))
     real = -low / scale
     rounded = real.round() if exact else real.ceil() if up else real.floor()
     return rounded.clamp_(0, settings.levels)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..objective.objective import Objective
 from ..stopwatch import stage
+from .grid import GridSettings
 from .refine import refine, rescale
 
 STRETCH = 1.2  # zeta - gamma, of zeta 1.1 and gamma -0.1
@@ -156,7 +157,7 @@ def improve(
     scale: Tensor,
     zero: Tensor,
     objective: Objective,
-    bits: int,
+    grid: GridSettings,
     learning: Learning,
     *,
     rounds: int,
@@ -166,9 +167,9 @@ def improve(
     Returns:
         integers, scale, zero; the caller keeps the start where it was better.
     """
-    found = learn(target, integers, scale, zero, objective, bits, learning)
-    scale = rescale(target, found, scale, zero, objective)
-    return refine(target, found, scale, zero, objective, bits, rounds=rounds)
+    found = learn(target, integers, scale, zero, objective, grid, learning)
+    scale = rescale(target, found, scale, zero, objective, grid)
+    return refine(target, found, scale, zero, objective, grid, rounds=rounds)
 
 
 def learn(
@@ -177,7 +178,7 @@ def learn(
     scale: Tensor,
     zero: Tensor,
     objective: Objective,
-    bits: int,
+    grid: GridSettings,
     learning: Learning,
 ) -> Tensor:
     """The integers that learned rounding ends at, uint8; its objective may be above that of the start.
@@ -186,7 +187,7 @@ def learn(
         target: (heads, r, c), W*.
         integers, scale, zero: as in `rounding.Quantized`, the start; scales and zero points stay.
         objective: damped.
-        bits: of an integer.
+        grid: of integers: those of floating point are not as far apart from each other.
         learning: iterations, learning rate, regulariser.
     """
     h_in = objective.h_in.to(target.dtype)
@@ -198,14 +199,14 @@ def learn(
     if h_out is None and len(h_in) == 1:  # every row is a problem of its own
         rows = (part.flatten(0, 1).split(max(1, limit // shape[-1])) for part in start)
         for t, q, s, z in zip(*rows, strict=True):
-            found.append(_learn(Relaxed(t[None], q[None], s[None], z[None], h_in, None, 2**bits - 1), learning)[0])
+            found.append(_learn(Relaxed(t[None], q[None], s[None], z[None], h_in, None, grid.levels), learning)[0])
     else:
         step = max(1, limit // (shape[1] * shape[2]))
         for i in range(0, shape[0], step):
             t, q, s, z = (part[i : i + step] for part in start)
             inner = h_in if len(h_in) == 1 else h_in[i : i + step]
             outer = None if h_out is None else h_out[i : i + step]
-            found.append(_learn(Relaxed(t, q, s, z, inner, outer, 2**bits - 1), learning))
+            found.append(_learn(Relaxed(t, q, s, z, inner, outer, grid.levels), learning))
     return torch.cat(found).view(shape).to(torch.uint8)
 
 

@@ -14,7 +14,7 @@ from ..kernels.compiled import is_compiled
 from ..kernels.dispatch import descend_block, descend_rows
 from ..objective.objective import Objective
 from ..stopwatch import stage
-from .grid import snap
+from .grid import GridSettings
 
 COLUMN_BLOCK = 128
 _ALIVE = 0.8  # rows are sorted out when no more than this part of them still changes
@@ -50,7 +50,7 @@ def refine(
     scale: Tensor,
     zero: Tensor,
     objective: Objective,
-    bits: int,
+    grid: GridSettings,
     *,
     rounds: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +63,7 @@ def refine(
         target: (heads, r, c), W*.
         integers, scale, zero: as in `rounding.Quantized`.
         objective: damped, in float64 or float32.
+        grid: says which integers and scales there are.
 
     Returns:
         integers, scale, zero; the objective at them is at most what it was.
@@ -80,8 +81,8 @@ def refine(
     whole = _State(q, scale.clone(), zero, (dequantize(q, scale, zero) - target) @ h_in, targets)
     rows, alive = whole, torch.arange(q.shape[1], device=q.device)
     for _ in range(rounds):
-        scaled = _update_scales(rows, h_in, h_out)
-        moved = sweep(rows.inner, rows.q, rows.scale, h_in, h_out, 2**bits - 1)
+        scaled = _update_scales(rows, h_in, h_out, grid)
+        moved = sweep(rows.inner, rows.q, rows.scale, h_in, h_out, grid.levels)
         changes = scaled | moved
         if not changes.any():
             break
@@ -91,19 +92,21 @@ def refine(
             rows, alive = rows.rows(changed), alive[changed]
     if rows is not whole:
         whole.put(alive, rows)
-    _update_scales(whole, h_in, h_out)
+    _update_scales(whole, h_in, h_out, grid)
     shape = (heads, -1)
     q, scale, zero = (part.flatten(0, 1).unflatten(0, shape) for part in (whole.q, whole.scale, whole.zero))
     return q.to(torch.uint8), scale, zero
 
 
-def rescale(target: Tensor, integers: Tensor, scale: Tensor, zero: Tensor, objective: Objective) -> Tensor:
+def rescale(
+    target: Tensor, integers: Tensor, scale: Tensor, zero: Tensor, objective: Objective, grid: GridSettings
+) -> Tensor:
     """The best scales of fixed integers, in closed form; arguments as of `refine`. The objective does not rise."""
     h_in = objective.h_in.to(target.dtype)
     h_out = None if objective.h_out is None else objective.h_out.to(target.dtype)
     q = integers.to(target.dtype)
     state = _State(q, scale.clone(), zero, (dequantize(q, scale, zero) - target) @ h_in, None)
-    _update_scales(state, h_in, h_out)
+    _update_scales(state, h_in, h_out, grid)
     return state.scale
 
 
@@ -113,12 +116,12 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((parts - zero[..., None]) * scale[..., None]).flatten(-2)
 
 
-def _update_scales(state: _State, h_in: Tensor, h_out: Tensor | None) -> Tensor:
+def _update_scales(state: _State, h_in: Tensor, h_out: Tensor | None, grid: GridSettings) -> Tensor:
     """The best scales for fixed integers, group after group, in place; which rows' changed, (heads, r) bool.
 
     With V = I - zero (r, g columns), the loss is quadratic in the change d of a group's scales (r,):
-    d^T M d + 2 b^T d, M = H_out * (V H_in V^T) elementwise, b_r = (G V^T)[r, r]. Stored scales are float16, so a row
-    (a head, where H_out ties its rows) keeps its scale where rounding it would not lower the loss.
+    d^T M d + 2 b^T d, M = H_out * (V H_in V^T) elementwise, b_r = (G V^T)[r, r]. Stored scales are rounded, so a row (a
+    head, where H_out ties its rows) keeps its scale where rounding it would not lower the loss.
     """
     q, scale, inner = state.q, state.scale, state.inner
     groups = scale.shape[-1]
@@ -140,7 +143,7 @@ def _update_scales(state: _State, h_in: Tensor, h_out: Tensor | None) -> Tensor:
             delta = -torch.linalg.solve(m, b.double()[..., None])[..., 0].to(b.dtype)
             m = m.to(b.dtype)
         old = scale[..., g]
-        new = snap((old + delta).clamp_min(0.05 * old))
+        new = grid.snap((old + delta).clamp_min(0.05 * old))
         delta = new - old
         if h_out is None:
             gain = delta * (2 * b + m * delta)

@@ -68,7 +68,7 @@ def quantize(
     if settings.method == "rtn" or objective is None:
         grids = weight.reshape(1, -1, group)
         scale, zero = search(grids, None, settings.grid_settings)
-        integers = round_to(grids, scale[..., None], zero[..., None], 2**settings.bits - 1)
+        integers = round_to(grids, scale[..., None], zero[..., None], settings.grid_settings.levels)
         shape = (heads, -1, columns // group)
         return Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
 
@@ -84,11 +84,11 @@ def quantize(
         best = _restart(best, target, objective, settings)
     if settings.tabu:
         start = (target, best.integers, best.scale, best.zero)
-        searched = tabu.improve(*start, objective, settings.bits, moves=settings.tabu, rounds=settings.refine)
+        searched = tabu.improve(*start, objective, settings.grid_settings, moves=settings.tabu, rounds=settings.refine)
         best = _best((best, objective, target), (Quantized(*searched), objective, target))
     if settings.method in ("adaround", "aespa"):
         start = (target, best.integers, best.scale, best.zero)
-        found = improve(*start, objective, settings.bits, settings.learning, rounds=settings.refine)
+        found = improve(*start, objective, settings.grid_settings, settings.learning, rounds=settings.refine)
         best = _best((best, objective, target), (Quantized(*found), objective, target))
     best.loss = float(objective.loss(best.dequantize() - target).sum())
     best.damping = objective.damping
@@ -101,10 +101,8 @@ def _round_and_refine(
     rounded = _compensate(target, objective, settings, grid)
     if not settings.refine:
         return rounded
-    refined = refine(
-        target, rounded.integers, rounded.scale, rounded.zero, objective, settings.bits, rounds=settings.refine
-    )
-    return Quantized(*refined)
+    start = (target, rounded.integers, rounded.scale, rounded.zero)
+    return Quantized(*refine(*start, objective, settings.grid_settings, rounds=settings.refine))
 
 
 @stage("starts", whole=True)
@@ -117,10 +115,14 @@ def _restart(first: Quantized, target: Tensor, objective: Objective, settings: S
     count, heads = settings.starts - 1, len(target)
     factors = torch.tensor([_factor(i) for i in range(count)], dtype=target.dtype, device=target.device)
     factors = factors.repeat_interleave(heads)[:, None, None]
-    middle = (2**settings.bits - 1) / 2
-    scale = snap(first.scale.repeat(count, 1, 1) * factors)
+    middle, grid = (2**settings.bits - 1) / 2, settings.grid_settings
+    if settings.format == "int":
+        scale = snap(first.scale.repeat(count, 1, 1) * factors)
+    else:  # whose storable scales are farther apart
+        steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], device=target.device)
+        scale = grid.beside(first.scale.repeat(count, 1, 1), steps.repeat_interleave(heads)[:, None, None])
     zero = first.zero.repeat(count, 1, 1)
-    if not settings.symmetric:
+    if not grid.symmetric:
         zero = ((zero - middle) / factors + middle).round_().clamp_(0, 2**settings.bits - 1)
     many = Objective(
         objective.h_in if len(objective.h_in) == 1 else objective.h_in.repeat(count, 1, 1),

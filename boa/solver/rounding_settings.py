@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..scheme import QuantizationArgs
 
@@ -41,6 +41,11 @@ class Settings(BaseModel):
         description="Input channels that share a scale and zero point; none: all of an output channel.",
     )
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
+    format: Literal["int", "nvfp4", "mxfp4"] = Field(
+        default="int",
+        description="The numbers of weights. int: integers; nvfp4: four-bit floating point in groups of 16, scales in "
+        "eight bits (E4M3); mxfp4: the same in groups of 32, scales powers of two (E8M0).",
+    )
     method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
         default="boa",
         description="How weights are rounded. rtn: to the nearest; gptq: errors compensated within a row, layer by "
@@ -107,6 +112,8 @@ class Settings(BaseModel):
         default=1.5, ge=0, description="How hard learned rounding is driven to integers; 0: not at all."
     )
 
+    _global_scale: float = PrivateAttr(1.0)  # of a tensor: no field of a recipe
+
     @property
     def learning(self) -> Learning:
         """The part that learns rounding."""
@@ -119,11 +126,25 @@ class Settings(BaseModel):
         """The part that chooses scales."""
         from .grid import GridSettings
 
-        return GridSettings(self.bits, self.symmetric, self.grid)
+        return GridSettings(
+            self.bits, self.symmetric or self.format != "int", self.grid, self.format, self._global_scale
+        )
 
-    def of(self, args: QuantizationArgs) -> Settings:
+    @property
+    def global_scale(self) -> float:
+        """That of a tensor in NVFP4; 1 in other formats."""
+        return self._global_scale
+
+    def of(self, args: QuantizationArgs, global_scale: float = 1.0) -> Settings:
         """The same for the weights of one layer, as `args` has their grid."""
-        return self.but(bits=args.num_bits, group_size=args.group_size, symmetric=args.symmetric)
+        found = self.but(bits=args.num_bits, group_size=args.group_size, symmetric=args.symmetric, format=args.format)
+        return found.with_global_scale(global_scale)
+
+    def with_global_scale(self, global_scale: float) -> Settings:
+        """The same for a tensor of NVFP4 that has this one."""
+        found = self.but()
+        found._global_scale = global_scale
+        return found
 
     def but(self, **changes: Any) -> Settings:
         """The same with other values of some fields."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.dispatch import search_block
 from ..objective.objective import Objective
 from ..stopwatch import stage
+from .grid import GridSettings
 from .refine import dequantize, refine
 
 WIDTH = 4096
@@ -28,7 +29,7 @@ def improve(
     scale: Tensor,
     zero: Tensor,
     objective: Objective,
-    bits: int,
+    grid: GridSettings,
     *,
     moves: float,
     rounds: int,
@@ -44,8 +45,8 @@ def improve(
     h_in = objective.h_in.to(target.dtype)
     h_out = None if objective.h_out is None else objective.h_out.to(target.dtype)
     q = integers.to(target.dtype)
-    search((dequantize(q, scale, zero) - target) @ h_in, q, scale, h_in, h_out, 2**bits - 1, moves)
-    return refine(target, q.to(torch.uint8), scale, zero, objective, bits, rounds=rounds)
+    search((dequantize(q, scale, zero) - target) @ h_in, q, scale, h_in, h_out, grid.levels, moves)
+    return refine(target, q.to(torch.uint8), scale, zero, objective, grid, rounds=rounds)
 
 
 def search(inner: Tensor, q: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor | None, top: int, moves: float) -> None:

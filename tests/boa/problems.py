@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
+from rotoboa.boa.solver.grid import GridSettings
 from rotoboa.boa.solver.refine import refine
 from rotoboa.boa.solver.rounding import Quantized, quantize
 from rotoboa.boa.solver.rounding_settings import Settings
@@ -62,7 +63,9 @@ def nearest(target: Tensor, bits: int, group: int | None = None, *, symmetric: b
 
 
 def refine_from(start: Quantized, target: Tensor, objective: Objective, bits: int, rounds: int) -> Quantized:
-    return Quantized(*refine(target, start.integers, start.scale, start.zero, objective, bits, rounds=rounds))
+    return Quantized(
+        *refine(target, start.integers, start.scale, start.zero, objective, GridSettings(bits), rounds=rounds)
+    )
 
 
 def dense_losses(result: Quantized, target: Tensor, objective: Objective) -> Tensor:

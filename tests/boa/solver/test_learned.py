@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.solver.learned import Learning, Relaxed, beside, learn, penalty_slope, rectified, slope_, variables
+from rotoboa.boa.solver.grid import GridSettings
 from rotoboa.boa.solver.refine import refine, rescale
 from rotoboa.boa.solver.rounding import Quantized, objective_rows, quantize
 from rotoboa.boa.solver.rounding_settings import Settings
@@ -187,7 +188,7 @@ def test_rescale(h_out: bool) -> None:
     """The scales that refinement ends with, where it moves no integer."""
     target, start, objective = _start(2, True, h_out, Settings(bits=3, refine=50, starts=1, tabu=0))
     wide = (start.scale.double() * 1.1).half().double()
-    scale = rescale(target, start.integers, wide, start.zero, objective)
+    scale = rescale(target, start.integers, wide, start.zero, objective, GridSettings(3))
     losses = [
         float(objective.loss(Quantized(start.integers, s, start.zero).dequantize() - target).sum())
         for s in (wide, scale)
@@ -200,18 +201,18 @@ def test_heads_are_problems_of_their_own() -> None:
     """Learned together or one after another: the same integers."""
     target, start, objective = _start(3, False, True, Settings(bits=2, starts=1, tabu=0, refine=2))
     parts = (target, start.integers, start.scale.double(), start.zero.double())
-    together = learn(*parts, objective, 2, SHORT)
+    together = learn(*parts, objective, GridSettings(2), SHORT)
     for i in range(3):
         own = Objective(objective.h_in[i, None], None if objective.h_out is None else objective.h_out[i, None])
         weight, integers, scale, zero = (part[i, None] for part in parts)
-        alone = learn(weight, integers, scale, zero, own, 2, SHORT)
+        alone = learn(weight, integers, scale, zero, own, GridSettings(2), SHORT)
         assert torch.equal(together[i], alone[0])
 
 
 def test_rows_are_problems_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few of them are learned at a time."""
     target, start, objective = _start(3, True, False, Settings(bits=2, starts=1, tabu=0, refine=2))
-    arguments = (target, start.integers, start.scale.double(), start.zero.double(), objective, 2, SHORT)
+    arguments = (target, start.integers, start.scale.double(), start.zero.double(), objective, GridSettings(2), SHORT)
     whole = learn(*arguments)
     monkeypatch.setattr("rotoboa.boa.solver.learned._CHUNK", {"cpu": 5 * 16})
     assert torch.equal(learn(*arguments), whole)
@@ -245,8 +246,8 @@ def test_start_equals_refined_input() -> None:
     """`refine` of what was learned keeps the promise of both: the objective only falls."""
     target, start, objective = _start(2, True, True, Settings(bits=2, starts=1, tabu=0, refine=2))
     arguments = (start.scale.double(), start.zero.double())
-    integers = learn(target, start.integers, *arguments, objective, 2, SHORT)
-    refined = Quantized(*refine(target, integers, *arguments, objective, 2, rounds=4))
+    integers = learn(target, start.integers, *arguments, objective, GridSettings(2), SHORT)
+    refined = Quantized(*refine(target, integers, *arguments, objective, GridSettings(2), rounds=4))
     before, after = (
         objective.loss(result.dequantize() - target) for result in (Quantized(integers, *arguments), refined)
     )

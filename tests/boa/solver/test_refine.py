@@ -149,5 +149,5 @@ def test_no_rounds() -> None:
     target, objective = damped_problem(2, 6, 16, h_out=True)
     scale, zero = search(target, None, GridSettings(3))
     integers = round_to(target, scale[..., None], zero[..., None], 7).to(torch.uint8)
-    result = refine(target, integers, scale[..., None], zero[..., None], objective, 3, rounds=0)
+    result = refine(target, integers, scale[..., None], zero[..., None], objective, GridSettings(3), rounds=0)
     assert torch.equal(result[0], integers) and torch.equal(result[1], scale[..., None])
