@@ -15,8 +15,6 @@ import math
 import torch
 from torch import Tensor
 
-from .scheme import GROUPS
-
 PEAK = 6.0
 """The largest value of E2M1."""
 E4M3 = torch.float8_e4m3fn

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rotoboa.boa.objective.objective import Objective
-from rotoboa.boa.solver.learned import Learning, Relaxed, beside, learn, penalty_slope, rectified, slope_, variables
 from rotoboa.boa.solver.grid import GridSettings
+from rotoboa.boa.solver.learned import Learning, Relaxed, beside, learn, penalty_slope, rectified, slope_, variables
 from rotoboa.boa.solver.refine import refine, rescale
 from rotoboa.boa.solver.rounding import Quantized, objective_rows, quantize
 from rotoboa.boa.solver.rounding_settings import Settings
