@@ -49,7 +49,7 @@ def test_plain_rounding_collapses(report: tuple[str, dict[str, Any]]) -> None:
     """Where activations are quantized; and it is far off at 2 bits."""
     name, measured = report
     perplexity = measured["perplexity"]["stdlib"]
-    assert perplexity["rtn"] > {"w4a4kv4": 4, "w2a16": 1.7}[name] * perplexity["full_precision"]
+    assert perplexity["rtn"] > {"w4a4kv4": 3, "w2a16": 1.7}[name] * perplexity["full_precision"]
 
 
 def test_sizes(report: tuple[str, dict[str, Any]]) -> None:

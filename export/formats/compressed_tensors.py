@@ -1,7 +1,9 @@
-"""The compressed-tensors format, `pack-quantized`: what vLLM serves and what transformers loads by itself.
+"""The compressed-tensors format: what vLLM serves and what transformers loads by itself.
 
 A weight is `scale * (integer - zero)`, as in a run; the format has signed numbers, so integers and zero points are
 shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers were chosen for exactly these values.
+
+`pack-quantized` holds everything:
 
 | | |
 |---|---|
@@ -10,12 +12,19 @@ shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers we
 | `weight_zero_point` | (ceil(out * bits / 32), groups) int32; asymmetric grids only |
 | `weight_shape` | [out, in] |
 
+`int-quantized` holds W8A8 alone, whose inputs vLLM computes in integers; in `pack-quantized` it leaves them in 16 bits:
+
+| | |
+|---|---|
+| `weight` | (out, in) int8 |
+| `weight_scale` | (out, 1) float16 |
+
 A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +44,7 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from torch import Tensor
 
 from ...boa import scheme as ours
+from ...boa.online.activations import OWN, stock_clip
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
@@ -49,12 +59,30 @@ NAME = "compressed-tensors"
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
 
 
-def stock_clip(bits: int) -> float:
-    """The clip ratio that equals the format's own dynamic scale, max |x| / ((2^b - 1) / 2), where ours has 2^(b-1) - 1.
-
-    Example: 14/15 for 4 bits, 254/255 for 8.
+def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
+    """How a run whose layers have these schemes is stored: `int-quantized` where all that is quantized is W8A8, a scale
+    per output channel and per token, both symmetric.
     """
-    return (2.0 ** (bits - 1) - 1) / ((2.0**bits - 1) / 2)
+    eight = ours.QuantizationArgs(8, None, True)
+    quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
+    whole = bool(quantized) and all(s.weights == s.input_activations == eight for s in quantized)
+    return CompressionFormat.int_quantized if whole else CompressionFormat.pack_quantized
+
+
+def warning(run: Finished) -> str | None:
+    """What a user should know of an export before serving it: that vLLM computes it otherwise; None where it does not.
+
+    vLLM reads what `pack-quantized` says of inputs only where it has a kernel for them, which came late and on GPUs.
+    """
+    schemes = by_scheme(run)
+    inputs = next((s.input_activations for s in schemes if s.input_activations.quantizes), None)
+    if inputs is None or stored_as(schemes) == CompressionFormat.int_quantized:
+        return None
+    return (
+        f"vLLM serves this export with inputs in 16 bits, silently, where the run has {inputs.num_bits}; recent ones "
+        "have kernels for it on some GPUs. For integer products take W8A8, symmetric and without groups (recipe w8a8). "
+        "transformers computes what the run computes."
+    )
 
 
 def check(run: Finished) -> None:
@@ -109,11 +137,10 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> No
             f"{inputs.group_size}: quantize with --activations.group_size none, or use --format native."
         )
     clip = stock_clip(inputs.num_bits)
-    if spec.activation_search or abs(spec.activation_clip - clip) > 1e-6:
+    if spec.activation_convention == OWN and (spec.activation_search or abs(spec.activation_clip - clip) > 1e-6):
         raise InputError(
             f"{NAME} cannot hold clip ratios of activations, and its readers use {clip:.7f} at "
-            f"{inputs.num_bits} bits: quantize with --no-activations.search --activations.clip {clip:.16g}, "
-            "or use --format native."
+            f"{inputs.num_bits} bits: quantize with --activations.convention {NAME}, or use --format native."
         )
 
 
@@ -152,9 +179,9 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key, nor
     `quantization_status`, which keeps transformers from loading a run with R4: it would leave the rotation out.
     """
-    # The format is set: what the library infers for quantized activations is another one, without packing.
-    packed = CompressionFormat.pack_quantized
+    # The format is set: what the library infers for all quantized activations is the one without packing.
     layers = by_scheme(run)
+    stored = stored_as(layers)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
     quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
     groups = {}
@@ -162,10 +189,10 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         # No layer is in two groups, so that no reader must choose.
         targets = [f"re:{pattern}" for pattern in patterns(names, run)] if len(quantized) > 1 else ["Linear"]
         parts = {"weights": _weights(scheme.weights), "input_activations": _inputs(scheme.input_activations)}
-        groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=packed, **parts)
+        groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=stored, **parts)
     config = QuantizationConfig(
         config_groups=groups,
-        format=packed.value,
+        format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[run.family.head, *(f"re:{pattern}" for pattern in patterns(ignored, run))],
     )
@@ -201,7 +228,7 @@ def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
 
 
 def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]:
-    """One projection in the format: integers (out, in), scale and zero (out, groups) -> the tensors of the table above.
+    """One projection in `pack-quantized`: integers (out, in), scale and zero (out, groups) -> the tensors of its table.
 
     Raises:
         ValueError: symmetric, and a zero point is not 2^(b-1).
@@ -221,9 +248,20 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
     return tensors
 
 
+def as_int8(result: Quantized) -> dict[str, Tensor]:
+    """One symmetric projection of 8 bits in `int-quantized`: integers (out, in), scale (out, 1)."""
+    return {
+        "weight": (result.integers.to(torch.int16) - 128).to(torch.int8),
+        "weight_scale": result.scale.to(torch.float16),
+    }
+
+
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    yield from run.groups(lambda result, args: compress(result, args.num_bits, args.symmetric))
+    if stored_as(by_scheme(run)) == CompressionFormat.int_quantized:
+        yield from run.groups(lambda result, _: as_int8(result))
+    else:
+        yield from run.groups(lambda result, args: compress(result, args.num_bits, args.symmetric))
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

@@ -75,9 +75,7 @@ def stdlib_files(held_out: bool) -> list[Path]:
         folders[:] = [name for name in folders if name not in SKIP]  # most files of the library are its tests
         first = Path(folder).relative_to(root).parts[:1]
         files += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(".py") and ((*first, name)[0] in HELD_OUT) == held_out
+            Path(folder, name) for name in names if name.endswith(".py") and ((*first, name)[0] in HELD_OUT) == held_out
         ]
     if not files:
         raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
-from ...boa.online.activations import SEARCHED
+from ...boa.online.activations import OWN, SEARCHED
 from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
@@ -78,9 +78,14 @@ def _activations(case: _Case) -> str | None:
     return "activations.bits is 16" if case.recipe.activations.bits == 16 else None
 
 
+def _convention(case: _Case) -> str | None:
+    found = case.recipe.activations
+    return _activations(case) or (f"activations.convention is {found.convention}" if found.convention != OWN else None)
+
+
 def _activation_clip(case: _Case) -> str | None:
     found = case.recipe.activations
-    return _activations(case) or _searched("activations", found.search, found.bits)
+    return _convention(case) or _searched("activations", found.search, found.bits)
 
 
 def _cache(case: _Case) -> str | None:
@@ -147,7 +152,8 @@ IDLE: dict[str, _Why] = {
     "activations.group_size": _activations,
     "activations.symmetric": _activations,
     "activations.clip": _activation_clip,
-    "activations.search": _activations,
+    "activations.search": _convention,
+    "activations.convention": _activations,
     "cache.clip": _cache_clip,
     "cache.search": _cache,
     "cache.center": _center,
