@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import InputError
 from .family import SITES, Family, Merged
+from .generic.generic_family import generic_family, is_causal_type
 
-__all__ = ["FAMILIES", "SITES", "Family", "Merged", "family_for", "family_of"]
+__all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of"]
 
 _CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (False, None)}
 _GEMMA2 = Family(
@@ -170,6 +171,16 @@ _REASONS = {
 }
 
 
+def check_type(model_type: str, source: str) -> None:
+    """Check that there is a row of `model_type`, or a decoder of transformers; `source` names the model in the error.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if model_type in _REASONS or not is_causal_type(model_type):
+        family_of(model_type, source)
+
+
 def family_of(model_type: str, source: str) -> Family:
     """The row of `model_type`; `source` names the model in the error.
 
@@ -188,9 +199,13 @@ def family_of(model_type: str, source: str) -> Family:
 def family_for(config: Any, source: str) -> Family:
     """The row of a transformers config with what the config adds to it; `source` names the model in errors.
 
+    Where there is no row it is found by running the model: see `generic_family`.
+
     Raises:
-        InputError: no row has its type, or the config asks for a variant that is not supported.
+        InputError: the model is not supported, or the config asks for a variant that is not supported.
     """
+    if config.model_type not in FAMILIES and config.model_type not in _REASONS and is_causal_type(config.model_type):
+        return generic_family(config, source)
     family = family_of(config.model_type, source)
     for field, legal in (family.legal or {}).items():
         value = getattr(config, field, None)

@@ -52,6 +52,9 @@ class Family:
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
         legal: config field -> the values that are supported; a str is the name of another field that it must equal.
+        others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
+            blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
+            in which they run; rows and columns of each.
         ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
 
@@ -101,7 +104,15 @@ class Family:
     expert_count: int = 0
     renamed: tuple[tuple[str, str], ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
+    others: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    sizes: Mapping[str, tuple[int, int]] | None = None
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+
+    @property
+    def generic(self) -> bool:
+        """Whether no more is known than linear layers: there is no row."""
+        return False
 
     def expert(self, index: int) -> tuple[str, str, str]:
         """Gate, up and down of one expert."""

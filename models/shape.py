@@ -34,12 +34,13 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """Read the sizes from a transformers config, with the defaults of Llama where a field is missing."""
-        row = FAMILIES.get(getattr(config, "model_type", ""), FAMILIES["llama"])
+        generic = getattr(config, "model_type", "") not in FAMILIES
+        row = FAMILIES["llama"] if generic else FAMILIES[config.model_type]
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         return cls(
             blocks=int(config.num_hidden_layers),
             hidden=hidden,
-            ffn=int(getattr(config, row.ffn_field)),
+            ffn=int(getattr(config, row.ffn_field, 4 * hidden) if generic else getattr(config, row.ffn_field)),
             query_heads=heads,
             key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),

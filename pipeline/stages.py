@@ -77,6 +77,7 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if recipe.output is None:
         raise InputError("the recipe has no output folder: give --output.")
     job = prepare(recipe, device, ranks, clock)
+    recipe = job.recipe
     length, mine = length_of(recipe, job.model, job.decoder), None
     if ranks.rank == 0:
         mine = RunWriter(recipe.output, identity(job))
@@ -139,7 +140,8 @@ def _run(
     if not folder.manifest.knows("plain_forward_seconds"):
         first = ranks.rank == 0
         balance = Balance(job, tokens.shape[1]) if recipe.rotation.scale and first else None
-        profile = ActivationProfile(job, balance) if recipe.evaluation.report and first else None
+        looks = recipe.evaluation.report and first and not job.decoder.family.generic
+        profile = ActivationProfile(job, balance) if looks else None
         seconds = plain_forward(job, tokens, progress, [part for part in (balance, profile) if part is not None])
         if balance is not None:
             balance.write(folder.path)

@@ -161,9 +161,14 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
 def save_as_family(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """`make_family` with a tokenizer of characters."""
     make_family(name, **changes).to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One of characters."""
     characters = ["<s>", "</s>", "<unk>", *(chr(i) for i in range(32, 127)), "\n"]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     wrapped.save_pretrained(folder)
-    return folder

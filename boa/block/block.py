@@ -15,6 +15,7 @@ from .context import BlockContext, BlockResult, Streams
 from .experts_step import quantize_experts
 from .fold_step import fold_channels
 from .mlp_step import quantize_mlp
+from .plain_step import quantize_plain
 
 
 @torch.no_grad()
@@ -32,6 +33,8 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
     with quick_products(context.decoder.device):
         _check_weights(context)
         _check_streams(context, streams, "")
+        if context.family.generic:
+            return _quantize_plain(context, streams)
         found = fold_channels(context, streams.full)
         context, centers = center_keys(context, streams)
         found |= centers
@@ -44,6 +47,12 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
         streams.restore(before)
         _quantize_layers(replace(context, previous=found.results), streams)
         return found
+
+
+def _quantize_plain(context: BlockContext, streams: Streams) -> BlockResult:
+    found = quantize_plain(context, streams)
+    _check_streams(context, streams, context.family.projections[-1])
+    return found
 
 
 def _quantize_layers(context: BlockContext, streams: Streams) -> BlockResult:

@@ -24,7 +24,12 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         InputError: they do not.
     """
     shape = decoder.shape
-    widths = {"hidden size": shape.hidden, "attention width": shape.query_heads * shape.head_dim, "ffn size": shape.ffn}
+    widths = {f"{name}'s inputs": columns for name, (_, columns) in (decoder.family.sizes or {}).items()}
+    widths = widths or {
+        "hidden size": shape.hidden,
+        "attention width": shape.query_heads * shape.head_dim,
+        "ffn size": shape.ffn,
+    }
     groups = {
         "weights.group_size": (recipe.weights.group_size, "channel"),
         "activations.group_size": (recipe.activations.group_size, "token"),

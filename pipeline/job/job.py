@@ -18,6 +18,7 @@ from ...export.spec import Spec
 from ...models.aliases import ResolvedModel, resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
+from ...models.generic.generic_decoder import decoder_for
 from ...models.hub import fetch
 from ...models.tokenizer import read_tokenizer, size_notices
 from ...rotation.balance import balanced_sites
@@ -32,6 +33,7 @@ from ..storage.manifest import BudgetEntry
 from ..storage.run_folder import device_of
 from .checks import bos_of, check_bos, check_convention, check_sizes
 from .clock import Clock
+from .plain_recipe import plain_recipe
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     target = device_of(device_name(device))
     model = resolve_model(recipe.model)
     checkpoint = Checkpoint(fetch(model.source, model.is_local))
-    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    decoder = decoder_for(checkpoint.config, attention=NAME, device=target)
     checkpoint.check(decoder.shapes)
+    recipe, adapted = plain_recipe(recipe, decoder.family, model) if decoder.family.generic else (recipe, ())
     check_sizes(recipe, decoder, model)
     if recipe.weights.method == "brecq" and ranks is not None and ranks.size > 1:
         raise InputError("weights.method brecq learns a block in one process: start it without torchrun.")
@@ -158,6 +161,6 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
     return Job(
         recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks(),
-        found=(*checkpoint.notices(decoder.shapes), *size_notices(tokenizer, decoder.shape.vocabulary)),
+        found=(*adapted, *checkpoint.notices(decoder.shapes), *size_notices(tokenizer, decoder.shape.vocabulary)),
         clock=clock or Clock(),
     )  # fmt: skip
