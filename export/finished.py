@@ -22,7 +22,7 @@ from ..models.families import Family, check_type, family_for
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from ..models.shape import Shape
-from .packing import unpack_block
+from .packing import ALL_PARTS, unpack_block
 from .spec import METHOD, Spec
 from .writing import read_outer_layers
 
@@ -97,7 +97,7 @@ class Finished:
         """Block `index` as integers, scale and zero point of every projection, and its other tensors."""
         tensors = self.block(index)
         quantized = unpack_block(tensors, self.spec.schemes(self.family, index), self.columns)
-        packed = {f"{name}.{part}" for name in quantized for part in ("qweight", "scale", "zero")}
+        packed = {f"{name}.{part}" for name in quantized for part in ALL_PARTS}
         return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
 
     @property

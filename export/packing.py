@@ -20,12 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..boa.kernels.levels import E2M1, E2M1_ZERO
 from ..boa.scheme import QuantizationArgs, QuantizationScheme
 from ..boa.solver.rounding import Quantized
+from ..boa.stored_scales import decode, encode
 
 _CHUNK = 1 << 20  # values at a time
+_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)  # what the codes of E2M1 without a sign mean, times two
 PARTS = ("qweight", "scale", "zero")
-"""The tensors of a packed weight."""
+"""The tensors of a packed weight of integers."""
+ALL_PARTS = (*PARTS, "global_scale")
+"""Those of a packed weight of any format: floating point has no zero point, and MXFP4 no global scale."""
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -192,7 +197,43 @@ def packed_bytes(rows: int, columns: int, args: QuantizationArgs, itemsize: int)
     """Bytes of a weight as a native checkpoint has it; `itemsize` is that of a weight left as it is."""
     if not args.quantizes:
         return rows * columns * itemsize
-    return rows * (4 * packed_width(columns, args.num_bits) + 3 * (columns // (args.group_size or columns)))
+    groups = columns // (args.group_size or columns)
+    of_group, of_tensor = {"int": (3, 0), "nvfp4": (1, 4), "mxfp4": (1, 0)}[args.format]
+    return rows * (4 * packed_width(columns, args.num_bits) + of_group * groups) + of_tensor
+
+
+def to_codes(integers: Tensor) -> Tensor:
+    """Integers of E2M1 (`kernels.levels`) as its codes, uint8: the sign, two bits of exponent, one of mantissa."""
+    codes = torch.zeros(E2M1 + 1, dtype=torch.uint8)
+    codes[[E2M1_ZERO + value for value in _DOUBLED]] = torch.arange(8, dtype=torch.uint8)
+    codes[[E2M1_ZERO - value for value in _DOUBLED[1:]]] = torch.arange(9, 16, dtype=torch.uint8)
+    return codes.to(integers.device)[integers.int()]
+
+
+def from_codes(codes: Tensor) -> Tensor:
+    """The inverse, of any shape."""
+    integers = [E2M1_ZERO + value for value in _DOUBLED] + [E2M1_ZERO - value for value in _DOUBLED]
+    return torch.tensor(integers, dtype=torch.uint8, device=codes.device)[codes.int()]
+
+
+def packed_parts(result: Quantized, args: QuantizationArgs) -> dict[str, Tensor]:
+    """The tensors of a weight by the last part of their names: integers (r, c), scale and zero (r, groups)."""
+    if args.format == "int":
+        scale, zero = result.scale.to(torch.float16).contiguous(), result.zero.to(torch.uint8).contiguous()
+        return {"qweight": pack(result.integers, args.num_bits), "scale": scale, "zero": zero}
+    scale = encode(2 * result.scale, args.format, result.global_scale).contiguous()
+    parts = {"qweight": pack(to_codes(result.integers), args.num_bits), "scale": scale}
+    return parts | ({"global_scale": torch.tensor([result.global_scale])} if args.format == "nvfp4" else {})
+
+
+def unpacked(parts: Mapping[str, Tensor], args: QuantizationArgs, columns: int) -> Quantized:
+    """The inverse."""
+    integers = unpack(parts["qweight"], args.num_bits, columns)
+    if args.format == "int":
+        return Quantized(integers, parts["scale"].float(), parts["zero"].float())
+    factor = float(parts["global_scale"]) if args.format == "nvfp4" else 1.0
+    scale = decode(parts["scale"], args.format, factor) / 2
+    return Quantized(from_codes(integers), scale, torch.full_like(scale, E2M1_ZERO), global_scale=factor)
 
 
 def pack_block(
@@ -214,9 +255,8 @@ def pack_block(
         if name.removesuffix(".weight") not in results
     }
     for name, result in results.items():
-        packed[f"{name}.qweight"] = pack(result.integers, schemes[name].weights.num_bits)
-        packed[f"{name}.scale"] = result.scale.to(torch.float16).contiguous()
-        packed[f"{name}.zero"] = result.zero.to(torch.uint8).contiguous()
+        parts = packed_parts(result, schemes[name].weights)
+        packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return packed
 
 
@@ -225,10 +265,10 @@ def unpack_block(
 ) -> dict[str, Quantized]:
     """The inverse, for the projections that are quantized: `columns` says how many inputs each has."""
     return {
-        name: Quantized(
-            unpack(tensors[f"{name}.qweight"], scheme.weights.num_bits, columns[name]),
-            tensors[f"{name}.scale"].float(),
-            tensors[f"{name}.zero"].float(),
+        name: unpacked(
+            {part: tensors[f"{name}.{part}"] for part in ALL_PARTS if f"{name}.{part}" in tensors},
+            scheme.weights,
+            columns[name],
         )
         for name, scheme in schemes.items()
         if scheme.weights.quantizes

@@ -28,6 +28,7 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 WIDTHS = (8, 4, 2, 1)
 CHUNK = 2**24

@@ -37,6 +37,7 @@ class Spec:
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
         activation_convention: whose scales inputs have, of `CONVENTIONS`: a reader's in place of clip and search.
+        type, activation_type: int, or float: in four bits and groups that say which format, see `boa.scheme`.
         layers: by the names of modules, the schemes of those that differ from the above; embedding and head are in full
             precision where they are not named.
         tied_head: the head is the packed embedding, which is stored once.
@@ -66,6 +67,8 @@ class Spec:
     cache_search: bool = False
     cache_center: bool = False
     tied_head: bool = False
+    type: str = "int"
+    activation_type: str = "int"
     layers: Mapping[str, QuantizationScheme] = field(default_factory=dict)
     clips: Sequence[Mapping[str, float]] | None = None
     format_version: int = FORMAT_VERSION
@@ -74,8 +77,10 @@ class Spec:
     def scheme(self) -> QuantizationScheme:
         """Of every layer that `layers` does not name."""
         return QuantizationScheme(
-            QuantizationArgs(self.bits, self.group_size, self.symmetric),
-            QuantizationArgs(self.activation_bits, self.activation_group, self.activation_symmetric),
+            QuantizationArgs(self.bits, self.group_size, self.symmetric, self.type),
+            QuantizationArgs(
+                self.activation_bits, self.activation_group, self.activation_symmetric, self.activation_type
+            ),
         )
 
     def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
@@ -173,6 +178,9 @@ class Spec:
                 del plain[name]
         if self.activation_convention == OWN:
             del plain["activation_convention"]
+        for name in ("type", "activation_type"):
+            if plain[name] == "int":
+                del plain[name]
         return plain
 
     @classmethod
@@ -248,5 +256,7 @@ class Spec:
             if what := scheme.weights.wrong() or scheme.input_activations.wrong():
                 return f"of {layer} {what}"
         legal["activation_convention"] = self.activation_convention in CONVENTIONS
+        for field_name, args in (("type", self.scheme.weights), ("activation_type", self.scheme.input_activations)):
+            legal[field_name] = args.type == "int" or not args.wrong()
         legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

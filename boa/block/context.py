@@ -20,6 +20,7 @@ from ..scheme import QuantizationScheme
 from ..solver.rounding import Quantized
 from ..solver.rounding_settings import LAYERWISE, Settings
 from ..solver.zfold import ChannelScales
+from ..stored_scales import global_scale_of
 
 Report = Callable[[str, float], None]
 S = TypeVar("S", bound=Statistics)
@@ -146,10 +147,19 @@ class BlockContext:
 
     def settings_of(self, name: str) -> Settings | None:
         """How a projection is rounded; None: it is left as it is."""
-        if name not in self.schemes:
-            return self.settings
-        args = self.schemes[name].weights
-        return self.settings.of(args) if args.quantizes else None
+        settings = self.settings
+        if name in self.schemes:
+            args = self.schemes[name].weights
+            if not args.quantizes:
+                return None
+            settings = settings.of(args)
+        return settings.with_global_scale(self._global_scale(name)) if settings.format == "nvfp4" else settings
+
+    def _global_scale(self, name: str) -> float:
+        """One for all projections of an input, which kernels run as one."""
+        sites = self.family.sites
+        peaks = [self.weight(other).abs().amax() for other in sites if sites[other] == sites[name]]
+        return global_scale_of(float(torch.stack(peaks).amax()))
 
     def batches(self, streams: Streams) -> Iterator[Batch]:
         """Both streams, `share.batch` sequences at a time."""

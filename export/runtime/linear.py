@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...boa.online.activations import DynamicQuantizer
 from ...boa.online.transforms import InputTransform
 from ...boa.scheme import QuantizationArgs
-from ..packing import dequantize_rows, planes, unpack
+from ..packing import from_codes, planes, unpack
 from .gradient import with_gradient
 from .packed_weight import PackedWeight
 
@@ -46,13 +46,14 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         *,
         bits: int,
         group_size: int | None = None,
+        format: str = "int",
         bias: bool = False,
         transform: InputTransform | None = None,
     ) -> None:
         nn.Module.__init__(self)  # without a weight
         self.in_features, self.out_features = inputs, outputs
         self.transform = transform or InputTransform()
-        self.make_room(outputs, inputs, bits, group_size)
+        self.make_room(outputs, inputs, bits, group_size, format)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None)
 
     @classmethod
@@ -67,13 +68,16 @@ class QuantizedLinear(PackedWeight, nn.Linear):
                 linear.out_features,
                 bits=args.num_bits,
                 group_size=args.group_size,
+                format=args.format,
                 bias=bias,
                 transform=transform,
             )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(out, in) weights, computed in float32 and rounded to `dtype`."""
-        return dequantize_rows(self.qweight, self.scale, self.zero, self.bits, self.in_features).to(dtype)
+        scale, zero = self.grid()
+        integers = self._integers(slice(None), scale.shape[1], in_order=True)
+        return ((integers.float() - zero.float()[..., None]) * scale.float()[..., None]).flatten(1).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -90,6 +94,8 @@ class QuantizedLinear(PackedWeight, nn.Linear):
 
     def counts(self, quantizer: DynamicQuantizer | None, device: torch.device) -> bool:
         """Whether products are taken of integers."""
+        if self.format != "int":
+            return False
         if quantizer is None or quantizer.bits + (not quantizer.symmetric) > 8 or not fast_integers(device.type):
             return False
         inputs, weights = self.in_features // (quantizer.group_size or self.in_features), self.scale.shape[1]
@@ -134,14 +140,14 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         x = self._ordered(x, groups).flatten(1)
         parts = []
         for rows in self._parts(x.device):
-            integers, zero = self._integers(rows, groups), self.zero[rows, :, None]
+            integers, (scale, zero) = self._integers(rows, groups), (part[..., None] for part in self.grid(rows))
             # Below 8 bits the difference fits int8, whose bits are those of the uint8 one.
             weight = integers.sub_(zero).view(torch.int8).to(wide) if self.bits < 8 else integers.to(wide).sub_(zero)
             if not late:
-                weight = weight.mul_(self.scale[rows, :, None]).to(dtype)
+                weight = weight.mul_(scale).to(dtype)
             part = x @ weight.flatten(1).T
             if late:
-                part *= self.scale[rows, 0].to(torch.float32 if dtype == torch.bfloat16 else dtype)
+                part *= scale[:, 0, 0].to(torch.float32 if dtype == torch.bfloat16 else dtype)
             parts.append(part if self.bias is None else part.add_(self.bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -159,12 +165,14 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         x = nn.functional.pad(x, (0, padding)) if padding else x
         return x.unflatten(1, (groups, -1, count)).transpose(-1, -2).flatten(2)
 
-    def _integers(self, rows: slice, groups: int) -> Tensor:
-        """0 .. 2^bits - 1 of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number."""
+    def _integers(self, rows: slice, groups: int, *, in_order: bool = False) -> Tensor:
+        """Those of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number."""
         words = self.qweight[rows]
-        if self._planes(groups) == 1:
-            return unpack(words, self.bits, self.in_features).unflatten(1, (groups, -1))
-        return planes(words.reshape(len(words) * groups, -1), self.bits).view(len(words), groups, -1)
+        if in_order or self._planes(groups) == 1:
+            found = unpack(words, self.bits, self.in_features).unflatten(1, (groups, -1))
+        else:
+            found = planes(words.reshape(len(words) * groups, -1), self.bits).view(len(words), groups, -1)
+        return found if self.format == "int" else from_codes(found)
 
     def _parts(self, device: torch.device) -> Iterator[slice]:
         step = max(8, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // self.in_features // 8 * 8)

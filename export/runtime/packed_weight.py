@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ...boa.kernels.levels import E2M1_ZERO
+from ...boa.stored_scales import E4M3, decode
 from ..packing import packed_width
 
 
@@ -15,24 +17,39 @@ class PackedWeight(nn.Module):
     """Buffers, as in the files: `qweight` (rows, words) int32, `scale` (rows, groups) float16, `zero` (rows, groups)
     uint8; a value is `scale * (integer - zero)`. What others read of `weight`, its device and whether it learns, is
     that of the packed words.
+
+    Floating point has `scale` as `stored_scales` has it, no `zero`, and for NVFP4 a `global_scale` (1,) float32.
     """
 
     qweight: Tensor
     scale: Tensor
     zero: Tensor
+    global_scale: Tensor
     weight = property(lambda self: self.qweight)
 
-    def make_room(self, rows: int, columns: int, bits: int, group_size: int | None) -> None:
+    def make_room(self, rows: int, columns: int, bits: int, group_size: int | None, format: str = "int") -> None:
         """Register the buffers, without data; `group_size` None is one group for all columns."""
-        self.bits, groups = bits, columns // (group_size or columns)
+        self.bits, self.format, groups = bits, format, columns // (group_size or columns)
+        scale_type = {"int": torch.float16, "nvfp4": E4M3, "mxfp4": torch.uint8}[format]
         self.register_buffer("qweight", torch.zeros(rows, packed_width(columns, bits), dtype=torch.int32))
-        self.register_buffer("scale", torch.ones(rows, groups, dtype=torch.float16))
-        self.register_buffer("zero", torch.zeros(rows, groups, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(rows, groups).to(scale_type))
+        if format == "int":
+            self.register_buffer("zero", torch.zeros(rows, groups, dtype=torch.uint8))
+        if format == "nvfp4":
+            self.register_buffer("global_scale", torch.ones(1))
+
+    def grid(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Scales, float16 or float32, and zero points, uint8, of integers (`kernels.levels`), (rows, groups)."""
+        if self.format == "int":
+            return self.scale[rows], self.zero[rows]
+        scale = decode(self.scale[rows], self.format, self.global_scale if self.format == "nvfp4" else 1.0) / 2
+        return scale, torch.full_like(scale, E2M1_ZERO, dtype=torch.uint8)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay float16.
-        scale = self.scale
+        # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay as they are.
+        kept = {name: getattr(self, name) for name in ("scale", "global_scale") if name in self._buffers}
         super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for name, tensor in kept.items():
+            if (now := getattr(self, name)).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
         return self

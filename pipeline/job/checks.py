@@ -7,12 +7,15 @@ from itertools import product
 from transformers import PreTrainedTokenizerBase
 
 from ...boa.online.activations import OWN
+from ...boa.scheme import FULL, GROUPS
 from ...errors import InputError
 from ...export.spec import Spec
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
+from ..recipe.fields import given_fields
+from ..recipe.layers import whole_scheme
 from ..recipe.recipe import Recipe
 from ..recipe.settings import is_r1_online
 
@@ -30,10 +33,19 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         "attention width": shape.query_heads * shape.head_dim,
         "ffn size": shape.ffn,
     }
+    check_formats(recipe)
     groups = {
         "weights.group_size": (recipe.weights.group_size, "channel"),
         "activations.group_size": (recipe.activations.group_size, "token"),
     }
+    scheme = whole_scheme(recipe)
+    formats = {"weights": scheme.weights.format, "activations": scheme.input_activations.format}
+    for (section, found), (name, width) in product(formats.items(), widths.items()):
+        if found != "int" and width % GROUPS[found]:
+            raise InputError(
+                f"{section}.format {found} has groups of {GROUPS[found]}, which do not divide the {name} {width} of "
+                f"{model.name}: give --{section}.format int."
+            )
     for (field, (group, whole)), (name, width) in product(groups.items(), widths.items()):
         if group and width % group:
             fitting = [g for g in (32, 64, 128, 16, 8) if all(w % g == 0 for w in widths.values())]
@@ -55,6 +67,39 @@ def check_convention(spec: Spec) -> None:
             f"activations.convention {spec.activation_convention} has no zero points: give --activations.symmetric, or "
             f"--activations.convention {OWN}."
         )
+
+
+def check_formats(recipe: Recipe) -> None:
+    """Check that what a recipe says beside a format of floating point goes with it.
+
+    Raises:
+        InputError: it does not.
+    """
+    given, weights = given_fields(recipe), recipe.weights
+    for section, part in {"weights": weights, "activations": recipe.activations}.items():
+        if part.format == "int" or part.bits == FULL:
+            continue
+        size = GROUPS[part.format]
+        wrong = {
+            "bits": part.bits != 4,
+            "group_size": part.group_size not in (None, size),
+            "symmetric": not part.symmetric and f"{section}.symmetric" in given,
+        }
+        if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
+            raise InputError(
+                f"{section}.format {part.format} has 4 bits, groups of {size} and no zero point, and {section}.{field} "
+                f"is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format int."
+            )
+    if any(
+        part.format != "int" for part in (weights, *(override.weights for override in recipe.overrides)) if part.format
+    ):
+        refused = {
+            f"weights.method {weights.method}": weights.method in ("adaround", "aespa", "brecq"),
+            "weights.zfold": bool(weights.zfold),
+            "weights.budget or weights.size": weights.budget is not None or weights.size is not None,
+        }
+        if what := next((what for what, is_on in refused.items() if is_on), ""):
+            raise InputError(f"{what} is for integers alone, and weights are floating point: leave one of both out.")
 
 
 def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:

@@ -78,14 +78,16 @@ def _activations(case: _Case) -> str | None:
     return "activations.bits is 16" if case.recipe.activations.bits == 16 else None
 
 
-def _convention(case: _Case) -> str | None:
+def _activation_search(case: _Case) -> str | None:
     found = case.recipe.activations
-    return _activations(case) or (f"activations.convention is {found.convention}" if found.convention != OWN else None)
+    other = {"format": (found.format, "int"), "convention": (found.convention, OWN)}
+    changed = (f"activations.{name} is {value}" for name, (value, plain) in other.items() if value != plain)
+    return _activations(case) or next(changed, None)
 
 
 def _activation_clip(case: _Case) -> str | None:
     found = case.recipe.activations
-    return _convention(case) or _searched("activations", found.search, found.bits)
+    return _activation_search(case) or _searched("activations", found.search, found.bits)
 
 
 def _cache(case: _Case) -> str | None:
@@ -152,8 +154,9 @@ IDLE: dict[str, _Why] = {
     "activations.group_size": _activations,
     "activations.symmetric": _activations,
     "activations.clip": _activation_clip,
-    "activations.search": _convention,
+    "activations.search": _activation_search,
     "activations.convention": _activations,
+    "activations.format": _activations,
     "cache.clip": _cache_clip,
     "cache.search": _cache,
     "cache.center": _center,

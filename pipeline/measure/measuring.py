@@ -18,7 +18,7 @@ from ...boa.solver.rounding import Quantized, quantize
 from ...boa.stopwatch import STAGES
 from ...eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
 from ...eval.results import Divergences, Perplexities
-from ...export.packing import pack_block
+from ...export.packing import ALL_PARTS, pack_block
 from ...export.runtime.memory import memory
 from ...export.runtime.prepared import packed_block, prepare_block
 from ...models.outer_layers import OuterLayers
@@ -182,7 +182,7 @@ def bits_per_weight(job: Job, folder: RunFolder) -> float:
     for index in range(job.decoder.shape.blocks):
         sizes, block = tensor_sizes(folder.block_path(index)), job.decoder.empty_block(index)
         for name in job.decoder.family.projections:
-            stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("weight", "qweight", "scale", "zero"))
+            stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("weight", *ALL_PARTS))
             weights += block.get_parameter(f"{name}.weight").numel()
     return 8 * stored / weights
 

@@ -90,6 +90,7 @@ def _storage(run: Path, exported: int) -> dict[str, dict[str, int]]:
     parts: dict[str, dict[str, int]] = {}
     other = 0
     kinds = {"qweight": "integers", "scale": "scales, zero points", "zero": "scales, zero points"}
+    kinds["global_scale"] = kinds["scale"]
     for path in sorted((run / "blocks").glob("*.safetensors")):
         for name, size in tensor_sizes(path).items():
             module, _, last = name.rpartition(".")

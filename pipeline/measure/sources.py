@@ -13,7 +13,7 @@ from ...boa.online.attention import CENTER, set_attention
 from ...boa.online.transforms import OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
 from ...eval.results import Sources
-from ...export.packing import unpack_block
+from ...export.packing import ALL_PARTS, unpack_block
 from ...models.families import SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
@@ -188,7 +188,7 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     empty = compute.empty_block(index)
     columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
     results = unpack_block(packed, job.spec.schemes(family, index), columns)
-    parts = {f"{name}.{part}" for name in results for part in ("qweight", "scale", "zero")}
+    parts = {f"{name}.{part}" for name in results for part in ALL_PARTS}
     parts.add(f"{family.attention}.{CENTER}")
     others = {name: tensor for name, tensor in packed.items() if name not in parts}
     weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}

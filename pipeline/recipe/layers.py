@@ -8,16 +8,18 @@ from ...boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ...errors import InputError
 from ...export.finished import projection_columns
 from ...models.decoder import Decoder
-from .overrides import chosen, nearest
+from .overrides import OverriddenArgs, chosen, nearest
 from .recipe import Embedding, Head, Recipe
+
+_WORDS = {"num_bits": "bits"}
 
 
 def whole_scheme(recipe: Recipe) -> QuantizationScheme:
     """Of every layer that nothing is overridden of."""
     weights, inputs = recipe.weights, recipe.activations
     return QuantizationScheme(
-        QuantizationArgs(weights.bits, weights.group_size, weights.symmetric),
-        QuantizationArgs(inputs.bits, inputs.group_size, inputs.symmetric),
+        QuantizationArgs.of(weights.format, weights.bits, weights.group_size, weights.symmetric),
+        QuantizationArgs.of(inputs.format, inputs.bits, inputs.group_size, inputs.symmetric),
     )
 
 
@@ -44,11 +46,32 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
             for name in layers:
                 scheme = found.get(name, whole)
                 found[name] = QuantizationScheme(
-                    replace(scheme.weights, **override.weights.given()),
-                    replace(scheme.input_activations, **override.activations.given()),
+                    _overridden(scheme.weights, override.weights, f"weights of {name}"),
+                    _overridden(scheme.input_activations, override.activations, f"activations of {name}"),
                 )
     found = {name: found[name] for name in names if name in found and found[name] != whole}
     _check(found, whole, decoder)
+    return found
+
+
+def _overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> QuantizationArgs:
+    """With what is given changed.
+
+    Raises:
+        InputError: floating point is to have bits, groups or symmetry that it has not.
+    """
+    given = changes.given()
+    name = given.pop("format", "int" if given.get("num_bits") == FULL else args.format)
+    if name == "int":
+        plain = args if args.type == "int" else QuantizationArgs(args.num_bits)  # groups are of the format
+        return replace(plain, **given)
+    found = QuantizationArgs.of(name, 4, None, True)
+    wrong = {field: value for field, value in given.items() if value != getattr(found, field)}
+    if wrong:
+        raise InputError(
+            f"overrides: the {what} are {name}, which has 4 bits, groups of {found.group_size} and no zero point: "
+            f"leave {' and '.join(_WORDS.get(field, field) for field in wrong)} out, or give format=int too."
+        )
     return found
 
 

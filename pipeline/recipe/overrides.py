@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
@@ -25,6 +25,7 @@ class OverriddenArgs(BaseModel):
     bits: Bits | None = None
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool | None = None
+    format: Literal["int", "nvfp4", "mxfp4"] | None = None
 
     @field_validator("*", mode="before")
     @classmethod

@@ -78,7 +78,7 @@ class Rotation(_Section):
 
 
 class Weights(_Section, Settings):
-    """Weights (their integer grid, and how they are rounded to it)."""
+    """Weights (their grid, and how they are rounded to it)."""
 
     bits: WeightBits = Field(default=4, description=Settings.model_fields["bits"].description)
     group_size: int | None = Field(default=None, ge=8, description=Settings.model_fields["group_size"].description)
@@ -139,6 +139,11 @@ class Activations(_Section):
     """Activations (inputs of linear layers, quantized per token as the model runs)."""
 
     bits: Bits = Field(default=16, description="Bits of an activation.")
+    format: Literal["int", "nvfp4", "mxfp4"] = Field(
+        default="int",
+        description="The numbers of activations in 4 bits. int: integers; nvfp4, mxfp4: floating point, in groups and "
+        "with scales as weights.format has them, and without clip ratios.",
+    )
     group_size: int | None = Field(
         default=None,
         ge=8,

@@ -8,7 +8,7 @@ from ...export.spec import Spec
 from ...models.decoder import Decoder
 from ...models.families import Family
 from ...rotation.rotate import Rotations
-from .layers import layer_schemes, outer_schemes
+from .layers import layer_schemes, outer_schemes, whole_scheme
 from .recipe import Recipe
 
 
@@ -19,7 +19,8 @@ def settings_of(recipe: Recipe, rotations: Rotations | None = None) -> Settings:
         has_r1 = recipe.rotation.r1 != "none" if rotations is None else rotations.r1 is not None
         grid = "diagonal" if has_r1 else "hessian"
     fields = recipe.weights.model_dump(exclude={"head", "grid", "zfold", "budget", "size", "choices"})
-    return Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
+    settings = Settings(**fields, grid=grid, zfold=recipe.weights.zfold or ())
+    return settings if settings.format == "int" else settings.of(whole_scheme(recipe).weights)
 
 
 def is_r1_online(recipe: Recipe, family: Family) -> bool:
@@ -72,20 +73,24 @@ def changed_outer_layers(recipe: Recipe, rotations: Rotations, decoder: Decoder)
 def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
     rotation, tied = recipe.rotation, stays_tied(recipe, rotations, decoder)
+    whole = whole_scheme(recipe)
+    weights, inputs = whole.weights, whole.input_activations
     return Spec(
-        bits=recipe.weights.bits,
-        group_size=recipe.weights.group_size,
-        symmetric=recipe.weights.symmetric,
+        bits=weights.num_bits,
+        group_size=weights.group_size,
+        symmetric=weights.symmetric,
+        type=weights.type,
         r1=rotations.r1 is not None,
         r2=rotation.r2,
         r3=rotation.r3,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
         heads=rotation.heads,
-        activation_bits=recipe.activations.bits,
-        activation_symmetric=recipe.activations.symmetric,
+        activation_bits=inputs.num_bits,
+        activation_symmetric=inputs.symmetric,
+        activation_type=inputs.type,
         activation_clip=recipe.activations.clip,
-        activation_group=recipe.activations.group_size,
+        activation_group=inputs.group_size,
         activation_search=recipe.activations.search,
         activation_convention=recipe.activations.convention,
         key_bits=recipe.cache.key_bits,

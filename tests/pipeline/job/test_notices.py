@@ -27,7 +27,7 @@ SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", 
 ALWAYS = {
     "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2", "rotation.r3",
     "rotation.r4", "rotation.heads", "rotation.scale", "weights.group_size", "weights.symmetric",
-    "overrides", "embedding.bits", "weights.size", "weights.method", "weights.zfold",
+    "overrides", "embedding.bits", "weights.size", "weights.method", "weights.format", "weights.zfold",
     "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
     "calibration.sequence_length", "calibration.batch",
 }  # fmt: skip
@@ -41,7 +41,7 @@ OTHER = {
     "weights.value_rows": 2,
     "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
-    "weights.regulariser": 0, "activations.group_size": 16,
+    "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False,
     "activations.convention": "vllm", "cache.clip": 0.6,
     "cache.search": False, "cache.center": False, "cache.sink": 4, "calibration.samples": 5, "calibration.seed": 1,

@@ -25,7 +25,7 @@ def worlds(folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
     """What `worlds.py` says of cases."""
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "worlds.py"), str(folder / "cases.json")],
+        [sys.executable, str(Path(__file__).with_name("worlds.py")), str(folder / "cases.json")],
         capture_output=True,
         text=True,
         check=False,
