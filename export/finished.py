@@ -161,11 +161,16 @@ def refuse_layout(family: Family, name: str) -> None:
             f"{name} is written for architectures with a row in docs/models.md, and this is a '{family.model_type}': "
             "use --format native."
         )
-    if family.merged or family.experts or family.layer_norm:
+    if not has_plain_layout(family):
         raise InputError(
             f"{name} is written for models with a tensor a projection and RMSNorm, and '{family.model_type}' has "
             "other parts: use --format native."
         )
+
+
+def has_plain_layout(family: Family) -> bool:
+    """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
+    return not (family.merged or family.experts or family.layer_norm or family.generic)
 
 
 def refuse_layers(spec: Spec, name: str) -> None:

@@ -55,6 +55,7 @@ class Family:
         others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
             blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
             in which they run; rows and columns of each.
+        note: what is special, for `rotoboa models` and docs/models.md.
         ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
 
@@ -104,6 +105,7 @@ class Family:
     expert_count: int = 0
     renamed: tuple[tuple[str, str], ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
+    note: str = ""
     others: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     sizes: Mapping[str, tuple[int, int]] | None = None

@@ -34,12 +34,15 @@ _SIZES = {
 }
 
 
+def generic_config(name: str, **changes: Any) -> Any:
+    """That of a small model of this type."""
+    fields = _SIZES | GENERIC.get(name, {}) | changes
+    return AutoConfig.for_model(name, **{k: v for k, v in fields.items() if v is not None or k == "pad_token_id"})
+
+
 def save_generic(folder: Path, name: str) -> Path:
     """A checkpoint of the real class, every tensor random, with a tokenizer of characters."""
-    fields = {
-        key: value for key, value in (_SIZES | GENERIC[name]).items() if value is not None or key == "pad_token_id"
-    }
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields))
+    model: Any = AutoModelForCausalLM.from_config(generic_config(name))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

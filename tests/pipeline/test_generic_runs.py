@@ -1,6 +1,5 @@
 """Models without a row through whole runs: measured as transformers measures them, saved, loaded, computed again."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.errors import InputError
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.generic.generic_decoder import decoder_for
+from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import export, open_finished
 from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits
@@ -58,13 +60,29 @@ def test_run_save_and_load(make_recipe: Callable[..., Any], tmp_path: Path, name
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", GENERIC)
-def test_perplexity_is_that_of_transformers(make_recipe: Callable[..., Any], tmp_path: Path, name: str) -> None:
-    """Block by block as the whole model, with all weights in 8 bits: biases, windows, factors are the model's own."""
-    model = save_generic(tmp_path / "model", name)
-    fields = {"model": str(model), "output": tmp_path / "run", **SMALL, "evaluation.report": False}
-    report = rotoboa.quantize(
-        make_recipe("w4a16", {**fields, "weights.bits": 8, "weights.group_size": 8, "weights.method": "rtn"})
-    )
-    (measured,) = report["perplexity"].values()
-    assert measured["quantized"] == pytest.approx(measured["original"], rel=0.05)
-    assert math.isfinite(measured["original"])
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    """Block by block as the whole model: masks, windows, biases of attention and factors are the model's own."""
+    folder, ids = save_generic(tmp_path / "model", name), _tokens(3, 40)
+    checkpoint = Checkpoint(folder)
+    decoder, outer = decoder_for(checkpoint.config), checkpoint.outer_layers()
+    checkpoint.check(decoder.shapes)
+    hidden = decoder.embed(outer, ids)
+    for index in range(decoder.shape.blocks):
+        hidden = decoder.run(decoder.block(index, checkpoint.block(index)), hidden)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids, use_cache=False).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(decoder.logits(outer)(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_left_would_not_be_what_was_asked_for(make_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    model = save_generic(tmp_path / "model", "stablelm")
+    for fields, words in (
+        ({"weights.method": "brecq"}, "brecq learns blocks that have one"),
+        ({"weights.budget": 3.0}, "bits are not chosen by a budget there"),
+    ):
+        recipe = make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **SMALL, **fields})
+        with pytest.raises(InputError, match=rf"is a 'stablelm' model, which has no row of its own, and {words}"):
+            rotoboa.quantize(recipe)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="what a run of it takes is not estimated: start the run"):
+        plan(make_recipe("w4a16", {"model": str(model)}))
