@@ -4,7 +4,8 @@
     python benchmarks/real_check.py --model M --text T --calibrate C --accept   makes what it measures the baseline
 
 It fails where the divergence of a recipe's default has risen by more than `WORSE`, or is not below that of plain GPTQ,
-which was measured when the baseline was made. The baseline is of one model and one setting: others are refused.
+which was measured when the baseline was made. The baseline is of one model, by the name of its folder, two texts and one
+setting: others are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SETTING: dict[str, Any] = {
     "weights.tabu": 0,
 }
 """Minutes a recipe on a model of 135 M parameters and one core; what it leaves out changes no order of the methods."""
-WORSE = 1.03
+WORSE = 1.1
+"""Integers that flip on another machine move the divergence of 2-bit weights by 2 %, another calibration seed by 8 %."""
 
 
 def kl_of(recipe: str, changes: Mapping[str, Any]) -> float:
@@ -59,7 +61,7 @@ def check(changes: Mapping[str, Any], file: Path, *, accept: bool) -> list[str]:
     names = [str(changes[name]) for name in ("model", "evaluation.dataset", "calibration.dataset")]
     titles = dict(zip(("model", "text", "calibrate"), map(shown, names), strict=True))
     setting = {name: value for name, value in changes.items() if value not in names}
-    subject = {**titles, "contents": [content(name) for name in names], "setting": setting}
+    subject = {**titles, "contents": [content(name) for name in names[1:]], "setting": setting}
     kept: dict[str, Any] = {}
     if not accept:
         if not file.is_file():

@@ -30,9 +30,9 @@ def changes(llama: Path, text: Path) -> dict[str, Any]:
 
 
 def test_worse_than_before_and_worse_than_gptq_are_told(guard: Any) -> None:
-    assert guard.regressions({"w4a4kv4": 0.257, "w2a16": 1.02}, BASE) == []
-    (worse,) = guard.regressions({"w4a4kv4": 0.258, "w2a16": 1.0}, BASE)
-    assert "w4a4kv4: KL went from 0.2500 to 0.2580" in worse
+    assert guard.regressions({"w4a4kv4": 0.27, "w2a16": 1.09}, BASE) == []
+    (worse,) = guard.regressions({"w4a4kv4": 0.28, "w2a16": 1.0}, BASE)
+    assert "w4a4kv4: KL went from 0.2500 to 0.2800" in worse
     assert len(guard.regressions({"w4a4kv4": 0.25, "w2a16": 2.0}, BASE)) == 2
     assert len(guard.regressions({"w4a4kv4": float("nan"), "w2a16": 1.0}, BASE)) == 2
 
@@ -46,7 +46,7 @@ def test_a_baseline_is_made_and_held(guard: Any, changes: dict[str, Any], tmp_pa
     assert str(tmp_path) not in file.read_text(encoding="utf-8")
     for recipe in guard.CHECKED:
         kept["kl"][recipe]["gptq"] = 100.0  # a random model says nothing of methods
-    kept["kl"]["w2a16"]["default"] /= 1.05
+    kept["kl"]["w2a16"]["default"] /= 1.2
     file.write_text(json.dumps(kept), encoding="utf-8")
     (found,) = guard.check(changes, file, accept=False)
     assert found.startswith("w2a16: KL went from")
