@@ -4,7 +4,7 @@
     python benchmarks/real_check.py --model M --text T --calibrate C --accept   makes what it measures the baseline
 
 It fails where the divergence of a recipe's default has risen by more than `WORSE`, or is not below that of plain GPTQ,
-which was measured when the baseline was made. The baseline is of one model, by the name of its folder, two texts and one
+which was measured when the baseline was made. The baseline is of one model, by its folder's name, two texts and one
 setting: others are refused.
 """
 
@@ -31,7 +31,7 @@ SETTING: dict[str, Any] = {
 }
 """Minutes a recipe on a model of 135 M parameters and one core; what it leaves out changes no order of the methods."""
 WORSE = 1.1
-"""Integers that flip on another machine move the divergence of 2-bit weights by 2 %, another calibration seed by 8 %."""
+"""Integers that flip on another machine move the divergence of 2-bit weights by 2 %, another calibration seed by 8."""
 
 
 def kl_of(recipe: str, changes: Mapping[str, Any]) -> float:

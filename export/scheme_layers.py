@@ -36,12 +36,16 @@ def by_scheme(run: Finished) -> dict[QuantizationScheme, list[str]]:
     return dict(sorted(found.items(), key=lambda item: (item[0] != whole, -len(item[1]))))
 
 
-def by_weights(run: Finished, name: str) -> tuple[dict[QuantizationArgs, list[str]], list[str]]:
+def by_weights(
+    run: Finished, name: str, *, floats: bool = False
+) -> tuple[dict[QuantizationArgs, list[str]], list[str]]:
     """Of `by_scheme`, what the weights have, and the layers whose weights are in 16 bits; `name` is of the format.
 
     Raises:
-        InputError: these are all.
+        InputError: these are all, or some are floating point, where the format has no `floats`.
     """
+    if not floats:
+        refuse_floats(run, name)
     found: dict[QuantizationArgs, list[str]] = {}
     for scheme, layers in by_scheme(run).items():
         found.setdefault(scheme.weights, []).extend(layers)
@@ -112,6 +116,20 @@ def refuse_ends(run: Finished, name: str) -> None:
             raise InputError(
                 f"{name} is written with the {what} in 16 bits, and this run has it in {args.num_bits}: use --format "
                 f"native, or quantize with --{what}.bits 16."
+            )
+
+
+def refuse_floats(run: Finished, name: str) -> None:
+    """Refuse a run with floating-point weights, in a format that has integers alone.
+
+    Raises:
+        InputError: there are some.
+    """
+    for scheme in (run.spec.scheme, *run.spec.layers.values()):
+        if scheme.weights.format != "int":
+            raise InputError(
+                f"{name} is written with integers, and this run has weights in {scheme.weights.format}: use --format "
+                "compressed-tensors, or native."
             )
 
 

@@ -98,7 +98,8 @@ def _found(context: BlockContext, problem: Problem, solved: Solved) -> BlockResu
         for tensor in (result.integers, result.scale, result.zero)
     ]
     for i, (name, part) in enumerate(zip(problem.names, loss.split(heads), strict=True)):
-        found.results[name] = Quantized(*(p[i] for p in parts), global_scale=problem.settings.global_scale)
+        found.results[name] = Quantized(*(pieces[i] for pieces in parts))
+        found.results[name].global_scale = problem.settings.global_scale
         found.losses[name] = float(part.mean())
         if result.damping > context.settings.damping:
             found.damping[name] = result.damping

@@ -27,8 +27,8 @@ class Quantized:
     """Integers (heads, r, c) in 0 .. 2^b - 1, scale and zero (heads, r, groups); the weight is scale * (I - zero).
 
     `loss` is the objective at the result, summed over heads; None for RTN, which has none. `damping` is the part of
-    the mean diagonal that its Hessians needed. `kernels.levels` says what integers of floating point are;
-    `global_scale` is that of NVFP4.
+    the mean diagonal that its Hessians needed. Floating point is integers too, see `kernels.levels`; `global_scale` is
+    that of NVFP4.
     """
 
     integers: Tensor

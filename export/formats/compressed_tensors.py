@@ -1,9 +1,10 @@
 """The compressed-tensors format: what vLLM serves and what transformers loads by itself.
 
-A weight is `scale * (integer - zero)`, as in a run; the format has signed numbers, so integers and zero points are
-shifted by 2^(b-1) on their way in and out. Scales stay float16: the integers were chosen for exactly these values.
+Floating point is in `compressed_floats`. A weight of integers is `scale * (integer - zero)`, as in a run; the format
+has signed numbers, so integers and zero points are shifted by 2^(b-1) on their way in and out. Scales stay float16: the
+integers were chosen for exactly these values.
 
-`pack-quantized` holds everything:
+`pack-quantized` holds all of them:
 
 | | |
 |---|---|
@@ -54,6 +55,7 @@ from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
+from .compressed_floats import FORMATS, compress_floats, float_args
 
 NAME = "compressed-tensors"
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
@@ -61,12 +63,14 @@ VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough 
 
 def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
     """How a run whose layers have these schemes is stored: `int-quantized` where all that is quantized is W8A8, a scale
-    per output channel and per token, both symmetric.
+    per output channel and per token, both symmetric; else as the first one's weights are.
     """
     eight = ours.QuantizationArgs(8, None, True)
     quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
     whole = bool(quantized) and all(s.weights == s.input_activations == eight for s in quantized)
-    return CompressionFormat.int_quantized if whole else CompressionFormat.pack_quantized
+    if whole:
+        return CompressionFormat.int_quantized
+    return FORMATS[quantized[0].weights.format if quantized else "int"]
 
 
 def warning(run: Finished) -> str | None:
@@ -101,7 +105,12 @@ def check(run: Finished) -> None:
             f"{NAME} with online rotations is for vLLM alone, which computes {split} as one layer, and these have "
             "several schemes: override all of them, or use --format native."
         )
-    weights, _ = by_weights(run, NAME)
+    weights, _ = by_weights(run, NAME, floats=True)
+    if len({args.format for args in weights}) > 1:
+        raise InputError(
+            f"{NAME} has files of integers and of one kind of floating point, and this run has "
+            f"{' and '.join(sorted({args.format for args in weights}))}: use --format native."
+        )
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
             _check_inputs(spec, scheme, layers[0])
@@ -116,6 +125,11 @@ def check(run: Finished) -> None:
 def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> None:
     """Check a scheme that quantizes inputs, which `layer` has."""
     inputs = scheme.input_activations
+    if scheme.weights.quantizes and inputs.format != scheme.weights.format:
+        raise InputError(
+            f"{NAME} has weights and inputs of one format, and {layer} has {scheme.weights.format} and "
+            f"{inputs.format}: use --format native."
+        )
     if not scheme.weights.quantizes:
         raise InputError(
             f"{NAME} leaves layers with 16-bit weights as they are, and {layer} has its inputs in {inputs.num_bits} "
@@ -136,6 +150,8 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> No
             f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "
             f"{inputs.group_size}: quantize with --activations.group_size none, or use --format native."
         )
+    if inputs.format != "int":
+        return
     clip = stock_clip(inputs.num_bits)
     if spec.activation_convention == OWN and (spec.activation_search or abs(spec.activation_clip - clip) > 1e-6):
         raise InputError(
@@ -176,10 +192,11 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     """`quantization_config` of config.json; the head is left as it is, and so are layers with 16-bit weights.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
-    checkpoint, and takes them only where it unpacks all weights at once. vLLM does not read this key, nor
+    checkpoint, and takes them only where it unpacks all weights at once; so do floating-point weights alone, which it
+    would leave in bfloat16 in a model of another dtype. vLLM does not read this key, nor
     `quantization_status`, which keeps transformers from loading a run with R4: it would leave the rotation out.
     """
-    # The format is set: what the library infers for all quantized activations is the one without packing.
+    # The format is set: what the library infers for quantized activations is another one, without packing.
     layers = by_scheme(run)
     stored = stored_as(layers)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
@@ -201,10 +218,13 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     if online is not None:
         data |= {"transform_config": online.model_dump(mode="json"), "quantization_status": VLLM_ALONE}
     symmetric = all(scheme.weights.symmetric for scheme in quantized)
-    return data if symmetric else {**data, "dequantize": True}
+    floats = any(scheme.weights.format != "int" for scheme in quantized) and not run.spec.quantizes_inputs
+    return {**data, "dequantize": True} if floats or not symmetric else data
 
 
 def _weights(args: ours.QuantizationArgs) -> QuantizationArgs:
+    if args.format != "int":
+        return float_args(args)
     return QuantizationArgs(
         num_bits=args.num_bits,
         type=QuantizationType.INT,
@@ -217,6 +237,8 @@ def _weights(args: ours.QuantizationArgs) -> QuantizationArgs:
 def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
     if not args.quantizes:
         return None
+    if args.format != "int":
+        return float_args(args, inputs=True)
     return QuantizationArgs(
         num_bits=args.num_bits,
         type=QuantizationType.INT,
@@ -256,12 +278,14 @@ def as_int8(result: Quantized) -> dict[str, Tensor]:
     }
 
 
+def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:
+    return compress(result, args.num_bits, args.symmetric) if args.format == "int" else compress_floats(result, args)
+
+
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    if stored_as(by_scheme(run)) == CompressionFormat.int_quantized:
-        yield from run.groups(lambda result, _: as_int8(result))
-    else:
-        yield from run.groups(lambda result, args: compress(result, args.num_bits, args.symmetric))
+    whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
+    yield from run.groups((lambda result, _: as_int8(result)) if whole else _compressed)
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

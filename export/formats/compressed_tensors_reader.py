@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus, QuantizationType
 from compressed_tensors.utils import match
 from torch import nn
 
@@ -16,6 +16,7 @@ from ...models.families import family_of
 from ...models.shape import Shape
 from ..finished import projection_columns, projection_rows
 from ..reading import check_shape, read_config, read_shapes
+from .compressed_floats import FORMATS, float_shapes
 from .compressed_tensors import NAME, VLLM_ALONE
 
 
@@ -31,10 +32,10 @@ def inspect(folder: Path) -> None:
         if quantization.get("quantization_status") == VLLM_ALONE:
             quantization["quantization_status"] = QuantizationStatus.COMPRESSED.value
         groups = QuantizationConfig.model_validate(quantization)
-        known = [CompressionFormat.pack_quantized.value, CompressionFormat.int_quantized.value]
+        known = [CompressionFormat.int_quantized, *FORMATS.values()]
         each = {group.format for group in groups.config_groups.values()}
         if stored not in known or each != {stored} or any(not g.weights for g in groups.config_groups.values()):
-            wanted = next((one for one in known if one in each), known[0])
+            wanted = next((one.value for one in known if one in each), FORMATS["int"].value)
             raise ValueError(f"format {quantization.get('format')}, where {wanted} is read")
         family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
         names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
@@ -72,6 +73,8 @@ def _shapes(
     """The shapes of a layer's tensors by the last part of their names."""
     if args is None:
         return {"weight": (rows, columns)}
+    if args.type == QuantizationType.FLOAT:
+        return float_shapes(args, rows, columns)
     groups = -(-columns // args.group_size) if args.group_size else 1
     if stored == CompressionFormat.int_quantized:
         return {"weight": (rows, columns), "weight_scale": (rows, groups)}

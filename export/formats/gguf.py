@@ -34,6 +34,7 @@ from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
 from ..finished import Finished, refuse_layers, refuse_online
+from ..scheme_layers import refuse_floats
 from ..writing import SHARD_BYTES, fresh_folder, write_extras
 from . import gguf_tokenizer
 from .gguf_architectures import ARCHITECTURES, architecture, config_of, instead
@@ -80,6 +81,7 @@ def check(run: Finished) -> None:
     row = architecture(run)
     refuse_layers(spec, "GGUF")
     refuse_online(spec, "GGUF")
+    refuse_floats(run, "GGUF")
     type_of(spec.bits, spec.symmetric)
     if spec.group_size and spec.group_size % BLOCK:
         raise InputError(

@@ -18,7 +18,7 @@ class PackedWeight(nn.Module):
     uint8; a value is `scale * (integer - zero)`. What others read of `weight`, its device and whether it learns, is
     that of the packed words.
 
-    Floating point has `scale` as `stored_scales` has it, no `zero`, and for NVFP4 a `global_scale` (1,) float32.
+    Floating point has `scale` as `stored_scales` has it and no `zero`; NVFP4 has a `global_scale` (1,) float32.
     """
 
     qweight: Tensor
@@ -39,7 +39,7 @@ class PackedWeight(nn.Module):
             self.register_buffer("global_scale", torch.ones(1))
 
     def grid(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Scales, float16 or float32, and zero points, uint8, of integers (`kernels.levels`), (rows, groups)."""
+        """Scales, float16 or float32, and zero points, uint8, of integers as of `kernels.levels`; (rows, groups)."""
         if self.format == "int":
             return self.scale[rows], self.zero[rows]
         scale = decode(self.scale[rows], self.format, self.global_scale if self.format == "nvfp4" else 1.0) / 2

@@ -190,7 +190,7 @@ def _inputs(block: nn.Module, call: Call, hidden: int) -> list[tuple[str, Tensor
     """The linear layers of a block, in the order in which they run, with what they read."""
     seen: list[tuple[str, Tensor]] = []
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     ]

@@ -7,7 +7,7 @@ from itertools import product
 from transformers import PreTrainedTokenizerBase
 
 from ...boa.online.activations import OWN
-from ...boa.scheme import FULL, GROUPS
+from ...boa.scheme import GROUPS
 from ...errors import InputError
 from ...export.spec import Spec
 from ...models.aliases import ResolvedModel
@@ -75,24 +75,25 @@ def check_formats(recipe: Recipe) -> None:
     Raises:
         InputError: it does not.
     """
-    given, weights = given_fields(recipe), recipe.weights
-    for section, part in {"weights": weights, "activations": recipe.activations}.items():
-        if part.format == "int" or part.bits == FULL:
+    weights, inputs, scheme = recipe.weights, recipe.activations, whole_scheme(recipe)
+    for section, part, args in (
+        ("weights", weights, scheme.weights),
+        ("activations", inputs, scheme.input_activations),
+    ):
+        if args.format == "int":
             continue
-        size = GROUPS[part.format]
         wrong = {
-            "bits": part.bits != 4,
-            "group_size": part.group_size not in (None, size),
-            "symmetric": not part.symmetric and f"{section}.symmetric" in given,
+            "bits": part.bits != args.num_bits,
+            "group_size": part.group_size not in (None, args.group_size),
+            "symmetric": not part.symmetric and f"{section}.symmetric" in given_fields(recipe),
         }
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
             raise InputError(
-                f"{section}.format {part.format} has 4 bits, groups of {size} and no zero point, and {section}.{field} "
-                f"is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format int."
+                f"{section}.format {args.format} has 4 bits, groups of {args.group_size} and no zero point, and "
+                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format "
+                "int."
             )
-    if any(
-        part.format != "int" for part in (weights, *(override.weights for override in recipe.overrides)) if part.format
-    ):
+    if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {
             f"weights.method {weights.method}": weights.method in ("adaround", "aespa", "brecq"),
             "weights.zfold": bool(weights.zfold),

@@ -141,7 +141,7 @@ class Activations(_Section):
     bits: Bits = Field(default=16, description="Bits of an activation.")
     format: Literal["int", "nvfp4", "mxfp4"] = Field(
         default="int",
-        description="The numbers of activations in 4 bits. int: integers; nvfp4, mxfp4: floating point, in groups and "
+        description="The numbers of activations. int: integers; nvfp4, mxfp4: four-bit floating point, in groups and "
         "with scales as weights.format has them, and without clip ratios.",
     )
     group_size: int | None = Field(

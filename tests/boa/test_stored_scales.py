@@ -1,5 +1,7 @@
 """Scales of NVFP4 and MXFP4 against compressed-tensors, bit by bit, and the grids that are searched over them."""
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.compressors.mx_utils import compress_mx_scale, decompress_mx_scale
@@ -19,6 +21,10 @@ from .problems import dense_losses, problem, random
 
 STOCK: dict[str, QuantizationArgs] = {"nvfp4": NVFP4A16["weights"], "mxfp4": MXFP4A16["weights"]}
 FORMATS = pytest.mark.parametrize("name", list(GROUPS))
+
+
+def _settings(name: str, **fields: Any) -> Settings:
+    return Settings.model_validate({"bits": 4, "group_size": GROUPS[name], "symmetric": True, "format": name, **fields})
 
 
 def _weight(name: str) -> Tensor:
@@ -44,9 +50,7 @@ def test_rounding_to_nearest_is_that_of_compressed_tensors(name: str, own_global
     factor = stored_scales.global_scale_of(float(weight.abs().max())) if own_global else float(stock)
     wide = torch.tensor([factor]) if name == "nvfp4" else None
     scale, expected = _stock(weight, name, wide)
-    settings = Settings(
-        bits=4, group_size=GROUPS[name], symmetric=True, format=name, method="rtn", grid="minmax"
-    ).with_global_scale(factor)
+    settings = _settings(name, method="rtn", grid="minmax").with_global_scale(factor)
     found = quantize(weight[None], None, settings)
     assert torch.equal(2 * found.scale[0], scale if wide is None else scale / wide)
     assert torch.equal(found.dequantize()[0], expected + 0.0)
@@ -67,7 +71,7 @@ def test_a_global_scale_is_the_power_of_two_below_that_of_compressed_tensors() -
 @FORMATS
 def test_a_weight_is_exact_in_bfloat16(name: str) -> None:
     weight = _weight(name)[None]
-    settings = Settings(bits=4, group_size=GROUPS[name], symmetric=True, format=name, method="rtn")
+    settings = _settings(name, method="rtn")
     found = quantize(weight, None, settings.with_global_scale(stored_scales.global_scale_of(200.0))).dequantize()
     assert torch.equal(found.bfloat16().float(), found)
 
@@ -116,7 +120,7 @@ def test_each_step_of_the_solver_lowers_the_loss(name: str, h_out: bool) -> None
     """RTN, error compensation, refinement, further starts, a search: on the grid of the format all the way."""
     size = GROUPS[name]
     weight, objective = problem(2, 8, 4 * size, h_out=h_out)
-    steps = (
+    steps: tuple[dict[str, Any], ...] = (
         {"method": "rtn", "grid": "minmax"},
         {"refine": 0, "starts": 1, "tabu": 0},
         {"starts": 1, "tabu": 0},
@@ -125,7 +129,7 @@ def test_each_step_of_the_solver_lowers_the_loss(name: str, h_out: bool) -> None
     )
     losses = []
     for changes in steps:
-        settings = Settings(bits=4, group_size=size, symmetric=True, format=name, **changes).with_global_scale(64.0)
+        settings = _settings(name, **changes).with_global_scale(64.0)
         found = quantize(weight.float(), objective, settings)
         losses.append(float(dense_losses(found, weight, objective.damped(0.01)).sum()))
         assert torch.equal(settings.grid_settings.snap(found.scale), found.scale)

@@ -1,0 +1,99 @@
+"""Four-bit floating point: codes and files against compressed-tensors, the native loader, formats without it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from transformers import AutoModelForCausalLM
+
+from rotoboa.boa.kernels.levels import VALUES
+from rotoboa.boa.scheme import GROUPS, QuantizationArgs
+from rotoboa.boa.solver.rounding import quantize
+from rotoboa.boa.solver.rounding_settings import Settings
+from rotoboa.errors import InputError
+from rotoboa.export.finished import Finished
+from rotoboa.export.formats import gguf, gptq, mlx
+from rotoboa.export.formats.compressed_floats import FORMATS, compress_floats, float_args, float_shapes
+from rotoboa.export.packing import from_codes, packed_bytes, packed_parts, to_codes, unpacked
+from rotoboa.export.runtime.linear import QuantizedLinear
+from rotoboa.pipeline.verifying import run_logits
+
+Opened = Callable[..., Finished]
+EACH = pytest.mark.parametrize("name", list(GROUPS))
+
+
+def _rounded(name: str, rows: int = 12, groups: int = 3) -> tuple[Any, QuantizationArgs]:
+    args = QuantizationArgs.of(name, 4, None, False)
+    weight = torch.randn(1, rows, groups * GROUPS[name], generator=torch.Generator().manual_seed(0))
+    found = quantize(weight, None, Settings(bits=4, method="rtn").of(args, 512.0))
+    for part in ("integers", "scale", "zero"):
+        setattr(found, part, getattr(found, part)[0])
+    found.global_scale = 512.0 if name == "nvfp4" else 1.0
+    return found, args
+
+
+def test_codes_are_those_of_e2m1() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    means = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    assert torch.equal((from_codes(codes).float() - 12) / 2, torch.cat([means, -means]))
+    integers = torch.tensor(VALUES, dtype=torch.uint8)
+    assert torch.equal(from_codes(to_codes(integers)), integers) and 8 not in to_codes(integers)
+
+
+@EACH
+def test_files_are_those_of_compressed_tensors(name: str) -> None:
+    result, args = _rounded(name)
+    stock = QuantizationScheme(targets=["Linear"], weights=float_args(args))
+    compressor = BaseCompressor.get_value_from_registry(FORMATS[name].value)
+    own = compress_floats(result, args)
+    assert {part: tuple(tensor.shape) for part, tensor in own.items()} == float_shapes(float_args(args), 12, own[
+        "weight_packed"].shape[1] * 2)  # fmt: skip
+    weight = result.dequantize() + 0.0
+    state = {"weight": weight, "weight_scale": own["weight_scale"].float()}
+    if name == "nvfp4":
+        state["weight_global_scale"] = own["weight_global_scale"]
+    else:
+        state["weight_scale"] = 2 * result.scale
+    expected = compressor.compress(state, stock)
+    assert torch.equal(own["weight_packed"], expected["weight_packed"])
+    assert torch.equal(own["weight_scale"].view(torch.uint8), expected["weight_scale"].view(torch.uint8))
+    assert torch.equal(compressor.decompress(own, stock)["weight"].float(), weight)
+
+
+@EACH
+def test_a_packed_weight_is_read_back_and_computes(name: str) -> None:
+    result, args = _rounded(name)
+    parts = packed_parts(result, args)
+    again = unpacked(parts, args, result.integers.shape[1])
+    assert torch.equal(again.dequantize(), result.dequantize()) and again.global_scale == result.global_scale
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
+    assert stored == packed_bytes(12, result.integers.shape[1], args, 2)
+    layer = QuantizedLinear.in_place_of(torch.nn.Linear(result.integers.shape[1], 12, bias=False), args)
+    layer.load_state_dict(parts)
+    layer = layer.to(torch.bfloat16)
+    assert layer.scale.dtype == parts["scale"].dtype
+    assert torch.equal(layer.dequantize(torch.float32), result.dequantize())
+    x = torch.randn(5, result.integers.shape[1], generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), x @ result.dequantize().T, rtol=1e-5, atol=1e-5)
+
+
+@EACH
+def test_transformers_loads_the_run_itself(name: str, cheap_run: Callable[..., Path], opened_run: Opened) -> None:
+    ids = torch.randint(2, 2048, (1, 24), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(cheap_run(f"{name}a16") / "model", dtype=torch.float32)
+    with torch.no_grad():
+        found = model(ids).logits
+    expected = run_logits(opened_run(f"{name}a16"), ids)
+    assert (found - expected).abs().max() < 1e-4 < 0.5 < expected.std()
+
+
+@pytest.mark.parametrize("writer", [gptq, mlx, gguf])
+def test_formats_of_integers_say_so(writer: Any, opened_run: Opened) -> None:
+    with pytest.raises(
+        InputError, match="written with integers, and this run has weights in nvfp4: use --format compr"
+    ):
+        writer.check(opened_run("nvfp4a16"))
