@@ -67,8 +67,7 @@ def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
     """
     eight = ours.QuantizationArgs(8, None, True)
     quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
-    whole = bool(quantized) and all(s.weights == s.input_activations == eight for s in quantized)
-    if whole:
+    if quantized and all(s.weights == s.input_activations == eight for s in quantized):
         return CompressionFormat.int_quantized
     return FORMATS[quantized[0].weights.format if quantized else "int"]
 
@@ -272,10 +271,8 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
 
 def as_int8(result: Quantized) -> dict[str, Tensor]:
     """One symmetric projection of 8 bits in `int-quantized`: integers (out, in), scale (out, 1)."""
-    return {
-        "weight": (result.integers.to(torch.int16) - 128).to(torch.int8),
-        "weight_scale": result.scale.to(torch.float16),
-    }
+    integers = (result.integers.to(torch.int16) - 128).to(torch.int8)
+    return {"weight": integers, "weight_scale": result.scale.to(torch.float16)}
 
 
 def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:
