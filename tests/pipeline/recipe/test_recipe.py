@@ -22,17 +22,18 @@ def complaint(base: Any, overrides: Any = None) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["w4a4kv4", "w4a4", "w4a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"])
+@pytest.mark.parametrize("name", ["w4a4kv4", "w4a4", "w4a8", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"])
 def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     assert name in recipe_names()
     recipe = build_recipe(load_recipe(name))
     assert name.startswith(f"w{recipe.weights.bits}a{recipe.activations.bits}")
     cache = 4 if "kv4" in name else 16
     assert (recipe.cache.key_bits, recipe.cache.value_bits) == (cache, cache)
-    # Online rotations are worth their cost only where what they smooth is quantized.
-    assert recipe.rotation.r1 == ("online" if recipe.activations.bits < 16 else "auto") and recipe.rotation.r2
-    assert recipe.rotation.heads == recipe.rotation.scale == (recipe.activations.bits < 16)
-    assert recipe.rotation.r3 == (cache == 4) and recipe.rotation.r4 == (recipe.activations.bits < 16)
+    # Online rotations are worth their cost only where what they smooth is quantized, and other readers have none.
+    online = recipe.activations.bits < 16 and recipe.activations.convention == "rotoboa"
+    assert recipe.rotation.r1 == ("online" if online else "auto") and recipe.rotation.r2
+    assert recipe.rotation.heads == recipe.rotation.scale == online
+    assert recipe.rotation.r3 == (cache == 4) and recipe.rotation.r4 == online
 
 
 def test_every_recipe_file_has_a_comment_and_only_known_fields() -> None:
