@@ -14,7 +14,7 @@ def models() -> None:
 
     Any folder with a checkpoint or Hugging Face id works as well.
     """
-    from ...export.family_table import HEAD, lines
+    from ...export.formats.family_table import HEAD, lines
     from ...models.aliases import ALIASES
 
     table = Table("name", "source", "data set", "sequence length")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..models.families import FAMILIES
-from ..models.family import Family
-from .finished import has_plain_layout
-from .formats.gguf_architectures import ARCHITECTURES
-from .formats.mlx import FAMILIES as OF_MLX
+from ...models.families import FAMILIES
+from ...models.family import Family
+from ..finished import has_plain_layout
+from .gguf_architectures import ARCHITECTURES
+from .mlx import FAMILIES as OF_MLX
 
 HEAD = ("`model_type`", "R1", "attention-aware", "formats", "what is special")
 
