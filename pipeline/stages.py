@@ -77,7 +77,8 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
     if recipe.output is None:
         raise InputError("the recipe has no output folder: give --output.")
     job = prepare(recipe, device, ranks, clock)
-    recipe = job.recipe
+    recipe = job.recipe  # as it is carried out
+    assert recipe.output is not None
     length, mine = length_of(recipe, job.model, job.decoder), None
     if ranks.rank == 0:
         mine = RunWriter(recipe.output, identity(job))

@@ -69,7 +69,7 @@ def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved:
         zero = torch.zeros(len(costs[part]) * shape.head_dim)
 
         def reached(by: Tensor, part: str = part, projection: str = projection) -> Tensor:
-            return getattr(_seen(decoder, block, hidden, projection, by), part)[0, :, 0].flatten()  # type: ignore[no-any-return]
+            return getattr(_seen(decoder, block, hidden, projection, by), part)[0, :, 0].flatten()
 
         with torch.enable_grad():
             j = torch.autograd.functional.jacobian(reached, zero)
