@@ -97,7 +97,8 @@ class _UnfitError(Exception):
 def _found(config: PretrainedConfig) -> GenericFamily:
     model = meta_model(config)
     layers, blocks = _blocks(model, int(getattr(config, "num_hidden_layers", 0) or 0))
-    _check_weights(blocks[0], [name for name, part in blocks[0].named_modules() if isinstance(part, nn.Linear)])
+    for block in blocks:
+        _check_weights(block, [name for name, part in block.named_modules() if isinstance(part, nn.Linear)])
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -153,7 +154,16 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         what = f"{type(error).__name__}: {error}".rstrip(".")
         raise InputError(f"no model can be made of this config.json ({what}): download it again.") from error
 
