@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import InputError
 from .family import SITES, Family, Merged
-from .generic.generic_family import generic_family, is_causal_type
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of"]
 
@@ -223,6 +222,8 @@ def check_type(model_type: str, source: str) -> None:
     Raises:
         InputError: there is neither.
     """
+    from .generic.generic_family import is_causal_type  # a recipe's fields are read without torch
+
     if model_type in _REASONS or not is_causal_type(model_type):
         family_of(model_type, source)
 
@@ -250,6 +251,8 @@ def family_for(config: Any, source: str) -> Family:
     Raises:
         InputError: the model is not supported, or the config asks for a variant that is not supported.
     """
+    from .generic.generic_family import generic_family, is_causal_type
+
     if config.model_type not in FAMILIES and config.model_type not in _REASONS and is_causal_type(config.model_type):
         return generic_family(config, source)
     family = family_of(config.model_type, source)
