@@ -10,9 +10,10 @@ from .command import print_tables
 
 
 def models() -> None:
-    """List the short names of models, and the architectures with what each has.
+    """List short names of models, and the architectures.
 
-    Any folder with a checkpoint or Hugging Face id works as well.
+    Of each architecture it says what it has: rotations, objectives, formats. Any
+    folder with a checkpoint or Hugging Face id works as well.
     """
     from ...export.formats.family_table import HEAD, lines
     from ...models.aliases import ALIASES
