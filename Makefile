@@ -13,7 +13,7 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real \
+.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real real-check \
 	verify runtimes memory ranks speed clean
 .DEFAULT_GOAL := help
 
@@ -72,6 +72,9 @@ methods: $(STAMP)  ## the methods of the field side by side, in benchmarks/metho
 
 real: $(STAMP)  ## methods times recipes on MODEL, measured on TEXT, by CALIBRATE: benchmarks/real-MODEL.md (ARGS: --quick)
 	$(BIN)/python benchmarks/real.py --model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
+
+real-check: $(STAMP)  ## hold the defaults on MODEL against benchmarks/real-check.json (some minutes; ARGS: --accept)
+	$(BIN)/python benchmarks/real_check.py --model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
 
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -61,10 +62,11 @@ class Subject:
             InputError: a setting is none of a recipe.
         """
         contents = [content(name) for name in (self.model, self.text, self.calibrate)]
+        read = cache(load_recipe)  # which takes longer than all else here
         found = {}
         for case in cases:
-            base = load_recipe(RECIPES[case.recipe][0])
-            found[case.key] = fingerprint(build_recipe(base, {**case.changes, **self.changes(case)}), *contents)
+            recipe = build_recipe(read(RECIPES[case.recipe][0]), {**case.changes, **self.changes(case)})
+            found[case.key] = fingerprint(recipe, *contents)
         return found
 
 

@@ -42,6 +42,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "w4a16, symmetric": ("w4a16", SYMMETRIC, ("native", "compressed-tensors", "gptq", "gptq-v1", "gguf")),
     "w8a16, symmetric": ("w4a16", {**SYMMETRIC, "weights.bits": 8}, ("compressed-tensors", "gptq-v1", "gguf")),
     "w4a8": ("w4a16", {**ACTIVE, "activations.bits": 8, "activations.clip": 254 / 255}, ("compressed-tensors",)),
+    "w8a8": ("w8a8", {}, ("native", "compressed-tensors")),
 }
 
 

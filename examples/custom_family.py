@@ -1,10 +1,11 @@
-"""Quantize an architecture that RotoBoA has no row for: Seed-OSS, here a small random one.
+"""Quantize an architecture that RotoBoA has no row for: Arcee, here a small random one.
 
     python examples/custom_family.py
 
-A family is one row of a table: the names of its modules, and what is special about it. Seed-OSS is built as Llama is,
-with biases of Q, K and V, so its row is Llama's with another `model_type`. Before you trust a row of your own, check
-that rotation changes no logit, as the end of this script does: a model that is built otherwise gives other logits.
+A family is one row of a table: the names of its modules, and what is special about it. Arcee is built as Llama is,
+but that its MLP has no gate, so its row is Llama's with `up` and an activation alone. Before you trust a row of your
+own, check that rotation changes no logit, as the end of this script does: a model that is built otherwise gives other
+logits.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, SeedOssConfig, SeedOssForCausalLM
+from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, AutoTokenizer
 
 import rotoboa
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.models.families import FAMILIES
 
-FAMILIES["seed_oss"] = replace(FAMILIES["llama"], model_type="seed_oss")
+FAMILIES["arcee"] = replace(FAMILIES["llama"], model_type="arcee", gate="", activation="mlp.act_fn")
 
 
 def save_model(folder: Path) -> None:
     """A random checkpoint of two blocks, with the embedded model's tokenizer."""
     torch.manual_seed(0)
-    config = SeedOssConfig(
+    config = ArceeConfig(
         vocab_size=2048,
         hidden_size=64,
         intermediate_size=96,
@@ -40,7 +41,7 @@ def save_model(folder: Path) -> None:
         eos_token_id=1,
         pad_token_id=None,
     )
-    SeedOssForCausalLM(config).save_pretrained(folder)
+    ArceeForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY_FOLDER).save_pretrained(folder)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..boa.scheme import QuantizationArgs
 from ..boa.solver.rounding import Quantized
 from ..errors import InputError
-from ..models.families import Family, family_for, family_of
+from ..models.families import Family, check_type, family_for
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from ..models.shape import Shape
@@ -59,7 +59,7 @@ class Finished:
             quantization = dict(config.pop("quantization_config"))
             if quantization.get("quant_method") != METHOD:
                 raise ValueError(f"it is in the format {quantization.get('quant_method')}")
-            family_of(config["model_type"], str(folder))
+            check_type(config["model_type"], str(folder))
             whole = AutoConfig.for_model(**config)
             family, shape = family_for(whole, str(folder)), Shape.of(whole)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -135,12 +135,16 @@ class Finished:
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
     """How many inputs each projection of a block has."""
+    if family.sizes is not None:
+        return {name: columns for name, (_, columns) in family.sizes.items()}
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
     return {name: widths[site] for name, site in family.sites.items()}
 
 
 def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
     """How many outputs each projection of a block has."""
+    if family.sizes is not None:
+        return {name: rows for name, (rows, _) in family.sizes.items()}
     heads = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
     sizes = {"qkv": 0, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
     return {name: sizes[site] for name, site in family.sites.items()} | heads
@@ -152,11 +156,21 @@ def refuse_layout(family: Family, name: str) -> None:
     Raises:
         InputError: transformers merges projections or experts in one tensor, or a LayerNorm has lost its bias to them.
     """
-    if family.merged or family.experts or family.layer_norm:
+    if family.generic:
+        raise InputError(
+            f"{name} is written for architectures with a row in docs/models.md, and this is a '{family.model_type}': "
+            "use --format native."
+        )
+    if not has_plain_layout(family):
         raise InputError(
             f"{name} is written for models with a tensor a projection and RMSNorm, and '{family.model_type}' has "
             "other parts: use --format native."
         )
+
+
+def has_plain_layout(family: Family) -> bool:
+    """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
+    return not (family.merged or family.experts or family.layer_norm or family.generic)
 
 
 def refuse_layers(spec: Spec, name: str) -> None:

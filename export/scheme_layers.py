@@ -76,8 +76,8 @@ def patterns(names: Iterable[str], run: Finished, *, fused: bool = False) -> lis
 
 def fused_layers(family: Family) -> dict[str, tuple[str, ...]]:
     """The names inside a block of what vLLM computes as one layer, and of the projections it is made of."""
-    found = {}
-    for site in _FUSED:
+    found: dict[str, tuple[str, ...]] = {}
+    for site in () if family.generic else _FUSED:
         parts = tuple(name for name, where in family.sites.items() if where == site)
         found[f"{parts[0].rpartition('.')[0]}.{site}_proj"] = parts
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..boa.online.activations import DynamicQuantizer
+from ..boa.online.activations import CONVENTIONS, OWN, DynamicQuantizer, stock_clip
 from ..boa.online.attention import AttentionTransform
 from ..boa.online.transforms import InputTransform, OnlineTransforms
 from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
@@ -36,6 +36,7 @@ class Spec:
         cache_center: keys are quantized without the center that each block has for them.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
+        activation_convention: whose scales inputs have, of `CONVENTIONS`: a reader's in place of clip and search.
         type, activation_type: int, or float: in four bits and groups that say which format, see `boa.scheme`.
         layers: by the names of modules, the schemes of those that differ from the above; embedding and head are in full
             precision where they are not named.
@@ -62,6 +63,7 @@ class Spec:
     cache_sink: int = 0
     activation_group: int | None = None
     activation_search: bool = False
+    activation_convention: str = OWN
     cache_search: bool = False
     cache_center: bool = False
     tied_head: bool = False
@@ -135,6 +137,8 @@ class Spec:
         search = self.activation_search
         if args.format != "int":
             return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
+        if self.activation_convention != OWN:
+            clip, search = stock_clip(args.num_bits, self.activation_convention), False
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
 
     def _cache_quantizer(self, bits: int, clip: float) -> DynamicQuantizer | None:
@@ -174,6 +178,8 @@ class Spec:
         for name in ("layers", "clips", "tied_head"):  # which most runs have not
             if not plain[name]:
                 del plain[name]
+        if self.activation_convention == OWN:
+            del plain["activation_convention"]
         for name in ("type", "activation_type"):
             if plain[name] == "int":
                 del plain[name]
@@ -251,6 +257,7 @@ class Spec:
         for layer, scheme in self.layers.items():
             if what := scheme.weights.wrong() or scheme.input_activations.wrong():
                 return f"of {layer} {what}"
+        legal["activation_convention"] = self.activation_convention in CONVENTIONS
         for field_name, args in (("type", self.scheme.weights), ("activation_type", self.scheme.input_activations)):
             legal[field_name] = args.type == "int" or not args.wrong()
         legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0

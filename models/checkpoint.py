@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
-from .families import Family, family_for, family_of
+from .families import Family, check_type, family_for
 from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it holds no JSON object")
-        family_of(str(raw.get("model_type")), str(folder))
+        check_type(str(raw.get("model_type")), str(folder))
         if raw.get("quantization_config"):
             raise InputError(f"{folder} is quantized already: give the full-precision checkpoint.")
         return forget_running(AutoConfig.from_pretrained(folder, trust_remote_code=False))
@@ -262,8 +262,15 @@ class Checkpoint:
             self.final_norm(),
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
-            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else None,
+            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else self._further("final_norm"),
+            head_bias=self._further("head"),
+            others={name: self.tensor(name) for name in family.others},
         )
+
+    def _further(self, part: str) -> Tensor | None:
+        """The bias of a part, where no row says whether it has one."""
+        name = f"{getattr(self.family, part)}.bias"
+        return self.tensor(name) if self.family.generic and name in self else None
 
     @property
     def dtype(self) -> torch.dtype:

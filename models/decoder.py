@@ -110,6 +110,8 @@ class Decoder:
     def embed(self, outer: OuterLayers, tokens: Tensor) -> Tensor:
         """(batch, length) token ids -> (batch, length, hidden), what the first block reads, on the CPU."""
         hidden = outer.embedding[tokens.cpu()].to(self.dtype)
+        if self.family.embedding_factor:
+            hidden = hidden * getattr(self.config, self.family.embedding_factor)
         if self.family.scaled_embedding:
             hidden = hidden * torch.tensor(self.shape.hidden**0.5).to(self.dtype)  # by way of float32, as Gemma has it
         if outer.positions is not None:
@@ -127,6 +129,7 @@ class Decoder:
         bias = None if outer.head_bias is None else outer.head_bias.to(self.device, self.dtype)
         turn = None if outer.before_head is None else outer.before_head.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
+        divisor = getattr(self.config, self.family.logits_divisor) if self.family.logits_divisor else 1
         parts = spans(outer.head)
         sent = None if self.device.type == "cpu" else [outer.head[rows].to(self.device) for rows in parts]
 
@@ -137,16 +140,31 @@ class Decoder:
                 weight = (outer.head[rows] if sent is None else sent[i]).to(self.dtype)
                 found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))
             logits = found[0] if len(found) == 1 else torch.cat(found, -1)
+            logits = logits if divisor == 1 else logits / divisor
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return function
 
+    @property
+    def branch_factor(self) -> float:
+        """What the output of attention and MLP is multiplied by before it is added to the residual stream."""
+        return float(getattr(self.config, self.family.branch_factor)) if self.family.branch_factor else 1.0
+
+    def turns(self, index: int) -> bool:
+        """Whether block `index` has RoPE."""
+        if self._rotary is None:
+            return False
+        layers = getattr(self.config, self.family.rope_layers) if self.family.rope_layers else None
+        if self.family.rope_layers == "layer_types" and self.config.sliding_window is None:
+            return True
+        return layers is None or layers[index] in (1, "sliding_attention")
+
     def position_embeddings(self, length: int, index: int = 0) -> tuple[Tensor, Tensor]:
         """Cosine and sine of RoPE in block `index`, positions 0 .. length - 1, each (1, length, rotated channels).
 
-        Learned positions rotate nothing: 1 and 0.
+        Where nothing is turned, as by learned positions, 1 and 0.
         """
-        if self._rotary is None:
+        if self._rotary is None or not self.turns(index):
             like = torch.ones(1, length, self.shape.head_dim, device=self.device, dtype=self.dtype)
             return like, torch.zeros_like(like)
         like = torch.zeros(1, device=self.device, dtype=self.dtype)

@@ -1,138 +1,20 @@
-"""Where each architecture keeps its parts: a table of data, one row a `model_type` of transformers.
-
-A decoder block is `h + attention(norm(h))`, then `h + mlp(norm(h))`; families with post norms have one more norm on
-each branch before it is added. Names are relative to the model (`embedding`, `layers`, ...) or to one block (`query`,
-`down`, ...). Where transformers keeps several projections in one tensor, the names are those of `layout.split_modules`.
-"""
+"""Where each architecture keeps its parts: a table of data, one row a `model_type` of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
+from .family import SITES, Family, Merged
 
-SITES = ("qkv", "output", "gate_up", "down")
-"""The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
+__all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of"]
 
-
-@dataclass(frozen=True)
-class Merged:
-    """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each."""
-
-    name: str
-    parts: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture.
-
-    Attributes:
-        rotary: module that gives cosine and sine; None where positions are learned. `rope_by_layer`: it has one set
-            of frequencies a kind of layer.
-        positions: learned positions; position i is row i + `position_offset`.
-        scaled_embedding: the embedding is multiplied by the square root of the hidden size.
-        norm_offset: what RMSNorm adds to the stored weight: 0 for `w * x`, 1 for Gemma's `(1 + w) * x`.
-        layer_norm: norms are LayerNorm with weight and bias.
-        attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
-        query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE.
-        gate, mlp: "" where the MLP has no gate, no module of its own; `activation` is then what follows `up`.
-        bos: text begins with BOS: without it Gemma's are other models, while papers' figures of the others have none.
-        window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
-        merged: linear layers that hold several projections.
-        experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
-        ffn_field, experts_field: names of these sizes in the config.
-        expert_count: how many experts a block has; 0 in the table, see `family_for`.
-        renamed: (pattern, replacement) from names on disk to those of the modules.
-        legal: config field -> the values that are supported; a str is the name of another field that it must equal.
-        ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
-    """
-
-    model_type: str
-    embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    rotary: str | None = "model.rotary_emb"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    attention_norm: str = "input_layernorm"
-    attention: str = "self_attn"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp: str = "mlp"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    activation: str = ""
-    norm_offset: float = 0.0
-    layer_norm: bool = False
-    attention_post_norm: str | None = None
-    mlp_post_norm: str | None = None
-    query_norm: str | None = None
-    key_norm: str | None = None
-    positions: str | None = None
-    position_offset: int = 0
-    scaled_embedding: bool = False
-    rope_by_layer: bool = False
-    bos: bool = False
-    window: str | None = None
-    merged: tuple[Merged, ...] = ()
-    experts: str | None = None
-    router: str | None = None
-    ffn_field: str = "intermediate_size"
-    experts_field: str | None = None
-    expert_count: int = 0
-    renamed: tuple[tuple[str, str], ...] = ()
-    legal: Mapping[str, tuple[Any, ...] | str] | None = None
-    ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-
-    def expert(self, index: int) -> tuple[str, str, str]:
-        """Gate, up and down of one expert."""
-        return self.gate.format(index), self.up.format(index), self.down.format(index)
-
-    @property
-    def mlp_inputs(self) -> tuple[str, ...]:
-        """The quantized layers that read the MLP's norm."""
-        if self.experts:
-            return tuple(name for i in range(self.expert_count) for name in self.expert(i)[:2])
-        return (self.gate, self.up) if self.gate else (self.up,)
-
-    @property
-    def downs(self) -> tuple[str, ...]:
-        """The layers that write the MLP's output: one, or one an expert."""
-        return tuple(self.expert(i)[2] for i in range(self.expert_count)) if self.experts else (self.down,)
-
-    @property
-    def sites(self) -> dict[str, str]:
-        """Each quantized projection of a block, in the order they compute, and the site whose transform it reads."""
-        names = {self.query: "qkv", self.key: "qkv", self.value: "qkv", self.output: "output"}
-        if not self.experts:
-            return names | dict.fromkeys(self.mlp_inputs, "gate_up") | {self.down: "down"}
-        for i in range(self.expert_count):
-            names |= dict(zip(self.expert(i), ("gate_up", "gate_up", "down"), strict=True))
-        return names
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The linear layers of a block that are quantized, in the order they compute."""
-        return tuple(self.sites)
-
-    @property
-    def post_norms(self) -> bool:
-        """Whether a branch is normalised before it is added to the residual stream.
-
-        Its weight multiplies the channels of what is added, so no rotation of the stream can be folded into the layers
-        around it: R1 then turns the inputs of the readers, online, and leaves the stream as it is.
-        """
-        return self.attention_post_norm is not None
-
-
+_CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (False, None)}
 _GEMMA2 = Family(
     "gemma2",
+    note="norms after attention and MLP; windows of text begin with BOS; soft caps, windows",
     mlp_norm="pre_feedforward_layernorm",
     norm_offset=1.0,
     attention_post_norm="post_attention_layernorm",
@@ -140,7 +22,18 @@ _GEMMA2 = Family(
     scaled_embedding=True,
     bos=True,
     window="layers",
-    legal={"use_bidirectional_attention": (False, None)},
+    legal=_CAUSAL,
+)
+# Norms stand behind attention and MLP alone.
+_POST_NORMS = Family(
+    "",
+    attention_norm="no_attention_norm",
+    mlp_norm="no_mlp_norm",
+    pre_norms=False,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
 )
 _EXPERTS = Family(
     "",
@@ -150,14 +43,23 @@ _EXPERTS = Family(
     experts="mlp.experts",
     router="mlp.gate",
     window="all",
+    note="each expert is calibrated on its tokens; one with fewer than input channels on the layer's, and the report's "
+    "`notices` name it; the router stays as it is",
 )
 _ROWS = (
-    Family("llama"),
-    Family("mistral", window="all"),
-    Family("qwen2", window="layers"),
-    Family("qwen3", window="layers", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
+    Family("llama", note="1 to 3.3: RoPE scaling, tied embeddings, biases of attention and MLP"),
+    Family("mistral", window="all", note="sliding window"),
+    Family("qwen2", window="layers", note="and 2.5: biases of q, k and v; sliding window in some layers"),
+    Family(
+        "qwen3",
+        window="layers",
+        query_norm="self_attn.q_norm",
+        key_norm="self_attn.k_norm",
+        note="QK-norm, which H_out is pulled back through; heads wider than hidden / heads",
+    ),
     Family(
         "phi3",
+        note="to 4-mini: merged q, k, v and gate, up are quantized apart; partial RoPE and longrope",
         query="self_attn.qkv_proj.query",
         key="self_attn.qkv_proj.key",
         value="self_attn.qkv_proj.value",
@@ -171,6 +73,7 @@ _ROWS = (
     ),
     Family(
         "opt",
+        note="LayerNorm becomes RMSNorm: its mean and bias are folded, exactly; post-norm OPT-350M is refused",
         embedding="model.decoder.embed_tokens",
         layers="model.decoder.layers",
         rotary=None,
@@ -195,15 +98,24 @@ _ROWS = (
             "_remove_final_layer_norm": (False,),
         },
     ),
+    Family(
+        "gemma",
+        norm_offset=1.0,
+        scaled_embedding=True,
+        bos=True,
+        legal=_CAUSAL,
+        note="no norms after attention and MLP, which its successors have; windows of text begin with BOS",
+    ),
     _GEMMA2,
     replace(
         _GEMMA2,
         model_type="gemma3_text",
+        note="norms after attention and MLP, QK-norm; windows of text begin with BOS; windows, RoPE by layer",
         query_norm="self_attn.q_norm",
         key_norm="self_attn.k_norm",
         rope_by_layer=True,
         # Its attention ignores the field, so a model that sets it would not be the one that was trained.
-        legal={"use_bidirectional_attention": (False, None), "attn_logit_softcapping": (None,)},
+        legal={**_CAUSAL, "attn_logit_softcapping": (None,)},
     ),
     replace(
         _EXPERTS,
@@ -225,19 +137,95 @@ _ROWS = (
         experts_field="num_experts",
         legal={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
     ),
+    Family("seed_oss", note="biases of q, k, v and o"),
+    Family("ministral3", window="all", note="queries grow with far positions; sliding window"),
+    Family(
+        "smollm3",
+        window="layers",
+        rope_layers="no_rope_layers",
+        note="layers without RoPE: their objectives have none either",
+    ),
+    Family(
+        "granite",
+        note="factors of embedding, branches, attention and logits stay where they are",
+        embedding_factor="embedding_multiplier",
+        branch_factor="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    Family(
+        "starcoder2",
+        note="LayerNorm, folded as OPT's; no gate; sliding window",
+        gate="",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        activation="mlp.act",
+        layer_norm=True,
+        window="all",
+        legal={"use_bias": (True,)},  # the biases of its norms go into those of their readers
+    ),
+    replace(
+        _POST_NORMS,
+        model_type="olmo2",
+        head_norms_whole=True,
+        note="norms behind attention and MLP alone; QK-norm over all heads, which H_out is pulled back through",
+    ),
+    replace(
+        _POST_NORMS,
+        model_type="olmo3",
+        head_norms_whole=True,
+        window="layers",
+        rope_by_layer=True,
+        note="as olmo2; windows, RoPE by layer",
+    ),
+    replace(
+        _POST_NORMS,
+        model_type="exaone4",
+        window="layers",
+        rope_layers="layer_types",
+        note="norms behind attention and MLP alone; QK-norm; layers that see all positions have no RoPE",
+    ),
+    Family("ernie4_5", rope_neighbours=True, note="RoPE of neighbouring channels; biases"),
+    Family(
+        "hunyuan_v1_dense",
+        note="QK-norm after RoPE",
+        query_norm="self_attn.query_layernorm",
+        key_norm="self_attn.key_layernorm",
+        head_norms_last=True,
+    ),
+    Family(
+        "glm4",
+        note="norms after attention and MLP; merged gate, up; partial RoPE of neighbouring channels; biases",
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+        gate="mlp.gate_up_proj.gate",
+        up="mlp.gate_up_proj.up",
+        merged=(Merged("mlp.gate_up_proj", {"gate": "ffn", "up": "ffn"}),),
+        rope_neighbours=True,
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 
 # What is near to a supported architecture, and why it is not one.
 _REASONS = {
     "gemma3": "it reads images too: give the checkpoint of its text part alone (gemma3_text)",
-    "gemma": "it has no row yet, while gemma2 and gemma3_text have",
     "gpt_oss": "its attention has sinks",
     "qwen2_moe": "its experts are joined by a shared one",
     "qwen3_next": "its attention is linear in most layers",
     "deepseek_v2": "its attention compresses keys and values",
     "deepseek_v3": "its attention compresses keys and values",
 }
+
+
+def check_type(model_type: str, source: str) -> None:
+    """Check that there is a row of `model_type`, or a decoder of transformers; `source` names the model in the error.
+
+    Raises:
+        InputError: there is neither.
+    """
+    from .generic.generic_family import is_causal_type  # a recipe's fields are read without torch
+
+    if model_type in _REASONS or not is_causal_type(model_type):
+        family_of(model_type, source)
 
 
 def family_of(model_type: str, source: str) -> Family:
@@ -258,9 +246,15 @@ def family_of(model_type: str, source: str) -> Family:
 def family_for(config: Any, source: str) -> Family:
     """The row of a transformers config with what the config adds to it; `source` names the model in errors.
 
+    Where there is no row it is found by running the model: see `generic_family`.
+
     Raises:
-        InputError: no row has its type, or the config asks for a variant that is not supported.
+        InputError: the model is not supported, or the config asks for a variant that is not supported.
     """
+    from .generic.generic_family import generic_family, is_causal_type
+
+    if config.model_type not in FAMILIES and config.model_type not in _REASONS and is_causal_type(config.model_type):
+        return generic_family(config, source)
     family = family_of(config.model_type, source)
     for field, legal in (family.legal or {}).items():
         value = getattr(config, field, None)

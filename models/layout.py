@@ -69,6 +69,9 @@ class Experts(nn.ModuleList):
 
 def split_modules(block: nn.Module, family: Family, shape: Shape) -> nn.Module:
     """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied."""
+    if not family.pre_norms:
+        block.add_module(family.attention_norm, nn.Identity())
+        block.add_module(family.mlp_norm, nn.Identity())
     for merged in family.merged:
         linear = block.get_submodule(merged.name)
         assert isinstance(linear, nn.Linear)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,7 @@ class OuterLayers:
         head_bias: (vocabulary,), what the final norm's bias becomes when it is folded into the head.
         before_head: (hidden, hidden), symmetric, by which the norm's output is multiplied before the head reads it,
             where the head is the embedding of a rotated stream; see `Rotations.before_head`.
+        others: of a family without a row, what else there is, by full names.
     """
 
     embedding: Matrix
@@ -37,6 +38,7 @@ class OuterLayers:
     norm_bias: Tensor | None = None
     head_bias: Tensor | None = None
     before_head: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -51,7 +53,9 @@ class OuterLayers:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OuterLayers:
         """The same with `function` of every tensor that is there, whole."""
-        return OuterLayers(**{name: function(tensor[:]) for name, tensor in vars(self).items() if tensor is not None})
+        others = {name: function(tensor) for name, tensor in self.others.items()}
+        named = {name: tensor for name, tensor in vars(self).items() if tensor is not None and name != "others"}
+        return OuterLayers(**{name: function(tensor[:]) for name, tensor in named.items()}, others=others)
 
     def rows(self, index: slice | Tensor) -> OuterLayers:
         """Those of some tokens: the rows `index` of embedding, head and its bias, and the rest as it is."""
@@ -64,7 +68,7 @@ class OuterLayers:
 
     def before(self, family: Family) -> dict[str, Tensor]:
         """Of `named` what comes before the blocks."""
-        return self._named(family, ("embedding", "positions"))
+        return self._named(family, ("embedding", "positions")) | dict(self.others)
 
     def after(self, family: Family) -> dict[str, Tensor]:
         """Of `named` what comes after the blocks."""
@@ -72,13 +76,13 @@ class OuterLayers:
 
     def _named(self, family: Family, fields: Sequence[str]) -> dict[str, Tensor]:
         names, found = _names(family), dict[str, Tensor]()
-        for field in fields:
-            matrix = getattr(self, field)
+        for part in fields:
+            matrix = getattr(self, part)
             if isinstance(matrix, PartedMatrix):
-                module = names[field].removesuffix(".weight")
-                found |= {f"{module}.{part}": tensor for part, tensor in matrix.parts().items()}
+                module = names[part].removesuffix(".weight")
+                found |= {f"{module}.{name}": tensor for name, tensor in matrix.parts().items()}
             elif matrix is not None:
-                found[names[field]] = matrix[:]
+                found[names[part]] = matrix[:]
         return found
 
     @classmethod
@@ -101,12 +105,13 @@ class OuterLayers:
     def of(cls, family: Family, found: Mapping[str, Any]) -> OuterLayers:
         """From tensors by their full names; see `missing`. Where there is no head, it is the embedding."""
         fields = {field: found[name] for field, name in _names(family).items() if name in found}
-        return cls(**{"head": fields["embedding"], **fields})
+        others = {name: found[name] for name in family.others if name in found}
+        return cls(**{"head": fields["embedding"], **fields}, others=others)
 
     @staticmethod
     def names(family: Family) -> list[str]:
         """Full names of all that a model of the family can have."""
-        return list(_names(family).values())
+        return [*_names(family).values(), *family.others]
 
 
 def _names(family: Family) -> dict[str, str]:

@@ -34,7 +34,9 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """Read the sizes from a transformers config, with the defaults of Llama where a field is missing."""
-        row = FAMILIES.get(getattr(config, "model_type", ""), FAMILIES["llama"])
+        if getattr(config, "model_type", "") not in FAMILIES:
+            return cls._of_unknown(config)
+        row = FAMILIES[config.model_type]
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         return cls(
             blocks=int(config.num_hidden_layers),
@@ -45,4 +47,24 @@ class Shape:
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
             vocabulary=int(config.vocab_size),
             experts=int(getattr(config, row.experts_field)) if row.experts_field else 0,
+        )
+
+    @classmethod
+    def _of_unknown(cls, config: Any) -> Shape:
+        """Of a type without a row, which may have no heads: what is not there, or not one number, is a guess."""
+
+        def number(field: str, otherwise: int) -> int:
+            value = getattr(config, field, None)
+            return value if isinstance(value, int) and value > 0 else otherwise
+
+        hidden = int(config.hidden_size)
+        heads = number("num_attention_heads", 1)
+        return cls(
+            blocks=int(config.num_hidden_layers),
+            hidden=hidden,
+            ffn=number("intermediate_size", 4 * hidden),
+            query_heads=heads,
+            key_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", hidden // heads),
+            vocabulary=int(config.vocab_size),
         )

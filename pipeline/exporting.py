@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,12 +32,17 @@ from .storage.run_folder import RunFolder, recipe_of
 from .storage.run_report import Report
 from .storage.run_writer import RECIPE
 
+logger = logging.getLogger(__name__)
+
 
 class Format(NamedTuple):
-    """How a format is checked and written; `check` raises InputError where it cannot hold a run."""
+    """How a format is checked and written; `check` raises InputError where it cannot hold a run, `warning` is what a
+    user should know of an export.
+    """
 
     check: Callable[[Finished], None]
     write: Callable[..., None]
+    warning: Callable[[Finished], str | None] = lambda run: None
 
 
 def _write_native(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -46,7 +52,7 @@ def _write_native(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES
 
 FORMATS: Mapping[str, Format] = {
     "native": Format(lambda run: None, _write_native),
-    "compressed-tensors": Format(compressed_tensors.check, compressed_tensors.write),
+    "compressed-tensors": Format(compressed_tensors.check, compressed_tensors.write, compressed_tensors.warning),
     "gptq": Format(gptq.check, gptq.write),
     "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1)),
     "gguf": Format(gguf.check, gguf.write),
@@ -93,6 +99,8 @@ def export(
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
+        if warned := FORMATS[format_name].warning(finished):
+            logger.warning("%s", warned)
     except OSError as error:
         what = error.strerror or str(error)
         raise InputError(f"{target} cannot be written ({what}): make room, or give another --output.") from error

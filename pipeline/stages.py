@@ -74,12 +74,14 @@ def quantize(recipe: Recipe, *, device: str | None = None, progress: Progress | 
 
 def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ranks) -> Report:
     clock = Clock()
-    if recipe.output is None:
+    output = recipe.output
+    if output is None:
         raise InputError("the recipe has no output folder: give --output.")
     job = prepare(recipe, device, ranks, clock)
+    recipe = job.recipe  # as it is carried out
     length, mine = length_of(recipe, job.model, job.decoder), None
     if ranks.rank == 0:
-        mine = RunWriter(recipe.output, identity(job))
+        mine = RunWriter(output, identity(job))
         mine.at_work = ranks.tick
         if not mine.manifest.knows("notices"):
             mine.note(notices=early_notices(recipe, job.decoder, length) if mine.is_new else ())
@@ -89,7 +91,7 @@ def _quantize(recipe: Recipe, device: str | None, progress: Progress, ranks: Ran
         mine.need_space(disk_bytes(job, recipe.calibration.samples * length))
     own_share(job, recipe.calibration.samples)
     check_alike(job)
-    folder = followed(ranks, mine, recipe.output)
+    folder = followed(ranks, mine, output)
     calibration_set = dataset_of(recipe.calibration.dataset, job.model, "--calibration.dataset")
     evaluated = evaluation_sets(recipe.evaluation.dataset, job.model, "--evaluation.dataset")
     with job.timed("text"):
@@ -139,7 +141,8 @@ def _run(
     if not folder.manifest.knows("plain_forward_seconds"):
         first = ranks.rank == 0
         balance = Balance(job, tokens.shape[1]) if recipe.rotation.scale and first else None
-        profile = ActivationProfile(job, balance) if recipe.evaluation.report and first else None
+        looks = recipe.evaluation.report and first and not job.decoder.family.generic
+        profile = ActivationProfile(job, balance) if looks else None
         seconds = plain_forward(job, tokens, progress, [part for part in (balance, profile) if part is not None])
         if balance is not None:
             balance.write(folder.path)

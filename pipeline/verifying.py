@@ -23,7 +23,7 @@ from ..export.record import Record, check_files, read_record
 from ..export.runtime.linear import QuantizedLinear
 from ..export.runtime.prepared import packed_block
 from ..export.runtimes.ask import ask
-from ..models.decoder import Decoder
+from ..models.generic.generic_decoder import decoder_for
 from ..models.tokenizer import read_tokenizer
 from .exporting import blocks_digest, open_finished
 from .storage.files import MANIFEST
@@ -152,7 +152,7 @@ def run_logits(run: Finished, ids: Tensor, *, plain: bool = False) -> Tensor:
     `plain` multiplies by unpacked weights, as other readers do: products of integers differ from these in the last bit,
     which now and then turns a tie in the rounding of the next activation into a whole level.
     """
-    decoder = Decoder(run.transformers_config(), attention=NAME)
+    decoder = decoder_for(run.transformers_config(), attention=NAME)
     outer = run.outer_layers()
     hidden = decoder.embed(outer, ids)
     for index in range(run.shape.blocks):

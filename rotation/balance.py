@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..models.decoder import Decoder
 from ..models.families import Family
 from ..models.shape import Shape
-from .channels import HEADS, absorbable, key_ties, readers, ties
+from .channels import HEADS, absorbable, activation_of, key_ties, readers, ties
 
 BOUND = 64.0
 """How far a scale may be from the geometric mean of its site: what lies beyond is dead, or close to it."""
@@ -42,9 +42,9 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     norms are `folded` into their readers for R1, the inputs of these are rotated without them, and have nothing to take
     a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded.
     """
-    through = family.gate or getattr(config, "activation_function", None) == "relu"
+    through = family.gate or activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
-    sites = ("output", *downs) if folded else ("qkv", "output", "gate_up", *downs)
+    sites = ("output", *downs) if folded or not family.pre_norms else ("qkv", "output", "gate_up", *downs)
     return (*sites, *HEADS) if keys else sites
 
 
@@ -75,7 +75,7 @@ class Moments:
     ) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
-        self._shared, self._centered = family.key_norm is not None, centered
+        self._shared, self._centered = family.key_norm is not None and not family.head_norms_whole, centered
         self._handles = [
             block.get_submodule(readers(family, name)[0]).register_forward_pre_hook(self._look(name))
             for name in names
@@ -164,24 +164,30 @@ def scales(
             energy, moment = (torch.zeros(int(tie.max()) + 1).double().index_add_(0, tie, x) for x in (energy, moment))
         chosen[site] = absorbable(norms, family, site, balance(energy, moment))
     if "keys" in found:
-        keys, queries, tie = found["keys"], found["queries"], key_ties(shape.head_dim, rotary)
+        keys, queries = found["keys"], found["queries"]
+        tie = key_ties(shape.head_dim, rotary, neighbours=family.rope_neighbours)
         both = (queries.unflatten(0, (len(keys), -1)).sum(1), keys)
         energy, moment = (torch.zeros_like(x).index_add_(1, tie, x)[:, tie] for x in both)
-        t = _held(norms, family, torch.stack([balance(*head) for head in zip(energy, moment, strict=True)]), tie)
+        t, groups = (
+            torch.stack([balance(*head) for head in zip(energy, moment, strict=True)]),
+            len(queries) // len(keys),
+        )
+        t = _held(norms, family, t, tie, groups)
         chosen["keys"] = absorbable(norms, family, "keys", t.flatten())
-        met = chosen["keys"].view_as(t).repeat_interleave(len(queries) // len(keys), 0)
+        met = chosen["keys"].view_as(t).repeat_interleave(groups, 0)
         chosen["queries"] = absorbable(norms, family, "queries", 1 / met.flatten())
     return chosen
 
 
-def _held(norms: Mapping[str, Tensor], family: Family, t: Tensor, tie: Tensor) -> Tensor:
+def _held(norms: Mapping[str, Tensor], family: Family, t: Tensor, tie: Tensor, groups: int) -> Tensor:
     """Scales of keys (heads, head_dim) where the norms of keys and queries can store them; else their pair has 1.
 
     A norm that multiplies by 1 + w stores a small multiplier coarsely: the nearest may be several times another.
     """
     off = torch.zeros_like(t)
-    for site, wanted in (("keys", t), ("queries", 1 / t)):
-        off += (absorbable(norms, family, site, wanted.flatten()).view_as(t) / wanted - 1).abs() > STORED
+    for site, wanted in (("keys", t), ("queries", (1 / t).repeat_interleave(groups, 0))):
+        lost = (absorbable(norms, family, site, wanted.flatten()).view_as(wanted) / wanted - 1).abs() > STORED
+        off += lost.unflatten(0, (len(t), -1)).sum(1)
     return torch.where(torch.zeros_like(t).index_add_(1, tie, off)[:, tie] > 0, 1.0, t)
 
 

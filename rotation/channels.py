@@ -32,6 +32,8 @@ HEADS = ("keys", "queries")
 
 def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: bool, r4: bool) -> str:
     """Why no layer can take the scales of `site` under these rotations, as a clause; empty where one can."""
+    if site in ("qkv", "gate_up") and not family.pre_norms:
+        return f"no norm stands before {_short(family, site)}"
     if site in ("qkv", "gate_up") and online_r1:
         return f"R1 runs online between the norm and {_short(family, site)}"
     if site == "output" and heads:
@@ -40,10 +42,16 @@ def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: 
         return f"experts, which share a norm with their router, are not scaled ({_short(family, site)})"
     if site == "down" and r4:
         return f"R4 runs online between {family.up} and {family.down}"
-    function = getattr(config, "activation_function", None)
+    function = activation_of(config)
     if site == "down" and not family.gate and function != "relu":
         return f"{function} stands between {family.up} and {family.down}, and relu alone lets a scale through"
     return ""
+
+
+def activation_of(config: Any) -> str:
+    """The name of the MLP's activation."""
+    names = (getattr(config, field, None) for field in ("activation_function", "hidden_activation", "hidden_act"))
+    return str(next((name for name in names if name is not None), None))
 
 
 def _short(family: Family, site: str) -> str:
@@ -93,10 +101,15 @@ def ties(shape: Shape, site: str) -> Tensor | None:
     return channels.expand(-1, shape.query_heads // shape.key_heads, -1).flatten()
 
 
-def key_ties(head_dim: int, rotary: int) -> Tensor:
-    """Which scale each channel of a key takes, (head_dim,) indices: RoPE turns the first `rotary`, j with j + half."""
+def key_ties(head_dim: int, rotary: int, *, neighbours: bool = False) -> Tensor:
+    """Which scale each channel of a key takes, (head_dim,) indices: RoPE turns the first `rotary`, j with j + half, or
+    2 j with 2 j + 1.
+    """
     channels = torch.arange(head_dim)
-    channels[rotary // 2 : rotary] = channels[: rotary // 2]
+    if neighbours:
+        channels[1:rotary:2] = channels[0:rotary:2]
+    else:
+        channels[rotary // 2 : rotary] = channels[: rotary // 2]
     return channels
 
 

@@ -142,7 +142,8 @@ class Rotations:
         )
         assert embedding is not None and head is not None and norm is not None
         if not self.turned:
-            return OuterLayers(embedding, norm, head, positions=positions, norm_bias=bias)
+            plain = OuterLayers(embedding, norm, head, positions=positions, norm_bias=bias)
+            return replace(plain, head_bias=outer.head_bias, others=outer.others)
         if family.layer_norm:
             embedding, positions = (None if s is None else s - s.mean(-1, keepdim=True) for s in (embedding, positions))
         assert embedding is not None

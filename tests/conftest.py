@@ -1,6 +1,7 @@
 """What many tests stand on: a short text, small Llama checkpoints, and finished runs, made once a session."""
 
 import argparse
+import html
 import json
 import os
 import runpy
@@ -185,11 +186,26 @@ def cheap_run(
     return run
 
 
+@pytest.fixture(scope="session")
+def leave_out_drawings() -> Callable[[pytest.MonkeyPatch], None]:
+    """leave_out_drawings(patch): as `_leave_out_drawings`."""
+    return _leave_out_drawings
+
+
+def _leave_out_drawings(patch: pytest.MonkeyPatch) -> None:
+    """Pictures hold what their marks are called, and are not drawn: drawing one page takes seconds."""
+
+    def svg(chart: Any, description: str) -> str:
+        return f"<svg><title>{html.escape(description)} {html.escape(repr(chart._titles))}</title></svg>"
+
+    patch.setattr("rotoboa.eval.drawing.charts.Chart._draw", lambda self: "")
+    patch.setattr("rotoboa.eval.drawing.charts.Chart.svg", svg)
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages with empty pictures: drawing one page takes seconds."""
-    monkeypatch.setattr("rotoboa.eval.drawing.charts.Chart._draw", lambda self: "")
-    monkeypatch.setattr("rotoboa.eval.drawing.charts.Chart.svg", lambda self, description: "<svg></svg>")
+    """Pages without drawings."""
+    _leave_out_drawings(monkeypatch)
 
 
 @pytest.fixture

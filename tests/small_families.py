@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rotoboa.models.families import FAMILIES as ROWS
+
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -66,7 +68,56 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "head_dim": 16,
     },
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
+    "ministral3": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "pad_token_id": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "smollm3": {
+        "no_rope_layers": [1, 0],
+        "pad_token_id": None,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "starcoder2": {"sliding_window": 9, "tie_word_embeddings": True},
+    "olmo2": {"pad_token_id": None},
+    "olmo3": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": None,
+    },
+    "exaone4": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    "ernie4_5": {"head_dim": 16, "use_bias": True, "pad_token_id": None, "tie_word_embeddings": True},
+    "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": None},
+    "glm4": {"head_dim": 16, "pad_token_id": None},
 }
+MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
 def family_config(name: str, **changes: Any) -> Any:
@@ -91,12 +142,12 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
     config = family_config(name, **changes)
     config._experts_implementation = "eager"  # grouped products have no float64
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    generator = torch.Generator().manual_seed(7)
+    generator, row = torch.Generator().manual_seed(7), ROWS[config.model_type]
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in key and key.endswith("weight"):
-                start = 0.0 if name.startswith("gemma") else 1.0
+                start = 1.0 - row.norm_offset
                 parameter.copy_(start + 0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
@@ -110,9 +161,14 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
 def save_as_family(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """`make_family` with a tokenizer of characters."""
     make_family(name, **changes).to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One of characters."""
     characters = ["<s>", "</s>", "<unk>", *(chr(i) for i in range(32, 127)), "\n"]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     wrapped.save_pretrained(folder)
-    return folder

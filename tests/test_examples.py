@@ -53,7 +53,7 @@ def test_own_recipe(llama: Path, text: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_custom_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(FAMILIES, "seed_oss", FAMILIES["llama"])  # whatever the script puts there is taken out again
+    monkeypatch.setitem(FAMILIES, "arcee", FAMILIES["llama"])  # whatever the script puts there is taken out again
     load("custom_family").main(tmp_path, 2)
     assert float(capsys.readouterr().out.rpartition(": ")[2]) < 1e-3
 
@@ -61,9 +61,9 @@ def test_custom_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_row_that_does_not_fit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    monkeypatch.setitem(FAMILIES, "seed_oss", FAMILIES["llama"])
+    monkeypatch.setitem(FAMILIES, "arcee", FAMILIES["llama"])
     script = load("custom_family")
-    FAMILIES["seed_oss"] = replace(FAMILIES["seed_oss"], norm_offset=1.0)
+    FAMILIES["arcee"] = replace(FAMILIES["arcee"], norm_offset=1.0)
     with pytest.raises(SystemExit, match="does not fit the architecture"):
         script.main(tmp_path, 2)
 

@@ -17,11 +17,13 @@ BASELINE = Path(__file__).parents[1] / "benchmarks" / "baseline.json"
 # Plain GPTQ on the same tokens: after the rotation for W4A4KV4, without one for W2A16.
 GPTQ = {"w4a4kv4": 13.56, "w2a16": 13.97}
 CHEAP: dict[str, Any] = {
+    "weights.method": "gptq",
+    "weights.grid": "minmax",
     "weights.refine": 0,
     "weights.starts": 1,
     "weights.tabu": 0,
-    "calibration.samples": 2,
-    "evaluation.windows": 4,
+    "calibration.samples": 1,
+    "evaluation.windows": 2,
     "evaluation.references": False,
     "evaluation.report": False,
 }
@@ -47,7 +49,7 @@ def test_plain_rounding_collapses(report: tuple[str, dict[str, Any]]) -> None:
     """Where activations are quantized; and it is far off at 2 bits."""
     name, measured = report
     perplexity = measured["perplexity"]["stdlib"]
-    assert perplexity["rtn"] > {"w4a4kv4": 4, "w2a16": 1.7}[name] * perplexity["full_precision"]
+    assert perplexity["rtn"] > {"w4a4kv4": 3, "w2a16": 1.7}[name] * perplexity["full_precision"]
 
 
 def test_sizes(report: tuple[str, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objective.fisher import ROWS
 from ..objective.objective import Objective
-from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back
+from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back, turned
 from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
 from ..online.attention import AttentionInputs
@@ -29,7 +29,10 @@ def norm_totals(context: BlockContext, first: int | None = None) -> NormTotals:
     norms = {f.query: (f.query_norm, shape.query_heads), f.key: (f.key_norm, shape.key_heads)}
     return {
         name: context.share.total(
-            partial(NormStatistics.of, context.weight(name), heads, context.full.get_submodule(norm)), first
+            partial(
+                NormStatistics.of, context.weight(name), heads, context.full.get_submodule(norm), f.head_norms_whole
+            ),
+            first,
         )
         for name, (norm, heads) in norms.items()
         if norm is not None
@@ -43,9 +46,26 @@ def weighted(context: BlockContext, norms: NormTotals, number: int, xf: Tensor, 
     """
     if not norms:
         return xf, xq
-    weights = [norm.at(number).add(context.full.get_submodule(name)(xf)) for name, norm in norms.items()]
+    weights = [
+        norm.at(number).add(_normed(context, context.full.get_submodule(name)(xf))) for name, norm in norms.items()
+    ]
     weight = torch.cat(weights, -1).mean(-1, keepdim=True).sqrt()
     return xf * weight, xq * weight
+
+
+def _normed(context: BlockContext, outputs: Tensor) -> Tensor:
+    """What the norms of queries or keys read, (batch, length, heads * head_dim), of a projection's `outputs`."""
+    if not context.family.head_norms_last:
+        return outputs
+    cos, sin = _angles(context, outputs.shape[1])
+    heads = outputs.unflatten(-1, (-1, context.shape.head_dim))
+    return turned(heads, cos, sin, neighbours=context.family.rope_neighbours).flatten(-2)
+
+
+def _angles(context: BlockContext, length: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the block's RoPE, (length, rotated channels)."""
+    cos, sin = context.decoder.position_embeddings(length, context.decoder.index_of(context.full))
+    return cos[0], sin[0]
 
 
 def add_heads(
@@ -68,14 +88,18 @@ def query_key_objective(
     length: int,
 ) -> Objective:
     """Query heads, then key heads: they share H_in, so they are one problem of stacked heads."""
-    f, shape, decoder = context.family, context.shape, context.decoder
-    cos, sin = (part[0] for part in decoder.position_embeddings(length, decoder.index_of(context.full)))
-    keys, queries = (positions_pull_back(gram, cos, sin) for gram in grams.value().grams())
+    f, shape = context.family, context.shape
+    turn = partial(positions_pull_back, neighbours=f.rope_neighbours)
+    angles = _angles(context, length)
+    keys, queries = (gram if f.head_norms_last else turn(gram, *angles) for gram in grams.value().grams())
     h_out = {f.query: keys.repeat_interleave(shape.query_heads // len(keys), 0), f.key: queries}
     for name, norm in ((f.query, f.query_norm), (f.key, f.key_norm)):
         if norm is not None:
             weight = context.full.get_parameter(f"{norm}.weight") + f.norm_offset
-            h_out[name] = norm_pull_back(h_out[name], weight, norms[name].value().moments)
+            moments = norms[name].value().moments
+            h_out[name] = norm_pull_back(h_out[name], weight, moments, whole=f.head_norms_whole)
+    if f.head_norms_last:
+        h_out = {name: turn(gram, *angles) for name, gram in h_out.items()}
     return replace(inputs.value().objective(), h_out=torch.cat([h_out[f.query], h_out[f.key]]))
 
 

@@ -16,6 +16,7 @@ from .experts_step import quantize_experts
 from .fold_step import fold_channels
 from .input_scales import scale_inputs
 from .mlp_step import quantize_mlp
+from .plain_step import quantize_plain
 
 
 @torch.no_grad()
@@ -33,6 +34,8 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
     with quick_products(context.decoder.device):
         _check_weights(context)
         _check_streams(context, streams, "")
+        if context.family.generic:
+            return _quantize_plain(context, streams)
         found = fold_channels(context, streams.full)
         context, centers = center_keys(context, streams)
         found |= centers
@@ -47,6 +50,12 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
         streams.restore(before)
         _quantize_layers(replace(context, previous=found.results), streams)
         return found
+
+
+def _quantize_plain(context: BlockContext, streams: Streams) -> BlockResult:
+    found = quantize_plain(context, streams)
+    _check_streams(context, streams, context.family.projections[-1])
+    return found
 
 
 def _quantize_layers(context: BlockContext, streams: Streams) -> BlockResult:

@@ -24,7 +24,7 @@ from .attention_objectives import (
     without_bias,
 )
 from .context import BlockContext, BlockResult, Streams
-from .forward_parts import attend, attention_inputs, mlp_hidden, post_normed
+from .forward_parts import attend, attention_inputs, branch_output, mlp_hidden
 from .residual_stream import over_norm
 
 POOL = 8  # tokens that scales are chosen on, in multiples of the widest input
@@ -101,7 +101,7 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
             seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm))
         if "gate_up" not in sites and "down" not in sites:
             continue
-        h = h + post_normed(block, f.attention_post_norm, written)
+        h = h + branch_output(decoder, block, f.attention_post_norm, written)
         x = t.gate_up.rotate(block.get_submodule(f.mlp_norm)(h))
         if "gate_up" in sites:
             seen.inputs["gate_up"].at(n).add(None, x)

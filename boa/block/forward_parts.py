@@ -66,10 +66,10 @@ def mlp_hidden(family: Family, block: nn.Module, x: Tensor) -> Tensor:
     return capture(block.get_submodule(family.down), lambda: mlp(x))
 
 
-def post_normed(block: nn.Module, post_norm: str | None, x: Tensor) -> Tensor:
-    """What a projection put out, after the norm that stands between it and the stream, where there is one."""
+def branch_output(decoder: Decoder, block: nn.Module, post_norm: str | None, x: Tensor) -> Tensor:
+    """What is added to the stream of what a projection put out: behind a norm, or multiplied, where the family does."""
     normed: Tensor = x if post_norm is None else block.get_submodule(post_norm)(x)
-    return normed
+    return normed if decoder.branch_factor == 1 else normed * decoder.branch_factor
 
 
 def _attention(

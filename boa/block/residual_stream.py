@@ -10,7 +10,7 @@ from torch import Tensor
 from ..objective.statistics import InputStatistics
 from ..objective.totals import Total
 from .context import Batch, BlockContext, Streams
-from .forward_parts import post_normed
+from .forward_parts import branch_output
 
 
 class Writer(NamedTuple):
@@ -51,10 +51,10 @@ def write_full(
             weight = over_norm(written)
             wanted, given = wanted * weight, given * weight
         elif context.settings.drift:
-            wanted = wanted + (batch.full - batch.quantized)
+            wanted = wanted + (batch.full - batch.quantized) / context.decoder.branch_factor
         statistics.at(batch.number).add(None, given, wanted)
     stream = streams.full[batch.span]
-    stream += post_normed(context.full, writer.post_norm, written).to(stream.device)
+    stream += branch_output(context.decoder, context.full, writer.post_norm, written).to(stream.device)
 
 
 def add_given(context: BlockContext, statistics: Total[InputStatistics], batch: Batch, given: Tensor) -> None:
@@ -68,7 +68,7 @@ def write_quantized(context: BlockContext, writer: Writer, streams: Streams, inp
     projection, size = context.quantized.get_submodule(writer.name), context.share.batch
     for part, x in zip(streams.quantized.split(size), inputs.split(size), strict=True):
         y = projection(x.to(context.decoder.device))
-        part += post_normed(context.quantized, writer.post_norm, y).to(part.device)
+        part += branch_output(context.decoder, context.quantized, writer.post_norm, y).to(part.device)
         context.release()
 
 

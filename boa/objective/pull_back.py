@@ -52,9 +52,16 @@ def rope_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return gram * cc + cross + cross.transpose(-1, -2) + j.T @ (gram * ss) @ j
 
 
-def positions_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope_pull_back` of `gram` (heads, d, d) where RoPE turns only the first channels, those of cos, sin (L, r)."""
+def positions_pull_back(gram: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False) -> Tensor:
+    """`rope_pull_back` of `gram` (heads, d, d) where RoPE turns only the first channels, those of cos, sin (L, r).
+
+    `neighbours`: it turns 2 j with 2 j + 1, by the angle that cos and sin have at j.
+    """
     size = cos.shape[-1]
+    if neighbours:
+        order = neighbours_first(gram.shape[-1], size).to(gram.device)
+        back = order.argsort()
+        return positions_pull_back(gram[:, order][..., order], cos, sin)[:, back][..., back]
     if size == gram.shape[-1]:
         return rope_pull_back(gram, cos, sin)
     pulled = gram.clone()
@@ -68,18 +75,36 @@ def positions_pull_back(gram: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return pulled
 
 
-def norm_pull_back(gram: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+def neighbours_first(size: int, rotary: int) -> Tensor:
+    """(size,) the channels in the order that halves have, where RoPE turns neighbours among the first `rotary`."""
+    channels = torch.arange(size)
+    return torch.cat([channels[0:rotary:2], channels[1:rotary:2], channels[rotary:]])
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False) -> Tensor:
+    """R x of `x` (batch, L, heads, d), by cos and sin (L, r) as `positions_pull_back` has them."""
+    order = neighbours_first(x.shape[-1], cos.shape[-1]) if neighbours else torch.arange(x.shape[-1])
+    first, rest = x[..., order.to(x.device)].split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    a, b = first.chunk(2, -1)
+    moved = first * cos[:, None].to(x) + torch.cat([-b, a], -1) * sin[:, None].to(x)
+    return torch.cat([moved, rest], -1)[..., order.argsort().to(x.device)]
+
+
+def norm_pull_back(gram: Tensor, weight: Tensor, moments: Tensor, *, whole: bool = False) -> Tensor:
     """H_out = B - N B - B N + tr(N B) N of the module's docstring.
 
     Args:
         gram: (heads, d, d), R^T G R or its mean.
-        weight: (d,), g: what the norm multiplies by.
+        weight: (d,), g: what the norm multiplies by; or (heads * d,).
         moments: (heads, d, d), N.
+        whole: one norm over all heads. These are then the blocks of each head, where the trace is over all of them.
     """
-    b = gram * (weight[:, None] * weight).to(gram.dtype)
+    g = weight.view(-1, gram.shape[-1])
+    b = gram * (g[:, :, None] * g[:, None]).to(gram.dtype)
     n = moments.to(gram.dtype)
     nb = n @ b
-    return b - nb - nb.transpose(-1, -2) + nb.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] * n
+    trace = nb.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return b - nb - nb.transpose(-1, -2) + (trace.sum(0, keepdim=True) if whole else trace) * n
 
 
 @dataclass
@@ -89,24 +114,29 @@ class NormStatistics:
     Args:
         scale: (heads,), c_h = |W_h|^2 / d.
         eps: of the norm.
+        whole: the norm is over all heads together: r is theirs, and m is a head's part of the whole.
     """
 
     scale: Tensor
     eps: float
+    whole: bool = False
     total: Tensor | None = None
     summed: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, heads: int, norm: torch.nn.Module) -> NormStatistics:
+    def of(cls, weight: Tensor, heads: int, norm: torch.nn.Module, whole: bool = False) -> NormStatistics:
         """Of a projection's weight (heads * d, c) and the norm that follows it."""
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
-        return cls(weight.unflatten(0, (heads, -1)).square().sum((1, 2)) * heads / len(weight), float(eps))  # type: ignore[arg-type]
+        scale = weight.unflatten(0, (heads, -1)).square().sum((1, 2)) * heads / len(weight)
+        return cls(scale.mean().expand(heads) if whole else scale, float(eps), whole)  # type: ignore[arg-type]
 
     def add(self, outputs: Tensor) -> Tensor:
         """One batch of u, (..., heads * d); returns w_h, (..., heads)."""
         u = outputs.unflatten(-1, (len(self.scale), -1)).flatten(0, -3)
-        squares = u.square().mean(-1) + self.eps  # r^2, (tokens, heads)
-        m = u.transpose(0, 1) / (u.shape[-1] * squares.T[..., None]).sqrt()
+        squares = u.square().mean(-1)
+        squares = (squares.mean(-1, keepdim=True).expand_as(squares) if self.whole else squares) + self.eps
+        width = u.shape[-1] * (u.shape[-2] if self.whole else 1)
+        m = u.transpose(0, 1) / (width * squares.T[..., None]).sqrt()  # of r^2, (tokens, heads)
         weighted = m / squares.T[..., None]
         summed, total = weighted.transpose(1, 2) @ m, squares.reciprocal().sum(0)
         self.summed = summed if self.summed is None else self.summed + summed

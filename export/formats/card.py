@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from compressed_tensors.config import CompressionFormat
 from jinja2 import Environment, StrictUndefined
 
+from ...boa.online.activations import OWN, stock_clip
 from ...boa.scheme import QuantizationArgs, QuantizationScheme
 from ..scheme_layers import SchemeLayers
 from ..spec import Spec
 from .card_facts import Base, Figures
-from .compressed_tensors import NAME, stock_clip
+from .compressed_tensors import NAME, stored_as
 
 FORMATS = {
     "native": "rotoboa",
-    NAME: "compressed-tensors, `pack-quantized`",
+    NAME: NAME,
     "gptq": "GPTQ, `gptq_v2`",
     "gptq-v1": "GPTQ, version 1",
     "gguf": "GGUF",
@@ -82,7 +84,8 @@ def write_card(
     quantized = [scheme.weights for scheme in schemes if scheme.weights.quantizes]
     text = _template().render(
         format=format_name,
-        format_name=FORMATS[format_name],
+        format_name=FORMATS[format_name] + (f", `{stored_as(schemes).value}`" if format_name == NAME else ""),
+        is_int8=stored_as(schemes) == CompressionFormat.int_quantized,
         spec=spec,
         base=base,
         kind=_kind(spec) + (", some layers otherwise" if len(layers) > 1 else ""),
@@ -101,6 +104,7 @@ def write_card(
         recipe=recipe.strip(),
         transformers=version("transformers"),
         stock_clip=stock_clip,
+        own=OWN,
         rotoboa=version("rotoboa"),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

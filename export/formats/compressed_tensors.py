@@ -1,8 +1,10 @@
 """The compressed-tensors format: what vLLM serves and what transformers loads by itself.
 
-Floating point is in `compressed_floats`. A weight of integers (`pack-quantized`) is `scale * (integer - zero)`, as in
-a run; the format has signed numbers, so integers and zero points are shifted by 2^(b-1) on their way in and out. Scales
-stay float16: the integers were chosen for exactly these values.
+Floating point is in `compressed_floats`. A weight of integers is `scale * (integer - zero)`, as in a run; the format
+has signed numbers, so integers and zero points are shifted by 2^(b-1) on their way in and out. Scales stay float16: the
+integers were chosen for exactly these values.
+
+`pack-quantized` holds all of them:
 
 | | |
 |---|---|
@@ -11,17 +13,25 @@ stay float16: the integers were chosen for exactly these values.
 | `weight_zero_point` | (ceil(out * bits / 32), groups) int32; asymmetric grids only |
 | `weight_shape` | [out, in] |
 
+`int-quantized` holds W8A8 alone, whose inputs vLLM computes in integers; in `pack-quantized` it leaves them in 16 bits:
+
+| | |
+|---|---|
+| `weight` | (out, in) int8 |
+| `weight_scale` | (out, 1) float16 |
+
 A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -35,6 +45,7 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from torch import Tensor
 
 from ...boa import scheme as ours
+from ...boa.online.activations import OWN, stock_clip
 from ...boa.online.transforms import INPUT_SCALE
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
@@ -45,18 +56,37 @@ from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
-from .compressed_floats import FORMATS, compress_floats, float_args
+from .compressed_floats import FORMATS, compress_floats, float_args, refuse_mixed
 
 NAME = "compressed-tensors"
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
 
 
-def stock_clip(bits: int) -> float:
-    """The clip ratio that equals the format's own dynamic scale, max |x| / ((2^b - 1) / 2), where ours has 2^(b-1) - 1.
-
-    Example: 14/15 for 4 bits, 254/255 for 8.
+def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
+    """How a run whose layers have these schemes is stored: `int-quantized` where all that is quantized is W8A8, a scale
+    per output channel and per token, both symmetric; else as the first one's weights are.
     """
-    return (2.0 ** (bits - 1) - 1) / ((2.0**bits - 1) / 2)
+    eight = ours.QuantizationArgs(8, None, True)
+    quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
+    if quantized and all(s.weights == s.input_activations == eight for s in quantized):
+        return CompressionFormat.int_quantized
+    return FORMATS[quantized[0].weights.format if quantized else "int"]
+
+
+def warning(run: Finished) -> str | None:
+    """What a user should know of an export before serving it: that vLLM computes it otherwise; None where it does not.
+
+    vLLM reads what `pack-quantized` says of inputs only where it has a kernel for them, which came late and on GPUs.
+    """
+    schemes = by_scheme(run)
+    inputs = next((s.input_activations for s in schemes if s.input_activations.quantizes), None)
+    if inputs is None or inputs.format != "int" or stored_as(schemes) == CompressionFormat.int_quantized:
+        return None
+    return (
+        f"vLLM serves this export with inputs in 16 bits, silently, where the run has {inputs.num_bits}; recent ones "
+        "have kernels for it on some GPUs. For integer products take W8A8, symmetric and without groups (recipe w8a8). "
+        "transformers computes what the run computes."
+    )
 
 
 def check(run: Finished) -> None:
@@ -76,11 +106,7 @@ def check(run: Finished) -> None:
             "several schemes: override all of them, or use --format native."
         )
     weights, _ = by_weights(run, NAME, floats=True)
-    if len({args.format for args in weights}) > 1:
-        raise InputError(
-            f"{NAME} has files of integers and of one kind of floating point, and this run has "
-            f"{' and '.join(sorted({args.format for args in weights}))}: use --format native."
-        )
+    refuse_mixed(weights, NAME)
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
             _check_inputs(spec, scheme, layers[0])
@@ -123,11 +149,10 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> No
     if inputs.format != "int":
         return
     clip = stock_clip(inputs.num_bits)
-    if spec.activation_search or abs(spec.activation_clip - clip) > 1e-6:
+    if spec.activation_convention == OWN and (spec.activation_search or abs(spec.activation_clip - clip) > 1e-6):
         raise InputError(
             f"{NAME} cannot hold clip ratios of activations, and its readers use {clip:.7f} at "
-            f"{inputs.num_bits} bits: quantize with --no-activations.search --activations.clip {clip:.16g}, "
-            "or use --format native."
+            f"{inputs.num_bits} bits: quantize with --activations.convention {NAME}, or use --format native."
         )
 
 
@@ -168,9 +193,8 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     `quantization_status`, which keeps transformers from loading a run with R4: it would leave the rotation out.
     """
     # The format is set: what the library infers for quantized activations is another one, without packing.
-    weights, _ = by_weights(run, NAME, floats=True)
-    packed = FORMATS[next(iter(weights)).format]
     layers = by_scheme(run)
+    stored = stored_as(layers)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
     quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
     groups = {}
@@ -178,10 +202,10 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         # No layer is in two groups, so that no reader must choose.
         targets = [f"re:{pattern}" for pattern in patterns(names, run)] if len(quantized) > 1 else ["Linear"]
         parts = {"weights": _weights(scheme.weights), "input_activations": _inputs(scheme.input_activations)}
-        groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=packed, **parts)
+        groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=stored, **parts)
     config = QuantizationConfig(
         config_groups=groups,
-        format=packed.value,
+        format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[run.family.head, *(f"re:{pattern}" for pattern in patterns(ignored, run))],
     )
@@ -190,7 +214,7 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     if online is not None:
         data |= {"transform_config": online.model_dump(mode="json"), "quantization_status": VLLM_ALONE}
     symmetric = all(scheme.weights.symmetric for scheme in quantized)
-    floats = packed != FORMATS["int"] and not run.spec.quantizes_inputs
+    floats = any(scheme.weights.format != "int" for scheme in quantized) and not run.spec.quantizes_inputs
     return {**data, "dequantize": True} if floats or not symmetric else data
 
 
@@ -222,7 +246,7 @@ def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
 
 
 def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]:
-    """One projection in the format: integers (out, in), scale and zero (out, groups) -> the tensors of the table above.
+    """One projection in `pack-quantized`: integers (out, in), scale and zero (out, groups) -> the tensors of its table.
 
     Raises:
         ValueError: symmetric, and a zero point is not 2^(b-1).
@@ -242,13 +266,20 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
     return tensors
 
 
+def as_int8(result: Quantized) -> dict[str, Tensor]:
+    """One symmetric projection of 8 bits in `int-quantized`: integers (out, in), scale (out, 1)."""
+    integers = (result.integers.to(torch.int16) - 128).to(torch.int8)
+    return {"weight": integers, "weight_scale": result.scale.to(torch.float16)}
+
+
 def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:
     return compress(result, args.num_bits, args.symmetric) if args.format == "int" else compress_floats(result, args)
 
 
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
-    for group in run.groups(_compressed):
+    whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
+    for group in run.groups((lambda result, _: as_int8(result)) if whole else _compressed):
         yield {name: t.float() if name.endswith(f".{INPUT_SCALE}") else t for name, t in group.items()}
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.

@@ -32,8 +32,11 @@ def inspect(folder: Path) -> None:
         if quantization.get("quantization_status") == VLLM_ALONE:
             quantization["quantization_status"] = QuantizationStatus.COMPRESSED.value
         groups = QuantizationConfig.model_validate(quantization)
-        if stored not in FORMATS.values() or any(not g.weights for g in groups.config_groups.values()):
-            raise ValueError(f"format {quantization.get('format')}, where pack-quantized is read")
+        known = [CompressionFormat.int_quantized, *FORMATS.values()]
+        each = {group.format for group in groups.config_groups.values()}
+        if stored not in known or each != {stored} or any(not g.weights for g in groups.config_groups.values()):
+            wanted = next((one.value for one in known if one in each), FORMATS["int"].value)
+            raise ValueError(f"format {quantization.get('format')}, where {wanted} is read")
         family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
         names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
         layers = {name: _args_of(name, groups) for name in names}
@@ -44,7 +47,7 @@ def inspect(folder: Path) -> None:
     rows, columns = projection_rows(family, shape), projection_columns(family, shape)
     for name, args in layers.items():
         inside = name.removeprefix(f"{family.layers}.").partition(".")[2]
-        for part, size in _shapes(args, rows[inside], columns[inside]).items():
+        for part, size in _shapes(args, stored, rows[inside], columns[inside]).items():
             check_shape(folder, f"{name}.{part}", size, found)
     check_shape(folder, f"{family.embedding}.weight", (shape.vocabulary, shape.hidden), found)
     if not config.get("tie_word_embeddings"):
@@ -64,13 +67,17 @@ def _args_of(layer: str, config: QuantizationConfig) -> QuantizationArgs | None:
     return schemes[found[0]].weights if found else None
 
 
-def _shapes(args: QuantizationArgs | None, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    args: QuantizationArgs | None, stored: CompressionFormat, rows: int, columns: int
+) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's tensors by the last part of their names."""
     if args is None:
         return {"weight": (rows, columns)}
     if args.type == QuantizationType.FLOAT:
         return float_shapes(args, rows, columns)
     groups = -(-columns // args.group_size) if args.group_size else 1
+    if stored == CompressionFormat.int_quantized:
+        return {"weight": (rows, columns), "weight_scale": (rows, groups)}
     shapes: dict[str, tuple[int, ...]] = {
         "weight_packed": (rows, -(-columns * args.num_bits // 32)),
         "weight_scale": (rows, groups),

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...boa.online.attention import NAME
 from ...errors import InputError
-from ...models.families import Family, family_for
+from ...models.families import FAMILIES, Family, family_for
 from ...models.shape import Shape
 from ..runtime.cache_hook import use_packed_cache
 from ..runtime.parts import base_prefix, family_in, is_new_head
@@ -53,6 +53,8 @@ class RotoboaQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
+        if config.model_type not in FAMILIES:  # they have an attention of their own
+            return config
         if config._attn_implementation is not None:
             _keep_attention(config._attn_implementation)
         config._attn_implementation = NAME
@@ -79,8 +81,9 @@ class RotoboaQuantizer(HfQuantizer):
             _check_files(model, family, [Path(file) for file in kwargs["checkpoint_files"]])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
         config: Any = model.config
+        if config.model_type in FAMILIES:
+            model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
         family = family_in(model, family_for(config, "the checkpoint"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_new_head(name, model, family))

@@ -55,8 +55,9 @@ def _skeleton(decoder: Decoder, dtype: torch.dtype, *, tied: bool) -> nn.Module:
     config = copy.deepcopy(decoder.config)
     if not tied:
         config.tie_word_embeddings = False
+    attention = {} if decoder.family.generic else {"attn_implementation": NAME}
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     return model
 
 

@@ -28,7 +28,7 @@ def prepare_block(
 
     A projection whose `schemes` leave its weight in full precision stays, and what runs online comes before it.
     """
-    attention = block.get_submodule(family.attention)
+    attention = block if family.generic else block.get_submodule(family.attention)
     if transforms.attention.centered:
         attention.register_buffer(CENTER, torch.zeros_like(block.get_parameter(f"{family.key}.weight")[:, 0]))
     for name, transform in transforms.by_projection(family).items():

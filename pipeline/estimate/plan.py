@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from ...boa.online.attention import NAME
+from ...errors import InputError
 from ...export.spec import Spec
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.aliases import resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
+from ...models.families import FAMILIES
 from ...models.hub import fetch
 from ...models.remote import Remote
 from ...models.shape import Shape
@@ -53,6 +55,11 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     model = resolve_model(recipe.model)
     source = Remote.of(model.source) if not model.is_local else None
     checkpoint = source or Checkpoint(fetch(model.source, model.is_local))
+    if checkpoint.config.model_type not in FAMILIES:
+        raise InputError(
+            f"{model.name} is a '{checkpoint.config.model_type}' model, which has no row of its own, and what a run "
+            "of it takes is not estimated: start the run."
+        )
     decoder = Decoder(checkpoint.config, attention=NAME, device=target)
     checkpoint.check(decoder.shapes)
     check_sizes(recipe, decoder, model)

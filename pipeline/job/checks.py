@@ -6,8 +6,10 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
+from ...boa.online.activations import OWN
 from ...boa.scheme import GROUPS
 from ...errors import InputError
+from ...export.spec import Spec
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
@@ -25,7 +27,12 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         InputError: they do not.
     """
     shape = decoder.shape
-    widths = {"hidden size": shape.hidden, "attention width": shape.query_heads * shape.head_dim, "ffn size": shape.ffn}
+    widths = {f"{name}'s inputs": columns for name, (_, columns) in (decoder.family.sizes or {}).items()}
+    widths = widths or {
+        "hidden size": shape.hidden,
+        "attention width": shape.query_heads * shape.head_dim,
+        "ffn size": shape.ffn,
+    }
     check_formats(recipe)
     groups = {
         "weights.group_size": (recipe.weights.group_size, "channel"),
@@ -46,6 +53,20 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
+
+
+def check_convention(spec: Spec) -> None:
+    """Check that inputs that have a reader's scales have no zero points.
+
+    Raises:
+        InputError: they have.
+    """
+    inputs = [scheme.input_activations for scheme in (spec.scheme, *spec.layers.values())]
+    if spec.activation_convention != OWN and any(args.quantizes and not args.symmetric for args in inputs):
+        raise InputError(
+            f"activations.convention {spec.activation_convention} has no zero points: give --activations.symmetric, or "
+            f"--activations.convention {OWN}."
+        )
 
 
 def check_formats(recipe: Recipe) -> None:
@@ -69,8 +90,8 @@ def check_formats(recipe: Recipe) -> None:
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
             raise InputError(
                 f"{section}.format {args.format} has 4 bits, groups of {args.group_size} and no zero point, and "
-                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give "
-                f"--{section}.format int."
+                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format "
+                "int."
             )
     if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {

@@ -18,9 +18,11 @@ from ...export.spec import Spec
 from ...models.aliases import ResolvedModel, resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
+from ...models.generic.generic_decoder import decoder_for
 from ...models.hub import fetch
 from ...models.tokenizer import read_tokenizer, size_notices
 from ...rotation.balance import balanced_sites
+from ...rotation.channels import activation_of
 from ...rotation.rotate import Rotations
 from ..ranks import launch
 from ..ranks.distributed import device_name
@@ -29,8 +31,9 @@ from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of, st
 from ..storage.buffers import Buffers
 from ..storage.manifest import BudgetEntry
 from ..storage.run_folder import device_of
-from .checks import bos_of, check_bos, check_sizes
+from .checks import bos_of, check_bos, check_convention, check_sizes
 from .clock import Clock
+from .plain_recipe import plain_recipe
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,10 @@ class Job:
                 "The inputs of q, k, v, gate and up are not balanced: with R1 merged their norms are folded into the "
                 "weights. With rotation.r1 online or none they are."
             ]
+        if not family.pre_norms:
+            return ["The inputs of q, k, v, gate and up are not balanced: no norm stands before them."]
         if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
-            function = config.activation_function
+            function = activation_of(config)
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]
         return []
 
@@ -142,8 +147,9 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     target = device_of(device_name(device))
     model = resolve_model(recipe.model)
     checkpoint = Checkpoint(fetch(model.source, model.is_local))
-    decoder = Decoder(checkpoint.config, attention=NAME, device=target)
+    decoder = decoder_for(checkpoint.config, attention=NAME, device=target)
     checkpoint.check(decoder.shapes)
+    recipe, adapted = plain_recipe(recipe, decoder.family, model) if decoder.family.generic else (recipe, ())
     check_sizes(recipe, decoder, model)
     if recipe.weights.method == "brecq" and ranks is not None and ranks.size > 1:
         raise InputError("weights.method brecq learns a block in one process: start it without torchrun.")
@@ -151,9 +157,10 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     check_bos(recipe, decoder, tokenizer, model)
     rotations = rotations_of(recipe, decoder)
     spec = spec_of(recipe, rotations, decoder)
+    check_convention(spec)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
     return Job(
         recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks(),
-        found=(*checkpoint.notices(decoder.shapes), *size_notices(tokenizer, decoder.shape.vocabulary)),
+        found=(*adapted, *checkpoint.notices(decoder.shapes), *size_notices(tokenizer, decoder.shape.vocabulary)),
         clock=clock or Clock(),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
-from ...boa.online.activations import SEARCHED
+from ...boa.online.activations import OWN, SEARCHED
 from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
@@ -79,8 +79,15 @@ def _activations(case: _Case) -> str | None:
 
 
 def _activation_search(case: _Case) -> str | None:
+    found = case.recipe.activations
+    other = {"format": (found.format, "int"), "convention": (found.convention, OWN)}
+    changed = (f"activations.{name} is {value}" for name, (value, plain) in other.items() if value != plain)
+    return _activations(case) or next(changed, None)
+
+
+def _convention(case: _Case) -> str | None:
     found = case.recipe.activations.format
-    return _activations(case) or (f"activations.format is {found}" if found != "int" else None)
+    return _activations(case) or (None if found == "int" else f"activations.format is {found}")
 
 
 def _activation_clip(case: _Case) -> str | None:
@@ -153,6 +160,7 @@ IDLE: dict[str, _Why] = {
     "activations.symmetric": _activations,
     "activations.clip": _activation_clip,
     "activations.search": _activation_search,
+    "activations.convention": _convention,
     "activations.format": _activations,
     "cache.clip": _cache_clip,
     "cache.search": _cache,

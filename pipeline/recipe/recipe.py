@@ -158,6 +158,11 @@ class Activations(_Section):
         description="Every token chooses its clip ratio as the model runs, by its least squared error, in place of "
         "clip; none is clipped at more than 4 bits (why: docs/methods.md#clip-ratios).",
     )
+    convention: Literal["rotoboa", "compressed-tensors", "vllm"] = Field(
+        default="rotoboa",
+        description="Whose scales: by clip or search (rotoboa), or those of what runs the export: max |x| / 127.5 at "
+        "8 bits (compressed-tensors, as transformers computes), or / 127 (vllm).",
+    )
 
 
 class Cache(_Section):

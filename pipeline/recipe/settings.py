@@ -92,6 +92,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         activation_clip=recipe.activations.clip,
         activation_group=inputs.group_size,
         activation_search=recipe.activations.search,
+        activation_convention=recipe.activations.convention,
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip,

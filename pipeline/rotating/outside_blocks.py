@@ -36,7 +36,8 @@ def rotated_outer_layers(job: Job) -> OuterLayers:
     if not job.rotations.turned and source.head[:1].dtype == dtype:
         rest = source.rows(slice(1)).map(lambda tensor: tensor.to(dtype))
         _check_fits(rest, family, dtype)
-        return replace(rest, embedding=source.embedding, head=source.head)
+        bias = None if source.head_bias is None else source.head_bias.to(dtype)
+        return replace(rest, embedding=source.embedding, head=source.head, head_bias=bias)
     if job.spec.turns_head:
         return _rotated_embedding(job, source)
     embedding, head = (job.buffers.file(*source.embedding.shape, dtype=dtype) for _ in range(2))

@@ -121,7 +121,7 @@ def test_each_step_of_the_solver_lowers_the_loss(name: str, h_out: bool) -> None
     """RTN, error compensation, refinement, further starts, a search: on the grid of the format all the way."""
     size = GROUPS[name]
     weight, objective = problem(2, 8, 4 * size, h_out=h_out)
-    steps = (
+    steps: tuple[dict[str, Any], ...] = (
         {"method": "rtn", "grid": "minmax"},
         {"refine": 0, "starts": 1, "tabu": 0},
         {"starts": 1, "tabu": 0},

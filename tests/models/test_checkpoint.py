@@ -242,10 +242,10 @@ def test_config_of_no_model(copied: Path, change_config: Change, changes: dict[s
         Decoder(Checkpoint(copied).config)
 
 
-@pytest.mark.parametrize(("change", "kind"), [({"model_type": "gpt2"}, "gpt2"), ({"model_type": None}, "None")])
+@pytest.mark.parametrize(("change", "kind"), [({"model_type": "bert"}, "bert"), ({"model_type": None}, "None")])
 def test_unsupported_architecture(copied: Path, change_config: Change, change: dict[str, Any], kind: str) -> None:
     change_config(copied, **change)
-    assert f"is a '{kind}' model, which is not supported; supported architectures: gemma2, " in refusal(copied)
+    assert f"is a '{kind}' model, which is not supported; supported architectures: ernie4_5, " in refusal(copied)
 
 
 def test_quantized_already(copied: Path, change_config: Change) -> None:

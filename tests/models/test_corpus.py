@@ -9,6 +9,13 @@ from rotoboa.errors import InputError
 from rotoboa.models.tiny import corpus
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file its name is read: the library has thousands."""
+    monkeypatch.setattr(corpus, "read", str)
+
+
+@pytest.mark.usefixtures("unread")
 def test_parts_follow_the_protocol() -> None:
     training = corpus.stdlib_files(False)
     random.Random(0).shuffle(training)
@@ -26,6 +33,7 @@ def test_held_out_and_training_modules_are_apart() -> None:
     assert not any(corpus.SKIP & set(path.parts) - {"testing"} for path in training + held_out)
 
 
+@pytest.mark.usefixtures("unread")
 def test_same_text_twice() -> None:
     assert corpus.calibration_texts() == corpus.calibration_texts()
 

@@ -129,7 +129,7 @@ def test_sizes_and_windows() -> None:
 
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
-        fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3")) else {}
+        fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3", "hunyuan")) else {}
         decoder = Decoder(
             _config(model_type, num_hidden_layers=1, word_embed_proj_dim=32, pad_token_id=0, **fields), attention=NAME
         )

@@ -30,7 +30,10 @@ def run(cheap_run: Runs, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gguf"])
-def test_stock_readers_agree_with_the_run(run: Path, name: str) -> None:
+def test_stock_readers_agree_with_the_run(run: Path, name: str, request: pytest.FixtureRequest) -> None:
+    """In a process of their own, as people verify; once, since it takes seconds to start."""
+    if name == "gguf":
+        request.getfixturevalue("runtimes_here")
     result, *more = verify(export(run, name))
     assert (result.format, result.reader) == (name, "transformers")
     assert result.difference < 1e-5 < result.deviation and result.agreement == 1 and result.passed
@@ -38,6 +41,7 @@ def test_stock_readers_agree_with_the_run(run: Path, name: str) -> None:
     assert len(more) == (name == "gguf" and find_spec("llama_cpp") is not None)
 
 
+@pytest.mark.usefixtures("runtimes_here")
 def test_gguf_rounds_the_offsets_of_asymmetric_weights(cheap_run: Runs, tmp_path: Path) -> None:
     folder = export(cheap_run("w4a16", {"weights.group_size": 32}), "gguf", output=tmp_path / "gguf")
     result, *_ = verify(folder)

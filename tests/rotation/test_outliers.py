@@ -126,9 +126,9 @@ def test_every_family_is_looked_at_as_it_runs(family_model: Callable[..., nn.Mod
     for site, norm in (("qkv", family.attention_norm), ("gate_up", family.mlp_norm)):
         if site in before:
             assert before[site].shape == hidden.shape
-            plain = (before[site] - tensors.get(f"{norm}.bias", 0)) / (tensors[f"{norm}.weight"] + family.norm_offset)
-            if rotations.online_r1:
-                plain = before[site]
+            plain = before[site]
+            if not rotations.online_r1:
+                plain = (plain - tensors.get(f"{norm}.bias", 0)) / (tensors[f"{norm}.weight"] + family.norm_offset)
             torch.testing.assert_close(after[site], r1.apply(plain), atol=1e-5, rtol=1e-4)
     heads = [part["output"].unflatten(-1, (-1, shape.head_dim)) for part in (before, after)]
     torch.testing.assert_close(heads[1], r2.apply(heads[0]), atol=1e-5, rtol=1e-4)

@@ -18,12 +18,10 @@ from rotoboa.rotation import channels
 from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations
+from rotoboa.tests.small_families import FAMILIES as SMALL
 
 EXACT = 1e-9  # logits are of order 1 to 10
-NAMES = [
-    *("llama", "llama-biases", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"),
-    *("mixtral", "qwen3_moe"),
-]
+NAMES = [*SMALL]
 NONE = {"r1": False, "r2": False, "r3": False, "r4": False}
 ALL = {"r1": True, "r2": True, "r3": True, "r4": True}
 CHOICES = [*({**NONE, name: True} for name in NONE), ALL]
@@ -209,8 +207,10 @@ def test_channel_scales_change_nothing(
     on = {"online_r1": choice["r1"] and family.post_norms, "heads": False, "r4": choice["r4"]}
     reasons = {site: obstacle(family, model.config, site, **on) for site in SITES}
     stopped = {site for site, reason in reasons.items() if reason}
-    online_r1 = {"qkv", "gate_up"} if family.post_norms and choice["r1"] else set()
-    assert stopped == online_r1 | ({"gate_up", "down"} if family.experts else {"down"} if choice["r4"] else set())
+    online_r1 = {"qkv", "gate_up"} if (family.post_norms and choice["r1"]) or not family.pre_norms else set()
+    nonlinear = not family.gate and channels.activation_of(model.config) != "relu"
+    downs = {"gate_up", "down"} if family.experts else {"down"} if choice["r4"] or nonlinear else set()
+    assert stopped == online_r1 | downs
     widths = {"qkv": shape.hidden, "output": shape.key_width, "gate_up": shape.hidden, "down": shape.ffn}
 
     def fold(tensors: dict[str, Tensor], index: int, halves: bool = False) -> dict[str, Tensor]:

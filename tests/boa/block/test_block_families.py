@@ -17,11 +17,11 @@ from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.rotation.rotate import Rotations
+from rotoboa.tests.small_families import FAMILIES, MIXTURES
 
 from ..small_block import Ran, Solved, block_tensors, forward, run_block
 
-NAMES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "gemma2", "gemma3_text"]
-MIXTURES = ["mixtral", "qwen3_moe"]
+NAMES = [name for name in FAMILIES if name not in ("llama-biases", *MIXTURES)]
 SETTINGS = Settings(bits=4, refine=1, starts=1, tabu=0)
 SEQUENCES, LENGTH, HIDDEN = 3, 24, 32
 EVERYTHING = {"r1": True, "r2": True, "r3": True, "r4": True}

@@ -10,18 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
-from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.solver.rounding import Quantized
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import compressed_tensors
-from rotoboa.export.formats.compressed_tensors import compress, stock_clip
+from rotoboa.export.formats.compressed_tensors import compress
 from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.pipeline import exporting
 from rotoboa.pipeline.verifying import run_logits, verify
@@ -43,10 +40,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
     "w4 without rotation": ("w4a16", {"weights.symmetric": True, "rotation.r1": False, "rotation.r2": False}, 1e-5),
     "w4a8": ("w4a16", {"weights.symmetric": True, "activations.bits": 8, "activations.clip": 254 / 255,
                        "activations.search": False}, 1e-5),
-    "w4a4": ("w4a16", {"weights.symmetric": True, "activations.bits": 4, "activations.clip": 14 / 15,
-                       "activations.search": False}, 1e-5),
+    "w4a4": ("w4a16", {"weights.symmetric": True, "activations.bits": 4,
+                       "activations.convention": "compressed-tensors"}, 1e-5),
     "w4 groups a4 groups": ("w4a16", {"weights.symmetric": True, "weights.group_size": 32, "activations.bits": 4,
-                                      "activations.clip": 14 / 15, "activations.search": False,
+                                      "activations.convention": "compressed-tensors",
                                       "activations.group_size": 32}, 1e-5),
     "nvfp4": ("nvfp4a16", {}, 1e-5),
     "mxfp4": ("mxfp4a16", {"overrides": "*.o_proj: weights.bits=16"}, 1e-5),
@@ -142,20 +139,6 @@ def test_tensors_are_those_of_the_description(bits: int, groups: int) -> None:
         compress(result, bits, symmetric=True)
 
 
-@pytest.mark.parametrize("group", [None, 32])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int, group: int | None) -> None:
-    x = torch.randn(3, 50, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
-    strategy = "group" if group else "token"
-    arguments = QuantizationArgs(num_bits=bits, symmetric=True, strategy=strategy, group_size=group, dynamic=True)
-    module = nn.Linear(96, 1)
-    module.quantization_status = QuantizationStatus.FROZEN
-    theirs = forward_quantize(module, x, "input", arguments)
-    assert torch.equal(DynamicQuantizer(bits, True, stock_clip(bits), group)(x), theirs)
-    assert not torch.equal(DynamicQuantizer(bits, True, 0.9, group)(x), theirs)
-    assert not torch.equal(DynamicQuantizer(bits, True, stock_clip(bits), 48)(x), theirs)
-
-
 @pytest.mark.parametrize(
     ("recipe", "changes", "words"),
     [
@@ -164,7 +147,7 @@ def test_with_the_stock_clip_activations_are_rounded_bit_for_bit_alike(bits: int
         ("w4a4kv4", {"cache.sink": 4}, "4-bit values, its first 4 positions in 16 bits, which compressed-tensors"),
         ("w4a16", {"rotation.r4": True}, "needs R4 of width 96, no power of two, .* --rotation.r4_blocks"),
         ("w4a16", {"activations.bits": 8, "activations.search": False}, "needs symmetric weights"),
-        ("w4a16", {"activations.bits": 8, "weights.symmetric": True}, r"cannot hold clip .*--activations\.clip 0\.99"),
+        ("w4a16", {"activations.bits": 8, "weights.symmetric": True}, r"cannot hold clip .*--activations\.convention"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.symmetric": False},
          "takes symmetric dynamic activations"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.group_size": 32, "rotation.r4": True,

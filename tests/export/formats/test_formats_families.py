@@ -26,7 +26,13 @@ def make_run(save_family: Callable[..., Path], make_recipe: Callable[..., Any], 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma", "seed_oss", "ministral3", "smollm3"),
+        *("granite", "olmo2", "exaone4", "ernie4_5", "hunyuan_v1_dense"),
+    ],
+)
 def test_stock_transformers_computes_what_native_does(make_run: Callable[..., Path], name: str) -> None:
     """Windows, biases and QK-norm among them; the norms of Gemma's branches keep R1 out of the weights."""
     run = make_run(name)

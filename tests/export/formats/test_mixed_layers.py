@@ -2,16 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
@@ -24,18 +22,6 @@ Mixed = Callable[..., Finished]
 BLOCKS = "model.layers"
 STOCK = {"activations.bits": 8, "activations.search": False, "activations.clip": 254 / 255}
 HALF = "blocks 0: weights.bits=16 activations.bits=16; *.down_proj: weights.bits=8"
-
-LOAD = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-ids = load_file(sys.argv[1])["ids"]
-for folder in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        save_file({"logits": model(ids).logits.contiguous()}, folder + ".logits")
-assert "rotoboa" not in sys.modules
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,30 +64,30 @@ def test_patterns_match_their_layers_and_no_others(mixed_run: Mixed) -> None:
     assert not any(re.match(pattern, f"{BLOCKS}.1.self_attn.qkv_proj") for pattern in parts)
 
 
+@torch.no_grad()
 def test_stock_transformers_computes_what_the_run_computes(mixed_run: Mixed, ids: Tensor, tmp_path: Path) -> None:
-    """Symmetric weights, with and without inputs in 8 bits; asymmetric ones where what is quantized has one scheme."""
+    """Symmetric weights, with and without inputs in 8 bits; asymmetric ones where what is quantized has one scheme.
+
+    In this process; `test_compressed_tensors.py` has one without rotoboa.
+    """
     asymmetric = {"weights.symmetric": False, "overrides": "blocks 0: weights.bits=16"}
     runs = {
         "weights": (mixed_run(), 1e-4),
         "inputs": (mixed_run({**STOCK, "overrides": HALF}), 1e-4),
         "asymmetric": (mixed_run(asymmetric), 5e-3),
     }
-    for name, (run, _) in runs.items():
+    for name, (run, off) in runs.items():
         compressed_tensors.check(run)
         compressed_tensors.write(run, tmp_path / name)
         inspect(tmp_path / name)
-    save_file({"ids": ids}, tmp_path / "ids")
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "ids"), *(str(tmp_path / name) for name in runs)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    for name, (run, off) in runs.items():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(ids).logits
         expected = run_logits(run, ids, plain=True)
         assert expected.std() > 0.5
-        assert (load_file(tmp_path / f"{name}.logits")["logits"] - expected).abs().max() < off, name
+        assert (found - expected).abs().max() < off, name
     data = json.loads((tmp_path / "inputs" / "config.json").read_text())["quantization_config"]
     groups = [(g["weights"], g["input_activations"]) for g in data["config_groups"].values()]
-    found = [(weights["num_bits"], inputs and inputs["num_bits"]) for weights, inputs in groups]
-    assert found == [(4, 8), (8, None), (8, 8)]
+    bits = [(weights["num_bits"], inputs and inputs["num_bits"]) for weights, inputs in groups]
+    assert bits == [(4, 8), (8, None), (8, 8)]
 
 
 def test_a_config_with_other_groups_is_found_out(mixed_run: Mixed, tmp_path: Path) -> None:

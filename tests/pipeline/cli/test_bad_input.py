@@ -101,7 +101,7 @@ def test_missing_tensor(user: User, copied: Path, change_tensors: Change, name: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "is a 'gpt2' model, which is not supported; supported architectures: gemma2, "),
+        ({"model_type": "gpt2"}, "is a 'gpt2' model, which has no row of its own, and it is no list of blocks"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already: give the full-precision checkpoint"),
         ({"intermediate_size": 128}, "and config.json asks for"),
         ({"hidden_size": "many"}, "config.json cannot be read"),

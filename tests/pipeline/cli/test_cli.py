@@ -271,3 +271,4 @@ def test_recipes_and_models_are_listed() -> None:
     assert all(name in shown for name in recipe_names()) and "Everything in 4 bits" in shown
     shown = call("models").stdout
     assert "tiny" in shown and "embedded" in shown and "TinyLlama/TinyLlama_v1.1" in shown and "/home" not in shown
+    assert "hunyuan_v1_dense" in shown and "any other causal decoder" in shown

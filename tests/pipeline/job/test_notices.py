@@ -42,7 +42,8 @@ OTHER = {
     "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
-    "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False, "cache.clip": 0.6,
+    "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False,
+    "activations.convention": "vllm", "cache.clip": 0.6,
     "cache.search": False, "cache.center": False, "cache.sink": 4, "calibration.samples": 5, "calibration.seed": 1,
 }  # fmt: skip
 """Of each field a value that is neither its default nor that of the runs here."""
@@ -51,7 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"weights.method": "rtn", "weights.grid": "hessian", "rotation.r1": "none", "rotation.r2": False},
         {f"weights.{name}" for name in (*BY_LAYER, *SOLVER, *LEARNED, "grid")}
         | {"rotation.seed", "rotation.seeds", "rotation.r4_blocks", "calibration.samples", "calibration.seed"}
-        | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search")}
+        | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention")}
         | {"cache.clip", "cache.search", "cache.center", "cache.sink"},
     ),
     "rtn, R1 placed": ({"weights.method": "rtn"}, {"calibration.samples"}),

@@ -23,12 +23,19 @@ def call(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def runs(llama: Path, make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `first` and `second`, and what is no run."""
+def runs(
+    llama: Path,
+    make_recipe: Callable[..., Recipe],
+    leave_out_drawings: Callable[[pytest.MonkeyPatch], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with `first` and `second`, whose pictures are not drawn, and what is no run."""
     folder = tmp_path_factory.mktemp("runs")
     full = {"model": str(llama), "evaluation.references": True, "evaluation.report": True}
     rotoboa.quantize(make_recipe("w4a4kv4", {**full, "output": folder / "first"}))
-    rotoboa.quantize(make_recipe("w2a16", {**full, "output": folder / "second"}))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_drawings(patch)
+        rotoboa.quantize(make_recipe("w2a16", {**full, "output": folder / "second"}))
     (folder / "notes").mkdir()
     (folder / "odd").mkdir()
     (folder / "odd" / "report.json").write_text("{")
@@ -62,7 +69,8 @@ def test_the_second_run_stands_beside_the_first(runs: Path) -> None:
     assert siblings(runs / "second") == [runs / "first"]
 
 
-def test_made_again_it_is_the_same_page(runs: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_made_again_it_is_the_same_page(runs: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs, tmp_path / "runs"))
     before = (copy / "second" / "report.html").read_text(encoding="utf-8")
     (copy / "second" / "report.html").unlink()
@@ -70,7 +78,6 @@ def test_made_again_it_is_the_same_page(runs: Path, tmp_path: Path, request: pyt
     assert done.exit_code == 0, done.output
     assert done.stdout.split() == [str(copy / "second" / "report.html")]
     assert (copy / "second" / "report.html").read_text(encoding="utf-8") == before
-    request.getfixturevalue("undrawn")
     assert call("report", copy / "first", copy / "second").exit_code == 0
     assert "2 runs of the same model" in (copy / "first" / "report.html").read_text(encoding="utf-8")
 

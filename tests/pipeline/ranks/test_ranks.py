@@ -25,11 +25,11 @@ def worlds(folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
     """What `worlds.py` says of cases."""
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "worlds.py"), str(folder / "cases.json")],
+        [sys.executable, str(Path(__file__).with_name("worlds.py")), str(folder / "cases.json")],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

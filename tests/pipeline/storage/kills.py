@@ -2,7 +2,8 @@
 
     python kills.py RECIPE WHOLE KILLED SEED KILLS
 
-Children are forked, since importing torch takes longer than the run. A child dies at a random time within that of the
+Children are forked from a process that has run it once, since importing torch and what a first run loads takes longer
+than the run. A child dies at a random time within that of the
 whole run, or around a random one of its renames, which is where files come to be. After KILLS kills it is left to end.
 Prints one line: kills, finished runs.
 """
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.stages import quantize
@@ -66,6 +69,9 @@ def is_finished(output: Path) -> bool:
 
 def main(recipe: str, whole: Path, output: Path, seed: int, kills: int) -> None:
     """Kill until `kills` are reached; whatever finishes before that starts anew."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    quantize(build_recipe(load_recipe(recipe), {"output": whole}))
+    shutil.rmtree(whole)
     start = time.monotonic()
     if ended(child(recipe, whole, None, False)):
         sys.exit("the run in peace failed")

@@ -3,9 +3,9 @@
     python worlds.py CASES
 
 CASES is a JSON list of objects: `recipe` (a YAML file), `output`, `ranks`, `overrides`, and `fault`: null, or a rank,
-what happens to it ("kill", "stop" or "raise"), and when it has finished how many blocks. Importing torch takes longer
-than a run, so it is done once. Prints a JSON list: for each case the seconds, and of each rank its exit code
-and what it said.
+what happens to it ("kill", "stop" or "raise"), and when it has finished how many blocks. Importing torch and what a
+first run loads takes longer than a run: cases of one rank run in this process, before the others are forked off it.
+Prints a JSON list: for each case the seconds, and of each rank its exit code and what it said.
 """
 
 import json
@@ -49,28 +49,31 @@ def fail(kind: str, blocks: int) -> None:
     FollowedRun.write_block = write_block  # type: ignore[method-assign]
 
 
+def quantize(case: dict[str, Any]) -> None:
+    """What every rank of a case does."""
+    stages.quantize(build_recipe(load_recipe(case["recipe"]), {"output": case["output"], **case["overrides"]}))
+
+
 def child(case: dict[str, Any], rank: int, port: int, said: Path) -> int:
     """Start a rank; the process id."""
     process = os.fork()
     if process:
         return process
-    torch.set_num_threads(1)
     sys.stdout = sys.stderr = said.open("w")
     code = 0
-    if case["ranks"] > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(case["ranks"]),
-            "LOCAL_WORLD_SIZE": str(case["ranks"]),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(case["ranks"]),
+        "LOCAL_WORLD_SIZE": str(case["ranks"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     try:
         fault = case["fault"]
         if fault is not None and fault[0] == rank:
             fail(*fault[1:])
-        stages.quantize(build_recipe(load_recipe(case["recipe"]), {"output": case["output"], **case["overrides"]}))
+        quantize(case)
     except BaseException as error:
         if not getattr(error, "silent", False):
             print(f"{type(error).__name__}: {error}", flush=True)
@@ -83,6 +86,9 @@ def child(case: dict[str, Any], rank: int, port: int, said: Path) -> int:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """All ranks of a case; those that a fault has stopped are killed when the others have ended."""
     started, port = time.monotonic(), free_port()
+    if case["ranks"] == 1:
+        quantize(case)
+        return {"seconds": time.monotonic() - started, "codes": [0], "said": [""]}
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / str(rank) for rank in range(case["ranks"])]
         running = {child(case, rank, port, said[rank]): rank for rank in range(case["ranks"])}
@@ -105,4 +111,5 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # threads do not survive a fork
     print(json.dumps([run(case) for case in json.loads(Path(sys.argv[1]).read_text())]))

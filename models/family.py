@@ -1,0 +1,157 @@
+"""One architecture: the names of its modules, and what is special about it, as data.
+
+A decoder block is `h + attention(norm(h))`, then `h + mlp(norm(h))`; families with post norms have one more norm on
+each branch before it is added. Names are relative to the model (`embedding`, `layers`, ...) or to one block (`query`,
+`down`, ...). Where transformers keeps several projections in one tensor, the names are those of `layout.split_modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SITES = ("qkv", "output", "gate_up", "down")
+"""The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each."""
+
+    name: str
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        rotary: module that gives cosine and sine; None where positions are learned. `rope_by_layer`: it has one set
+            of frequencies a kind of layer. `rope_layers`: the config field that says by layer whether it turns queries
+            and keys at all, by 1 or "sliding_attention"; "" where every layer does. `rope_neighbours`: it turns channel
+            2 j with 2 j + 1, where Llama's turns j with j + half.
+        positions: learned positions; position i is row i + `position_offset`.
+        scaled_embedding: the embedding is multiplied by the square root of the hidden size.
+        embedding_factor, branch_factor, logits_divisor: names of these numbers in the config; a branch is what is added
+            to the residual stream.
+        norm_offset: what RMSNorm adds to the stored weight: 0 for `w * x`, 1 for Gemma's `(1 + w) * x`.
+        pre_norms: false where attention and MLP read the stream itself; `layout.split_modules` then puts an identity
+            where `attention_norm` and `mlp_norm` say.
+        layer_norm: norms are LayerNorm with weight and bias.
+        attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
+        query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE. `head_norms_last`: after it.
+            `head_norms_whole`: over all heads together.
+        gate, mlp: "" where the MLP has no gate, no module of its own; `activation` is then what follows `up`.
+        bos: text begins with BOS: without it Gemma's are other models, while papers' figures of the others have none.
+        window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
+        merged: linear layers that hold several projections.
+        experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
+        ffn_field, experts_field: names of these sizes in the config.
+        expert_count: how many experts a block has; 0 in the table, see `family_for`.
+        renamed: (pattern, replacement) from names on disk to those of the modules.
+        legal: config field -> the values that are supported; a str is the name of another field that it must equal.
+        others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
+            blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
+            in which they run; rows and columns of each.
+        note: what is special, for `rotoboa models` and docs/models.md.
+        ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
+    """
+
+    model_type: str
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    rotary: str | None = "model.rotary_emb"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    attention_norm: str = "input_layernorm"
+    attention: str = "self_attn"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    activation: str = ""
+    norm_offset: float = 0.0
+    pre_norms: bool = True
+    layer_norm: bool = False
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    positions: str | None = None
+    position_offset: int = 0
+    scaled_embedding: bool = False
+    embedding_factor: str = ""
+    branch_factor: str = ""
+    logits_divisor: str = ""
+    head_norms_last: bool = False
+    head_norms_whole: bool = False
+    rope_by_layer: bool = False
+    rope_layers: str = ""
+    rope_neighbours: bool = False
+    bos: bool = False
+    window: str | None = None
+    merged: tuple[Merged, ...] = ()
+    experts: str | None = None
+    router: str | None = None
+    ffn_field: str = "intermediate_size"
+    experts_field: str | None = None
+    expert_count: int = 0
+    renamed: tuple[tuple[str, str], ...] = ()
+    legal: Mapping[str, tuple[Any, ...] | str] | None = None
+    note: str = ""
+    others: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    sizes: Mapping[str, tuple[int, int]] | None = None
+    ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+
+    @property
+    def generic(self) -> bool:
+        """Whether no more is known than linear layers: there is no row."""
+        return False
+
+    def expert(self, index: int) -> tuple[str, str, str]:
+        """Gate, up and down of one expert."""
+        return self.gate.format(index), self.up.format(index), self.down.format(index)
+
+    @property
+    def mlp_inputs(self) -> tuple[str, ...]:
+        """The quantized layers that read the MLP's norm."""
+        if self.experts:
+            return tuple(name for i in range(self.expert_count) for name in self.expert(i)[:2])
+        return (self.gate, self.up) if self.gate else (self.up,)
+
+    @property
+    def downs(self) -> tuple[str, ...]:
+        """The layers that write the MLP's output: one, or one an expert."""
+        return tuple(self.expert(i)[2] for i in range(self.expert_count)) if self.experts else (self.down,)
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Each quantized projection of a block, in the order they compute, and the site whose transform it reads."""
+        names = {self.query: "qkv", self.key: "qkv", self.value: "qkv", self.output: "output"}
+        if not self.experts:
+            return names | dict.fromkeys(self.mlp_inputs, "gate_up") | {self.down: "down"}
+        for i in range(self.expert_count):
+            names |= dict(zip(self.expert(i), ("gate_up", "gate_up", "down"), strict=True))
+        return names
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear layers of a block that are quantized, in the order they compute."""
+        return tuple(self.sites)
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether a branch is normalised before it is added to the residual stream.
+
+        Its weight multiplies the channels of what is added, so no rotation of the stream can be folded into the layers
+        around it: R1 then turns the inputs of the readers, online, and leaves the stream as it is.
+        """
+        return self.attention_post_norm is not None
