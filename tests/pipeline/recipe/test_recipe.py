@@ -185,7 +185,9 @@ def test_damaged_files_are_named_with_the_line(tmp_path: Path, text: str, words:
 
 
 def test_missing_recipes(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no recipe 'w4a4kv': perhaps w4a4kv4; use one of mxfp4, .*w2a16, .* or a \.yaml file"):
+    with pytest.raises(
+        InputError, match=r"no recipe 'w4a4kv': perhaps w4a4kv4; use one of mxfp4, .*w2a16, .* or a \.yaml file"
+    ):
         load_recipe("w4a4kv")
     with pytest.raises(InputError, match="cannot be read: No such file"):
         load_recipe(str(tmp_path / "absent.yaml"))
