@@ -135,6 +135,8 @@ class Spec:
 
     def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:
         search = self.activation_search
+        if args.format != "int":
+            return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
         if self.activation_convention != OWN:
             clip, search = stock_clip(args.num_bits, self.activation_convention), False
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)

@@ -209,4 +209,4 @@ class Decoder:
 
 def _is_weight(name: str, tensor: Tensor) -> bool:
     # Scales keep the dtype they are stored in: the integers were chosen for exactly these values.
-    return tensor.is_floating_point() and not name.endswith(".scale")
+    return tensor.is_floating_point() and not name.endswith((".scale", "global_scale"))

@@ -14,6 +14,7 @@ from .block_output import learn_output
 from .context import BlockContext, BlockResult, Streams
 from .experts_step import quantize_experts
 from .fold_step import fold_channels
+from .input_scales import scale_inputs
 from .mlp_step import quantize_mlp
 from .plain_step import quantize_plain
 
@@ -38,6 +39,8 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
         found = fold_channels(context, streams.full)
         context, centers = center_keys(context, streams)
         found |= centers
+        context, scales = scale_inputs(context, streams)
+        found |= scales
         if context.settings.method != "brecq" or context.previous is not None:
             return found | _quantize_layers(context, streams)
         before = streams.copy(context.empty)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .. import stored_scales
 from ..kernels.compiled import is_compiled
+from ..kernels.levels import E2M1, E2M1_ZERO, nearest
 from ..kernels.squares import weighted_squares
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -17,6 +19,8 @@ SEARCHED = 4
 OWN = "rotoboa"
 CONVENTIONS = (OWN, "compressed-tensors", "vllm")
 """Whose scales symmetric inputs have: those of `DynamicQuantizer` by its clip ratio or search, or those of a reader."""
+UNCALIBRATED = 4.0
+"""The global scale of NVFP4 where nothing was calibrated: groups of numbers between 0.02 and 670 have exact scales."""
 CHUNK = 1 << 24  # elements of one batch of errors
 
 
@@ -44,6 +48,9 @@ class DynamicQuantizer:
     | yes | -2^(b-1) .. 2^(b-1) - 1 | clip * max abs / (2^(b-1) - 1) |
     | no | 0 .. 2^b - 1 around a zero point | clip * (max(max, 0) - min(min, 0)) / (2^b - 1) |
 
+    Four-bit floating point (`format`, see `stored_scales`) is symmetric, has no clip ratio, and scales that are stored;
+    those of NVFP4 are divided by `global_scale`, which is found in calibration.
+
     Worked example, symmetric, 2 bits, clip 1: `[0.9, -0.2, 0.4, -1.0]` has scale 1, and becomes `[1, 0, 0, -1]`.
     """
 
@@ -52,6 +59,8 @@ class DynamicQuantizer:
     clip: float = 1.0
     group_size: int | None = None
     search: bool = False
+    format: str = "int"
+    global_scale: Tensor | float = field(default=UNCALIBRATED, compare=False)
 
     @classmethod
     def of(
@@ -63,8 +72,19 @@ class DynamicQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         """Round `x` (..., n) to its levels and back, in its own dtype; the scale is computed in float32 or wider."""
         vectors = self.vectors(x)
+        if self.format != "int":
+            return self._floating(vectors).reshape(x.shape)
         scale, zero = self.grid(self.span(vectors))
         return self.values(self.levels(vectors, scale, zero), scale, zero, x.dtype).reshape(x.shape)
+
+    def _floating(self, x: Tensor) -> Tensor:
+        """Groups (..., group_size) rounded to E2M1."""
+        wide = _wide(x)
+        factor = self.global_scale
+        factor = factor.to(wide.device, torch.float32) if isinstance(factor, Tensor) else factor
+        scale = stored_scales.full_range(wide.abs().amax(-1, keepdim=True), self.format, factor)
+        step = scale.clamp_min_(2 * torch.finfo(torch.float32).tiny) / 2
+        return nearest(wide / step, E2M1_ZERO, E2M1).sub_(E2M1_ZERO).mul_(step).to(x.dtype)
 
     def vectors(self, x: Tensor) -> Tensor:
         """What has a scale each, along the last dimension: (..., n) as it is, or (..., groups, group_size), a view."""

@@ -11,6 +11,9 @@ from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 from .attention import AttentionTransform
 
+INPUT_SCALE = "input_global_scale"
+"""Of a projection: the tensor (1,) with the global scale of its input in NVFP4."""
+
 
 @dataclass(frozen=True)
 class InputTransform:
@@ -23,6 +26,17 @@ class InputTransform:
         """The layer's input as it computes with it."""
         x = self.rotate(x)
         return x if self.quantizer is None else self.quantizer(x)
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether the quantizer is NVFP4, whose scales are relative to one that calibration finds."""
+        return self.quantizer is not None and self.quantizer.format == "nvfp4"
+
+    def scaled(self, global_scale: Tensor | None) -> InputTransform:
+        """The same with that scale; None leaves it as it is."""
+        if self.quantizer is None or global_scale is None:
+            return self
+        return replace(self, quantizer=replace(self.quantizer, global_scale=global_scale))
 
     def rotate(self, x: Tensor) -> Tensor:
         """The exact part only, as the full-precision stream has it."""

@@ -25,7 +25,7 @@ A scheme is a group of the config, with patterns on the names of its layers; lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from torch import Tensor
 
 from ...boa import scheme as ours
 from ...boa.online.activations import OWN, stock_clip
+from ...boa.online.transforms import INPUT_SCALE
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
@@ -55,21 +56,11 @@ from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
-from .compressed_floats import FORMATS, compress_floats, float_args
+from .compressed_floats import compress_floats, float_args
+from .int_quantized import as_int8, stored_as
 
 NAME = "compressed-tensors"
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
-
-
-def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
-    """How a run whose layers have these schemes is stored: `int-quantized` where all that is quantized is W8A8, a scale
-    per output channel and per token, both symmetric; else as the first one's weights are.
-    """
-    eight = ours.QuantizationArgs(8, None, True)
-    quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
-    if quantized and all(s.weights == s.input_activations == eight for s in quantized):
-        return CompressionFormat.int_quantized
-    return FORMATS[quantized[0].weights.format if quantized else "int"]
 
 
 def warning(run: Finished) -> str | None:
@@ -269,12 +260,6 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
     return tensors
 
 
-def as_int8(result: Quantized) -> dict[str, Tensor]:
-    """One symmetric projection of 8 bits in `int-quantized`: integers (out, in), scale (out, 1)."""
-    integers = (result.integers.to(torch.int16) - 128).to(torch.int8)
-    return {"weight": integers, "weight_scale": result.scale.to(torch.float16)}
-
-
 def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:
     return compress(result, args.num_bits, args.symmetric) if args.format == "int" else compress_floats(result, args)
 
@@ -282,7 +267,8 @@ def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Ten
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
     whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
-    yield from run.groups((lambda result, _: as_int8(result)) if whole else _compressed)
+    for group in run.groups((lambda result, _: as_int8(result)) if whole else _compressed):
+        yield {name: t.float() if name.endswith(f".{INPUT_SCALE}") else t for name, t in group.items()}
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.kernels.levels import E2M1_ZERO
+from ...boa.online.transforms import INPUT_SCALE
 from ...boa.stored_scales import E4M3, decode
 from ..packing import packed_width
+
+_KEPT = ("scale", "global_scale", INPUT_SCALE)
 
 
 class PackedWeight(nn.Module):
@@ -47,7 +50,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(dtype)` comes here: the integers were chosen for exactly these scales, which stay as they are.
-        kept = {name: getattr(self, name) for name in ("scale", "global_scale") if name in self._buffers}
+        kept = {name: getattr(self, name) for name in _KEPT if name in self._buffers}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             if (now := getattr(self, name)).dtype != tensor.dtype:

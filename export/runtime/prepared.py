@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...boa.online.activations import UNCALIBRATED
 from ...boa.online.attention import CENTER, set_attention
-from ...boa.online.transforms import InputTransform, OnlineTransforms
+from ...boa.online.transforms import INPUT_SCALE, InputTransform, OnlineTransforms
 from ...boa.scheme import QuantizationScheme
 from ...models.decoder import Decoder
 from ...models.families import Family
@@ -35,6 +36,9 @@ def prepare_block(
         assert isinstance(linear, nn.Linear)
         args = schemes[name].weights
         if not args.quantizes:
+            if transform.needs_scale:
+                with linear.weight.device:
+                    linear.register_buffer(INPUT_SCALE, torch.full((1,), UNCALIBRATED))
             if transform != InputTransform():
                 linear.register_forward_pre_hook(partial(_transformed, transform))
             continue
@@ -44,6 +48,7 @@ def prepare_block(
 
 
 def _transformed(transform: InputTransform, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    transform = transform.scaled(getattr(module, INPUT_SCALE, None))
     return (transform(arguments[0]), *arguments[1:])
 
 

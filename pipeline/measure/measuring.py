@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...boa.online.transforms import INPUT_SCALE
 from ...boa.precision import quick_products
 from ...boa.solver.rounding import Quantized, quantize
 from ...boa.stopwatch import STAGES
@@ -159,7 +160,8 @@ def rounded_block(job: Job, index: int) -> nn.Module:
             results[name] = Quantized(found.integers[0], found.scale[0], found.zero[0])
     transforms = spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
-    return decoder.block(index, pack_block(results, tensors, schemes, decoder.dtype), module)
+    scales = {name: tensor for name, tensor in module.named_buffers() if name.endswith(INPUT_SCALE)}  # uncalibrated
+    return decoder.block(index, pack_block(results, {**tensors, **scales}, schemes, decoder.dtype), module)
 
 
 def sizes(job: Job, folder: RunFolder) -> Sizes:

@@ -7,11 +7,12 @@ import torch
 from compressed_tensors.compressors.mx_utils import compress_mx_scale, decompress_mx_scale
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.quant_scheme import MXFP4A16, NVFP4A16
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.quant_scheme import MXFP4, MXFP4A16, NVFP4, NVFP4A16
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor
 
 from rotoboa.boa import stored_scales
+from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.scheme import GROUPS
 from rotoboa.boa.solver.grid import GridSettings, search
 from rotoboa.boa.solver.rounding import quantize
@@ -140,3 +141,17 @@ def test_each_step_of_the_solver_lowers_the_loss(name: str, h_out: bool) -> None
             found.dequantize().flatten(0, 1),
         )
     assert losses[1] < 0.7 * losses[0] and losses == sorted(losses, reverse=True)
+
+
+@FORMATS
+def test_activations_are_those_of_compressed_tensors(name: str) -> None:
+    x = _weight(name)[None]
+    stock = (NVFP4 if name == "nvfp4" else MXFP4)["input_activations"]
+    factor = generate_gparam(x.min() / 3, x.max() / 3)  # the largest are beyond the scales
+    wide = factor if name == "nvfp4" else None
+    scale, zero = compute_dynamic_scales_and_zp(x, stock, torch.nn.Module(), global_scale=wide)
+    expected = fake_quantize(x, scale, zero.float(), stock, global_scale=wide)
+    quantizer = DynamicQuantizer(4, group_size=GROUPS[name], format=name, global_scale=factor)
+    found = quantizer(x)
+    assert torch.equal(found, expected + 0.0) and not torch.equal(found, x)
+    assert torch.equal(quantizer(x.bfloat16()), quantizer(x.bfloat16().float()).bfloat16())

@@ -16,8 +16,9 @@ from rotoboa.boa.solver.rounding import quantize
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
-from rotoboa.export.formats import gguf, gptq, mlx
+from rotoboa.export.formats import compressed_tensors, gguf, gptq, mlx
 from rotoboa.export.formats.compressed_floats import FORMATS, compress_floats, float_args, float_shapes
+from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.export.packing import from_codes, packed_bytes, packed_parts, to_codes, unpacked
 from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.pipeline.verifying import run_logits
@@ -81,13 +82,34 @@ def test_a_packed_weight_is_read_back_and_computes(name: str) -> None:
     torch.testing.assert_close(layer(x), x @ result.dequantize().T, rtol=1e-5, atol=1e-5)
 
 
-@EACH
-def test_transformers_loads_the_run_itself(name: str, cheap_run: Callable[..., Path], opened_run: Opened) -> None:
+@pytest.mark.parametrize("recipe", ["nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4"])
+def test_transformers_loads_the_run_itself(recipe: str, cheap_run: Callable[..., Path], opened_run: Opened) -> None:
     ids = torch.randint(2, 2048, (1, 24), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(cheap_run(f"{name}a16") / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(cheap_run(recipe) / "model", dtype=torch.float32)
     with torch.no_grad():
         found = model(ids).logits
-    expected = run_logits(opened_run(f"{name}a16"), ids)
+    expected = run_logits(opened_run(recipe), ids)
+    assert (found - expected).abs().max() < 1e-3 < 0.5 < expected.std()
+
+
+@EACH
+def test_stock_transformers_emulates_the_run_with_quantized_inputs(
+    name: str, opened_run: Opened, tmp_path: Path
+) -> None:
+    """It unpacks weights to bfloat16, in which they are exact, and is then asked for float32, as of the run."""
+    run = opened_run(f"{name}a16", {"activations.bits": 4, "activations.format": name})
+    compressed_tensors.write(run, tmp_path / "export")
+    inspect(tmp_path / "export")
+    ids = torch.randint(2, 2048, (2, 40), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.bfloat16)
+    layer = model.model.layers[1].mlp.down_proj
+    if name == "nvfp4":
+        stored = run.block(1)["mlp.down_proj.input_global_scale"]
+        assert torch.equal(layer.input_global_scale.float(), stored.float()) and float(stored) not in (1.0, 4.0)
+    with torch.no_grad():
+        model(ids)  # which unpacks the weights
+        found = torch.nn.Module.float(model)(ids).logits
+    expected = run_logits(run, ids, plain=True)
     assert (found - expected).abs().max() < 1e-4 < 0.5 < expected.std()
 
 
