@@ -16,11 +16,11 @@ RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 """The clip ratios that a vector may choose from."""
 SEARCHED = 4
 """Most bits at which a vector chooses: with more levels clipping costs more than finer steps bring."""
+UNCALIBRATED = 4.0
+"""The global scale of NVFP4 where nothing was calibrated: groups of numbers between 0.02 and 670 have exact scales."""
 OWN = "rotoboa"
 CONVENTIONS = (OWN, "compressed-tensors", "vllm")
 """Whose scales symmetric inputs have: those of `DynamicQuantizer` by its clip ratio or search, or those of a reader."""
-UNCALIBRATED = 4.0
-"""The global scale of NVFP4 where nothing was calibrated: groups of numbers between 0.02 and 670 have exact scales."""
 CHUNK = 1 << 24  # elements of one batch of errors
 
 

@@ -12,6 +12,8 @@ These are the native format's own numbers: a weight is exact in every dtype that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import DynamicType, QuantizationArgs, QuantizationStrategy, QuantizationType
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from ...boa import scheme as ours
 from ...boa.solver.rounding import Quantized
+from ...errors import InputError
 from ..packing import packed_parts
 
 FORMATS = {
@@ -42,6 +45,20 @@ def float_args(args: ours.QuantizationArgs, *, inputs: bool = False) -> Quantiza
         scale_dtype=SCALES[args.format],
         zp_dtype=SCALES[args.format],
     )
+
+
+def refuse_mixed(weights: Iterable[ours.QuantizationArgs], name: str) -> None:
+    """Refuse weights of several kinds of numbers.
+
+    Raises:
+        InputError: there are some.
+    """
+    found = sorted({args.format for args in weights})
+    if len(found) > 1:
+        raise InputError(
+            f"{name} is written with integers or one kind of floating point alone, and this run has "
+            f"{' and '.join(found)}: use --format native."
+        )
 
 
 def compress_floats(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
-from .compressed_floats import compress_floats, float_args
+from .compressed_floats import compress_floats, float_args, refuse_mixed
 from .int_quantized import as_int8, stored_as
 
 NAME = "compressed-tensors"
@@ -70,7 +70,7 @@ def warning(run: Finished) -> str | None:
     """
     schemes = by_scheme(run)
     inputs = next((s.input_activations for s in schemes if s.input_activations.quantizes), None)
-    if inputs is None or stored_as(schemes) == CompressionFormat.int_quantized:
+    if inputs is None or inputs.format != "int" or stored_as(schemes) == CompressionFormat.int_quantized:
         return None
     return (
         f"vLLM serves this export with inputs in 16 bits, silently, where the run has {inputs.num_bits}; recent ones "
@@ -96,11 +96,7 @@ def check(run: Finished) -> None:
             "several schemes: override all of them, or use --format native."
         )
     weights, _ = by_weights(run, NAME, floats=True)
-    if len({args.format for args in weights}) > 1:
-        raise InputError(
-            f"{NAME} has files of integers and of one kind of floating point, and this run has "
-            f"{' and '.join(sorted({args.format for args in weights}))}: use --format native."
-        )
+    refuse_mixed(weights, NAME)
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
             _check_inputs(spec, scheme, layers[0])

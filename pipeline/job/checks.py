@@ -90,8 +90,8 @@ def check_formats(recipe: Recipe) -> None:
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
             raise InputError(
                 f"{section}.format {args.format} has 4 bits, groups of {args.group_size} and no zero point, and "
-                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give "
-                f"--{section}.format int."
+                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format "
+                "int."
             )
     if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {

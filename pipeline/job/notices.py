@@ -85,6 +85,11 @@ def _activation_search(case: _Case) -> str | None:
     return _activations(case) or next(changed, None)
 
 
+def _convention(case: _Case) -> str | None:
+    found = case.recipe.activations.format
+    return _activations(case) or (None if found == "int" else f"activations.format is {found}")
+
+
 def _activation_clip(case: _Case) -> str | None:
     found = case.recipe.activations
     return _activation_search(case) or _searched("activations", found.search, found.bits)
@@ -155,7 +160,7 @@ IDLE: dict[str, _Why] = {
     "activations.symmetric": _activations,
     "activations.clip": _activation_clip,
     "activations.search": _activation_search,
-    "activations.convention": _activations,
+    "activations.convention": _convention,
     "activations.format": _activations,
     "cache.clip": _cache_clip,
     "cache.search": _cache,

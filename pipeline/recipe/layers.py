@@ -46,15 +46,15 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
             for name in layers:
                 scheme = found.get(name, whole)
                 found[name] = QuantizationScheme(
-                    _overridden(scheme.weights, override.weights, f"weights of {name}"),
-                    _overridden(scheme.input_activations, override.activations, f"activations of {name}"),
+                    overridden(scheme.weights, override.weights, f"weights of {name}"),
+                    overridden(scheme.input_activations, override.activations, f"activations of {name}"),
                 )
     found = {name: found[name] for name in names if name in found and found[name] != whole}
     _check(found, whole, decoder)
     return found
 
 
-def _overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> QuantizationArgs:
+def overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> QuantizationArgs:
     """With what is given changed.
 
     Raises:

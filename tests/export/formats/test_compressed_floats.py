@@ -96,7 +96,7 @@ def test_transformers_loads_the_run_itself(recipe: str, cheap_run: Callable[...,
 def test_stock_transformers_emulates_the_run_with_quantized_inputs(
     name: str, opened_run: Opened, tmp_path: Path
 ) -> None:
-    """It unpacks weights to bfloat16, in which they are exact, and is then asked for float32, as of the run."""
+    """It unpacks weights to bfloat16, in which they are exact; then it computes in float32, as the run does."""
     run = opened_run(f"{name}a16", {"activations.bits": 4, "activations.format": name})
     compressed_tensors.write(run, tmp_path / "export")
     inspect(tmp_path / "export")
