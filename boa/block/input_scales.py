@@ -45,7 +45,7 @@ def scale_inputs(context: BlockContext, streams: Streams) -> tuple[BlockContext,
     with transformed(context.decoder, context.full, looking):
         for batch in context.batches(streams):
             context.decoder.run(context.full, batch.full)
-    found: dict[str, Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for site in wanted:
         scale = global_scale_of(max(context.share.ranks.gather(peaks[site].peak)))
         tensor = torch.tensor([min(max(scale, 2.0**-14), 2.0**15)], device=context.decoder.device)  # fits float16

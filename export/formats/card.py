@@ -18,7 +18,8 @@ from ...boa.scheme import QuantizationArgs, QuantizationScheme
 from ..scheme_layers import SchemeLayers
 from ..spec import Spec
 from .card_facts import Base, Figures
-from .compressed_tensors import NAME, stored_as
+from .compressed_tensors import NAME
+from .int_quantized import stored_as
 
 FORMATS = {
     "native": "rotoboa",

@@ -25,7 +25,7 @@ A scheme is a group of the config, with patterns on the names of its layers; lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +56,11 @@ from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
 from ..writing import SHARD_BYTES, write_checkpoint
-from .compressed_floats import FORMATS, compress_floats, float_args, refuse_mixed
+from .compressed_floats import compress_floats, float_args, refuse_mixed
+from .int_quantized import as_int8, stored_as
 
 NAME = "compressed-tensors"
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
-
-
-def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
-    """How a run whose layers have these schemes is stored: `int-quantized` where all that is quantized is W8A8, a scale
-    per output channel and per token, both symmetric; else as the first one's weights are.
-    """
-    eight = ours.QuantizationArgs(8, None, True)
-    quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
-    if quantized and all(s.weights == s.input_activations == eight for s in quantized):
-        return CompressionFormat.int_quantized
-    return FORMATS[quantized[0].weights.format if quantized else "int"]
 
 
 def warning(run: Finished) -> str | None:
@@ -264,12 +254,6 @@ def compress(result: Quantized, bits: int, symmetric: bool) -> dict[str, Tensor]
     elif bool(zero.any()):
         raise ValueError("the run is symmetric by its recipe, and has other zero points than the middle of the grid")
     return tensors
-
-
-def as_int8(result: Quantized) -> dict[str, Tensor]:
-    """One symmetric projection of 8 bits in `int-quantized`: integers (out, in), scale (out, 1)."""
-    integers = (result.integers.to(torch.int16) - 128).to(torch.int8)
-    return {"weight": integers, "weight_scale": result.scale.to(torch.float16)}
 
 
 def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ be taken is refused here, before any work.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ...errors import InputError
 from ..family import Family
-from .shell import Call, Shell
+from .shell import Call, Shell, fill_buffers
 
 LENGTH = 8
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
@@ -110,6 +111,7 @@ def _found(config: PretrainedConfig) -> GenericFamily:
         calls = shell.calls(1, LENGTH)
         chained = shell.chained and len(calls) == len(blocks)
         told = _alike(calls, shell.calls(1, LENGTH, token=1))
+        fill_buffers(copy.deepcopy(blocks[0]), model, torch.device("cpu"))
         ran = [_inputs(*pair, embedding.embedding_dim) for pair in zip(blocks, calls, strict=False)]
         places = {id(module): name for name, module in shell.model.named_modules()}
         end = [places[id(module)] for module in shell.after_blocks(LENGTH)]

@@ -178,6 +178,9 @@ def fill_buffers(module: nn.Module, model: Any, device: torch.device) -> None:
     """Give a module on the meta device the buffers that no checkpoint has, as its class computes them, in place.
 
     `model` is the whole model, whose class knows how.
+
+    Raises:
+        ValueError: it does not, or knows it of all blocks together alone.
     """
     for part in module.modules():
         names = [
@@ -188,6 +191,19 @@ def fill_buffers(module: nn.Module, model: Any, device: torch.device) -> None:
         for name in names:
             buffer = part._buffers[name]
             assert buffer is not None
-            part._buffers[name] = torch.zeros_like(buffer, device=device)
+            part._buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device=device)
         if names:
             model._init_weights(part)
+        for name in names:
+            if _is_unset(part._buffers[name]):
+                raise ValueError(f"{name} of its {type(part).__name__} is in no checkpoint")
+
+
+def _unset(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 0 if dtype == torch.bool else -12345
+
+
+def _is_unset(buffer: Tensor | None) -> bool:
+    if buffer is None or not buffer.numel():
+        return False
+    return bool(buffer.isnan().any() if buffer.is_floating_point() else (buffer == -12345).any())

@@ -49,6 +49,11 @@ def test_small_layers_stay() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
+        (
+            "falcon_h1",
+            {"mamba_n_heads": 4},
+            r"its blocks do not run by themselves \(ValueError: mup_vector of its Falcon",
+        ),
         ("gpt2", {}, "it is no list of blocks with linear layers"),
         ("olmo", {}, "between its last block and its output layer there is something else than one norm"),
         ("olmoe", {"num_experts": 4}, r"most weights of a block are in no linear layer \(mlp.experts.gate_up_proj\)"),

@@ -31,11 +31,9 @@ Opened = Callable[..., Finished]
 SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
     "w2 groups": ("w2a16", {"weights.group_size": 16}, 5e-3),
     "w3 channels": ("w3a16", {}, 5e-3),
-    "w4 channels": ("w4a16", {}, 5e-3),
     "w8 groups": ("w4a16", {"weights.bits": 8, "weights.group_size": 32}, 5e-3),
     "w2 symmetric": ("w2a16", {"weights.symmetric": True}, 1e-5),
-    "w3 symmetric groups": ("w3a16", {"weights.symmetric": True, "weights.group_size": 32}, 1e-5),
-    "w4 symmetric groups": ("w4a16", {"weights.symmetric": True, "weights.group_size": 16}, 1e-5),
+    "w3 symmetric groups": ("w3a16", {"weights.symmetric": True, "weights.group_size": 16}, 1e-5),
     "w8 symmetric": ("w4a16", {"weights.symmetric": True, "weights.bits": 8}, 1e-5),
     "w4 without rotation": ("w4a16", {"weights.symmetric": True, "rotation.r1": False, "rotation.r2": False}, 1e-5),
     "w4a8": ("w4a16", {"weights.symmetric": True, "activations.bits": 8, "activations.clip": 254 / 255,

@@ -30,8 +30,13 @@ def test_two_bits_are_better_than_rounding_to_nearest(two_bits: dict[str, float]
     assert two_bits["full_precision"] < two_bits["quantized"] < two_bits["rtn"]
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "boa"])
-@pytest.mark.parametrize(("bits", "group"), [(2, 8), (2, None), (3, 16), (4, 32), (8, None)])
+@pytest.mark.parametrize(
+    ("method", "bits", "group"),
+    [
+        *(("boa", bits, group) for bits, group in [(2, 8), (2, None), (3, 16), (4, 32), (8, None)]),
+        *((method, *one) for method in ("rtn", "gptq") for one in [(2, 8), (8, None)]),
+    ],
+)
 def test_methods_bits_and_groups(
     llama: Path, make_recipe: MakeRecipe, tmp_path: Path, method: str, bits: int, group: int | None
 ) -> None:
