@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...boa.online.activations import UNCALIBRATED
 from ...boa.online.transforms import INPUT_SCALE
 from ...boa.precision import quick_products
 from ...boa.solver.rounding import Quantized, quantize
 from ...boa.stopwatch import STAGES
+from ...boa.stored_scales import global_scale_of
 from ...eval.perplexity import ORIGINAL, States, last_states, part_sums, summary
 from ...eval.results import Divergences, Perplexities
 from ...export.packing import ALL_PARTS, pack_block
@@ -156,11 +158,15 @@ def rounded_block(job: Job, index: int) -> nn.Module:
     results = {}
     for name, scheme in schemes.items():
         if scheme.weights.quantizes:
-            found = quantize(tensors[f"{name}.weight"].float()[None], None, rtn.of(scheme.weights))
+            weight = tensors[f"{name}.weight"].float()
+            settings = rtn.of(scheme.weights, global_scale_of(float(weight.abs().amax())))
+            found = quantize(weight[None], None, settings)
             results[name] = Quantized(found.integers[0], found.scale[0], found.zero[0])
+            results[name].global_scale = settings.global_scale
     transforms = spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
-    scales = {name: tensor for name, tensor in module.named_buffers() if name.endswith(INPUT_SCALE)}  # uncalibrated
+    wanted = (name for name, _ in module.named_buffers() if name.endswith(INPUT_SCALE))
+    scales = {name: torch.full((1,), UNCALIBRATED) for name in wanted}
     return decoder.block(index, pack_block(results, {**tensors, **scales}, schemes, decoder.dtype), module)
 
 

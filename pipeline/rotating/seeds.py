@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...boa.online.transforms import InputTransform
 from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import quantize
+from ...boa.stored_scales import global_scale_of
 from ...rotation.rotate import Rotations
 from ..console.progress import Progress
 from ..job.job import Job
@@ -60,7 +61,8 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
             exact = nn.functional.linear(x, weight)
             rounded = weight
             if args.quantizes:
-                rounded = quantize(weight[None], None, settings.of(args)).dequantize()[0]
+                own = settings.of(args, global_scale_of(float(weight.abs().amax())))
+                rounded = quantize(weight[None], None, own).dequantize()[0]
             given = x if transform.quantizer is None else transform.quantizer(x)
             lost = nn.functional.linear(given, rounded) - exact
             costs.append(float(lost.square().sum() / exact.square().sum().clamp_min(1e-30)))
