@@ -2,6 +2,7 @@
 
 import pytest
 
+from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.measure.measuring import rounded_block
 
@@ -12,5 +13,7 @@ from ...conftest import MakeRecipe
 def test_weights_are_near_the_original(recipe: str, llama: object, make_recipe: MakeRecipe) -> None:
     job = prepare(make_recipe(recipe, {"model": str(llama)}), "cpu")
     weight = job.checkpoint.block(0)["mlp.down_proj.weight"].float()
-    found = rounded_block(job, 0).get_submodule("mlp.down_proj").dequantize(weight.dtype)
+    layer = rounded_block(job, 0).get_submodule("mlp.down_proj")
+    assert isinstance(layer, QuantizedLinear)
+    found = layer.dequantize(weight.dtype)
     assert 0.002 < float((found - weight).square().mean() / weight.square().mean()) < 0.02
