@@ -14,7 +14,7 @@ RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --
 STAMP := $(VENV)/.ready
 
 .PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real real-check \
-	verify runtimes memory ranks speed clean
+	verify runtimes memory ranks speed sweep clean
 .DEFAULT_GOAL := help
 
 help:
@@ -90,6 +90,9 @@ ranks: $(STAMP)  ## one rank against two on this machine, in benchmarks/ranks.md
 
 speed: $(STAMP)  ## seconds by stage of the quantizer (ARGS: --threads 0 for all, --write, ...)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+sweep: $(STAMP)  ## what becomes of each causal model type of transformers, in benchmarks/sweep.md (minutes)
+	$(BIN)/python benchmarks/sweep.py $(ARGS)
 
 ##@ Environment
 setup: $(STAMP)  ## create .venv with all that the other targets need; each of them does

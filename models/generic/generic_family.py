@@ -122,7 +122,7 @@ def _found(config: PretrainedConfig) -> GenericFamily:
         raise _UnfitError("something is computed between its blocks, or not all of them run")
     if not told:
         raise _UnfitError("its blocks are given more of the tokens than their hidden states")
-    if len(end) != 2 or end[-1] != names[id(head)]:
+    if len(end) != 2 or end[-1] != names[id(head)] or not _is_norm(shell.model.get_submodule(end[0])):
         raise _UnfitError("between its last block and its output layer there is something else than one norm")
     linears = _linears(config, ran, blocks)
     groups: dict[int, list[str]] = {}
@@ -196,6 +196,12 @@ def _outputs(block: nn.Module, call: Call, hidden: int) -> int:
     """How many things a block gives, in a tuple; 0: one tensor, in none."""
     output = block(*_on_meta(torch.zeros(1, LENGTH, hidden), *call.args), **_on_meta(call.kwargs)[0])
     return 0 if isinstance(output, Tensor) else len(output)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it has the weight of one, by channel: a head may be a module of its own around the output layer."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1
 
 
 def _inputs(block: nn.Module, call: Call, hidden: int) -> list[tuple[str, Tensor]]:
