@@ -210,7 +210,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runtimes_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runtimes are asked in this process: others take seconds to start; `pipeline/test_verifying.py` starts some."""
+    """Runtimes are asked in this process: others take seconds to start; `pipeline/test_serving.py` starts one."""
 
     def run(command: list[str], **_: Any) -> Any:
         with monkeypatch.context() as patch:

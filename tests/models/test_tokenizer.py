@@ -1,10 +1,7 @@
 """A tokenizer that cannot be read is called what it is; one that is larger than the embedding is told of."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,29 +72,6 @@ def test_pointers_of_git_lfs(folder: Path, llama: Path) -> None:
     (folder / "model.safetensors").write_text(POINTER)
     with pytest.raises(InputError, match=r"model\.safetensors is a pointer of Git LFS: run `git lfs pull`"):
         Checkpoint(folder)
-
-
-def test_a_locale_without_the_letters_of_the_folder(folder: Path) -> None:
-    named = folder / "é"
-    named.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, named)
-    code = (
-        "import sys; sys.argv[0] = 'rotoboa'\n"  # as the command line, which imports no more than it needs
-        "from pathlib import Path; from rotoboa.models.tokenizer import read_tokenizer\n"
-        "try: read_tokenizer(Path(sys.argv[1]))\n"
-        "except Exception as error: print(type(error).__name__, ascii(str(error)))"
-    )
-    ascii_only = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(named)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | ascii_only,
-    )
-    assert done.stdout.startswith("InputError") and "has letters in its name that this locale (" in done.stdout
-    assert "has not: set LC_ALL=C.UTF-8." in done.stdout
 
 
 # -- larger than the embedding ----------------------------------------------------------------------------------------

@@ -29,11 +29,9 @@ def run(cheap_run: Runs, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run", ignore=shutil.ignore_patterns("exports")))
 
 
+@pytest.mark.usefixtures("runtimes_here")
 @pytest.mark.parametrize("name", ["compressed-tensors", "gguf"])
-def test_stock_readers_agree_with_the_run(run: Path, name: str, request: pytest.FixtureRequest) -> None:
-    """In a process of their own, as people verify; once, since it takes seconds to start."""
-    if name == "gguf":
-        request.getfixturevalue("runtimes_here")
+def test_stock_readers_agree_with_the_run(run: Path, name: str) -> None:
     result, *more = verify(export(run, name))
     assert (result.format, result.reader) == (name, "transformers")
     assert result.difference < 1e-5 < result.deviation and result.agreement == 1 and result.passed
@@ -93,6 +91,7 @@ def test_an_edited_export_is_refused_and_a_wrong_one_fails(run: Path) -> None:
 def test_the_stock_readers_complaint_is_one_sentence(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From a process of its own, as people verify."""
     (tmp_path / "program.py").write_text("raise ValueError('no such layer.')")
     known = RUNTIMES["transformers"]
     monkeypatch.setitem(RUNTIMES, "transformers", known._replace(program=str(tmp_path / "program.py")))

@@ -103,6 +103,7 @@ def test_units_without_a_choice_or_a_cost(cost: float) -> None:
     assert picture.rows == [["block 0, down", "4", "", f"{cost:.3g} (4 bits)", ""]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_has_it_where_there_is_a_budget() -> None:
     report = copy.deepcopy(REPORT) | {"budget": made(3).model_dump(mode="json")}
     html = page(contents(report=report, layers=[], activations={}, storage={}))

@@ -167,9 +167,11 @@ def test_charts_are_named_and_take_their_colours_from_the_page(html: str) -> Non
 
 
 def test_the_same_drawings_twice(html: str) -> None:
-    again = re.findall(r"<svg.*?</svg>", page(contents(activations={})), flags=re.S)
-    again.append(figures.surfaces(activations(), "down", 1).svg)
-    assert len(again) == 9 and all(svg in html for svg in again)
+    """One of lines, one of bars and one of a surface."""
+    layers = contents().layers
+    again = [figures.losses_by_projection(layers), figures.losses_by_block(layers)]
+    again.append(figures.surfaces(activations(), "down", 1))
+    assert all(picture.svg in html for picture in again)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -211,6 +213,7 @@ def test_geometric_means_and_units() -> None:
     assert ["quantize", "60.0"] in spent.rows and ["checks, plain forward pass", "35.0"] in spent.rows
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_cannot_be_compared_are_not_in_the_chart() -> None:
     other = copy.deepcopy(REPORT)
     other["tokens"]["evaluation"] = [4, 512]

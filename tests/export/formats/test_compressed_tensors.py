@@ -20,6 +20,7 @@ from rotoboa.export.finished import Finished
 from rotoboa.export.formats import compressed_tensors
 from rotoboa.export.formats.compressed_tensors import compress
 from rotoboa.export.formats.compressed_tensors_reader import inspect
+from rotoboa.export.runtimes import ask
 from rotoboa.pipeline import exporting
 from rotoboa.pipeline.verifying import run_logits, verify
 from rotoboa.rotation.hadamard import Hadamard
@@ -48,13 +49,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
 }  # fmt: skip
 
 LOAD = """
-import sys, torch
+import runpy, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-ids = load_file(sys.argv[1])["ids"]
-for folder in sys.argv[3:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+ids, load = load_file(sys.argv[1])["ids"], runpy.run_path(sys.argv[3])["load"]
+for folder in sys.argv[4:]:
+    model, _ = load(folder, torch.float32)
     with torch.no_grad():
         save_file({"logits": model(ids).logits.contiguous()}, Path(folder).with_suffix(".logits"))
 assert "rotoboa" not in sys.modules
@@ -75,7 +76,7 @@ def ids() -> Tensor:
 def loaded(
     opened_run: Opened, cheap_run: Runs, ids: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Setting -> logits of stock transformers, which has not seen rotoboa, and of the run.
+    """Setting -> logits of stock transformers, which has not seen rotoboa, as `verify` loads it, and of the run.
 
     And "native": of transformers once rotoboa is imported, of the run itself.
     """
@@ -86,7 +87,8 @@ def loaded(
         compressed_tensors.write(run, folder / name)
         inspect(folder / name)
     native = str(cheap_run(*SETTINGS["w2 groups"][:2]))
-    command = [sys.executable, "-c", LOAD, str(folder / "ids"), native, *(str(folder / name) for name in runs)]
+    program = str(Path(ask.__file__).with_name(ask.RUNTIMES["transformers"].program))
+    command = [sys.executable, "-c", LOAD, str(folder / "ids"), native, program, *(str(folder / name) for name in runs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     logits = {name: load_file(folder / f"{name}.logits")["logits"] for name in runs}

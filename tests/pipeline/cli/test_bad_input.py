@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -218,11 +219,29 @@ def test_device(user: User) -> None:
     assert "device 'cuda:99' cannot be used (" in user.refused("--device", "cuda:99")
 
 
-def test_nothing_but_the_sentence_reaches_standard_error(user: User, copied: Path) -> None:
-    # In a process of its own, where libraries may log.
+COMMANDS = """
+import sys
+from rotoboa.pipeline.cli.app import main
+end = sys.argv.index("then")
+for arguments in (sys.argv[1:end], sys.argv[end + 1 :]):
+    sys.argv = ["rotoboa", *arguments]  # as the command line, which imports no more than it needs
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 2, ended.code
+"""
+
+
+def test_nothing_but_the_sentence_reaches_standard_error(user: User, copied: Path, tmp_path: Path) -> None:
+    """In a process of its own, where libraries may log; and whose locale has not the letters of a folder."""
+    named = Path(shutil.copytree(copied, tmp_path / "é"))
     (copied / "tokenizer.json").unlink()
-    command = [sys.executable, "-m", "rotoboa", *user.arguments()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "has no tokenizer that can be read" in user.sentence(done.stderr)
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", COMMANDS, *user.arguments(), "then", *user.arguments(model=named)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ascii_only)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    first, second = done.stderr.splitlines()
+    assert "has no tokenizer that can be read" in user.sentence(first)
+    assert "has letters in its name that this locale (" in user.sentence(second)
+    assert second.endswith("has not: set LC_ALL=C.UTF-8.")
     assert not user.output.exists()

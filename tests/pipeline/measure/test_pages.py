@@ -29,12 +29,12 @@ def runs(
     leave_out_drawings: Callable[[pytest.MonkeyPatch], None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A folder with `first` and `second`, whose pictures are not drawn, and what is no run."""
+    """A folder with `first` and `second`, whose pictures are not drawn, and with what is no run."""
     folder = tmp_path_factory.mktemp("runs")
     full = {"model": str(llama), "evaluation.references": True, "evaluation.report": True}
-    rotoboa.quantize(make_recipe("w4a4kv4", {**full, "output": folder / "first"}))
     with pytest.MonkeyPatch.context() as patch:
         leave_out_drawings(patch)
+        rotoboa.quantize(make_recipe("w4a4kv4", {**full, "output": folder / "first"}))
         rotoboa.quantize(make_recipe("w2a16", {**full, "output": folder / "second"}))
     (folder / "notes").mkdir()
     (folder / "odd").mkdir()

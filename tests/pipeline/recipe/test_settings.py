@@ -69,7 +69,7 @@ def test_groups_of_activations(
 ) -> None:
     """Calibrated, searched, saved and loaded in groups; and nearer to the original than by token."""
     changes = {
-        "model": str(save_llama(tmp_path / "llama", hidden_size=256, intermediate_size=192)),
+        "model": str(save_llama(tmp_path / "llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1)),
         "weights.bits": 8,
         "activations.bits": 3,
         "activations.symmetric": symmetric,
