@@ -30,8 +30,8 @@ SETTING: dict[str, Any] = {
     "weights.tabu": 0,
 }
 """Minutes a recipe on a model of 135 M parameters and one core; what it leaves out changes no order of the methods."""
-WORSE = 1.1
-"""Integers that flip on another machine move the divergence of 2-bit weights by 2 %, another calibration seed by 8."""
+WORSE = 1.15
+"""Integers that flip on another machine move these divergences by 2 to 5 %, another calibration seed by 8 %."""
 
 
 def kl_of(recipe: str, changes: Mapping[str, Any]) -> float:
