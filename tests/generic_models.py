@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .small_families import save_tokenizer
+from .small_families import SIZES, save_tokenizer
 
 # By model_type: fields beside the common sizes.
 GENERIC: dict[str, dict[str, Any]] = {
@@ -20,23 +20,11 @@ GENERIC: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8},
     "mamba": {"state_size": 4, "time_step_rank": 16},
 }
-_SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
 
 
 def generic_config(name: str, **changes: Any) -> Any:
     """That of a small model of this type."""
-    fields = _SIZES | GENERIC.get(name, {}) | changes
+    fields = SIZES | {"pad_token_id": None} | GENERIC.get(name, {}) | changes
     return AutoConfig.for_model(name, **{k: v for k, v in fields.items() if v is not None or k == "pad_token_id"})
 
 

@@ -120,21 +120,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Of a small model."""
+
+
 def family_config(name: str, **changes: Any) -> Any:
-    sizes = {
-        "model_type": name,
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": False,
-    }
-    return AutoConfig.for_model(**(sizes | FAMILIES[name] | changes))
+    return AutoConfig.for_model(
+        **({"model_type": name, "tie_word_embeddings": False} | SIZES | FAMILIES[name] | changes)
+    )
 
 
 def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:

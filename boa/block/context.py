@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -153,13 +154,17 @@ class BlockContext:
             if not args.quantizes:
                 return None
             settings = settings.of(args)
-        return settings.with_global_scale(self._global_scale(name)) if settings.format == "nvfp4" else settings
+        if settings.format != "nvfp4":
+            return settings
+        return settings.with_global_scale(self._global_scales[self.family.sites[name]])
 
-    def _global_scale(self, name: str) -> float:
-        """One for all projections of an input, which kernels run as one."""
-        sites = self.family.sites
-        peaks = [self.weight(other).abs().amax() for other in sites if sites[other] == sites[name]]
-        return global_scale_of(float(torch.stack(peaks).amax()))
+    @cached_property
+    def _global_scales(self) -> dict[str, float]:
+        """By site: one for all projections of an input, which kernels run as one. Of many experts it is found once."""
+        peaks = dict[str, float]()
+        for name, site in self.family.sites.items():
+            peaks[site] = max(peaks.get(site, 0.0), float(self.weight(name).abs().amax()))
+        return {site: global_scale_of(peak) for site, peak in peaks.items()}
 
     def batches(self, streams: Streams) -> Iterator[Batch]:
         """Both streams, `share.batch` sequences at a time."""
