@@ -3,8 +3,8 @@
     python kills.py RECIPE WHOLE KILLED SEED KILLS
 
 Children are forked from a process that has run it once, since importing torch and what a first run loads takes longer
-than the run. A child dies at a random time within that of the
-whole run, or around a random one of its renames, which is where files come to be. After KILLS kills it is left to end.
+than the run. A child dies at a random time within that of the whole run, or around a random one of its renames, which
+is where files come to be. After KILLS kills it is left to end.
 Prints one line: kills, finished runs.
 """
 
