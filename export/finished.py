@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -100,6 +100,21 @@ class Finished:
         packed = {f"{name}.{part}" for name in quantized for part in ALL_PARTS}
         return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
 
+    def towers(self) -> Iterator[dict[str, Tensor]]:
+        """What a model that sees has beside its decoder, by full names, a tensor at a time.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        prefixes = self.family.sight.prefixes if self.family.sight else ()
+        for file in sorted(self.folder.glob("*.safetensors")) if prefixes else ():
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in sorted(name for name in reader.keys() if name.startswith(prefixes)):  # noqa: SIM118
+                        yield {name: reader.get_tensor(name)}
+            except SafetensorError as error:
+                raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
+
     @property
     def columns(self) -> dict[str, int]:
         """How many inputs each projection has."""
@@ -131,6 +146,7 @@ class Finished:
                     tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
         yield outer.after(f)
+        yield from self.towers()
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
@@ -165,6 +181,19 @@ def refuse_layout(family: Family, name: str) -> None:
         raise InputError(
             f"{name} is written for models with a tensor a projection and RMSNorm, and '{family.model_type}' has "
             "other parts: use --format native."
+        )
+
+
+def refuse_sight(family: Family, name: str) -> None:
+    """Refuse a family that sees, in a format that is written for decoders alone.
+
+    Raises:
+        InputError: it does.
+    """
+    if family.sight is not None:
+        raise InputError(
+            f"{name} is written for models of text alone, and '{family.model_type}' sees: use --format "
+            "compressed-tensors or native."
         )
 
 

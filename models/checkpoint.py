@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .adapters import MERGE, TENSOR, refuse_adapter
 from .families import Family, check_type, family_for
 from .layout import split_tensors
 from .matrices import StoredMatrix, check_finite, spans
-from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
+from .names import give_causal, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
 from .running import forget_running
 from .shape import Shape
@@ -191,10 +191,10 @@ class Checkpoint:
         for name in expected:
             if name not in self._stored and name != tied:
                 raise InputError(f"{self.folder} {misfit(self._stored, name, self.family, self.config.architectures)}.")
-        task = task_of(self.config.architectures)
+        task = task_of(self.config.architectures, self.family)
         if task and (extra := left_out(self._stored, expected, self.family)):
-            raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {GIVE_CAUSAL}.")
-        count, layers = self.config.num_hidden_layers, re.escape(self.family.layers)
+            raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {give_causal(self.family)}.")
+        count, layers = Shape.of(self.config).blocks, re.escape(self.family.layers)
         indices = [int(found[1]) for name in self._stored if (found := re.match(rf"{layers}\.(\d+)\.", name))]
         if max(indices, default=0) >= count:
             raise InputError(
@@ -240,6 +240,11 @@ class Checkpoint:
         inside = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
         return split_tensors(tensors, self.family, Shape.of(self.config))
+
+    def towers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a model that sees has beside its decoder, by full names, a tensor at a time."""
+        prefixes = self.family.sight.prefixes if self.family.sight else ()
+        return ((name, self.tensor(name)) for name in self.names if name.startswith(prefixes))
 
     def embedding(self) -> StoredMatrix:
         """(vocabulary, hidden)."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..errors import InputError
 from .families import Family, family_for
 from .layout import drop_norm_bias, expected_shapes, split_modules
 from .matrices import spans
 from .outer_layers import OuterLayers
+from .seeing.whole_model import attention_in, auto_class
 from .shape import Shape
 
 
@@ -22,7 +23,7 @@ class Decoder:
     """The parts of one decoder, without its weights.
 
     Args:
-        config: the transformers config of the model.
+        config: the transformers config of the whole model; `config` is then that of its decoder.
         attention: name of the attention function, registered with transformers.
         dtype: what the blocks compute in.
         device: where the blocks compute.
@@ -39,8 +40,9 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.whole = config
         self.family: Family = family_for(config, "the model")
+        self.config = self.family.text(config)
         self.dtype = dtype
         self.device = torch.device(device)
         try:
@@ -48,17 +50,25 @@ class Decoder:
             if self.shape.blocks < 1:
                 raise ValueError(f"num_hidden_layers is {self.shape.blocks}")
             with torch.device("meta"):
-                self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+                self.skeleton = auto_class(self.family).from_config(
+                    config, attn_implementation=attention_in(self.family, attention), dtype=dtype
+                )
             # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.
             self._rotary = None
             if self.family.rotary is not None:
-                self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=self.skeleton.config)
+                own = self.family.text(self.skeleton.config)
+                self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=own)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}".rstrip(".")
             raise InputError(f"no model can be made of this config.json ({what}): download it again.") from error
         self.skeleton.eval()
         if self._rotary is not None:
             self._rotary.to(self.device)
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return bool(self.whole.tie_word_embeddings)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:

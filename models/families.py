@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from .family import SITES, Family, Merged
+from .seeing.seeing_rows import rows_that_see
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of"]
 
@@ -204,10 +205,12 @@ _ROWS = (
     ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
+FAMILIES |= rows_that_see(FAMILIES)
 
 # What is near to a supported architecture, and why it is not one.
 _REASONS = {
-    "gemma3": "it reads images too: give the checkpoint of its text part alone (gemma3_text)",
+    "llama4": "its router scales what its experts read, and attention is by chunks",
+    "llama4_text": "its router scales what its experts read, and attention is by chunks",
     "gpt_oss": "its attention has sinks",
     "qwen2_moe": "its experts are joined by a shared one",
     "qwen3_next": "its attention is linear in most layers",
@@ -256,6 +259,12 @@ def family_for(config: Any, source: str) -> Family:
     if config.model_type not in FAMILIES and config.model_type not in _REASONS and is_causal_type(config.model_type):
         return generic_family(config, source)
     family = family_of(config.model_type, source)
+    config = family.text(config)
+    if family.sight and config.model_type not in family.sight.texts:
+        raise InputError(
+            f"{source} is a '{family.model_type}' model whose decoder is a '{config.model_type}', and "
+            f"{' or '.join(family.sight.texts)} is supported: choose another model."
+        )
     for field, legal in (family.legal or {}).items():
         value = getattr(config, field, None)
         values = (getattr(config, legal, None),) if isinstance(legal, str) else legal

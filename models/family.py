@@ -7,8 +7,10 @@ each branch before it is added. Names are relative to the model (`embedding`, `l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 SITES = ("qkv", "output", "gate_up", "down")
@@ -21,6 +23,31 @@ class Merged:
 
     name: str
     parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a model that sees has beside its decoder.
+
+    Attributes:
+        texts: the `model_type`s that its config may have in `text_config`.
+        towers: modules that make embeddings of images; they stay as they are.
+        writers: patterns of the linear layers in them whose output is added to the residual stream, or put in place of
+            embeddings: they are rotated where the stream is.
+    """
+
+    texts: tuple[str, ...]
+    towers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """How the names of what the towers hold begin."""
+        return tuple(f"{tower}." for tower in self.towers)
+
+    def writes(self, name: str) -> bool:
+        """Whether a tensor is of one of the writers."""
+        return any(re.fullmatch(writer, name.rpartition(".")[0]) for writer in self.writers)
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,8 @@ class Family:
             blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
             in which they run; rows and columns of each.
         note: what is special, for `rotoboa models` and docs/models.md.
+        sight: of models that see: what they have beside the decoder that this row is of. The names of modules are those
+            in the whole model, and the fields of a config those of its `text_config`.
         ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
 
@@ -109,12 +138,18 @@ class Family:
     others: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     sizes: Mapping[str, tuple[int, int]] | None = None
+    sight: Sight | None = None
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
     @property
     def generic(self) -> bool:
         """Whether no more is known than linear layers: there is no row."""
         return False
+
+    def text(self, config: Any) -> Any:
+        """The config of the decoder, of that of the whole model."""
+        found = config if self.sight is None else config.text_config
+        return SimpleNamespace(**found) if isinstance(found, dict) else found
 
     def expert(self, index: int) -> tuple[str, str, str]:
         """Gate, up and down of one expert."""

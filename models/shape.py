@@ -37,6 +37,7 @@ class Shape:
         if getattr(config, "model_type", "") not in FAMILIES:
             return cls._of_unknown(config)
         row = FAMILIES[config.model_type]
+        config = row.text(config)
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         return cls(
             blocks=int(config.num_hidden_layers),

@@ -140,7 +140,8 @@ def run_of(export: Path, record: Record, run: Path | None) -> Finished:
 def sample(run: Finished) -> Tensor:
     """(1, n) tokens of a text, at most 128 and no more than the model has positions."""
     tokenizer = read_tokenizer(run.folder)
-    length = min(_TOKENS, int(getattr(run.transformers_config(), "max_position_embeddings", _TOKENS)))
+    config = run.family.text(run.transformers_config())
+    length = min(_TOKENS, int(getattr(config, "max_position_embeddings", _TOKENS)))
     ids = torch.tensor(tokenizer(_TEXT)["input_ids"][:length])
     return ids[ids < run.shape.vocabulary][None]
 

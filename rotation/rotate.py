@@ -175,6 +175,15 @@ class Rotations:
             return head, norm
         return self.r1.apply(head * (norm + family.norm_offset)), torch.full_like(norm, 1.0 - family.norm_offset)
 
+    def rotate_tower(self, name: str, tensor: Tensor, family: Family) -> Tensor:
+        """A tensor beside the decoder of a model that sees: weight or bias of what writes to the stream, in float64.
+
+        Images come into the stream as that layer's output y, which becomes `y Q`. All else is as it was.
+        """
+        if self.r1 is None or not self.turned or family.sight is None or not family.sight.writes(name):
+            return tensor
+        return self.r1.apply(tensor.to(torch.float64).movedim(0, -1)).movedim(-1, 0).contiguous()
+
     def before_head(self, norm: Tensor, family: Family) -> Tensor:
         """What a head that stays the rotated embedding E Q has before it, (hidden, hidden) in float64.
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from rotoboa.models.families import FAMILIES as ROWS
+from rotoboa.models.seeing.whole_model import attention_in, auto_class
 
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -117,6 +118,51 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": None},
     "glm4": {"head_dim": 16, "pad_token_id": None},
 }
+# Models that see, likewise: what differs in `text_config`, and the rest.
+_TOWER = {"hidden_size": 16, "intermediate_size": 24}
+_OF_QWEN = {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4, **_TOWER}
+_OF_OTHERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4, **_TOWER}
+IMAGE = 99  # a token's number
+SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {"model_type": "gemma3_text", **FAMILIES["gemma3_text"]},
+        {
+            "vision_config": {"model_type": "siglip_vision_model", **_OF_OTHERS},
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+        },
+    ),
+    "mistral3": (
+        {"model_type": "mistral", **FAMILIES["mistral"]},
+        {
+            "vision_config": {"model_type": "pixtral", "head_dim": 8, **_OF_OTHERS},
+            "image_token_index": IMAGE,
+            "multimodal_projector_bias": True,
+        },
+    ),
+    "mistral3-ministral3": (
+        {"model_type": "ministral3", **FAMILIES["ministral3"]},
+        {"vision_config": {"model_type": "pixtral", "head_dim": 8, **_OF_OTHERS}, "image_token_index": IMAGE},
+    ),
+    "qwen2_5_vl": (
+        {**FAMILIES["qwen2"], "pad_token_id": 0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        {
+            "vision_config": {"window_size": 16, "fullatt_block_indexes": [1], **_OF_QWEN},
+            "image_token_id": IMAGE,
+        },
+    ),
+    "qwen3_vl": (
+        {
+            "head_dim": 16,
+            "pad_token_id": 0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        },
+        {
+            "vision_config": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0], **_OF_QWEN},
+            "image_token_id": IMAGE,
+        },
+    ),
+}
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
@@ -135,6 +181,14 @@ SIZES: dict[str, Any] = {
 
 
 def family_config(name: str, **changes: Any) -> Any:
+    """`changes` of a model that sees are those of its decoder."""
+    if name in SEEING:
+        text, rest = SEEING[name]
+        text = SIZES | text | changes
+        tied = text.pop("tie_word_embeddings", False)
+        return AutoConfig.for_model(
+            **{"model_type": name.partition("-")[0], "tie_word_embeddings": tied, "text_config": text, **rest}
+        )
     return AutoConfig.for_model(
         **({"model_type": name, "tie_word_embeddings": False} | SIZES | FAMILIES[name] | changes)
     )
@@ -144,13 +198,13 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
     """The real transformers class, every tensor random: sharp attention, norms that are no 1, biases that are no 0."""
     config = family_config(name, **changes)
     config._experts_implementation = "eager"  # grouped products have no float64
-    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator, row = torch.Generator().manual_seed(7), ROWS[config.model_type]
+    model: Any = auto_class(row).from_config(config, attn_implementation=attention_in(row, attention))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in key and key.endswith("weight"):
-                start = 1.0 - row.norm_offset
+                start = 1.0 - row.norm_offset * ("language_model" in key or row.sight is None)
                 parameter.copy_(start + 0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)

@@ -67,6 +67,7 @@ def write_card(
     files: Mapping[str, int],
     layers: Sequence[SchemeLayers] = (),
     divided: str = "",
+    loader: str = "AutoModelForCausalLM",
 ) -> None:
     """Write README.md.
 
@@ -80,6 +81,7 @@ def write_card(
         files: bytes of each file with weights.
         layers: which layers have which scheme; none is all that of `spec`.
         divided: layers of several schemes which vLLM computes as one.
+        loader: class of transformers that loads it.
     """
     schemes = [row.scheme for row in layers] or [spec.scheme]
     quantized = [scheme.weights for scheme in schemes if scheme.weights.quantizes]
@@ -93,6 +95,7 @@ def write_card(
         tag=_kind(spec).lower(),
         layers=layers if len(layers) > 1 else (),
         divided=divided,
+        loader=loader,
         bits=sorted({args.num_bits for args in quantized}),
         symmetric=all(args.symmetric for args in quantized),
         inputs=_inputs(schemes),

@@ -50,6 +50,7 @@ from ...boa.online.transforms import INPUT_SCALE
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
+from ...models.seeing.whole_model import linears_beside
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
 from ..finished import Finished, refuse_layout, refuse_online
@@ -175,7 +176,7 @@ def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamar
 
 
 def quantization_config(run: Finished) -> dict[str, Any]:
-    """`quantization_config` of config.json; the head is left as it is, and so are layers with 16-bit weights.
+    """`quantization_config` of config.json; left as they are: the head, what sees, and layers with 16-bit weights.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
     checkpoint, and takes them only where it unpacks all weights at once; so do floating-point weights alone, which it
@@ -197,7 +198,11 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[run.family.head, *(f"re:{pattern}" for pattern in patterns(ignored, run))],
+        ignore=[
+            run.family.head,
+            *linears_beside(run.transformers_config(), run.family),
+            *(f"re:{pattern}" for pattern in patterns(ignored, run)),
+        ],
     )
     data: dict[str, Any] = config.model_dump(mode="json")
     online = transforms(run.spec, run.family, run.shape)

@@ -32,7 +32,7 @@ from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family, family_of
-from ..finished import Finished, refuse_layout, refuse_online
+from ..finished import Finished, refuse_layout, refuse_online, refuse_sight
 from ..packing import pack, unpack
 from ..reading import read_config, read_tensors, stock_model
 from ..scheme_layers import by_weights, patterns, refuse_ends
@@ -50,6 +50,7 @@ def check(run: Finished, version: str = V2) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     refuse_layout(run.family, "GPTQ")
+    refuse_sight(run.family, "GPTQ")
     refuse_ends(run, "GPTQ")
     refuse_online(run.spec, "GPTQ")
     for args, layers in by_weights(run, "GPTQ")[0].items():

@@ -20,6 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...boa.online.attention import NAME
 from ...errors import InputError
 from ...models.families import FAMILIES, Family, family_for
+from ...models.names import renamed
+from ...models.seeing.whole_model import attention_in, auto_class
 from ...models.shape import Shape
 from ..runtime.cache_hook import use_packed_cache
 from ..runtime.parts import base_prefix, family_in, is_new_head
@@ -57,7 +59,7 @@ class RotoboaQuantizer(HfQuantizer):
             return config
         if config._attn_implementation is not None:
             _keep_attention(config._attn_implementation)
-        config._attn_implementation = NAME
+        config._attn_implementation = attention_in(FAMILIES[config.model_type], NAME)
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -120,11 +122,13 @@ def _check_files(model: nn.Module, family: Family, files: list[Path]) -> None:
         InputError: a tensor is missing or of another shape, or a file is damaged.
     """
     found: dict[str, tuple[int, ...]] = {}
+    whole = family_for(model.config, "the checkpoint")
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
                 names = list(reader.keys())
-                found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
+                shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in names}
+                found |= {renamed(name, whole) if whole.sight else name: shape for name, shape in shapes.items()}
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
     tied: Any = getattr(model, "all_tied_weights_keys", {})
@@ -158,4 +162,6 @@ def load_native(folder: Path, **options: Any) -> tuple[PreTrainedModel, PreTrain
     quantization = (config.get("quantization_config") if isinstance(config, dict) else None) or {}
     if quantization.get("quant_method") != METHOD:
         raise InputError(f"{folder} holds no rotoboa checkpoint: load it with transformers alone.")
-    return AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)
+    row = FAMILIES.get(str(config.get("model_type")))
+    kind = AutoModelForCausalLM if row is None else auto_class(row)
+    return kind.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)

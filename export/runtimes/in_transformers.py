@@ -13,7 +13,7 @@ from typing import Any
 
 def load(folder: str, dtype: Any) -> tuple[Any, list[str]]:
     """The model, and the packages that compute it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     data = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     quantization = data.get("quantization_config") or {}
@@ -29,7 +29,8 @@ def load(folder: str, dtype: Any) -> tuple[Any, list[str]]:
         data["quantization_config"] = {**quantization, "quantization_status": "compressed"}
     if transforms is not None or files:
         options["config"] = AutoConfig.for_model(**data)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    auto = AutoModelForImageTextToText if "vision_config" in data else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=dtype, **options)
     if transforms is not None:
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 

@@ -56,7 +56,7 @@ def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
     A rotated stream takes a matrix (hidden, hidden) before such a head: where the embedding is packed, and the final
     norm has no bias, that is worth it.
     """
-    if not decoder.config.tie_word_embeddings or moves_head(recipe):
+    if not decoder.tied or moves_head(recipe):
         return False
     if rotations.turned:
         return recipe.embedding.bits < FULL and not decoder.family.layer_norm

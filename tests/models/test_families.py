@@ -16,6 +16,7 @@ from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES, family_for, family_of
 from rotoboa.models.shape import Shape
+from rotoboa.tests.small_families import family_config
 
 
 def _config(model_type: str, **fields: Any) -> Any:
@@ -48,7 +49,7 @@ def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: st
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gemma3", "it reads images too: give the checkpoint of its text part alone (gemma3_text)"),
+        ("llama4", "its router scales what its experts read, and attention is by chunks"),
         ("gpt_oss", "its attention has sinks"),
         ("qwen2_moe", "its experts are joined by a shared one"),
         ("deepseek_v3", "its attention compresses keys and values"),
@@ -130,9 +131,8 @@ def test_sizes_and_windows() -> None:
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
         fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3", "hunyuan")) else {}
-        decoder = Decoder(
-            _config(model_type, num_hidden_layers=1, word_embed_proj_dim=32, pad_token_id=0, **fields), attention=NAME
-        )
+        fields |= {"num_hidden_layers": 1, "word_embed_proj_dim": 32, "pad_token_id": 0}
+        decoder = Decoder(family_config(model_type) if row.sight else _config(model_type, **fields), attention=NAME)
         block, family = decoder.empty_block(0), decoder.family
         for name in (*family.projections, family.attention_norm, family.mlp_norm, family.attention):
             block.get_submodule(name)

@@ -19,6 +19,7 @@ from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations
 from rotoboa.tests.small_families import FAMILIES as SMALL
+from rotoboa.tests.small_families import SEEING
 
 EXACT = 1e-9  # logits are of order 1 to 10
 NAMES = [*SMALL]
@@ -247,4 +248,4 @@ def test_split_blocks_compute_the_same(family_model: Callable[..., nn.Module], n
 
 
 def test_all_families_are_tested() -> None:
-    assert {name.partition("-")[0] for name in NAMES} == set(FAMILIES)
+    assert {name.partition("-")[0] for name in (*NAMES, *SEEING)} == set(FAMILIES)

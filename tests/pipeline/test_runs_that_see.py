@@ -1,0 +1,149 @@
+"""Models that see through whole runs: calibrated on text, loaded as the class they came with, given an image."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+import rotoboa
+from rotoboa.boa.online.attention import NAME
+from rotoboa.errors import InputError
+from rotoboa.export.runtime.linear import QuantizedLinear
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.decoder import Decoder
+from rotoboa.models.families import family_for
+from rotoboa.pipeline.exporting import export
+from rotoboa.tests.seen import AT, LENGTH, inputs
+from rotoboa.tests.small_families import SEEING, family_config, make_family
+
+SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
+CLASSES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+# By recipe: its fields, and how far from full precision the logits may be, as a share of them.
+RECIPES: dict[str, tuple[dict[str, Any], float]] = {
+    "w8a8": ({"activations.bits": 16, "weights.method": "rtn", "evaluation.baseline": False}, 0.03),
+    "w4a4kv4": ({}, 0.6),
+}
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [*RECIPES])
+@pytest.mark.parametrize("name", [*SEEING])
+def test_it_sees_what_full_precision_sees(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str, recipe: str
+) -> None:
+    fields, limit = RECIPES[recipe]
+    checkpoint, run = save_family(tmp_path / "model", name), tmp_path / "run"
+    (checkpoint / "preprocessor_config.json").write_text('{"size": 16}')
+    rotoboa.quantize(make_recipe(recipe, {"model": str(checkpoint), "output": run, **SMALL, **fields}))
+    original, seen = make_family(name, attention="sdpa"), inputs(name)
+    expected = original(**seen).logits
+    blind = original(**{**seen, "pixel_values": torch.zeros_like(seen["pixel_values"])}).logits
+
+    model, _ = rotoboa.load(run, dtype=torch.float32)
+    assert type(model).__name__ == CLASSES[name.partition("-")[0]] == type(original).__name__
+    logits = model(**seen).logits
+    for part in (slice(0, AT.start), AT, slice(AT.stop, LENGTH)):
+        assert 1e-4 < _error(logits[:, part], expected[:, part]) < limit
+    if recipe == "w8a8":
+        assert _error(logits, expected) < 0.1 * _error(blind, expected)
+    generated = model.generate(**seen, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert generated.shape == (1, LENGTH + 4)
+
+    config = model.config
+    assert (config.text_config._attn_implementation, config.vision_config._attn_implementation) == (NAME, "sdpa")
+    decoder, packed = family_for(config, "it"), [n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    assert packed and all(module.startswith(f"{decoder.layers}.") for module in packed)
+    stored, own = load_file(run / "model" / "model.safetensors"), original.state_dict()
+    assert decoder.sight is not None
+    turned = {key for key in own if key.startswith(decoder.sight.prefixes) and not torch.equal(stored[key], own[key])}
+    spec = json.loads((run / "model" / "config.json").read_text())["quantization_config"]
+    merged = spec["r1"] and not spec["online_r1"]
+    assert turned == {key for key in own if merged and decoder.sight.writes(key)}
+    assert (run / "model" / "preprocessor_config.json").is_file()
+
+    model.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert (again(**seen).logits - logits).abs().max() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*SEEING])
+def test_names_on_disk_are_read(save_family: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """Those that transformers writes, which are the hub's; blocks compute what the whole class does."""
+    checkpoint = Checkpoint(save_family(tmp_path, name))
+    decoder, outer = Decoder(checkpoint.config, attention=NAME), checkpoint.outer_layers()
+    checkpoint.check(decoder.shapes)
+    tied = {"lm_head.weight"} if decoder.tied else set()
+    assert set(decoder.shapes) - tied == set(checkpoint.names) - tied
+    assert not checkpoint.notices(decoder.shapes)
+    tokens = torch.randint(3, 90, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    hidden = decoder.embed(outer, tokens)
+    for index in range(decoder.shape.blocks):
+        hidden = decoder.run(decoder.block(index, checkpoint.block(index)), hidden)
+    expected = make_family(name)(tokens, use_cache=False).logits
+    torch.testing.assert_close(decoder.logits(outer)(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_model_that_is_turned_is_untied_wherever_its_config_says(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Older configs have the field in `text_config`, from where transformers takes it up again."""
+    folder = save_family(tmp_path / "model", "qwen2_5_vl")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["tie_word_embeddings"]
+    config["text_config"]["tie_word_embeddings"] = True
+    file.write_text(json.dumps(config))
+    fields, _ = RECIPES["w8a8"]
+    rotoboa.quantize(make_recipe("w8a8", {"model": str(folder), "output": tmp_path / "run", **SMALL, **fields}))
+    model, _ = rotoboa.load(tmp_path / "run")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
+    assert not torch.equal(head.weight, embedding.weight)
+
+
+def test_another_decoder_is_refused() -> None:
+    config = family_config("mistral3")
+    config.text_config = family_config("llama")
+    with pytest.raises(InputError, match=r"'mistral3' model whose decoder is a 'llama', and mistral or ministral3 is"):
+        family_for(config, "it")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"])
+def test_stock_transformers_sees_what_native_does(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """In the compressed-tensors format, whose readers leave alone what sees; other formats are refused by name."""
+    run, folder = tmp_path / "run", save_family(tmp_path / "model", name)
+    settings = make_recipe("w4a16", {"model": str(folder), "output": run, **SMALL, "evaluation.baseline": False})
+    rotoboa.quantize(settings)
+    exported, seen = export(run, "compressed-tensors"), inputs(name)
+    native, _ = rotoboa.load(run, dtype=torch.float32)
+    stock: Any = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32)
+    assert type(stock) is type(native)
+    expected = native(**seen).logits
+    torch.testing.assert_close(stock(**seen).logits, expected, rtol=0, atol=0.01 * float(expected.std()))
+    ignored = set(json.loads((exported / "config.json").read_text())["quantization_config"]["ignore"])
+    towers = {module for module in ignored if isinstance(native.get_submodule(module), nn.Linear)}
+    assert len(towers) > 4 and not any("language_model" in module for module in towers)
+    assert "AutoModelForImageTextToText.from_pretrained" in (exported / "README.md").read_text()
+    for format_name, words in {"gptq": "'%s' sees: use", "mlx": "this is a '%s'", "gguf": "this is a '%s'"}.items():
+        with pytest.raises(InputError) as caught:
+            export(run, format_name)
+        assert words % name in str(caught.value)
