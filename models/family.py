@@ -148,7 +148,7 @@ class Family:
 
     def text(self, config: Any) -> Any:
         """The config of the decoder, of that of the whole model."""
-        found = config if self.sight is None else config.text_config
+        found = config if self.sight is None else getattr(config, "text_config", None) or config  # older ones are flat
         return SimpleNamespace(**found) if isinstance(found, dict) else found
 
     def expert(self, index: int) -> tuple[str, str, str]:

@@ -14,10 +14,12 @@ from transformers import AutoModelForImageTextToText
 import rotoboa
 from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError
+from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import family_for
+from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import export
 from rotoboa.tests.seen import AT, LENGTH, inputs
 from rotoboa.tests.small_families import SEEING, family_config, make_family
@@ -99,22 +101,61 @@ def test_names_on_disk_are_read(save_family: Callable[..., Path], tmp_path: Path
     torch.testing.assert_close(decoder.logits(outer)(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 def test_a_tied_model_that_is_turned_is_untied_wherever_its_config_says(
-    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path, flat: bool
 ) -> None:
-    """Older configs have the field in `text_config`, from where transformers takes it up again."""
+    """Older configs have the field in `text_config`, from where transformers takes it up again, or are flat."""
     folder = save_family(tmp_path / "model", "qwen2_5_vl")
     file = folder / "config.json"
     config = json.loads(file.read_text())
     del config["tie_word_embeddings"]
     config["text_config"]["tie_word_embeddings"] = True
+    if flat:
+        text = config.pop("text_config")
+        del text["model_type"]
+        config |= text
     file.write_text(json.dumps(config))
     fields, _ = RECIPES["w8a8"]
     rotoboa.quantize(make_recipe("w8a8", {"model": str(folder), "output": tmp_path / "run", **SMALL, **fields}))
-    model, _ = rotoboa.load(tmp_path / "run")
+    model, _ = rotoboa.load(tmp_path / "run", dtype=torch.float32)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
     assert not torch.equal(head.weight, embedding.weight)
+    original, seen = make_family("qwen2_5_vl", attention="sdpa"), inputs("qwen2_5_vl")
+    with torch.no_grad():
+        assert _error(model(**seen).logits, original(**seen).logits) < 0.03
+    inspect(export(tmp_path / "run", "compressed-tensors"))
+
+
+def test_the_plan_counts_the_decoder_and_the_files_all(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Layers of towers have the names that a decoder's have, and are not quantized."""
+    folder, run = save_family(tmp_path / "model", "gemma3"), tmp_path / "run"
+    recipe = make_recipe("w4a16", {"model": str(folder), "output": run, **SMALL, "weights.method": "rtn"})
+    planned = plan(recipe)
+    rotoboa.quantize(recipe)
+    model, _ = rotoboa.load(run)
+    decoder = Decoder(Checkpoint(folder).config)
+    assert planned["model"]["parameters"] == sum(p.numel() for p in make_family("gemma3").parameters())
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert planned["model"]["quantized_parameters"] == sum(m.in_features * m.out_features for m in layers)
+    assert len(layers) == 7 * decoder.shape.blocks
+    held = sum(tensor.nbytes for tensor in load_file(run / "model" / "model.safetensors").values())
+    assert planned["sizes"]["quantized"] == held
+
+
+def test_online_rotations_are_refused_for_what_sees(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """vLLM finds the layers that they are for by how names end, and those of towers end so too."""
+    folder, fields = save_family(tmp_path / "model", "qwen2_5_vl"), {"rotation.r4": True, "weights.method": "rtn"}
+    rotoboa.quantize(make_recipe("w4a16", {"model": str(folder), "output": tmp_path / "run", **SMALL, **fields}))
+    with pytest.raises(
+        InputError, match=r"needs R4 \(an online rotation before down\), which compressed-tensors cannot"
+    ):
+        export(tmp_path / "run", "compressed-tensors")
 
 
 def test_another_decoder_is_refused() -> None:
