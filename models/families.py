@@ -138,6 +138,15 @@ _ROWS = (
         experts_field="num_experts",
         legal={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
     ),
+    replace(
+        _EXPERTS,
+        model_type="olmoe",
+        query_norm="self_attn.q_norm",
+        key_norm="self_attn.k_norm",
+        head_norms_whole=True,
+        experts_field="num_experts",
+        legal={"clip_qkv": (None,)},
+    ),
     Family("seed_oss", note="biases of q, k, v and o"),
     Family("ministral3", window="all", note="queries grow with far positions; sliding window"),
     Family(

@@ -69,6 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "head_dim": 16,
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None, "norm_topk_prob": False},
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
     "ministral3": {
@@ -148,6 +149,13 @@ SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**FAMILIES["qwen2"], "pad_token_id": 0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
         {
             "vision_config": {"window_size": 16, "fullatt_block_indexes": [1], **_OF_QWEN},
+            "image_token_id": IMAGE,
+        },
+    ),
+    "qwen2_vl": (
+        {**FAMILIES["qwen2"], "pad_token_id": 0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        {
+            "vision_config": {"depth": 2, "num_heads": 2, "embed_dim": 16, "hidden_size": 32, "patch_size": 4},
             "image_token_id": IMAGE,
         },
     ),

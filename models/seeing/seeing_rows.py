@@ -38,12 +38,15 @@ def rows_that_see(rows: Mapping[str, Family]) -> dict[str, Family]:
             renamed=_LLAVA,
             note="sees; the decoder is that of mistral or ministral3",
         ),
-        replace(
-            _inside(rows["qwen2"]),
-            model_type="qwen2_5_vl",
-            sight=Sight(("qwen2_5_vl_text",), ("model.visual",), ("model.visual.merger.mlp.2",)),
-            renamed=((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", f"{INSIDE}.")),
-            note="sees; the decoder is that of qwen2, RoPE has three axes, which are one in text",
+        *(
+            replace(
+                _inside(rows["qwen2"]),
+                model_type=name,
+                sight=Sight((f"{name}_text",), ("model.visual",), ("model.visual.merger.mlp.2",)),
+                renamed=((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", f"{INSIDE}.")),
+                note="sees; the decoder is that of qwen2, RoPE has three axes, which are one in text",
+            )
+            for name in ("qwen2_vl", "qwen2_5_vl")
         ),
         replace(
             _inside(rows["qwen3"]),

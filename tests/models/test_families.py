@@ -35,6 +35,7 @@ def _config(model_type: str, **fields: Any) -> Any:
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers \\[1\\]"),
     ],

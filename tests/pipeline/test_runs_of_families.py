@@ -31,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Weights alone are rounded in the same way whatever attention does; norms, biases, fused layers and experts differ.
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "olmo2", "glm4"),
-    *("granite", "starcoder2"),
+    *("granite", "starcoder2", "olmoe"),
 )
 CASES = [(name, "w4a4kv4") for name in NAMES] + [(name, "w2a16") for name in WEIGHTS_ALONE]
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
