@@ -44,8 +44,9 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", [*RECIPES])
-@pytest.mark.parametrize("name", [*SEEING])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [*((name, "w8a8") for name in SEEING), ("gemma3", "w4a4kv4"), ("qwen3_vl", "w4a4kv4")]
+)
 def test_it_sees_what_full_precision_sees(
     save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str, recipe: str
 ) -> None:
@@ -167,7 +168,7 @@ def test_another_decoder_is_refused() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
 def test_stock_transformers_sees_what_native_does(
     save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
