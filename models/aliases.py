@@ -133,6 +133,7 @@ ALIASES = (
     Alias("qwen3-vl-2b-instruct", "Qwen/Qwen3-VL-2B-Instruct"),
     Alias("qwen3-vl-4b-instruct", "Qwen/Qwen3-VL-4B-Instruct"),
     Alias("qwen3-vl-8b-instruct", "Qwen/Qwen3-VL-8B-Instruct"),
+    Alias("qwen3-vl-30b-a3b-instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
     Alias("olmoe-7b", "allenai/OLMoE-1B-7B-0924"),
     Alias("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1"),
     Alias("mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1"),

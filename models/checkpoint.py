@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
 from .families import Family, check_type, family_for
-from .layout import split_tensors
+from .layout import on_disk, split_tensors
 from .matrices import StoredMatrix, check_finite, spans
 from .names import give_causal, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
@@ -187,6 +187,7 @@ class Checkpoint:
         Raises:
             InputError: one is not, or a block has tensors that are not expected.
         """
+        expected = self._on_disk(expected)
         tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
         for name in expected:
             if name not in self._stored and name != tied:
@@ -220,6 +221,7 @@ class Checkpoint:
 
     def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
         """A sentence on each kind of thing in the folder that has no part in the model whose tensors are `expected`."""
+        expected = self._on_disk(expected)
         notices, unread = [], sorted(set(self.folder.glob("*.safetensors")) - set(self.files))
         if names := left_out(self._stored, expected, self.family):
             notices.append(left_out_notice(names, self.family))
@@ -233,6 +235,9 @@ class Checkpoint:
                 "transformers does, though config.json says that they are one."
             )
         return notices
+
+    def _on_disk(self, expected: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        return on_disk(expected, self.family, Shape.of(self.config), lambda n: self.shape(n) if n in self else ())
 
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of decoder block `index`, by their names inside the block, each projection by itself."""

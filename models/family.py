@@ -75,6 +75,7 @@ class Family:
         window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
         merged: linear layers that hold several projections.
         experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
+        fused: on disk the experts of a block are two tensors, gates and ups end to end; else each is by itself.
         ffn_field, experts_field: names of these sizes in the config.
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
@@ -129,6 +130,7 @@ class Family:
     merged: tuple[Merged, ...] = ()
     experts: str | None = None
     router: str | None = None
+    fused: bool = False
     ffn_field: str = "intermediate_size"
     experts_field: str | None = None
     expert_count: int = 0

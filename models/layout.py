@@ -101,11 +101,20 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
                 pieces = tensor.split([getattr(shape, size) for size in merged.parts.values()])
                 names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
                 result.update(zip(names, pieces, strict=True))
+    if family.fused:
+        both, down = (result.pop(f"{family.experts}.{part}_proj") for part in ("gate_up", "down"))
+        # The hub's are (experts, in, out), and those that transformers saves anew (experts, out, in), as it computes.
+        both = both if both.shape[1:] == (2 * shape.ffn, shape.hidden) else both.mT
+        down = down if down.shape[1:] == (shape.hidden, shape.ffn) else down.mT
+        for i in range(shape.experts):
+            parts = (*both[i].split(shape.ffn), down[i])
+            names = (f"{projection}.weight" for projection in family.expert(i))
+            result.update((name, part.contiguous()) for name, part in zip(names, parts, strict=True))
     return result
 
 
 def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Shape) -> dict[str, torch.Size]:
-    """The tensors a checkpoint holds, of those that the model has: every expert is on disk by itself."""
+    """The tensors of a checkpoint, of those that the model has, every expert by itself; see `on_disk`."""
     result = {}
     for name, size in shapes.items():
         if family.experts and f"{family.experts}." in name:
@@ -116,6 +125,25 @@ def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Sha
         for i in range(family.expert_count):
             for projection, size in zip(family.expert(i), (wide, wide, tall), strict=True):
                 result[f"{family.layers}.{block}.{projection}.weight"] = size
+    return result
+
+
+def on_disk(
+    expected: Mapping[str, torch.Size], family: Family, shape: Shape, found: Callable[[str], tuple[int, ...]]
+) -> Mapping[str, torch.Size]:
+    """`expected_shapes` as files have them, which may hold all experts of a block together, either way round.
+
+    `found` gives the shape of a tensor in the files, () where there is none.
+    """
+    if not family.fused:
+        return expected
+    result = {name: size for name, size in expected.items() if f".{family.experts}." not in name}
+    for block in range(shape.blocks):
+        stem = f"{family.layers}.{block}.{family.experts}"
+        for part, size in {"gate_up": (2 * shape.ffn, shape.hidden), "down": (shape.hidden, shape.ffn)}.items():
+            turned = (shape.experts, *reversed(size))
+            name = f"{stem}.{part}_proj"
+            result[name] = torch.Size(turned if found(name) == turned else (shape.experts, *size))
     return result
 
 

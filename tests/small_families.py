@@ -171,6 +171,10 @@ SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+SEEING["qwen3_vl_moe"] = (
+    {**SEEING["qwen3_vl"][0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    SEEING["qwen3_vl"][1],
+)
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 

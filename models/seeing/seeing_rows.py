@@ -60,7 +60,17 @@ def rows_that_see(rows: Mapping[str, Family]) -> dict[str, Family]:
             note="sees, and adds what it saw to the first blocks; the decoder is that of qwen3, RoPE has three axes",
         ),
     )
-    return {row.model_type: row for row in found}
+    dense = found[-1]
+    assert dense.sight is not None
+    mixture = replace(
+        _inside(rows["qwen3_moe"]),
+        model_type="qwen3_vl_moe",
+        window=None,
+        fused=True,
+        sight=replace(dense.sight, texts=("qwen3_vl_moe_text",)),
+        note="as qwen3_vl; the decoder is that of qwen3_moe",
+    )
+    return {row.model_type: row for row in (*found, mixture)}
 
 
 def _inside(row: Family) -> Family:

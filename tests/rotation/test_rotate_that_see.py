@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from rotoboa.boa.online.attention import NAME
 from rotoboa.models.decoder import Decoder
+from rotoboa.models.layout import split_modules
 from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.rotation.rotate import Rotations
+from rotoboa.tests.rotation.test_rotate_families import split_modules_state
 from rotoboa.tests.seen import inputs
 from rotoboa.tests.small_families import SEEING
 
@@ -37,14 +39,16 @@ def test_logits_of_an_image_stay(family_model: Callable[..., nn.Module], name: s
     blind = model(**{**seen, "pixel_values": torch.zeros_like(seen["pixel_values"])}).logits
     assert (blind - expected).abs().max() > 0.1, "the image matters"
 
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = {key: tensor.clone() for key, tensor in split_modules_state(model, decoder).items()}
+    for block in model.get_submodule(family.layers):
+        split_modules(block, family, shape)
     rotations = Rotations.of(shape, r1=not family.post_norms, r2=True, r3=False, r4=False, seed=3)
     rotated = dict(state)
     rotated |= rotations.rotate_outer_layers(OuterLayers.of(family, state), family).named(family)
     for index in range(shape.blocks):
         prefix = f"{family.layers}.{index}."
-        block = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-        rotated |= {prefix + key: t for key, t in rotations.rotate_block(block, family, index).items()}
+        tensors = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        rotated |= {prefix + key: t for key, t in rotations.rotate_block(tensors, family, index).items()}
     model.load_state_dict(rotated)
     if rotations.turned:
         assert (model(**seen).logits - expected).abs().max() > 1e-2, "images come in another basis than the stream's"
