@@ -262,15 +262,19 @@ class Checkpoint:
             self.final_norm(),
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
-            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else self._further("final_norm"),
-            head_bias=self._further("head"),
+            norm_bias=self._norm_bias(),
+            head_bias=self._further("head", self.family.head_bias),
             others={name: self.tensor(name) for name in family.others},
         )
 
-    def _further(self, part: str) -> Tensor | None:
-        """The bias of a part, where no row says whether it has one."""
+    def _norm_bias(self) -> Tensor | None:
+        bias = self._further("final_norm", self.family.layer_norm)
+        return torch.zeros_like(self.final_norm()) if bias is None and self.family.layer_norm else bias
+
+    def _further(self, part: str, has: bool) -> Tensor | None:
+        """The bias of a part that `has` one, or of which no row says whether it does."""
         name = f"{getattr(self.family, part)}.bias"
-        return self.tensor(name) if self.family.generic and name in self else None
+        return self.tensor(name) if (has or self.family.generic) and name in self else None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import InputError
 from .families import Family, family_for
-from .layout import drop_norm_bias, expected_shapes, split_modules
+from .layout import drop_norm_bias, expected_shapes, give_norm_bias, split_modules
 from .matrices import spans
 from .outer_layers import OuterLayers
 from .shape import Shape
@@ -82,7 +82,7 @@ class Decoder:
         """
         module = module if module is not None else self.empty_block(index)
         if self.family.layer_norm:
-            for norm in (self.family.attention_norm, self.family.mlp_norm):
+            for norm in self.family.norm_readers:
                 if f"{norm}.bias" not in tensors:
                     drop_norm_bias(module, norm)
         state = {
@@ -100,8 +100,8 @@ class Decoder:
         """The final norm with `weight` and, for a LayerNorm that has not lost it, `bias`, each (hidden,)."""
         outer = nn.Module()
         outer.add_module("norm", copy.deepcopy(self.skeleton.get_submodule(self.family.final_norm)))
-        if self.family.layer_norm and bias is None:
-            drop_norm_bias(outer, "norm")
+        if self.family.layer_norm:
+            (give_norm_bias if bias is not None else drop_norm_bias)(outer, "norm")
         state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         module = outer.get_submodule("norm")
         module.load_state_dict({name: t.to(self.device, self.dtype) for name, t in state.items()}, assign=True)
@@ -130,6 +130,7 @@ class Decoder:
         turn = None if outer.before_head is None else outer.before_head.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
         divisor = getattr(self.config, self.family.logits_divisor) if self.family.logits_divisor else 1
+        factor = getattr(self.config, self.family.logits_factor) if self.family.logits_factor else 1
         parts = spans(outer.head)
         sent = None if self.device.type == "cpu" else [outer.head[rows].to(self.device) for rows in parts]
 
@@ -141,6 +142,7 @@ class Decoder:
                 found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))
             logits = found[0] if len(found) == 1 else torch.cat(found, -1)
             logits = logits if divisor == 1 else logits / divisor
+            logits = logits if factor == 1 else logits * factor
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return function
@@ -203,8 +205,13 @@ class Decoder:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block over `hidden` (batch, length, hidden), causal, from position 0."""
-        output: Tensor = block(hidden, **self.arguments(block, hidden.shape[1]))
-        return output
+        return stream_of(block(hidden, **self.arguments(block, hidden.shape[1])))
+
+
+def stream_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states of what a block puts out: some put out attention's probabilities beside them."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:

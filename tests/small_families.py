@@ -116,6 +116,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 16, "use_bias": True, "pad_token_id": None, "tie_word_embeddings": True},
     "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": None},
     "glm4": {"head_dim": 16, "pad_token_id": None},
+    "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.5},
+    "gpt_neox-serial": {"model_type": "gpt_neox", "num_key_value_heads": 4, "use_parallel_residual": False},
+    "phi": {"partial_rotary_factor": 0.5},
+    "cohere2": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 2.0,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "stablelm-parallel": {
+        "model_type": "stablelm",
+        "partial_rotary_factor": 0.5,
+        "use_qkv_bias": True,
+        "use_parallel_residual": True,
+    },
 }
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 

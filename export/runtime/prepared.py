@@ -14,7 +14,7 @@ from ...boa.online.transforms import INPUT_SCALE, InputTransform, OnlineTransfor
 from ...boa.scheme import QuantizationScheme
 from ...models.decoder import Decoder
 from ...models.families import Family
-from ...models.layout import fold_layer_norms, split_modules
+from ...models.layout import fold_layer_norms, give_norm_bias, split_modules
 from ...models.shape import Shape
 from ..spec import Spec
 from .embedding import QuantizedEmbedding, TiedHead
@@ -57,6 +57,8 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
         prepare_block(split_modules(block, family, shape), family, schemes, transforms)
+    if family.layer_norm:
+        give_norm_bias(model, family.final_norm)
     if family.layer_norm and spec.turned:
         fold_layer_norms(model, family)  # first: a packed head has the bias of the one that it replaces
     _prepare_outer(model, family, spec)

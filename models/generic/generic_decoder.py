@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..decoder import Decoder
+from ..decoder import Decoder, stream_of
 from ..families import FAMILIES, family_for
 from ..outer_layers import OuterLayers
 from ..shape import Shape
@@ -98,6 +98,4 @@ class GenericDecoder(Decoder):
         if size not in self._calls:
             self._calls = {size: self._shell.calls(*size)}  # masks are large: those of one size are kept
         call = self._calls[size][self.index_of(block)]
-        output = block(hidden, *call.args, **call.kwargs)
-        found: Tensor = output if isinstance(output, Tensor) else output[0]
-        return found
+        return stream_of(block(hidden, *call.args, **call.kwargs))
