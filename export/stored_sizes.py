@@ -29,6 +29,8 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
     for module in (f.embedding, f.head):
         rows, columns = decoder.shapes[f"{module}.weight"]
         stored[f"{module}.weight"] = packed_bytes(rows, columns, spec.outer(module), itemsize)
+    if f.embedding_norm is not None:
+        stored = {name: size for name, size in stored.items() if not name.startswith(f"{f.embedding_norm}.")}
     if f.layer_norm:
         stored |= _given_biases(decoder, itemsize)
     if spec.turned and f.layer_norm:  # biases of norms are folded, that of the last into the head

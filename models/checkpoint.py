@@ -18,7 +18,7 @@ from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
 from .families import Family, check_type, family_for
 from .layout import split_tensors
-from .matrices import StoredMatrix, check_finite, spans
+from .matrices import Matrix, NormedMatrix, StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
 from .running import forget_running
@@ -258,7 +258,7 @@ class Checkpoint:
         """All that is outside the blocks, embedding and head not read yet."""
         family, embedding, head = self.family, self.embedding(), self.head()
         return OuterLayers(
-            embedding,
+            self._normed(embedding),
             self.final_norm(),
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
@@ -266,6 +266,13 @@ class Checkpoint:
             head_bias=self._further("head", self.family.head_bias),
             others={name: self.tensor(name) for name in family.others},
         )
+
+    def _normed(self, embedding: StoredMatrix) -> Matrix:
+        norm = self.family.embedding_norm
+        if norm is None:
+            return embedding
+        parts = (self.tensor(f"{norm}.{part}") for part in ("weight", "bias"))
+        return NormedMatrix(embedding, *parts, float(getattr(self.config, self.family.embedding_epsilon)))
 
     def _norm_bias(self) -> Tensor | None:
         bias = self._further("final_norm", self.family.layer_norm)

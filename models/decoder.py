@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,14 +42,15 @@ class Decoder:
     ) -> None:
         self.config = config
         self.family: Family = family_for(config, "the model")
-        self.dtype = dtype
+        self.attention, self.dtype = attention, dtype
         self.device = torch.device(device)
         try:
             self.shape = Shape.of(config)
             if self.shape.blocks < 1:
                 raise ValueError(f"num_hidden_layers is {self.shape.blocks}")
             with torch.device("meta"):
-                self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+                own = self.family.own_attention or attention
+                self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=own, dtype=dtype)
             # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.
             self._rotary = None
             if self.family.rotary is not None:
@@ -69,7 +71,7 @@ class Decoder:
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device, a module of its own, with one linear layer a projection."""
         block = copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
-        return split_modules(block, self.family, self.shape)
+        return split_modules(block, self.family, self.shape, self.attention)
 
     def block(self, index: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> nn.Module:
         """Block `index` with the weights `tensors` (names inside the block), ready to compute.
@@ -201,7 +203,15 @@ class Decoder:
         }
         if self._rotary is not None:
             arguments["position_embeddings"] = self.position_embeddings(length, index)
+        if self.family.own_attention:
+            arguments["alibi"] = self._alibi(length) if self.family.alibi else None
         return arguments
+
+    def _alibi(self, length: int) -> Tensor:
+        """Of each key, (heads, 1, length), by the code of the class."""
+        build = sys.modules[type(self.skeleton).__module__].build_alibi_tensor
+        found: Tensor = build(torch.ones(1, length, device=self.device), self.shape.query_heads, self.dtype)
+        return found
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block over `hidden` (batch, length, hidden), causal, from position 0."""

@@ -56,17 +56,19 @@ class Family:
         scaled_embedding: the embedding is multiplied by the square root of the hidden size.
         embedding_factor, branch_factor, logits_divisor, logits_factor: names of these numbers in the config; a branch
             is what is added to the residual stream.
-        embedding_norm: LayerNorm of the embedding's rows. It is computed where they are read from a checkpoint, and is
-            no part of a quantized model.
+        embedding_norm, embedding_epsilon: LayerNorm of the embedding's rows, and its epsilon's name in the config. It
+            is computed where they are read from a checkpoint, and is no part of a quantized model.
         norm_offset: what RMSNorm adds to the stored weight: 0 for `w * x`, 1 for Gemma's `(1 + w) * x`.
         pre_norms: false where attention and MLP read the stream itself; `layout.split_modules` then puts an identity
             where `attention_norm` and `mlp_norm` say.
         layer_norm: norms are LayerNorm with weight and bias; where a norm, or a layer that reads one, has no bias,
             `layout.split_modules` gives it one of zeros, so that there is room for what is folded.
         parallel: attention and MLP read the same stream, and both are added to it; `mlp_norm` may then be
-            `attention_norm`. `alibi`: logits are less by the distance of tokens, a slope a head. `own_attention`: the
-            module of attention takes no function, and `layout.split_modules` puts `inner_attention.InnerAttention` in
-            its place.
+            `attention_norm`.
+        alibi: what gets a bias by the distance of tokens, a slope a head, as the `build_alibi_tensor` of the class has
+            it: "logits", or "products" of queries and keys, which are scaled to logits with it; "" without.
+        own_attention: where the module of attention takes no function, the name by which the class can be made;
+            `layout.split_modules` then puts `inner_attention.InnerAttention` in the module's place. "" elsewhere.
         attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
         query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE. `head_norms_last`: after it.
             `head_norms_whole`: over all heads together.
@@ -111,8 +113,8 @@ class Family:
     pre_norms: bool = True
     layer_norm: bool = False
     parallel: bool = False
-    alibi: bool = False
-    own_attention: bool = False
+    alibi: str = ""
+    own_attention: str = ""
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     query_norm: str | None = None
@@ -121,6 +123,7 @@ class Family:
     position_offset: int = 0
     scaled_embedding: bool = False
     embedding_norm: str | None = None
+    embedding_epsilon: str = ""
     embedding_factor: str = ""
     branch_factor: str = ""
     logits_divisor: str = ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Family, Merged
+from .inner_attention import InnerAttention
 from .shape import Shape
 
 
@@ -75,8 +76,11 @@ class Experts(nn.ModuleList):
         return output
 
 
-def split_modules(block: nn.Module, family: Family, shape: Shape) -> nn.Module:
-    """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied."""
+def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str = "sdpa") -> nn.Module:
+    """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied.
+
+    `attention` is the name of the function that an attention of ours calls, where the class has it inside itself.
+    """
     if not family.pre_norms:
         block.add_module(family.attention_norm, nn.Identity())
         block.add_module(family.mlp_norm, nn.Identity())
@@ -87,6 +91,9 @@ def split_modules(block: nn.Module, family: Family, shape: Shape) -> nn.Module:
         for part, size in merged.parts.items():
             stacked.add_module(part, _linear(linear, getattr(shape, size)))
         block.set_submodule(merged.name, stacked)
+    if family.own_attention:
+        inner = block.get_submodule(family.attention)
+        block.set_submodule(family.attention, InnerAttention(inner, family, shape, attention))
     if family.experts:
         fused = block.get_submodule(family.experts)
         like = next(fused.parameters())

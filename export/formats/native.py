@@ -57,7 +57,8 @@ class RotoboaQuantizer(HfQuantizer):
             return config
         if config._attn_implementation is not None:
             _keep_attention(config._attn_implementation)
-        config._attn_implementation = NAME
+        # A class that has attention inside itself knows no other name; ours then takes the module's place.
+        config._attn_implementation = FAMILIES[config.model_type].own_attention or NAME
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -68,6 +69,8 @@ class RotoboaQuantizer(HfQuantizer):
         spec = self.quantization_config.spec.inside(base_prefix(model))
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
+        if family.own_attention:
+            config._attn_implementation = NAME  # whose masks are made from here on
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")

@@ -41,7 +41,7 @@ class GenericDecoder(Decoder):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.config, self.attention = config, attention
         family = family_for(config, "the model")
         assert isinstance(family, GenericFamily)
         self.family, self.shape = family, Shape.of(config)

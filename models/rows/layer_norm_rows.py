@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..family import Family, Merged, Variant
 
 _BY_HEAD = {"query": "query_width", "key": "key_width", "value": "key_width"}
+_BLOOM = Family(
+    "",
+    embedding="transformer.word_embeddings",
+    layers="transformer.h",
+    rotary=None,
+    final_norm="transformer.ln_f",
+    attention="self_attention",
+    query="self_attention.query_key_value.query",
+    key="self_attention.query_key_value.key",
+    value="self_attention.query_key_value.value",
+    output="self_attention.dense",
+    gate="",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    layer_norm=True,
+    own_attention="eager",
+    merged=(Merged("self_attention.query_key_value", _BY_HEAD, groups="key_heads"),),
+)
 ROWS = (
     Family(
         "opt",
@@ -100,5 +120,43 @@ ROWS = (
         layer_norm=True,
         variants=(Variant({"use_parallel_residual": True}, {"parallel": True, "mlp_norm": "input_layernorm"}),),
         legal={"qk_layernorm": (False,)},
+    ),
+    replace(
+        _BLOOM,
+        model_type="bloom",
+        note="ALiBi, in the objectives too; the norm behind the embedding goes into its rows, which the output layer "
+        "then has not; q, k, v merged by head",
+        embedding_norm="transformer.word_embeddings_layernorm",
+        embedding_epsilon="layer_norm_epsilon",
+        activation="mlp.gelu_impl",
+        alibi="logits",
+        legal={"apply_residual_connection_post_layernorm": (False,)},
+    ),
+    replace(
+        _BLOOM,
+        model_type="falcon",
+        note="7B and 40B: attention and MLP side by side behind one norm or two; q, k, v merged by key head; RW: ALiBi",
+        rotary="transformer.rotary_emb",
+        own_attention="sdpa",  # with transformers 5.24 its "eager" adds ALiBi twice
+        mlp_norm="input_layernorm",
+        activation="mlp.act",
+        parallel=True,
+        ffn_field="ffn_hidden_size",
+        key_heads="num_kv_heads",
+        variants=(
+            Variant({"new_decoder_architecture": False, "multi_query": True}, {"key_heads": 1}),
+            Variant(
+                {"new_decoder_architecture": False, "parallel_attn": False},
+                {"parallel": False, "mlp_norm": "post_attention_layernorm"},
+            ),
+            *(
+                Variant(
+                    {"new_decoder_architecture": True, "num_ln_in_parallel_attn": norms},
+                    {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+                )
+                for norms in (2, None)
+            ),
+            Variant({"alibi": True}, {"rotary": None, "alibi": "products"}),
+        ),
     ),
 )

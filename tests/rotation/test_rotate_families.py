@@ -117,6 +117,10 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
             heads, size = fused.chunk(shape.key_heads), shape.head_dim
             parts = {"query": slice(-2 * size), "key": slice(-2 * size, -size), "value": slice(-size, None)}
             state |= {f"{stem}.{part}.{kind}": torch.cat([head[s] for head in heads]) for part, s in parts.items()}
+    if decoder.family.embedding_norm:
+        parts = (state.pop(f"{decoder.family.embedding_norm}.{part}") for part in ("weight", "bias"))
+        name = f"{decoder.family.embedding}.weight"
+        state[name] = nn.functional.layer_norm(state[name], (shape.hidden,), *parts, eps=1e-5)
     if decoder.family.layer_norm:  # each norm has a bias, and each layer that reads one
         family = decoder.family
         biased = [name for norm, readers in family.norm_readers.items() for name in (norm, *readers)]
