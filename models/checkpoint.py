@@ -256,32 +256,28 @@ class Checkpoint:
 
     def outer_layers(self) -> OuterLayers:
         """All that is outside the blocks, embedding and head not read yet."""
-        family, embedding, head = self.family, self.embedding(), self.head()
+        family, embedding, head, norm = self.family, self.embedding(), self.head(), self.final_norm()
+        none = torch.zeros_like(norm) if family.layer_norm else None
         return OuterLayers(
             self._normed(embedding),
-            self.final_norm(),
+            norm,
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
-            norm_bias=self._norm_bias(),
+            norm_bias=self._further("final_norm", family.layer_norm, none),
             head_bias=self._further("head", self.family.head_bias),
             others={name: self.tensor(name) for name in family.others},
         )
 
     def _normed(self, embedding: StoredMatrix) -> Matrix:
-        norm = self.family.embedding_norm
-        if norm is None:
+        if (norm := self.family.embedding_norm) is None:
             return embedding
-        parts = (self.tensor(f"{norm}.{part}") for part in ("weight", "bias"))
-        return NormedMatrix(embedding, *parts, float(getattr(self.config, self.family.embedding_epsilon)))
+        weight, bias = (self.tensor(f"{norm}.{part}") for part in ("weight", "bias"))
+        return NormedMatrix(embedding, weight, bias, float(getattr(self.config, self.family.embedding_epsilon)))
 
-    def _norm_bias(self) -> Tensor | None:
-        bias = self._further("final_norm", self.family.layer_norm)
-        return torch.zeros_like(self.final_norm()) if bias is None and self.family.layer_norm else bias
-
-    def _further(self, part: str, has: bool) -> Tensor | None:
+    def _further(self, part: str, has: bool, otherwise: Tensor | None = None) -> Tensor | None:
         """The bias of a part that `has` one, or of which no row says whether it does."""
         name = f"{getattr(self.family, part)}.bias"
-        return self.tensor(name) if (has or self.family.generic) and name in self else None
+        return self.tensor(name) if (has or self.family.generic) and name in self else otherwise
 
     @property
     def dtype(self) -> torch.dtype:

@@ -156,7 +156,7 @@ class Decoder:
 
     def turns(self, index: int) -> bool:
         """Whether block `index` has RoPE."""
-        if self._rotary is None:
+        if self._rotary is None or self.family.rope_layers == "none":
             return False
         layers = getattr(self.config, self.family.rope_layers) if self.family.rope_layers else None
         if self.family.rope_layers == "layer_types" and self.config.sliding_window is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..errors import InputError
 from .family import SITES, Family, Merged
 from .rows import layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
 
-__all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "variant_of"]
+__all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
 
 _TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows)
 FAMILIES: dict[str, Family] = {row.model_type: row for table in _TABLES for row in table.ROWS}
@@ -52,6 +53,21 @@ def family_of(model_type: str, source: str) -> Family:
     return FAMILIES[model_type]
 
 
+def has_row(config: Any) -> bool:
+    """Whether a model of this config is one that its type's row describes."""
+    row = FAMILIES.get(getattr(config, "model_type", ""))
+    return row is not None and not (row.otherwise_generic and any(_illegal(variant_of(row, config), config)))
+
+
+def _illegal(family: Family, config: Any) -> Iterator[tuple[str, Any, str]]:
+    """Fields of a config that a family is not supported with, their values, and what it is supported with."""
+    for field, legal in (family.legal or {}).items():
+        value = getattr(config, field, None)
+        values = (getattr(config, legal, None),) if isinstance(legal, str) else legal
+        if value not in values:
+            yield field, value, f"{legal} ({values[0]})" if isinstance(legal, str) else str(values[0])
+
+
 def variant_of(row: Family, config: Any) -> Family:
     """A row as the config of a model of its type has it."""
     for variant in row.variants:
@@ -70,17 +86,13 @@ def family_for(config: Any, source: str) -> Family:
     """
     from .generic.generic_family import generic_family, is_causal_type
 
-    if config.model_type not in FAMILIES and config.model_type not in _REASONS and is_causal_type(config.model_type):
+    if not has_row(config) and config.model_type not in _REASONS and is_causal_type(config.model_type):
         return generic_family(config, source)
     family = variant_of(family_of(config.model_type, source), config)
-    for field, legal in (family.legal or {}).items():
-        value = getattr(config, field, None)
-        values = (getattr(config, legal, None),) if isinstance(legal, str) else legal
-        if value not in values:
-            wanted = f"{legal} ({values[0]})" if isinstance(legal, str) else str(values[0])
-            raise InputError(
-                f"{source} has {field} {value} in its config.json, and '{family.model_type}' models are supported "
-                f"with {wanted} alone: choose another model of the family."
-            )
+    for field, value, wanted in _illegal(family, config):
+        raise InputError(
+            f"{source} has {field} {value} in its config.json, and '{family.model_type}' models are supported "
+            f"with {wanted} alone: choose another model of the family."
+        )
     count = int(getattr(config, family.experts_field)) if family.experts_field else 0
     return replace(family, expert_count=count)

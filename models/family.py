@@ -50,8 +50,8 @@ class Family:
     Attributes:
         rotary: module that gives cosine and sine; None where positions are learned. `rope_by_layer`: it has one set
             of frequencies a kind of layer. `rope_layers`: the config field that says by layer whether it turns queries
-            and keys at all, by 1 or "sliding_attention"; "" where every layer does. `rope_neighbours`: it turns channel
-            2 j with 2 j + 1, where Llama's turns j with j + half.
+            and keys at all, by 1 or "sliding_attention"; "" where every layer does, "none" where none does.
+            `rope_neighbours`: it turns channel 2 j with 2 j + 1, where Llama's turns j with j + half.
         positions: learned positions; position i is row i + `position_offset`.
         scaled_embedding: the embedding is multiplied by the square root of the hidden size.
         embedding_factor, branch_factor, logits_divisor, logits_factor: names of these numbers in the config; a branch
@@ -84,6 +84,7 @@ class Family:
         renamed: (pattern, replacement) from names on disk to those of the modules.
         variants: what is another where the config says so, in order; `families.variant_of` has them in place.
         legal: config field -> the values that are supported; a str is the name of another field that it must equal.
+        otherwise_generic: a model that is not so is taken as one without a row, and not refused.
         others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
             blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
             in which they run; rows and columns of each.
@@ -146,6 +147,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     variants: tuple[Variant, ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
+    otherwise_generic: bool = False
     note: str = ""
     others: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
@@ -171,7 +173,7 @@ class Family:
     @property
     def norm_readers(self) -> dict[str, tuple[str, ...]]:
         """The linear layers that read each norm of a block; a mixture's router reads what its experts read."""
-        readers = {self.attention_norm: (self.query, self.key, self.value)}
+        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (self.query, self.key, self.value)}
         router = (self.router,) if self.router else ()
         readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *router, *self.mlp_inputs)
         return readers

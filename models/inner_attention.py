@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -22,7 +23,8 @@ class InnerAttention(nn.Module):
         inner: the module.
         family: `alibi` says where a bias comes in.
         shape: of the block.
-        function: name of the attention function, which is given the bias of each key as `key_bias` too.
+        function: name of the attention function, which is given the bias of each key as `key_bias` too; SDPA where
+            transformers has no function by this name.
     """
 
     is_causal = True
@@ -34,7 +36,8 @@ class InnerAttention(nn.Module):
         self.layer_idx, self.function, self.alibi = inner.layer_idx, function, family.alibi
         self.head_dim, self.num_key_value_groups = shape.head_dim, shape.query_heads // shape.key_heads
         self._names = [
-            name.removeprefix(f"{family.attention}.") for name in (family.query, family.key, family.value, family.output)
+            name.removeprefix(f"{family.attention}.")
+            for name in (family.query, family.key, family.value, family.output)
         ]
 
     def forward(
@@ -53,7 +56,7 @@ class InnerAttention(nn.Module):
             hidden_states: (batch, length, hidden).
             residual: what the output is added to.
             alibi: of every key, in any shape of (batch or 1, heads, 1, keys).
-            attention_mask: (batch, 1 or heads, length, keys), of booleans or of numbers to add; without one it is causal.
+            attention_mask: (batch, 1 or heads, length, keys), of booleans or of numbers to add; None is causal.
             layer_past: the cache.
             position_embeddings: cosine and sine of RoPE, where there is no ALiBi.
 
@@ -72,7 +75,7 @@ class InnerAttention(nn.Module):
             key, value = layer_past.update(key, value, self.layer_idx)
         if alibi is not None:
             attention_mask = self._with_bias(attention_mask, alibi, query.shape[2])
-        function = ALL_ATTENTION_FUNCTIONS[self.function]
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.function, sdpa_attention_forward)
         mixed, _ = function(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, key_bias=alibi)
         written: Tensor = output(mixed.flatten(2))
         return (written if residual is None else written + residual), None

@@ -129,7 +129,9 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
                 pieces = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
                 names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
                 result.update(zip(names, (piece.flatten(0, 1) for piece in pieces), strict=True))
-    return result | {f"{n}.bias": result[f"{n}.weight"].new_zeros(size) for n, size in given_biases(result, family, shape).items()}
+    return result | {
+        f"{n}.bias": result[f"{n}.weight"].new_zeros(size) for n, size in given_biases(result, family, shape).items()
+    }
 
 
 def given_biases(names: Container[str], family: Family, shape: Shape) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .families import FAMILIES, variant_of
+from .families import FAMILIES, has_row, variant_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """Read the sizes from a transformers config, with the defaults of Llama where a field is missing."""
-        if getattr(config, "model_type", "") not in FAMILIES:
+        if not has_row(config):
             return cls._of_unknown(config)
         row = variant_of(FAMILIES[config.model_type], config)
         key_heads = row.key_heads if isinstance(row.key_heads, int) else getattr(config, row.key_heads, None)

@@ -100,7 +100,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "logits_scaling": 2.0,
     },
-    "starcoder2": {"sliding_window": 9, "tie_word_embeddings": True},
+    "starcoder2": {"use_bias": False, "sliding_window": 9, "tie_word_embeddings": True},
     "olmo2": {"pad_token_id": None},
     "olmo3": {
         "sliding_window": 9,

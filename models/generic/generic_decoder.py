@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..decoder import Decoder, stream_of
-from ..families import FAMILIES, family_for
+from ..families import family_for, has_row
 from ..outer_layers import OuterLayers
 from ..shape import Shape
 from .generic_family import GenericFamily, meta_model
@@ -24,7 +24,7 @@ def decoder_for(
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """The decoder of a config, whether its type has a row or not; arguments and errors as of `Decoder`."""
-    kind = Decoder if config.model_type in FAMILIES else GenericDecoder
+    kind = Decoder if has_row(config) else GenericDecoder
     return kind(config, attention=attention, dtype=dtype, device=device)
 
 

@@ -48,7 +48,6 @@ ROWS = (
         legal={
             "word_embed_proj_dim": "hidden_size",
             "do_layer_norm_before": (True,),
-            "enable_bias": (True,),
             "layer_norm_elementwise_affine": (True,),
             "_remove_final_layer_norm": (False,),
         },
@@ -62,7 +61,6 @@ ROWS = (
         activation="mlp.act",
         layer_norm=True,
         window="all",
-        legal={"use_bias": (True,)},  # the biases of its norms go into those of their readers
     ),
     Family(
         "gpt_neox",
@@ -101,6 +99,7 @@ ROWS = (
         parallel=True,
         head_bias=True,
         legal={"qk_layernorm": (False,)},
+        otherwise_generic=True,
     ),
     Family(
         "cohere2",
@@ -113,6 +112,7 @@ ROWS = (
         rope_layers="layer_types",
         rope_neighbours=True,
         logits_factor="logit_scale",
+        variants=(Variant({"sliding_window": None}, {"rope_layers": "none"}),),
     ),
     Family(
         "stablelm",
@@ -120,6 +120,7 @@ ROWS = (
         layer_norm=True,
         variants=(Variant({"use_parallel_residual": True}, {"parallel": True, "mlp_norm": "input_layernorm"}),),
         legal={"qk_layernorm": (False,)},
+        otherwise_generic=True,
     ),
     replace(
         _BLOOM,

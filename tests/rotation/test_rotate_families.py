@@ -118,9 +118,9 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
             parts = {"query": slice(-2 * size), "key": slice(-2 * size, -size), "value": slice(-size, None)}
             state |= {f"{stem}.{part}.{kind}": torch.cat([head[s] for head in heads]) for part, s in parts.items()}
     if decoder.family.embedding_norm:
-        parts = (state.pop(f"{decoder.family.embedding_norm}.{part}") for part in ("weight", "bias"))
-        name = f"{decoder.family.embedding}.weight"
-        state[name] = nn.functional.layer_norm(state[name], (shape.hidden,), *parts, eps=1e-5)
+        norm, name = decoder.family.embedding_norm, f"{decoder.family.embedding}.weight"
+        weight, bias = state.pop(f"{norm}.weight"), state.pop(f"{norm}.bias")
+        state[name] = nn.functional.layer_norm(state[name], (shape.hidden,), weight, bias, 1e-5)
     if decoder.family.layer_norm:  # each norm has a bias, and each layer that reads one
         family = decoder.family
         biased = [name for norm, readers in family.norm_readers.items() for name in (norm, *readers)]
