@@ -18,7 +18,7 @@ from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
 from .families import Family, check_type, family_for
 from .layout import split_tensors
-from .matrices import StoredMatrix, check_finite, spans
+from .matrices import Matrix, NormedMatrix, StoredMatrix, check_finite, spans
 from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
 from .running import forget_running
@@ -256,21 +256,28 @@ class Checkpoint:
 
     def outer_layers(self) -> OuterLayers:
         """All that is outside the blocks, embedding and head not read yet."""
-        family, embedding, head = self.family, self.embedding(), self.head()
+        family, embedding, head, norm = self.family, self.embedding(), self.head(), self.final_norm()
+        none = torch.zeros_like(norm) if family.layer_norm else None
         return OuterLayers(
-            embedding,
-            self.final_norm(),
+            self._normed(embedding),
+            norm,
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
-            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else self._further("final_norm"),
-            head_bias=self._further("head"),
+            norm_bias=self._further("final_norm", family.layer_norm, none),
+            head_bias=self._further("head", self.family.head_bias),
             others={name: self.tensor(name) for name in family.others},
         )
 
-    def _further(self, part: str) -> Tensor | None:
-        """The bias of a part, where no row says whether it has one."""
+    def _normed(self, embedding: StoredMatrix) -> Matrix:
+        if (norm := self.family.embedding_norm) is None:
+            return embedding
+        weight, bias = (self.tensor(f"{norm}.{part}") for part in ("weight", "bias"))
+        return NormedMatrix(embedding, weight, bias, float(getattr(self.config, self.family.embedding_epsilon)))
+
+    def _further(self, part: str, has: bool, otherwise: Tensor | None = None) -> Tensor | None:
+        """The bias of a part that `has` one, or of which no row says whether it does."""
         name = f"{getattr(self.family, part)}.bias"
-        return self.tensor(name) if self.family.generic and name in self else None
+        return self.tensor(name) if (has or self.family.generic) and name in self else otherwise
 
     @property
     def dtype(self) -> torch.dtype:

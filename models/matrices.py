@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, RunError
 
@@ -49,6 +49,33 @@ class ProductMatrix:
     def __getitem__(self, index: slice | Tensor, /) -> Tensor:
         """The rows `index`."""
         return (self.rows[index].float() @ self.right.float()).to(self.right.dtype)
+
+
+@dataclass(frozen=True)
+class NormedMatrix:
+    """The rows of a matrix behind a LayerNorm of their own, in the matrix's dtype.
+
+    Attributes:
+        rows: the matrix.
+        weight, bias: of the norm, (columns,).
+        epsilon: what it adds to the variance.
+    """
+
+    rows: Matrix
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, columns)."""
+        return self.rows.shape
+
+    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
+        """The rows `index`."""
+        rows = self.rows[index]
+        weight, bias = self.weight.double(), self.bias.double()
+        return nn.functional.layer_norm(rows.double(), weight.shape, weight, bias, self.epsilon).to(rows.dtype)
 
 
 @dataclass(frozen=True)

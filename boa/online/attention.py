@@ -97,7 +97,8 @@ def mark_stored(key: Tensor) -> Tensor:
 class AttentionInputs(NamedTuple):
     """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
 
-    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`.
+    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`. What is
+    added to them for each key is `bias`, (batch or 1, heads, 1, keys).
     """
 
     query: Tensor
@@ -105,6 +106,7 @@ class AttentionInputs(NamedTuple):
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    bias: Tensor | None = None
 
 
 class _Ungrouped(nn.Module):
@@ -158,9 +160,10 @@ def attention_forward(
     elif transform is not None:
         query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
+    bias = kwargs.pop("key_bias", None)  # which is in the mask
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5
-        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap"), bias))
     if attention_mask is not None:
         attention_mask = open_rows(attention_mask, query.dtype)
     elif query.shape[2] > 1:
@@ -240,6 +243,8 @@ def causal_probabilities(seen: AttentionInputs, index: int, start: int, stop: in
     if seen.softcap is not None:
         logits = logits.div_(seen.softcap).tanh_().mul_(seen.softcap)
     by_head = logits.unflatten(1, (-1, query.shape[1]))
+    if seen.bias is not None:
+        by_head += seen.bias[min(index, len(seen.bias) - 1), :, :, :stop].view(len(key), -1, 1, stop)
     by_head[..., start:] += _future(stop - start, step, logits.dtype, logits.device)
     if seen.window is not None and stop > seen.window:
         rows = torch.arange(start, stop, step, device=query.device)

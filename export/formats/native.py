@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...boa.online.attention import NAME
 from ...errors import InputError
-from ...models.families import FAMILIES, Family, family_for
+from ...models.families import FAMILIES, Family, family_for, has_row
 from ...models.shape import Shape
 from ..runtime.cache_hook import use_packed_cache
 from ..runtime.parts import base_prefix, family_in, is_new_head
@@ -53,11 +53,12 @@ class RotoboaQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
-        if config.model_type not in FAMILIES:  # they have an attention of their own
+        if not has_row(config):  # they have an attention of their own
             return config
         if config._attn_implementation is not None:
             _keep_attention(config._attn_implementation)
-        config._attn_implementation = NAME
+        # A class that has attention inside itself knows no other name; ours then takes the module's place.
+        config._attn_implementation = FAMILIES[config.model_type].own_attention or NAME
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -68,6 +69,8 @@ class RotoboaQuantizer(HfQuantizer):
         spec = self.quantization_config.spec.inside(base_prefix(model))
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
+        if family.own_attention:
+            config._attn_implementation = NAME  # whose masks are made from here on
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
@@ -82,7 +85,7 @@ class RotoboaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = model.config
-        if config.model_type in FAMILIES:
+        if has_row(config):
             model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
         family = family_in(model, family_for(config, "the checkpoint"))
         for name, parameter in model.named_parameters():

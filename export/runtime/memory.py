@@ -55,7 +55,7 @@ def _skeleton(decoder: Decoder, dtype: torch.dtype, *, tied: bool) -> nn.Module:
     config = copy.deepcopy(decoder.config)
     if not tied:
         config.tie_word_embeddings = False
-    attention = {} if decoder.family.generic else {"attn_implementation": NAME}
+    attention = {} if decoder.family.generic else {"attn_implementation": decoder.family.own_attention or NAME}
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     return model

@@ -78,7 +78,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
     quantized = sum(tensor.numel() for tensor in projections.values())
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
-    activations = activation_bytes(shape, tokens, recipe.weights.method)
+    activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
     return {

@@ -54,9 +54,9 @@ def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
     """Whether embedding and head of the finished model are one matrix: they were, and the head alone is not changed.
 
     A rotated stream takes a matrix (hidden, hidden) before such a head: where the embedding is packed, and the final
-    norm has no bias, that is worth it.
+    norm has no bias, that is worth it. An embedding that has taken in a norm is another than the head.
     """
-    if not decoder.config.tie_word_embeddings or moves_head(recipe):
+    if not decoder.config.tie_word_embeddings or moves_head(recipe) or decoder.family.embedding_norm:
         return False
     if rotations.turned:
         return recipe.embedding.bits < FULL and not decoder.family.layer_norm
