@@ -138,7 +138,8 @@ class Spec:
         if args.format != "int":
             return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
         if self.activation_convention != OWN:
-            clip, search = stock_clip(args.num_bits, self.activation_convention), False
+            clip = stock_clip(args.num_bits, self.activation_convention, symmetric=args.symmetric)
+            search = False
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
 
     def _cache_quantizer(self, bits: int, clip: float) -> DynamicQuantizer | None:

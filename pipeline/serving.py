@@ -52,8 +52,13 @@ class Served:
 
     @property
     def in_16_bits(self) -> bool:
-        """Whether it is nearer to the run with activations in 16 bits: the runtime then leaves their quantizers out."""
-        return self.unquantized is not None and self.unquantized < self.difference
+        """Whether it is the run with activations in 16 bits, as near as a dense model is to its own computation: the
+        runtime then leaves their quantizers out. Without a dense model, whether it is nearer to that than to the run.
+        """
+        if self.unquantized is None:
+            return False
+        near = self.difference if self.control is None else max(CONTROLS * self.control, DTYPES[self.dtype])
+        return self.unquantized < min(near, self.difference)
 
     @property
     def passed(self) -> bool:

@@ -17,6 +17,7 @@ from ...boa.online.activations import OWN, stock_clip
 from ...boa.scheme import QuantizationArgs, QuantizationScheme
 from ..scheme_layers import SchemeLayers
 from ..spec import Spec
+from ..vllm_inputs import BACKEND, served_inputs
 from .card_facts import Base, Figures
 from .compressed_tensors import NAME
 from .int_quantized import stored_as
@@ -86,7 +87,9 @@ def write_card(
     text = _template().render(
         format=format_name,
         format_name=FORMATS[format_name] + (f", `{stored_as(schemes).value}`" if format_name == NAME else ""),
-        is_int8=stored_as(schemes) == CompressionFormat.int_quantized,
+        in_bytes=stored_as(schemes) == CompressionFormat.int_quantized,
+        served=served_inputs(schemes),
+        backend=BACKEND,
         spec=spec,
         base=base,
         kind=_kind(spec) + (", some layers otherwise" if len(layers) > 1 else ""),

@@ -6,10 +6,8 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
-from ...boa.online.activations import OWN
 from ...boa.scheme import GROUPS
 from ...errors import InputError
-from ...export.spec import Spec
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
@@ -53,20 +51,6 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
-
-
-def check_convention(spec: Spec) -> None:
-    """Check that inputs that have a reader's scales have no zero points.
-
-    Raises:
-        InputError: they have.
-    """
-    inputs = [scheme.input_activations for scheme in (spec.scheme, *spec.layers.values())]
-    if spec.activation_convention != OWN and any(args.quantizes and not args.symmetric for args in inputs):
-        raise InputError(
-            f"activations.convention {spec.activation_convention} has no zero points: give --activations.symmetric, or "
-            f"--activations.convention {OWN}."
-        )
 
 
 def check_formats(recipe: Recipe) -> None:
