@@ -105,10 +105,11 @@ def serve(
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
+    finished = replace(finished, spec=finished.spec.without_cache)  # of which they are asked nothing here
     ids = sample(finished)
     prompt = ids[0].tolist()
     answer = ask(runtime, export, prompt, python=where, dtype=dtype)
-    reduced = finished.spec.quantizes_inputs  # the cache is not: no runtime here reads an export with one that is
+    reduced = finished.spec.quantizes_inputs
     wide = replace(finished, spec=finished.spec.without_inputs)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected

@@ -87,7 +87,7 @@ def check(run: Finished) -> None:
     spec = run.spec
     refuse_layout(run.family, NAME)
     refuse_ends(run, NAME)
-    refuse_online(spec, NAME, activations=True, inputs=True)
+    refuse_online(spec, NAME, activations=True, inputs=True, server="vllm")
     online, split = transforms(spec, run.family, run.shape), divided(run)
     if online is not None and split:
         raise InputError(

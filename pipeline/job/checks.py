@@ -6,7 +6,8 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
-from ...boa.scheme import GROUPS
+from ...boa.online.served_cache import BITS, BLOCK, OWN
+from ...boa.scheme import FULL, GROUPS
 from ...errors import InputError
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
@@ -15,7 +16,7 @@ from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
 from ..recipe.layers import whole_scheme
 from ..recipe.recipe import Recipe
-from ..recipe.settings import is_r1_online
+from ..recipe.settings import is_r1_online, serving
 
 
 def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
@@ -32,6 +33,7 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         "ffn size": shape.ffn,
     }
     check_formats(recipe)
+    check_cache(recipe, shape.head_dim, model)
     groups = {
         "weights.group_size": (recipe.weights.group_size, "channel"),
         "activations.group_size": (recipe.activations.group_size, "token"),
@@ -51,6 +53,28 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
+
+
+def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
+    """Check that who is to keep the cache has it in the recipe's bits, and takes heads of this width.
+
+    Raises:
+        InputError: it does not.
+    """
+    server, found = serving(recipe), (recipe.cache.key_bits, recipe.cache.value_bits)
+    if server == OWN:
+        return
+    if any(bits not in (*BITS[server], FULL) for bits in found) or (server == "vllm" and found[0] != found[1]):
+        both = ", the same for both" if server == "vllm" else " or 16"
+        raise InputError(
+            f"cache.served_by {server} has keys and values in {', '.join(map(str, BITS[server]))} bits{both}, and "
+            f"cache.key_bits and cache.value_bits are {found[0]} and {found[1]}: give such, or --cache.served_by {OWN}."
+        )
+    if head_dim % (BLOCK if server == "llama.cpp" else 2):
+        raise InputError(
+            f"cache.served_by {server} needs heads of multiples of {BLOCK if server == 'llama.cpp' else 2}, and those "
+            f"of {model.name} are {head_dim} wide: give --cache.served_by {OWN}, or 16 bits."
+        )
 
 
 def check_formats(recipe: Recipe) -> None:

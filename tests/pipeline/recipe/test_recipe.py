@@ -25,7 +25,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        *("w4a4kv4", "w4a4", "w4a8", "w4a8-cpu", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
+        *("w4a4kv4", "w4a4", "w4a4-vllm", "w4a8", "w4a8-cpu", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
         *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4"),
     ],
 )
