@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from ...errors import InputError
 from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
+from .served_cache import ServedQuantizer
 
 NAME = "rotoboa"
 CENTER = "key_center"
@@ -40,8 +41,8 @@ class AttentionTransform:
     """
 
     rotation: Hadamard | None = None
-    key: DynamicQuantizer | None = None
-    value: DynamicQuantizer | None = None
+    key: DynamicQuantizer | ServedQuantizer | None = None
+    value: DynamicQuantizer | ServedQuantizer | None = None
     sink: int = 0
     centered: bool = False
     center: Tensor | None = field(default=None, compare=False)
@@ -58,7 +59,11 @@ class AttentionTransform:
         return query, key, self._rounded(value, self.value, starts)
 
     def _rounded(
-        self, x: Tensor, quantizer: DynamicQuantizer | None, starts: Tensor | None, center: Tensor | None = None
+        self,
+        x: Tensor,
+        quantizer: DynamicQuantizer | ServedQuantizer | None,
+        starts: Tensor | None,
+        center: Tensor | None = None,
     ) -> Tensor:
         if quantizer is None:
             return x
@@ -83,7 +88,7 @@ class AttentionTransform:
         return x if self.rotation is None else self.rotation.apply(x)
 
 
-def _beside(center: Tensor | None, quantizer: DynamicQuantizer, x: Tensor) -> Tensor:
+def _beside(center: Tensor | None, quantizer: DynamicQuantizer | ServedQuantizer, x: Tensor) -> Tensor:
     """`x`, what it is without `center` rounded."""
     return quantizer(x) if center is None else quantizer(x - center) + center
 

@@ -91,7 +91,7 @@ class RotoboaQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_new_head(name, model, family))
         spec = self.quantization_config.spec
-        if min(spec.key_bits, spec.value_bits) < 16:
+        if spec.quantizes_cache:
             decoder, _, layers = family.layers.rpartition(".")
             use_packed_cache(model.get_submodule(decoder), layers, family.attention)
         return model
