@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from ..boa.online.served_cache import OWN
 from ..boa.scheme import QuantizationArgs
 from ..boa.solver.rounding import Quantized
 from ..errors import InputError
@@ -216,10 +217,13 @@ def refuse_layers(spec: Spec, name: str) -> None:
         )
 
 
-def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: bool = False) -> None:
+def refuse_online(
+    spec: Spec, name: str, *, activations: bool = False, inputs: bool = False, server: str | None = None
+) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
 
-    `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers.
+    `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers;
+    `server`, whose own cache the run may have followed, since that reads the format.
 
     Raises:
         InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
@@ -238,9 +242,10 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: b
     if args is not None and not activations:
         groups = f" in groups of {args.group_size}" if args.group_size else ""
         online.append(f"{args.num_bits}-bit activations{groups}")
-    if spec.key_bits < 16 or spec.value_bits < 16:
+    if spec.quantizes_cache and spec.cache_served_by != server:
         sink = f", its {spec.sink} in 16 bits" if spec.sink else ""
-        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}")
+        whose = "" if spec.cache_served_by == OWN else f", as {spec.cache_served_by} keeps it"
+        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}{whose}")
     if online:
         raise InputError(
             f"the run needs {' and '.join(online)}, which {name} cannot hold and its readers would leave out: "

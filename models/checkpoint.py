@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +17,7 @@ from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
 from .families import Family, check_type, family_for
 from .layout import on_disk, split_tensors
-from .matrices import StoredMatrix, check_finite, spans
+from .matrices import Matrix, NormedMatrix, StoredMatrix, check_finite, check_slice, spans
 from .names import give_causal, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
 from .running import forget_running
@@ -212,7 +211,7 @@ class Checkpoint:
                             f"{file} has no tensor {name}, which the index says it has: download it again."
                         )
                     if name in expected:
-                        _check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
+                        check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
                     elif name.startswith(blocks) and not name.endswith(self.family.ignored):
                         what = f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture"
                         if TENSOR.search(name):
@@ -266,21 +265,28 @@ class Checkpoint:
 
     def outer_layers(self) -> OuterLayers:
         """All that is outside the blocks, embedding and head not read yet."""
-        family, embedding, head = self.family, self.embedding(), self.head()
+        family, embedding, head, norm = self.family, self.embedding(), self.head(), self.final_norm()
+        none = torch.zeros_like(norm) if family.layer_norm else None
         return OuterLayers(
-            embedding,
-            self.final_norm(),
+            self._normed(embedding),
+            norm,
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
-            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else self._further("final_norm"),
-            head_bias=self._further("head"),
+            norm_bias=self._further("final_norm", family.layer_norm, none),
+            head_bias=self._further("head", self.family.head_bias),
             others={name: self.tensor(name) for name in family.others},
         )
 
-    def _further(self, part: str) -> Tensor | None:
-        """The bias of a part, where no row says whether it has one."""
+    def _normed(self, embedding: StoredMatrix) -> Matrix:
+        if (norm := self.family.embedding_norm) is None:
+            return embedding
+        weight, bias = (self.tensor(f"{norm}.{part}") for part in ("weight", "bias"))
+        return NormedMatrix(embedding, weight, bias, float(getattr(self.config, self.family.embedding_epsilon)))
+
+    def _further(self, part: str, has: bool, otherwise: Tensor | None = None) -> Tensor | None:
+        """The bias of a part that `has` one, or of which no row says whether it does."""
         name = f"{getattr(self.family, part)}.bias"
-        return self.tensor(name) if self.family.generic and name in self else None
+        return self.tensor(name) if (has or self.family.generic) and name in self else otherwise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,13 +294,3 @@ class Checkpoint:
         file, stored = self._stored[f"{self.family.embedding}.weight"]
         with self._open(file) as reader:
             return reader.get_slice(stored)[:1].dtype
-
-
-def _check_slice(what: str, found: Any, expected: torch.Size) -> None:
-    shape, dtype = tuple(found.get_shape()), found.get_dtype()
-    if shape != tuple(expected):
-        raise InputError(
-            f"{what} has shape {shape}, and config.json asks for {tuple(expected)}: they do not belong together."
-        )
-    if dtype not in ("F16", "BF16", "F32", "F64"):
-        raise InputError(f"{what} is stored as {dtype}: give the full-precision checkpoint.")

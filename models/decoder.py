@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig
 
 from ..errors import InputError
 from .families import Family, family_for
-from .layout import drop_norm_bias, expected_shapes, split_modules
+from .layout import drop_norm_bias, expected_shapes, give_norm_bias, split_modules
 from .matrices import spans
 from .outer_layers import OuterLayers
 from .seeing.whole_model import attention_in, auto_class
@@ -43,7 +44,7 @@ class Decoder:
         self.whole = config
         self.family: Family = family_for(config, "the model")
         self.config = self.family.text(config)
-        self.dtype = dtype
+        self.attention, self.dtype = attention, dtype
         self.device = torch.device(device)
         try:
             self.shape = Shape.of(config)
@@ -79,7 +80,7 @@ class Decoder:
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device, a module of its own, with one linear layer a projection."""
         block = copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
-        return split_modules(block, self.family, self.shape)
+        return split_modules(block, self.family, self.shape, self.attention)
 
     def block(self, index: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> nn.Module:
         """Block `index` with the weights `tensors` (names inside the block), ready to compute.
@@ -92,7 +93,7 @@ class Decoder:
         """
         module = module if module is not None else self.empty_block(index)
         if self.family.layer_norm:
-            for norm in (self.family.attention_norm, self.family.mlp_norm):
+            for norm in self.family.norm_readers:
                 if f"{norm}.bias" not in tensors:
                     drop_norm_bias(module, norm)
         state = {
@@ -110,8 +111,8 @@ class Decoder:
         """The final norm with `weight` and, for a LayerNorm that has not lost it, `bias`, each (hidden,)."""
         outer = nn.Module()
         outer.add_module("norm", copy.deepcopy(self.skeleton.get_submodule(self.family.final_norm)))
-        if self.family.layer_norm and bias is None:
-            drop_norm_bias(outer, "norm")
+        if self.family.layer_norm:
+            (give_norm_bias if bias is not None else drop_norm_bias)(outer, "norm")
         state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         module = outer.get_submodule("norm")
         module.load_state_dict({name: t.to(self.device, self.dtype) for name, t in state.items()}, assign=True)
@@ -140,6 +141,7 @@ class Decoder:
         turn = None if outer.before_head is None else outer.before_head.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
         divisor = getattr(self.config, self.family.logits_divisor) if self.family.logits_divisor else 1
+        factor = getattr(self.config, self.family.logits_factor) if self.family.logits_factor else 1
         parts = spans(outer.head)
         sent = None if self.device.type == "cpu" else [outer.head[rows].to(self.device) for rows in parts]
 
@@ -151,6 +153,7 @@ class Decoder:
                 found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))
             logits = found[0] if len(found) == 1 else torch.cat(found, -1)
             logits = logits if divisor == 1 else logits / divisor
+            logits = logits if factor == 1 else logits * factor
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return function
@@ -162,7 +165,7 @@ class Decoder:
 
     def turns(self, index: int) -> bool:
         """Whether block `index` has RoPE."""
-        if self._rotary is None:
+        if self._rotary is None or self.family.rope_layers == "none":
             return False
         layers = getattr(self.config, self.family.rope_layers) if self.family.rope_layers else None
         if self.family.rope_layers == "layer_types" and self.config.sliding_window is None:
@@ -209,12 +212,25 @@ class Decoder:
         }
         if self._rotary is not None:
             arguments["position_embeddings"] = self.position_embeddings(length, index)
+        if self.family.own_attention:
+            arguments["alibi"] = self._alibi(length) if self.family.alibi else None
         return arguments
+
+    def _alibi(self, length: int) -> Tensor:
+        """Of each key, (heads, 1, length), by the code of the class."""
+        build = sys.modules[type(self.skeleton).__module__].build_alibi_tensor
+        found: Tensor = build(torch.ones(1, length, device=self.device), self.shape.query_heads, self.dtype)
+        return found
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block over `hidden` (batch, length, hidden), causal, from position 0."""
-        output: Tensor = block(hidden, **self.arguments(block, hidden.shape[1]))
-        return output
+        return stream_of(block(hidden, **self.arguments(block, hidden.shape[1])))
+
+
+def stream_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states of what a block puts out: some put out attention's probabilities beside them."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:

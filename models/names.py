@@ -36,7 +36,8 @@ def renamed(stored: str, family: Family) -> str:
 
 def _roots(family: Family) -> tuple[str, ...]:
     """How the names of all tensors of a model begin."""
-    parts = (family.embedding, family.layers, family.final_norm, family.head, family.positions, family.rotary)
+    around = (family.positions, family.rotary, family.embedding_norm)
+    parts = (family.embedding, family.layers, family.final_norm, family.head, *around)
     others = (name.rpartition(".")[0] for name in family.others)
     towers = family.sight.towers if family.sight else ()
     return tuple(f"{part}." for part in (*parts, *others, *towers) if part)

@@ -54,8 +54,8 @@ def _write_native(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES
 FORMATS: Mapping[str, Format] = {
     "native": Format(lambda run: None, _write_native),
     "compressed-tensors": Format(compressed_tensors.check, compressed_tensors.write, compressed_tensors.warning),
-    "gptq": Format(gptq.check, gptq.write),
-    "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1)),
+    "gptq": Format(gptq.check, gptq.write, gptq.warning),
+    "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1), gptq.warning),
     "gguf": Format(gguf.check, gguf.write),
     "mlx": Format(mlx.check, mlx.write),
 }

@@ -35,7 +35,7 @@ from ..models.families import Family
 from ..models.outer_layers import OuterLayers
 from ..models.shape import Shape
 from .channels import scale_channels
-from .fold import fold_norms, readers, remove_mean
+from .fold import fold_norms, remove_mean
 from .hadamard import Hadamard
 
 
@@ -111,7 +111,7 @@ class Rotations:
         if self.turned:
             fold_norms(block, family)
         if self.r1 is not None:
-            for name in (name for names in readers(family).values() for name in names):
+            for name in (name for names in family.norm_readers.values() for name in names):
                 if self.turned or name != family.router:  # a router reads the norm's output before it is turned
                     _rotate_inputs(block, name, self.r1)
         if self.r1 is not None and self.turned:
@@ -153,7 +153,7 @@ class Rotations:
             neutral,
             turned,
             positions=None if positions is None else self.rotate_embedding(positions),
-            head_bias=None if bias is None else head @ bias,
+            head_bias=_sum(None if bias is None else head @ bias, outer.head_bias),
         )
 
     def rotate_stream(self, hidden: Tensor, family: Family) -> Tensor:
@@ -192,6 +192,12 @@ class Rotations:
         assert self.turned and self.r1 is not None
         half = self.r1.apply(torch.diag(norm.to(torch.float64) + family.norm_offset))
         return self.r1.apply(half.T.contiguous())
+
+
+def _sum(*parts: Tensor | None) -> Tensor | None:
+    """Of those that are there, in float64."""
+    there = [part.to(torch.float64) for part in parts if part is not None]
+    return torch.stack(there).sum(0) if there else None
 
 
 def _rotate_inputs(block: dict[str, Tensor], name: str, rotation: Hadamard) -> None:

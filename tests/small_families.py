@@ -102,7 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "logits_scaling": 2.0,
     },
-    "starcoder2": {"sliding_window": 9, "tie_word_embeddings": True},
+    "starcoder2": {"use_bias": False, "sliding_window": 9, "tie_word_embeddings": True},
     "olmo2": {"pad_token_id": None},
     "olmo3": {
         "sliding_window": 9,
@@ -118,6 +118,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 16, "use_bias": True, "pad_token_id": None, "tie_word_embeddings": True},
     "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": None},
     "glm4": {"head_dim": 16, "pad_token_id": None},
+    "bloom": {"intermediate_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "falcon": {"num_key_value_heads": 1, "num_kv_heads": 1, "tie_word_embeddings": True},
+    "falcon-40b": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+        "tie_word_embeddings": True,
+    },
+    "falcon-rw": {
+        "model_type": "falcon",
+        "num_key_value_heads": 4,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+        "bias": True,
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.5},
+    "gpt_neox-serial": {"model_type": "gpt_neox", "num_key_value_heads": 4, "use_parallel_residual": False},
+    "phi": {"partial_rotary_factor": 0.5},
+    "cohere2": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 2.0,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "stablelm-parallel": {
+        "model_type": "stablelm",
+        "partial_rotary_factor": 0.5,
+        "use_qkv_bias": True,
+        "use_parallel_residual": True,
+    },
 }
 # Models that see, likewise: what differs in `text_config`, and the rest.
 _TOWER = {"hidden_size": 16, "intermediate_size": 24}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ...models.decoder import Decoder
+from ...models.decoder import Decoder, stream_of
 from ...models.families import SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
@@ -95,7 +95,7 @@ class BlockOutput:
         named = {f"{name}.weight": weight for name, weight in weights.items()}
         with transformed(self.decoder, self.block, self.transforms):
             arguments = self.decoder.arguments(self.block, x.shape[1])
-            output: Tensor = torch.func.functional_call(self.block, named, (x,), arguments)
+            output = stream_of(torch.func.functional_call(self.block, named, (x,), arguments))
         return (output - wanted).square().mean(-1).mean()
 
     def whole(self, weights: Mapping[str, Tensor], batch: int) -> float:

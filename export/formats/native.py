@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...boa.online.attention import NAME
 from ...errors import InputError
-from ...models.families import FAMILIES, Family, family_for
+from ...models.families import FAMILIES, Family, family_for, has_row
 from ...models.names import renamed
 from ...models.seeing.whole_model import attention_in, auto_class
 from ...models.shape import Shape
@@ -55,7 +55,7 @@ class RotoboaQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
-        if config.model_type not in FAMILIES:  # they have an attention of their own
+        if not has_row(config):  # they have an attention of their own
             return config
         if config._attn_implementation is not None:
             _keep_attention(config._attn_implementation)
@@ -70,6 +70,8 @@ class RotoboaQuantizer(HfQuantizer):
         spec = self.quantization_config.spec.inside(base_prefix(model))
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
+        if family.own_attention:
+            config._attn_implementation = NAME  # whose masks are made from here on
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
@@ -84,13 +86,13 @@ class RotoboaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = model.config
-        if config.model_type in FAMILIES:
+        if has_row(config):
             model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
         family = family_in(model, family_for(config, "the checkpoint"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_new_head(name, model, family))
         spec = self.quantization_config.spec
-        if min(spec.key_bits, spec.value_bits) < 16:
+        if spec.quantizes_cache:
             decoder, _, layers = family.layers.rpartition(".")
             use_packed_cache(model.get_submodule(decoder), layers, family.attention)
         return model

@@ -17,7 +17,11 @@ def auto_class(family: Family) -> Any:
 
 
 def attention_in(family: Family, name: str) -> str | dict[str, str]:
-    """`attn_implementation` of a whole model whose decoder shall have the attention `name`: a tower keeps its own."""
+    """`attn_implementation` of a whole model whose decoder shall have the attention `name`: a tower keeps its own.
+
+    A class that has attention inside itself knows no other name than its own; ours then takes the module's place.
+    """
+    name = family.own_attention or name
     return name if family.sight is None else {"text_config": name}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...boa.online.attention import NAME
+from ...boa.online.served_cache import OWN
 from ...errors import InputError
 from ...export.finished import projection_columns, projection_rows
 from ...export.spec import Spec
@@ -31,7 +32,7 @@ from ..console.sizes import bits_of_file, parameter_count, part_sizes, was_tied
 from ..job.checks import bos_of, check_sizes, length_of
 from ..job.notices import early_notices
 from ..recipe.recipe import Recipe
-from ..recipe.settings import changed_outer_layers, rotations_of, spec_of, stays_tied
+from ..recipe.settings import changed_outer_layers, rotations_of, serving, spec_of, stays_tied
 from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
 from .counting import whole
@@ -75,7 +76,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
     quantized = shape.blocks * sum(rows[name] * columns[name] for name in rows)
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
-    activations = activation_bytes(shape, tokens, recipe.weights.method)
+    activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
     return {
@@ -166,7 +167,7 @@ def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, 
     places = {
         "r1": (rotations.r1 is not None, shape.hidden, where),
         "r2": (recipe.rotation.r2, shape.head_dim, "values of each head, folded"),
-        "r3": (recipe.rotation.r3, shape.head_dim, "queries and keys, online"),
+        "r3": (recipe.rotation.r3 and serving(recipe) == OWN, shape.head_dim, "queries and keys, online"),
         "heads": (recipe.rotation.heads, shape.query_width, "input of O, over all heads, online"),
         "r4": (recipe.rotation.r4, shape.ffn, "input of down, online"),
     }

@@ -90,7 +90,9 @@ def _models(job: Job, folder: RunFolder) -> Iterator[tuple[str, Any]]:
     compute, family = job.decoder, job.decoder.family
     dtype = compute.dtype if compute.device.type == "cpu" else job.checkpoint.dtype
     config = job.checkpoint.config  # of the file, it would say how to run
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_in(family, NAME), "config": config}
+    options: dict[str, Any] = {"dtype": dtype, "config": config}
+    if not family.generic:  # such a class has an attention of its own, which may take no function
+        options["attn_implementation"] = attention_in(family, NAME)
 
     def original() -> Any:
         model = auto_class(family).from_pretrained(

@@ -189,6 +189,11 @@ class Cache(_Section):
         description="Positions of the cache, from the first, that stay in 16 bits: keys and values of a sequence's "
         "first tokens are unlike all others.",
     )
+    served_by: Literal["rotoboa", "vllm", "llama.cpp"] = Field(
+        default="rotoboa",
+        description="Whose cache calibration follows: rotoboa, with all of the above and R3; vllm or llama.cpp, which "
+        "turn and round keys and values by themselves, without any of it (why: docs/formats.md#the-cache-as-served).",
+    )
 
 
 class Calibration(_Section):

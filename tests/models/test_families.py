@@ -15,6 +15,8 @@ from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES, family_for, family_of
+from rotoboa.models.generic.generic_decoder import decoder_for
+from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.models.shape import Shape
 from rotoboa.tests.small_families import family_config
 
@@ -29,7 +31,7 @@ def _config(model_type: str, **fields: Any) -> Any:
     [
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16 .* with hidden_size \\(32\\) alone"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False .* with True alone"),
-        ("opt", {"enable_bias": False}, "enable_bias False"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm True"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
@@ -45,6 +47,22 @@ def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: st
     for refuse in (lambda: family_for(config, "it"), lambda: Decoder(config)):
         with pytest.raises(InputError, match=rf"has {words}"):
             refuse()
+
+
+@pytest.mark.parametrize("name", ["phi", "stablelm"])
+def test_a_variant_without_a_row_is_taken_layer_by_layer(family_model: Callable[..., Any], name: str) -> None:
+    model = family_model(name, qk_layernorm=True)
+    assert family_for(model.config, "it").generic and not family_for(family_model(name).config, "it").generic
+    decoder, state = decoder_for(model.config), model.state_dict()
+    ids = torch.randint(3, 100, (2, 12))
+    outer = OuterLayers.of(decoder.family, state)
+    hidden = decoder.embed(outer, ids)
+    for i in range(decoder.shape.blocks):
+        prefix = f"{decoder.family.layers}.{i}."
+        block = decoder.block(i, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        hidden = decoder.run(block, hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(outer)(hidden), model(ids).logits)
 
 
 @pytest.mark.parametrize(

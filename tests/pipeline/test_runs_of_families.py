@@ -31,9 +31,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Weights alone are rounded in the same way whatever attention does; norms, biases, fused layers and experts differ.
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "olmo2", "glm4"),
-    *("granite", "starcoder2", "olmoe"),
+    *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe"),
 )
 CASES = [(name, "w4a4kv4") for name in NAMES] + [(name, "w2a16") for name in WEIGHTS_ALONE]
+GENERATING = ("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox")
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
 WITH_PAGE = (*DRAWN, "phi3", "opt", "gemma2", "qwen3_moe", "olmo2")  # a page takes longer than the rest of a run
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
@@ -59,7 +60,8 @@ def checkpoints(save_family: Callable[..., Path], tmp_path_factory: pytest.TempP
 @torch.no_grad()
 def _original(folder: Path) -> Any:
     """The original model by transformers alone, with its own attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    attention = Checkpoint(folder).family.own_attention or "eager"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,7 +120,9 @@ def test_run_save_and_load(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"]
+)
 def test_loaded_model_generates_and_is_saved_again(
     checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
