@@ -38,8 +38,8 @@ class ServedQuantizer:
     | llama.cpp | 4, 5 | H; keys in blocks as above, values in blocks of 64 | by 32, the largest is level -2^(b-1) |
     | llama.cpp | 8 | the same | by 32, max abs / 127 |
 
-    Not followed: vLLM keeps a zero point in the last four bits of a scale's mantissa, and its kernels on GPUs turn in 16
-    bits; llama.cpp rounds queries to 8 bits where it multiplies by quantized keys on a processor.
+    Not followed: vLLM keeps a zero point in the last four bits of a scale's mantissa, and its kernels on GPUs turn in
+    16 bits; llama.cpp rounds queries to 8 bits where it multiplies by quantized keys on a processor.
 
     Attributes:
         server: of `SERVERS`, not `OWN`.

@@ -85,7 +85,7 @@ def refused_by_vllm(weights: Iterable[QuantizationArgs]) -> str:
         return ""
     kind = "symmetric" if other.symmetric else "asymmetric"
     return (
-        f"Of GPTQ vLLM takes symmetric weights of {' and '.join(map(str, SERVED))} bits alone, and refuses this export, "
+        f"Of GPTQ vLLM takes symmetric weights of {' and '.join(map(str, SERVED))} bits alone, and refuses this one, "
         f"with {kind} ones of {other.num_bits}: for vLLM quantize with --recipe w4a16 --weights.symmetric, or export "
         "with --format compressed-tensors."
     )
