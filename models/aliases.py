@@ -127,6 +127,7 @@ ALIASES = (
     Alias("olmo2-1b", "allenai/OLMo-2-0425-1B"),
     Alias("olmo2-7b", "allenai/OLMo-2-1124-7B"),
     Alias("olmo2-13b", "allenai/OLMo-2-1124-13B"),
+    Alias("olmoe-1b-7b", "allenai/OLMoE-1B-7B-0924"),
     Alias("olmo3-7b", "allenai/Olmo-3-1025-7B"),
     Alias("exaone4-1.2b", "LGAI-EXAONE/EXAONE-4.0-1.2B"),
     Alias("exaone4-32b", "LGAI-EXAONE/EXAONE-4.0-32B"),
