@@ -69,7 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "head_dim": 16,
     },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None, "norm_topk_prob": False},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None},
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
     "ministral3": {

@@ -41,10 +41,12 @@ ROWS = (
     replace(
         _EXPERTS,
         model_type="olmoe",
+        note=f"QK-norm over all heads; {_EXPERTS.note}",
         query_norm="self_attn.q_norm",
         key_norm="self_attn.k_norm",
         head_norms_whole=True,
         experts_field="num_experts",
+        window=None,
         legal={"clip_qkv": (None,)},
     ),
 )

@@ -21,7 +21,7 @@ from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.aliases import resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
-from ...models.families import FAMILIES
+from ...models.families import has_row
 from ...models.hub import fetch
 from ...models.remote import Remote
 from ...models.shape import Shape
@@ -57,7 +57,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     model = resolve_model(recipe.model)
     source = Remote.of(model.source) if not model.is_local else None
     checkpoint = source or Checkpoint(fetch(model.source, model.is_local))
-    if checkpoint.config.model_type not in FAMILIES:
+    if not has_row(checkpoint.config):
         raise InputError(
             f"{model.name} is a '{checkpoint.config.model_type}' model, which has no row of its own, and what a run "
             "of it takes is not estimated: start the run."

@@ -12,12 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rotoboa
-from rotoboa.boa.online.attention import NAME
+from rotoboa.boa.online.attention import CENTER, NAME
 from rotoboa.eval.perplexity import last_states, part_sums, summary
+from rotoboa.export.stored_sizes import stored_bytes
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
+from rotoboa.pipeline.console.sizes import exported_sizes
 from rotoboa.pipeline.exporting import open_finished
 from rotoboa.pipeline.job.job import prepare
+from rotoboa.pipeline.recipe.settings import stays_tied
 from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits
 from rotoboa.tests.small_families import FAMILIES
@@ -100,7 +103,12 @@ def test_run_save_and_load(
     assert (tmp_path / "run" / "report.html").is_file() == settings.evaluation.report
     (measured,) = report["perplexity"].values()
     assert all(math.isfinite(value) for value in measured.values())
-    family, run = prepare(settings).decoder.family, RunFolder.open(tmp_path / "run")
+    job, run = prepare(settings), RunFolder.open(tmp_path / "run")
+    family, tied = job.decoder.family, stays_tied(settings, job.rotations, job.decoder)
+    sizes = exported_sizes(tmp_path / "run" / "model")
+    centers = sum(size for tensor, size in sizes.items() if tensor.endswith(CENTER))
+    foretold = stored_bytes(job.decoder, job.spec, job.checkpoint.dtype.itemsize, tied=tied)
+    assert sum(sizes.values()) - centers == sum(foretold.values())
     for block in run.manifest.blocks:
         assert list(block.layers) == list(family.projections)
         # A loss of 1 is that of a weight of zero.
