@@ -87,11 +87,16 @@ METHODS = {
     ),
 }
 TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
+TURNED = {"rotation.r1": "online", "rotation.r2": True, "rotation.r4": True, "rotation.heads": False}
 PLACEMENTS: dict[str, dict[str, Any]] = {
     **TRANSFORMS,
     "quarot": {"rotation.r1": "merged", "rotation.scale": False, "rotation.heads": False},
+    "bare": {**UNROTATED, "rotation.heads": False},
+    "full": TURNED,
+    **{f"blocks-{size}": {**TURNED, "rotation.blocks": size} for size in (16, 32, 64, 128)},
 }
-"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it."""
+"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it; with no
+rotation at all; with those that formats in groups can have, over all channels and in blocks."""
 
 
 class Case(NamedTuple):

@@ -17,7 +17,8 @@ from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
 from ..recipe.layers import whole_scheme
 from ..recipe.recipe import Recipe
-from ..recipe.settings import is_r1_online
+from ..recipe.settings import is_r1_online, rotations_of
+from ..recipe.values import BLOCKS
 
 
 def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
@@ -51,8 +52,28 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             fitting = [g for g in (32, 64, 128, 16, 8) if all(w % g == 0 for w in widths.values())]
             hint = f"one of {', '.join(map(str, fitting))}" if fitting else f"none (one scale per {whole})"
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
+    check_blocks(recipe, decoder, model)
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
+
+
+def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that the blocks of rotations divide the widths that they are of; R2's are cut to the width of a head.
+
+    Raises:
+        InputError: they do not.
+    """
+    rotation, shape = recipe.rotation, decoder.shape
+    blocks = rotation.blocks or 1
+    turned = {"hidden size": shape.hidden} if rotations_of(recipe, decoder).r1 is not None else {}
+    turned |= {"ffn size": shape.ffn} if rotation.r4 else {}
+    for name, width in turned.items():
+        if width % blocks:
+            fitting = [size for size in BLOCKS if all(w % size == 0 for w in turned.values())]
+            hint = f"one of {', '.join(map(str, fitting))}" if fitting else "none"
+            raise InputError(
+                f"rotation.blocks {blocks} does not divide the {name} {width} of {model.name}: give {hint}."
+            )
 
 
 def check_convention(spec: Spec) -> None:

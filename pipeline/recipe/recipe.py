@@ -24,7 +24,7 @@ from pydantic import (
 from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
 from .overrides import TEXT, Override, read_overrides
-from .values import Bits, Choices, Legal, Names, Placement, Sites, WeightBits
+from .values import Bits, Blocks, Choices, Legal, Names, Placement, Sites, WeightBits
 
 
 class _Section(BaseModel):
@@ -59,6 +59,11 @@ class Rotation(_Section):
     r4_blocks: bool = Field(
         default=False,
         description="Make R4 of blocks of the largest power of two that divides its width, as vLLM can run it.",
+    )
+    blocks: Blocks = Field(
+        default=None,
+        description="Channels of each diagonal block of R1, R2 and R4, for inputs and weights whose groups have scales "
+        "of their own (R2 has no more than a head's); none: a rotation mixes all channels.",
     )
     heads: bool = Field(
         default=False, description="Rotate the input of O over all heads, online, as QuaRot does: for low-bit inputs."

@@ -1,5 +1,6 @@
 """Four-bit floating point: codes and files against compressed-tensors, the native loader, formats without it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from rotoboa.export.formats.compressed_floats import FORMATS, compress_floats, f
 from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.export.packing import from_codes, packed_bytes, packed_parts, to_codes, unpacked
 from rotoboa.export.runtime.linear import QuantizedLinear
-from rotoboa.pipeline.verifying import run_logits
+from rotoboa.pipeline import exporting
+from rotoboa.pipeline.verifying import run_logits, verify
 
 Opened = Callable[..., Finished]
 EACH = pytest.mark.parametrize("name", list(GROUPS))
@@ -111,6 +113,21 @@ def test_stock_transformers_emulates_the_run_with_quantized_inputs(
         found = torch.nn.Module.float(model)(ids).logits
     expected = run_logits(run, ids, plain=True)
     assert (found - expected).abs().max() < 1e-4 < 0.5 < expected.std()
+
+
+@EACH
+@pytest.mark.usefixtures("runtimes_here")
+def test_online_blocks_go_along(name: str, cheap_run: Callable[..., Path], tmp_path: Path) -> None:
+    """As vLLM has them; seen in the stock model, where the library of the format puts them in."""
+    run = cheap_run(name, {"rotation.heads": False, "rotation.blocks": 16})
+    export = exporting.export(run, "compressed-tensors", output=tmp_path / "export")
+    with pytest.raises(Exception, match="rotated online: for vLLM alone, not transformers"):
+        AutoModelForCausalLM.from_pretrained(export)
+    config = json.loads((export / "config.json").read_text())["quantization_config"]["transform_config"]
+    assert {group: scheme["head_dim"] for group, scheme in config["config_groups"].items()} == {"R1": 16, "R4": 16}
+    (result,) = verify(export)
+    assert result.difference < 1e-3 < 0.5 < result.deviation
+    assert result.reader == "transformers, rotations by compressed-tensors"
 
 
 @pytest.mark.parametrize("writer", [gptq, mlx, gguf])

@@ -1,5 +1,6 @@
 """Recipes of four-bit floating point: what they mean, what goes with them, and what is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,10 @@ import pytest
 from rotoboa.boa.scheme import QuantizationArgs, QuantizationScheme
 from rotoboa.errors import InputError
 from rotoboa.export.spec import Spec
-from rotoboa.pipeline.job.checks import check_formats
+from rotoboa.models.aliases import resolve_model
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.decoder import Decoder
+from rotoboa.pipeline.job.checks import check_blocks, check_formats
 from rotoboa.pipeline.recipe.layers import overridden, whole_scheme
 from rotoboa.pipeline.recipe.overrides import OverriddenArgs
 from rotoboa.pipeline.recipe.recipe import Recipe
@@ -65,3 +69,22 @@ def test_a_spec_is_read_back_and_a_damaged_one_refused() -> None:
     assert spec.scheme == QuantizationScheme(NVFP4, MXFP4)
     with pytest.raises(InputError, match="type is 'float'"):
         Spec.from_dict({**spec.to_dict(), "group_size": 64})
+
+
+def test_blocks_of_rotations_divide_what_they_turn(llama: Path) -> None:
+    decoder, model = Decoder(Checkpoint(llama).config), resolve_model(str(llama))  # hidden 64, ffn 96
+
+    def check(blocks: int, **rotation: Any) -> None:
+        check_blocks(Recipe(rotation={"r1": "merged", "blocks": blocks, **rotation}), decoder, model)
+
+    check(32, r4=True)
+    check(64)
+    check(64, r1="none")
+    with pytest.raises(
+        InputError, match=r"rotation\.blocks 64 does not divide the ffn size 96 of .*: give one of 16, 32"
+    ):
+        check(64, r4=True)
+    with pytest.raises(InputError, match=r"rotation\.blocks 128 does not divide the hidden size 64"):
+        check(128)
+    with pytest.raises(InputError, match=r"rotation\.blocks is 48 but must be 16, 32, 64 or 128, or none"):
+        Recipe(rotation={"blocks": 48})
