@@ -86,6 +86,7 @@ def write_card(
     text = _template().render(
         format=format_name,
         format_name=FORMATS[format_name] + (f", `{stored_as(schemes).value}`" if format_name == NAME else ""),
+        floats=sorted({args.format.upper() for args in quantized if args.format != "int"}),
         is_int8=stored_as(schemes) == CompressionFormat.int_quantized,
         spec=spec,
         base=base,

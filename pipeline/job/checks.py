@@ -15,7 +15,7 @@ from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
-from ..recipe.layers import whole_scheme
+from ..recipe.layers import groups_of, whole_scheme
 from ..recipe.recipe import Recipe
 from ..recipe.settings import is_r1_online, rotations_of
 from ..recipe.values import BLOCKS
@@ -42,7 +42,7 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     scheme = whole_scheme(recipe)
     formats = {"weights": scheme.weights.format, "activations": scheme.input_activations.format}
     for (section, found), (name, width) in product(formats.items(), widths.items()):
-        if found != "int" and width % GROUPS[found]:
+        if width % GROUPS.get(found, 1):
             raise InputError(
                 f"{section}.format {found} has groups of {GROUPS[found]}, which do not divide the {name} {width} of "
                 f"{model.name}: give --{section}.format int."
@@ -110,9 +110,10 @@ def check_formats(recipe: Recipe) -> None:
         }
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
             raise InputError(
-                f"{section}.format {args.format} has 4 bits, groups of {args.group_size} and no zero point, and "
-                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format "
-                "int."
+                f"{section}.format {args.format} has {args.num_bits} bits, {groups_of(args)} and no zero point, and "
+                f"{section}.{field} is {str(getattr(part, field)).lower()}: "
+                f"{f'give --{section}.bits 8' if (args.format, field) == ('fp8', 'bits') else 'leave it out'}, or give "
+                f"--{section}.format int."
             )
     if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {

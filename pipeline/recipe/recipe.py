@@ -144,10 +144,10 @@ class Activations(_Section):
     """Activations (inputs of linear layers, quantized per token as the model runs)."""
 
     bits: Bits = Field(default=16, description="Bits of an activation.")
-    format: Literal["int", "nvfp4", "mxfp4"] = Field(
+    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = Field(
         default="int",
-        description="The numbers of activations. int: integers; nvfp4, mxfp4: four-bit floating point, in groups and "
-        "with scales as weights.format has them, and without clip ratios.",
+        description="The numbers of activations. int: integers; nvfp4, mxfp4, fp8: floating point, in groups and "
+        "with scales as weights.format has them (fp8: of a token), and without clip ratios.",
     )
     group_size: int | None = Field(
         default=None,

@@ -26,7 +26,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
     "name",
     [
         *("w4a4kv4", "w4a4", "w4a8", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
-        *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4"),
+        *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4", "fp8"),
     ],
 )
 def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
@@ -186,7 +186,7 @@ def test_damaged_files_are_named_with_the_line(tmp_path: Path, text: str, words:
 
 def test_missing_recipes(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"no recipe 'w4a4kv': perhaps w4a4kv4; use one of mxfp4, .*w2a16, .* or a \.yaml file"
+        InputError, match=r"no recipe 'w4a4kv': perhaps w4a4kv4; use one of fp8, .*w2a16, .* or a \.yaml file"
     ):
         load_recipe("w4a4kv")
     with pytest.raises(InputError, match="cannot be read: No such file"):
