@@ -88,11 +88,12 @@ METHODS = {
 }
 TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
 TURNED = {"rotation.r1": "online", "rotation.r2": True, "rotation.r4": True, "rotation.heads": False}
+WHOLE = {**TURNED, "rotation.blocks": None}
 PLACEMENTS: dict[str, dict[str, Any]] = {
     **TRANSFORMS,
     "quarot": {"rotation.r1": "merged", "rotation.scale": False, "rotation.heads": False},
-    "bare": {**UNROTATED, "rotation.heads": False},
-    "full": TURNED,
+    "bare": {**UNROTATED, "rotation.heads": False, "rotation.blocks": None},
+    "full": WHOLE,
     **{f"blocks-{size}": {**TURNED, "rotation.blocks": size} for size in (16, 32, 64, 128)},
 }
 """With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it; with no

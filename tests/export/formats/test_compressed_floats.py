@@ -135,12 +135,14 @@ def test_eight_bits_go_to_stock_transformers(
 @pytest.mark.usefixtures("runtimes_here")
 def test_online_blocks_go_along(name: str, cheap_run: Callable[..., Path], tmp_path: Path) -> None:
     """As vLLM has them; seen in the stock model, where the library of the format puts them in."""
-    run = cheap_run(name, {"rotation.heads": False, "rotation.blocks": 16})
+    run = cheap_run(name)
     export = exporting.export(run, "compressed-tensors", output=tmp_path / "export")
     with pytest.raises(Exception, match="rotated online: for vLLM alone, not transformers"):
         AutoModelForCausalLM.from_pretrained(export)
     config = json.loads((export / "config.json").read_text())["quantization_config"]["transform_config"]
-    assert {group: scheme["head_dim"] for group, scheme in config["config_groups"].items()} == {"R1": 16, "R4": 16}
+    assert {group: scheme["head_dim"] for group, scheme in config["config_groups"].items()} == dict.fromkeys(
+        ("R1", "R4"), GROUPS[name]
+    )
     (result,) = verify(export)
     assert result.difference < 1e-3 < 0.5 < result.deviation
     assert result.reader == "transformers, rotations by compressed-tensors"

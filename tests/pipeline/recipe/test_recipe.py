@@ -5,6 +5,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from rotoboa.boa.scheme import GROUPS
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.errors import InputError
 from rotoboa.pipeline.recipe.fields import field_paths
@@ -39,9 +40,11 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     cache = 4 if "kv4" in name else 16
     assert (recipe.cache.key_bits, recipe.cache.value_bits) == (cache, cache)
     # Online rotations are worth their cost only where what they smooth is quantized, and other readers have none.
-    online = recipe.activations.bits < 16 and recipe.activations.convention == "rotoboa"
+    own = recipe.activations.convention == "rotoboa" and recipe.activations.format != "fp8"
+    online = recipe.activations.bits < 16 and own
     assert recipe.rotation.r1 == ("online" if online else "auto") and recipe.rotation.r2
-    assert recipe.rotation.heads == recipe.rotation.scale == online
+    assert recipe.rotation.scale == online and recipe.rotation.heads == (online and kind == "int")
+    assert recipe.rotation.blocks == (GROUPS[kind] if online and kind in GROUPS else None)  # which divides what it can
     assert recipe.rotation.r3 == (cache == 4) and recipe.rotation.r4 == online
 
 
