@@ -125,8 +125,13 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
         },
     ),
     "W8A8, symmetric, by channel": (
-        "w4a16",
-        {**SYMMETRIC, **STOCK, "weights.bits": 8},
+        "w8a8",
+        {"activations.convention": "vllm"},
+        {"vllm": ("compressed-tensors",), "transformers": ("compressed-tensors",)},
+    ),
+    "W4A8, inputs with zero points": (
+        "w4a8-cpu",
+        {},
         {"vllm": ("compressed-tensors",), "transformers": ("compressed-tensors",)},
     ),
     "W4A8, symmetric, by channel": (

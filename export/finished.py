@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from ..boa.online.served_cache import OWN
 from ..boa.scheme import QuantizationArgs
 from ..boa.solver.rounding import Quantized
 from ..errors import InputError
@@ -100,6 +101,21 @@ class Finished:
         packed = {f"{name}.{part}" for name in quantized for part in ALL_PARTS}
         return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
 
+    def towers(self) -> Iterator[dict[str, Tensor]]:
+        """What a model that sees has beside its decoder, by full names, a tensor at a time.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        prefixes = self.family.sight.prefixes if self.family.sight else ()
+        for file in sorted(self.folder.glob("*.safetensors")) if prefixes else ():
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in sorted(name for name in reader.keys() if name.startswith(prefixes)):  # noqa: SIM118
+                        yield {name: reader.get_tensor(name)}
+            except SafetensorError as error:
+                raise InputError(f"{file} is not a whole safetensors file ({error}): run the recipe again.") from error
+
     @property
     def columns(self) -> dict[str, int]:
         """How many inputs each projection has."""
@@ -131,6 +147,7 @@ class Finished:
                     tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
         yield outer.after(f)
+        yield from self.towers()
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
@@ -168,6 +185,19 @@ def refuse_layout(family: Family, name: str) -> None:
         )
 
 
+def refuse_sight(family: Family, name: str) -> None:
+    """Refuse a family that sees, in a format that is written for decoders alone.
+
+    Raises:
+        InputError: it does.
+    """
+    if family.sight is not None:
+        raise InputError(
+            f"{name} is written for models of text alone, and '{family.model_type}' sees: use --format "
+            "compressed-tensors or native."
+        )
+
+
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
     return not (family.merged or family.experts or family.layer_norm or family.generic)
@@ -187,10 +217,13 @@ def refuse_layers(spec: Spec, name: str) -> None:
         )
 
 
-def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: bool = False) -> None:
+def refuse_online(
+    spec: Spec, name: str, *, activations: bool = False, inputs: bool = False, server: str | None = None
+) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
 
-    `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers.
+    `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers;
+    `server`, whose own cache the run may have followed, since that reads the format.
 
     Raises:
         InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
@@ -209,9 +242,10 @@ def refuse_online(spec: Spec, name: str, *, activations: bool = False, inputs: b
     if args is not None and not activations:
         groups = f" in groups of {args.group_size}" if args.group_size else ""
         online.append(f"{args.num_bits}-bit activations{groups}")
-    if spec.key_bits < 16 or spec.value_bits < 16:
+    if spec.quantizes_cache and spec.cache_served_by != server:
         sink = f", its {spec.sink} in 16 bits" if spec.sink else ""
-        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}")
+        whose = "" if spec.cache_served_by == OWN else f", as {spec.cache_served_by} keeps it"
+        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}{whose}")
     if online:
         raise InputError(
             f"the run needs {' and '.join(online)}, which {name} cannot hold and its readers would leave out: "

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..boa.online.activations import CONVENTIONS, OWN, DynamicQuantizer, stock_clip
 from ..boa.online.attention import AttentionTransform
+from ..boa.online.served_cache import SERVERS, ServedQuantizer
 from ..boa.online.transforms import InputTransform, OnlineTransforms
 from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
@@ -35,6 +36,7 @@ class Spec:
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
         cache_sink: how many positions of the cache, from the first, are not quantized.
         cache_center: keys are quantized without the center that each block has for them.
+        cache_served_by: of `SERVERS`: a runtime's cache, which turns and rounds by itself, in place of the above.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
         activation_convention: whose scales inputs have, of `CONVENTIONS`: a reader's in place of clip and search.
@@ -67,6 +69,7 @@ class Spec:
     activation_convention: str = OWN
     cache_search: bool = False
     cache_center: bool = False
+    cache_served_by: str = OWN
     tied_head: bool = False
     type: str = "int"
     activation_type: str = "int"
@@ -127,8 +130,8 @@ class Spec:
             **inputs,
             attention=AttentionTransform(
                 Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip)),
-                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip)),
+                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
+                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
                 sink=self.cache_sink,
                 centered=self.cache_center and self.key_bits < 16,
             ),
@@ -139,11 +142,27 @@ class Spec:
         if args.format != "int":
             return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
         if self.activation_convention != OWN:
-            clip, search = stock_clip(args.num_bits, self.activation_convention), False
+            clip = stock_clip(args.num_bits, self.activation_convention, symmetric=args.symmetric)
+            search = False
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
 
-    def _cache_quantizer(self, bits: int, clip: float) -> DynamicQuantizer | None:
+    def _cache_quantizer(
+        self, bits: int, clip: float, shape: Shape, *, of_keys: bool
+    ) -> DynamicQuantizer | ServedQuantizer | None:
+        if self.cache_served_by != OWN:
+            served = ServedQuantizer(self.cache_served_by, bits, shape.head_dim, of_keys)
+            return served if bits < FULL else None
         return DynamicQuantizer.of(bits, False, clip, search=self.cache_search)
+
+    @property
+    def quantizes_cache(self) -> bool:
+        """Whether keys or values are quantized."""
+        return min(self.key_bits, self.value_bits) < FULL
+
+    @property
+    def without_cache(self) -> Spec:
+        """The same with keys and values in 16 bits."""
+        return replace(self, key_bits=FULL, value_bits=FULL)
 
     @property
     def turned(self) -> bool:
@@ -183,8 +202,9 @@ class Spec:
         for name in ("layers", "clips", "tied_head", "blocks"):  # which most runs have not
             if not plain[name]:
                 del plain[name]
-        if self.activation_convention == OWN:
-            del plain["activation_convention"]
+        for name in ("activation_convention", "cache_served_by"):
+            if plain[name] == OWN:
+                del plain[name]
         for name in ("type", "activation_type"):
             if plain[name] == "int":
                 del plain[name]
@@ -263,6 +283,7 @@ class Spec:
             if what := scheme.weights.wrong() or scheme.input_activations.wrong():
                 return f"of {layer} {what}"
         legal["activation_convention"] = self.activation_convention in CONVENTIONS
+        legal["cache_served_by"] = self.cache_served_by in SERVERS
         for field_name, args in (("type", self.scheme.weights), ("activation_type", self.scheme.input_activations)):
             legal[field_name] = args.type == "int" or not args.wrong()
         legal["blocks"] = self.blocks is None or (type(self.blocks) is int and self.blocks.bit_count() == 1)

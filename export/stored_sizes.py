@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..models.decoder import Decoder
+from ..models.layout import given_biases
 from ..models.outer_layers import TURN
 from .finished import projection_columns, projection_rows
 from .packing import packed_bytes
@@ -23,13 +24,18 @@ def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, i
 def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> dict[str, int]:
     """Of all weights, by the names that they have in full precision; `tied`: there is no head of its own."""
     f, shape = decoder.family, decoder.shape
-    stored = {name: tensor.numel() * itemsize for name, tensor in decoder.shapes.items()}
+    merged = tuple(f".{merged.name}.weight" for merged in f.merged)  # which are there as their parts
+    stored = {n: tensor.numel() * itemsize for n, tensor in decoder.shapes.items() if not n.endswith(merged)}
     stored |= {f"{name}.weight": size for name, size in projection_bytes(decoder, spec, itemsize).items()}
     for module in (f.embedding, f.head):
         rows, columns = decoder.shapes[f"{module}.weight"]
         stored[f"{module}.weight"] = packed_bytes(rows, columns, spec.outer(module), itemsize)
+    if f.embedding_norm is not None:
+        stored = {name: size for name, size in stored.items() if not name.startswith(f"{f.embedding_norm}.")}
+    if f.layer_norm:
+        stored |= _given_biases(decoder, itemsize)
     if spec.turned and f.layer_norm:  # biases of norms are folded, that of the last into the head
-        folded = tuple(f"{norm}.bias" for norm in (f.attention_norm, f.mlp_norm, f.final_norm))
+        folded = tuple(f"{norm}.bias" for norm in (*f.norm_readers, f.final_norm))
         stored = {name: size for name, size in stored.items() if not name.endswith(folded)}
         stored[f"{f.head}.bias"] = shape.vocabulary * itemsize
     if tied:  # the model names it twice
@@ -37,3 +43,18 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
     if spec.turns_head:
         stored[f"{f.head}.{TURN}"] = shape.hidden**2 * itemsize
     return stored
+
+
+def _given_biases(decoder: Decoder, itemsize: int) -> dict[str, int]:
+    """Of the biases that a model has not, and its blocks and its last norm are given: see `layout.split_modules`."""
+    f, shape, found = decoder.family, decoder.shape, dict[str, int]()
+    names = set(decoder.shapes)
+    for index in range(shape.blocks):
+        prefix = f"{f.layers}.{index}."
+        inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        inside |= {f"{m.name}.{part}.bias" for m in f.merged for part in m.parts if f"{m.name}.bias" in inside}
+        given = given_biases(inside, f, shape)
+        found |= {f"{prefix}{name}.bias": size * itemsize for name, size in given.items()}
+    if f"{f.final_norm}.bias" not in names:
+        found[f"{f.final_norm}.bias"] = shape.hidden * itemsize
+    return found

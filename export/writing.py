@@ -33,6 +33,10 @@ _COPIED = (
     "*.model",
     "*.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
     "LICENSE*",
 )
 
@@ -65,6 +69,8 @@ def write_native(
     """
     config = what_it_is(json.loads((source.folder / "config.json").read_text(encoding="utf-8")))
     config["tie_word_embeddings"] = tied  # where rotated, the two are different
+    if source.family.sight and "tie_word_embeddings" in config.get("text_config", {}):
+        config["text_config"]["tie_word_embeddings"] = tied  # older ones have it there, and it counts
     if "torch_dtype" not in config:  # else transformers takes it from the first tensor, which may be a scale
         config.setdefault("dtype", str(source.dtype).removeprefix("torch."))
     config["quantization_config"] = {"quant_method": METHOD, **spec.to_dict()}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,9 +16,9 @@ from transformers import AutoConfig, PretrainedConfig
 from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
 from .families import Family, check_type, family_for
-from .layout import split_tensors
-from .matrices import StoredMatrix, check_finite, spans
-from .names import GIVE_CAUSAL, left_out, left_out_notice, listed, misfit, renamed, task_of
+from .layout import on_disk, split_tensors
+from .matrices import Matrix, NormedMatrix, StoredMatrix, check_finite, check_slice, spans
+from .names import give_causal, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
 from .running import forget_running
 from .shape import Shape
@@ -187,14 +186,15 @@ class Checkpoint:
         Raises:
             InputError: one is not, or a block has tensors that are not expected.
         """
+        expected = self._on_disk(expected)
         tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
         for name in expected:
             if name not in self._stored and name != tied:
                 raise InputError(f"{self.folder} {misfit(self._stored, name, self.family, self.config.architectures)}.")
-        task = task_of(self.config.architectures)
+        task = task_of(self.config.architectures, self.family)
         if task and (extra := left_out(self._stored, expected, self.family)):
-            raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {GIVE_CAUSAL}.")
-        count, layers = self.config.num_hidden_layers, re.escape(self.family.layers)
+            raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {give_causal(self.family)}.")
+        count, layers = Shape.of(self.config).blocks, re.escape(self.family.layers)
         indices = [int(found[1]) for name in self._stored if (found := re.match(rf"{layers}\.(\d+)\.", name))]
         if max(indices, default=0) >= count:
             raise InputError(
@@ -211,7 +211,7 @@ class Checkpoint:
                             f"{file} has no tensor {name}, which the index says it has: download it again."
                         )
                     if name in expected:
-                        _check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
+                        check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
                     elif name.startswith(blocks) and not name.endswith(self.family.ignored):
                         what = f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture"
                         if TENSOR.search(name):
@@ -220,6 +220,7 @@ class Checkpoint:
 
     def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
         """A sentence on each kind of thing in the folder that has no part in the model whose tensors are `expected`."""
+        expected = self._on_disk(expected)
         notices, unread = [], sorted(set(self.folder.glob("*.safetensors")) - set(self.files))
         if names := left_out(self._stored, expected, self.family):
             notices.append(left_out_notice(names, self.family))
@@ -234,12 +235,20 @@ class Checkpoint:
             )
         return notices
 
+    def _on_disk(self, expected: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        return on_disk(expected, self.family, Shape.of(self.config), lambda n: self.shape(n) if n in self else ())
+
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of decoder block `index`, by their names inside the block, each projection by itself."""
         prefix = f"{self.family.layers}.{index}."
         inside = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
         return split_tensors(tensors, self.family, Shape.of(self.config))
+
+    def towers(self) -> Iterator[tuple[str, Tensor]]:
+        """What a model that sees has beside its decoder, by full names, a tensor at a time."""
+        prefixes = self.family.sight.prefixes if self.family.sight else ()
+        return ((name, self.tensor(name)) for name in self.names if name.startswith(prefixes))
 
     def embedding(self) -> StoredMatrix:
         """(vocabulary, hidden)."""
@@ -256,21 +265,28 @@ class Checkpoint:
 
     def outer_layers(self) -> OuterLayers:
         """All that is outside the blocks, embedding and head not read yet."""
-        family, embedding, head = self.family, self.embedding(), self.head()
+        family, embedding, head, norm = self.family, self.embedding(), self.head(), self.final_norm()
+        none = torch.zeros_like(norm) if family.layer_norm else None
         return OuterLayers(
-            embedding,
-            self.final_norm(),
+            self._normed(embedding),
+            norm,
             embedding if head == embedding else head,
             positions=self.tensor(f"{family.positions}.weight") if family.positions else None,
-            norm_bias=self.tensor(f"{family.final_norm}.bias") if family.layer_norm else self._further("final_norm"),
-            head_bias=self._further("head"),
+            norm_bias=self._further("final_norm", family.layer_norm, none),
+            head_bias=self._further("head", self.family.head_bias),
             others={name: self.tensor(name) for name in family.others},
         )
 
-    def _further(self, part: str) -> Tensor | None:
-        """The bias of a part, where no row says whether it has one."""
+    def _normed(self, embedding: StoredMatrix) -> Matrix:
+        if (norm := self.family.embedding_norm) is None:
+            return embedding
+        weight, bias = (self.tensor(f"{norm}.{part}") for part in ("weight", "bias"))
+        return NormedMatrix(embedding, weight, bias, float(getattr(self.config, self.family.embedding_epsilon)))
+
+    def _further(self, part: str, has: bool, otherwise: Tensor | None = None) -> Tensor | None:
+        """The bias of a part that `has` one, or of which no row says whether it does."""
         name = f"{getattr(self.family, part)}.bias"
-        return self.tensor(name) if self.family.generic and name in self else None
+        return self.tensor(name) if (has or self.family.generic) and name in self else otherwise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,13 +294,3 @@ class Checkpoint:
         file, stored = self._stored[f"{self.family.embedding}.weight"]
         with self._open(file) as reader:
             return reader.get_slice(stored)[:1].dtype
-
-
-def _check_slice(what: str, found: Any, expected: torch.Size) -> None:
-    shape, dtype = tuple(found.get_shape()), found.get_dtype()
-    if shape != tuple(expected):
-        raise InputError(
-            f"{what} has shape {shape}, and config.json asks for {tuple(expected)}: they do not belong together."
-        )
-    if dtype not in ("F16", "BF16", "F32", "F64"):
-        raise InputError(f"{what} is stored as {dtype}: give the full-precision checkpoint.")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..errors import InputError
 from .families import Family, family_for
-from .layout import drop_norm_bias, expected_shapes, split_modules
+from .layout import drop_norm_bias, expected_shapes, give_norm_bias, split_modules
 from .matrices import spans
 from .outer_layers import OuterLayers
+from .seeing.whole_model import attention_in, auto_class
 from .shape import Shape
 
 
@@ -22,7 +24,7 @@ class Decoder:
     """The parts of one decoder, without its weights.
 
     Args:
-        config: the transformers config of the model.
+        config: the transformers config of the whole model; `config` is then that of its decoder.
         attention: name of the attention function, registered with transformers.
         dtype: what the blocks compute in.
         device: where the blocks compute.
@@ -39,26 +41,35 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.whole = config
         self.family: Family = family_for(config, "the model")
-        self.dtype = dtype
+        self.config = self.family.text(config)
+        self.attention, self.dtype = attention, dtype
         self.device = torch.device(device)
         try:
             self.shape = Shape.of(config)
             if self.shape.blocks < 1:
                 raise ValueError(f"num_hidden_layers is {self.shape.blocks}")
             with torch.device("meta"):
-                self.skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+                self.skeleton = auto_class(self.family).from_config(
+                    config, attn_implementation=attention_in(self.family, attention), dtype=dtype
+                )
             # RoPE's frequencies are not in the checkpoint: they are computed from the config, off the meta device.
             self._rotary = None
             if self.family.rotary is not None:
-                self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=self.skeleton.config)
+                own = self.family.text(self.skeleton.config)
+                self._rotary = type(self.skeleton.get_submodule(self.family.rotary))(config=own)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}".rstrip(".")
             raise InputError(f"no model can be made of this config.json ({what}): download it again.") from error
         self.skeleton.eval()
         if self._rotary is not None:
             self._rotary.to(self.device)
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return bool(self.whole.tie_word_embeddings)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -69,7 +80,7 @@ class Decoder:
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device, a module of its own, with one linear layer a projection."""
         block = copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
-        return split_modules(block, self.family, self.shape)
+        return split_modules(block, self.family, self.shape, self.attention)
 
     def block(self, index: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> nn.Module:
         """Block `index` with the weights `tensors` (names inside the block), ready to compute.
@@ -82,7 +93,7 @@ class Decoder:
         """
         module = module if module is not None else self.empty_block(index)
         if self.family.layer_norm:
-            for norm in (self.family.attention_norm, self.family.mlp_norm):
+            for norm in self.family.norm_readers:
                 if f"{norm}.bias" not in tensors:
                     drop_norm_bias(module, norm)
         state = {
@@ -100,8 +111,8 @@ class Decoder:
         """The final norm with `weight` and, for a LayerNorm that has not lost it, `bias`, each (hidden,)."""
         outer = nn.Module()
         outer.add_module("norm", copy.deepcopy(self.skeleton.get_submodule(self.family.final_norm)))
-        if self.family.layer_norm and bias is None:
-            drop_norm_bias(outer, "norm")
+        if self.family.layer_norm:
+            (give_norm_bias if bias is not None else drop_norm_bias)(outer, "norm")
         state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         module = outer.get_submodule("norm")
         module.load_state_dict({name: t.to(self.device, self.dtype) for name, t in state.items()}, assign=True)
@@ -130,6 +141,7 @@ class Decoder:
         turn = None if outer.before_head is None else outer.before_head.to(self.device, self.dtype)
         cap = getattr(self.config, "final_logit_softcapping", None)
         divisor = getattr(self.config, self.family.logits_divisor) if self.family.logits_divisor else 1
+        factor = getattr(self.config, self.family.logits_factor) if self.family.logits_factor else 1
         parts = spans(outer.head)
         sent = None if self.device.type == "cpu" else [outer.head[rows].to(self.device) for rows in parts]
 
@@ -141,6 +153,7 @@ class Decoder:
                 found.append(nn.functional.linear(x, weight, None if bias is None else bias[rows]))
             logits = found[0] if len(found) == 1 else torch.cat(found, -1)
             logits = logits if divisor == 1 else logits / divisor
+            logits = logits if factor == 1 else logits * factor
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return function
@@ -152,7 +165,7 @@ class Decoder:
 
     def turns(self, index: int) -> bool:
         """Whether block `index` has RoPE."""
-        if self._rotary is None:
+        if self._rotary is None or self.family.rope_layers == "none":
             return False
         layers = getattr(self.config, self.family.rope_layers) if self.family.rope_layers else None
         if self.family.rope_layers == "layer_types" and self.config.sliding_window is None:
@@ -199,12 +212,25 @@ class Decoder:
         }
         if self._rotary is not None:
             arguments["position_embeddings"] = self.position_embeddings(length, index)
+        if self.family.own_attention:
+            arguments["alibi"] = self._alibi(length) if self.family.alibi else None
         return arguments
+
+    def _alibi(self, length: int) -> Tensor:
+        """Of each key, (heads, 1, length), by the code of the class."""
+        build = sys.modules[type(self.skeleton).__module__].build_alibi_tensor
+        found: Tensor = build(torch.ones(1, length, device=self.device), self.shape.query_heads, self.dtype)
+        return found
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block over `hidden` (batch, length, hidden), causal, from position 0."""
-        output: Tensor = block(hidden, **self.arguments(block, hidden.shape[1]))
-        return output
+        return stream_of(block(hidden, **self.arguments(block, hidden.shape[1])))
+
+
+def stream_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states of what a block puts out: some put out attention's probabilities beside them."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:

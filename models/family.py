@@ -7,20 +7,67 @@ each branch before it is added. Names are relative to the model (`embedding`, `l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 SITES = ("qkv", "output", "gate_up", "down")
 """The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
+CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (False, None)}
+"""`Family.legal` of models that may be made to look ahead."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each."""
+    """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each.
+
+    `groups`: the `Shape` field that says in how many equal groups the rows come, each with a piece of every projection;
+    "" where a projection is whole.
+    """
 
     name: str
     parts: Mapping[str, str]
+    groups: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Fields that a row has instead, where the config has these values; True and False are taken of any value."""
+
+    config: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+    def holds(self, config: Any) -> bool:
+        """Whether the config is one of this variant."""
+        found = {name: getattr(config, name, None) for name in self.config}
+        return all((bool(found[k]) if isinstance(v, bool) else found[k]) == v for k, v in self.config.items())
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a model that sees has beside its decoder.
+
+    Attributes:
+        texts: the `model_type`s that its config may have in `text_config`.
+        towers: modules that make embeddings of images; they stay as they are.
+        writers: patterns of the linear layers in them whose output is added to the residual stream, or put in place of
+            embeddings: they are rotated where the stream is.
+    """
+
+    texts: tuple[str, ...]
+    towers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """How the names of what the towers hold begin."""
+        return tuple(f"{tower}." for tower in self.towers)
+
+    def writes(self, name: str) -> bool:
+        """Whether a tensor is of one of the writers."""
+        return any(re.fullmatch(writer, name.rpartition(".")[0]) for writer in self.writers)
 
 
 @dataclass(frozen=True)
@@ -30,16 +77,25 @@ class Family:
     Attributes:
         rotary: module that gives cosine and sine; None where positions are learned. `rope_by_layer`: it has one set
             of frequencies a kind of layer. `rope_layers`: the config field that says by layer whether it turns queries
-            and keys at all, by 1 or "sliding_attention"; "" where every layer does. `rope_neighbours`: it turns channel
-            2 j with 2 j + 1, where Llama's turns j with j + half.
+            and keys at all, by 1 or "sliding_attention"; "" where every layer does, "none" where none does.
+            `rope_neighbours`: it turns channel 2 j with 2 j + 1, where Llama's turns j with j + half.
         positions: learned positions; position i is row i + `position_offset`.
         scaled_embedding: the embedding is multiplied by the square root of the hidden size.
-        embedding_factor, branch_factor, logits_divisor: names of these numbers in the config; a branch is what is added
-            to the residual stream.
+        embedding_factor, branch_factor, logits_divisor, logits_factor: names of these numbers in the config; a branch
+            is what is added to the residual stream.
+        embedding_norm, embedding_epsilon: LayerNorm of the embedding's rows, and its epsilon's name in the config. It
+            is computed where they are read from a checkpoint, and is no part of a quantized model.
         norm_offset: what RMSNorm adds to the stored weight: 0 for `w * x`, 1 for Gemma's `(1 + w) * x`.
         pre_norms: false where attention and MLP read the stream itself; `layout.split_modules` then puts an identity
             where `attention_norm` and `mlp_norm` say.
-        layer_norm: norms are LayerNorm with weight and bias.
+        layer_norm: norms are LayerNorm with weight and bias; where a norm, or a layer that reads one, has no bias,
+            `layout.split_modules` gives it one of zeros, so that there is room for what is folded.
+        parallel: attention and MLP read the same stream, and both are added to it; `mlp_norm` may then be
+            `attention_norm`.
+        alibi: what gets a bias by the distance of tokens, a slope a head, as the `build_alibi_tensor` of the class has
+            it: "logits", or "products" of queries and keys, which are scaled to logits with it; "" without.
+        own_attention: where the module of attention takes no function, the name by which the class can be made;
+            `layout.split_modules` then puts `inner_attention.InnerAttention` in the module's place. "" elsewhere.
         attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
         query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE. `head_norms_last`: after it.
             `head_norms_whole`: over all heads together.
@@ -48,14 +104,21 @@ class Family:
         window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
         merged: linear layers that hold several projections.
         experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
-        ffn_field, experts_field: names of these sizes in the config.
+        fused: on disk the experts of a block are two tensors, gates and ups end to end; else each is by itself.
+        ffn_field, experts_field, key_heads: names of these sizes in the config; `key_heads` may be the number itself.
+            What is not there is 4 * hidden, and as many key heads as there are heads.
+        head_bias: the output layer has one.
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
+        variants: what is another where the config says so, in order; `families.variant_of` has them in place.
         legal: config field -> the values that are supported; a str is the name of another field that it must equal.
+        otherwise_generic: a model that is not so is taken as one without a row, and not refused.
         others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
             blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
             in which they run; rows and columns of each.
         note: what is special, for `rotoboa models` and docs/models.md.
+        sight: of models that see: what they have beside the decoder that this row is of. The names of modules are those
+            in the whole model, and the fields of a config those of its `text_config`.
         ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
 
@@ -80,6 +143,9 @@ class Family:
     norm_offset: float = 0.0
     pre_norms: bool = True
     layer_norm: bool = False
+    parallel: bool = False
+    alibi: str = ""
+    own_attention: str = ""
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     query_norm: str | None = None
@@ -87,9 +153,12 @@ class Family:
     positions: str | None = None
     position_offset: int = 0
     scaled_embedding: bool = False
+    embedding_norm: str | None = None
+    embedding_epsilon: str = ""
     embedding_factor: str = ""
     branch_factor: str = ""
     logits_divisor: str = ""
+    logits_factor: str = ""
     head_norms_last: bool = False
     head_norms_whole: bool = False
     rope_by_layer: bool = False
@@ -100,21 +169,32 @@ class Family:
     merged: tuple[Merged, ...] = ()
     experts: str | None = None
     router: str | None = None
+    fused: bool = False
     ffn_field: str = "intermediate_size"
     experts_field: str | None = None
+    key_heads: str | int = "num_key_value_heads"
+    head_bias: bool = False
     expert_count: int = 0
     renamed: tuple[tuple[str, str], ...] = ()
+    variants: tuple[Variant, ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
+    otherwise_generic: bool = False
     note: str = ""
     others: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     sizes: Mapping[str, tuple[int, int]] | None = None
+    sight: Sight | None = None
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
     @property
     def generic(self) -> bool:
         """Whether no more is known than linear layers: there is no row."""
         return False
+
+    def text(self, config: Any) -> Any:
+        """The config of the decoder, of that of the whole model."""
+        found = config if self.sight is None else getattr(config, "text_config", None) or config  # older ones are flat
+        return SimpleNamespace(**found) if isinstance(found, dict) else found
 
     def expert(self, index: int) -> tuple[str, str, str]:
         """Gate, up and down of one expert."""
@@ -126,6 +206,19 @@ class Family:
         if self.experts:
             return tuple(name for i in range(self.expert_count) for name in self.expert(i)[:2])
         return (self.gate, self.up) if self.gate else (self.up,)
+
+    @property
+    def norm_readers(self) -> dict[str, tuple[str, ...]]:
+        """The linear layers that read each norm of a block; a mixture's router reads what its experts read."""
+        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (self.query, self.key, self.value)}
+        router = (self.router,) if self.router else ()
+        readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *router, *self.mlp_inputs)
+        return readers
+
+    @property
+    def shared_norm(self) -> bool:
+        """Whether attention and MLP read one norm."""
+        return self.attention_norm == self.mlp_norm
 
     @property
     def downs(self) -> tuple[str, ...]:

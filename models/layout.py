@@ -5,22 +5,31 @@ The classes here take the place of modules inside the real block; what calls the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .families import Family
+from .families import Family, Merged
+from .inner_attention import InnerAttention
 from .shape import Shape
 
 
 class Stacked(nn.Module):
-    """Linear layers that read the same input, their outputs laid end to end: the merged layer, in parts."""
+    """Linear layers that read the same input, their outputs laid end to end: the merged layer, in parts.
+
+    With `groups` outputs come in so many equal groups, each with its piece of every layer.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., sum of outs)."""
-        return torch.cat([part(x) for part in self.children()], dim=-1)
+        parts = [part(x).unflatten(-1, (self.groups, -1)) for part in self.children()]
+        return torch.cat(parts, dim=-1).flatten(-2)
 
 
 class Expert(nn.Module):
@@ -67,24 +76,41 @@ class Experts(nn.ModuleList):
         return output
 
 
-def split_modules(block: nn.Module, family: Family, shape: Shape) -> nn.Module:
-    """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied."""
+def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str = "sdpa") -> nn.Module:
+    """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied.
+
+    `attention` is the name of the function that an attention of ours calls, where the class has it inside itself.
+    """
     if not family.pre_norms:
         block.add_module(family.attention_norm, nn.Identity())
         block.add_module(family.mlp_norm, nn.Identity())
     for merged in family.merged:
         linear = block.get_submodule(merged.name)
         assert isinstance(linear, nn.Linear)
-        stacked = Stacked()
+        stacked = Stacked(_groups(merged, shape))
         for part, size in merged.parts.items():
             stacked.add_module(part, _linear(linear, getattr(shape, size)))
         block.set_submodule(merged.name, stacked)
+    if family.own_attention:
+        inner = block.get_submodule(family.attention)
+        block.set_submodule(family.attention, InnerAttention(inner, family, shape, attention))
     if family.experts:
         fused = block.get_submodule(family.experts)
         like = next(fused.parameters())
         experts = (Expert(shape.hidden, shape.ffn, fused.act_fn, like) for _ in range(shape.experts))  # type: ignore[arg-type]
         block.set_submodule(family.experts, Experts(experts))
+    if family.layer_norm:
+        for norm, readers in family.norm_readers.items():
+            give_norm_bias(block, norm)
+            for linear in (block.get_submodule(name) for name in readers):
+                assert isinstance(linear, nn.Linear)
+                if linear.bias is None:
+                    linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
     return block
+
+
+def _groups(merged: Merged, shape: Shape) -> int:
+    return int(getattr(shape, merged.groups)) if merged.groups else 1
 
 
 def _linear(like: nn.Linear, outputs: int) -> nn.Linear:
@@ -98,14 +124,42 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
     for merged in family.merged:
         for kind in ("weight", "bias"):
             if (tensor := result.pop(f"{merged.name}.{kind}", None)) is not None:
-                pieces = tensor.split([getattr(shape, size) for size in merged.parts.values()])
+                groups = _groups(merged, shape)
+                sizes = [getattr(shape, size) // groups for size in merged.parts.values()]
+                pieces = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
                 names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
-                result.update(zip(names, pieces, strict=True))
-    return result
+                result.update(zip(names, (piece.flatten(0, 1) for piece in pieces), strict=True))
+    if family.fused:
+        both, down = (result.pop(f"{family.experts}.{part}_proj") for part in ("gate_up", "down"))
+        # The hub's are (experts, in, out), and those that transformers saves anew (experts, out, in), as it computes.
+        both = both if both.shape[1:] == (2 * shape.ffn, shape.hidden) else both.mT
+        down = down if down.shape[1:] == (shape.hidden, shape.ffn) else down.mT
+        for i in range(shape.experts):
+            parts = (*both[i].split(shape.ffn), down[i])
+            names = (f"{projection}.weight" for projection in family.expert(i))
+            result.update((name, part.contiguous()) for name, part in zip(names, parts, strict=True))
+    return result | {
+        f"{n}.bias": result[f"{n}.weight"].new_zeros(size) for n, size in given_biases(result, family, shape).items()
+    }
+
+
+def given_biases(names: Container[str], family: Family, shape: Shape) -> dict[str, int]:
+    """How many zeros are the biases of norms, and of what reads them, that a block with these tensors has not.
+
+    Args:
+        names: of tensors inside the block, each projection by itself.
+        family: of the block; where its norms are no LayerNorm there are none.
+        shape: of the block.
+    """
+    if not family.layer_norm:
+        return {}
+    rows = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
+    rows |= dict.fromkeys(family.mlp_inputs, shape.ffn) | dict.fromkeys(family.norm_readers, shape.hidden)
+    return {name: size for name, size in rows.items() if f"{name}.bias" not in names}
 
 
 def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Shape) -> dict[str, torch.Size]:
-    """The tensors a checkpoint holds, of those that the model has: every expert is on disk by itself."""
+    """The tensors of a checkpoint, of those that the model has, every expert by itself; see `on_disk`."""
     result = {}
     for name, size in shapes.items():
         if family.experts and f"{family.experts}." in name:
@@ -119,11 +173,41 @@ def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Sha
     return result
 
 
+def on_disk(
+    expected: Mapping[str, torch.Size], family: Family, shape: Shape, found: Callable[[str], tuple[int, ...]]
+) -> Mapping[str, torch.Size]:
+    """`expected_shapes` as files have them, which may hold all experts of a block together, either way round.
+
+    `found` gives the shape of a tensor in the files, () where there is none.
+    """
+    if not family.fused:
+        return expected
+    result = {name: size for name, size in expected.items() if f".{family.experts}." not in name}
+    for block in range(shape.blocks):
+        stem = f"{family.layers}.{block}.{family.experts}"
+        for part, size in {"gate_up": (2 * shape.ffn, shape.hidden), "down": (shape.hidden, shape.ffn)}.items():
+            turned = (shape.experts, *reversed(size))
+            name = f"{stem}.{part}_proj"
+            result[name] = torch.Size(turned if found(name) == turned else (shape.experts, *size))
+    return result
+
+
+def give_norm_bias(module: nn.Module, name: str) -> None:
+    """Put a LayerNorm with a bias in the place of the norm `name`, where that has none."""
+    norm = module.get_submodule(name)
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+        return
+    like = norm.get_parameter("weight")
+    eps: Any = getattr(norm, "variance_epsilon", None) or norm.eps
+    module.set_submodule(name, nn.LayerNorm(like.shape, eps=eps, device=like.device, dtype=like.dtype))
+
+
 def drop_norm_bias(module: nn.Module, name: str) -> None:
     """Put an RMSNorm in the place of the LayerNorm `name`: the same function of inputs of mean zero, but for the bias.
 
     LayerNorm divides by the deviation and RMSNorm by the root mean square, with the same epsilon below the root.
     """
+    give_norm_bias(module, name)  # it is then torch's
     norm = module.get_submodule(name)
     assert isinstance(norm, nn.LayerNorm)
     like = norm.weight
@@ -135,7 +219,7 @@ def fold_layer_norms(model: nn.Module, family: Family) -> None:
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
     for block in layers:
-        for norm in (family.attention_norm, family.mlp_norm):
+        for norm in family.norm_readers:
             drop_norm_bias(block, norm)
     drop_norm_bias(model, family.final_norm)
     if not hasattr(model, family.head):

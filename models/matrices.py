@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, RunError
 
@@ -49,6 +49,33 @@ class ProductMatrix:
     def __getitem__(self, index: slice | Tensor, /) -> Tensor:
         """The rows `index`."""
         return (self.rows[index].float() @ self.right.float()).to(self.right.dtype)
+
+
+@dataclass(frozen=True)
+class NormedMatrix:
+    """The rows of a matrix behind a LayerNorm of their own, in the matrix's dtype.
+
+    Attributes:
+        rows: the matrix.
+        weight, bias: of the norm, (columns,).
+        epsilon: what it adds to the variance.
+    """
+
+    rows: Matrix
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, columns)."""
+        return self.rows.shape
+
+    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
+        """The rows `index`."""
+        rows = self.rows[index]
+        weight, bias = self.weight.double(), self.bias.double()
+        return nn.functional.layer_norm(rows.double(), weight.shape, weight, bias, self.epsilon).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -103,3 +130,18 @@ def check_finite(file: Path, name: str, tensor: Tensor) -> None:
     """
     if not torch.stack(tensor.aminmax()).isfinite().all():  # isfinite of all of it takes 40 times as long
         raise RunError(f"{file}: tensor {name} holds NaN or Inf: download it again, or look for a sound checkpoint.")
+
+
+def check_slice(what: str, found: Any, expected: torch.Size) -> None:
+    """Check shape and dtype of a stored tensor, of which `found` is safetensors' slice; `what` names it in errors.
+
+    Raises:
+        InputError: it has another shape, or its numbers are no floating-point ones.
+    """
+    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    if shape != tuple(expected):
+        raise InputError(
+            f"{what} has shape {shape}, and config.json asks for {tuple(expected)}: they do not belong together."
+        )
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise InputError(f"{what} is stored as {dtype}: give the full-precision checkpoint.")

@@ -9,7 +9,6 @@ from .adapters import MERGE, TENSOR
 from .families import Family
 
 SHOWN = 3
-GIVE_CAUSAL = "give a model that predicts text (a ...ForCausalLM)"
 _PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|absmax)$")
 _WRAPPERS = {
     "base_model.model.": "PEFT",
@@ -37,9 +36,11 @@ def renamed(stored: str, family: Family) -> str:
 
 def _roots(family: Family) -> tuple[str, ...]:
     """How the names of all tensors of a model begin."""
-    parts = (family.embedding, family.layers, family.final_norm, family.head, family.positions, family.rotary)
+    around = (family.positions, family.rotary, family.embedding_norm)
+    parts = (family.embedding, family.layers, family.final_norm, family.head, *around)
     others = (name.rpartition(".")[0] for name in family.others)
-    return tuple(f"{part}." for part in (*parts, *others) if part)
+    towers = family.sight.towers if family.sight else ()
+    return tuple(f"{part}." for part in (*parts, *others, *towers) if part)
 
 
 def left_out(names: Iterable[str], expected: Collection[str], family: Family) -> list[str]:
@@ -63,10 +64,20 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(kinds[:SHOWN]) + more
 
 
-def task_of(architectures: Sequence[str] | None) -> str | None:
+def task_of(architectures: Sequence[str] | None, family: Family) -> str | None:
     """The class of a config's `architectures` that has another head than a language model's; None where none has."""
-    named = (name for name in architectures or () if "For" in name and "ForCausalLM" not in name)
+    named = (name for name in architectures or () if "For" in name and _model_for(family) not in name)
     return next(named, None)
+
+
+def _model_for(family: Family) -> str:
+    """How the classes are called that have a language model's head."""
+    return "ForConditionalGeneration" if family.sight else "ForCausalLM"
+
+
+def give_causal(family: Family) -> str:
+    """What to do with another."""
+    return f"give a model that predicts text (a ...{_model_for(family)})"
 
 
 def misfit(names: Collection[str], missing: str, family: Family, architectures: Sequence[str] | None) -> str:
@@ -75,18 +86,18 @@ def misfit(names: Collection[str], missing: str, family: Family, architectures: 
         return f"holds an adapter beside its weights ({found}): {MERGE}"
     if found := first(names, _PACKED):
         return f"holds quantized weights ({found}): give the full-precision checkpoint"
-    if task := task_of(architectures):
-        return f"is a {task}, which has no {missing}: {GIVE_CAUSAL}"
+    if task := task_of(architectures, family):
+        return f"is a {task}, which has no {missing}: {give_causal(family)}"
     if prefix := _prefix(names, family):
         by = f", as {_WRAPPERS[prefix]} leaves it" if prefix in _WRAPPERS else ""
         return (
             f"has names of tensors that begin with '{prefix}'{by}: save the model inside with `save_pretrained`, or "
             f"take '{prefix}' off the names"
         )
-    if missing == f"{family.head}.weight" and architectures and "ForCausalLM" not in architectures[0]:
+    if missing == f"{family.head}.weight" and architectures and _model_for(family) not in architectures[0]:
         return (
             f"is a {architectures[0]}, without the output layer {missing}, and its config.json does not tie that to "
-            "the embedding: save the whole model (a ...ForCausalLM)"
+            f"the embedding: save the whole model (a ...{_model_for(family)})"
         )
     if not any(name.startswith(f"{family.layers}.0.") and name.endswith("norm.weight") for name in names):
         return (

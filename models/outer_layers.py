@@ -25,7 +25,7 @@ class OuterLayers:
         head: (vocabulary, hidden); the embedding itself where the two are tied.
         positions: (positions + offset, hidden), learned ones, as stored; None with RoPE.
         norm_bias: (hidden,), of a LayerNorm.
-        head_bias: (vocabulary,), what the final norm's bias becomes when it is folded into the head.
+        head_bias: (vocabulary,), of the head, and what the final norm's bias becomes when it is folded into that.
         before_head: (hidden, hidden), symmetric, by which the norm's output is multiplied before the head reads it,
             where the head is the embedding of a rotated stream; see `Rotations.before_head`.
         others: of a family without a row, what else there is, by full names.
@@ -99,6 +99,7 @@ class OuterLayers:
         """
         fields = ["embedding", "norm", *([] if tied else ["head"]), *(["positions"] if family.positions else [])]
         fields += ["before_head"] if turned else []
+        fields += ["head_bias"] if family.head_bias else []
         return [name for field, name in _names(family).items() if field in fields and name not in found]
 
     @classmethod

@@ -14,7 +14,9 @@ from . import adapters
 from .checkpoint import read_config
 from .families import Family, family_for
 from .hub import WANTED, hub_errors
+from .layout import on_disk
 from .names import left_out, left_out_notice, misfit, renamed
+from .shape import Shape
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -65,6 +67,7 @@ class Remote:
 
     def check(self, expected: Mapping[str, torch.Size]) -> None:
         """As `Checkpoint.check`, but for tensors that are not expected."""
+        expected = self._on_disk(expected)
         tied = f"{self.family.head}.weight" if self.config.tie_word_embeddings else None
         for name, shape in expected.items():
             if name not in self._found and name != tied:
@@ -75,7 +78,11 @@ class Remote:
                     f"for {tuple(shape)}: they do not belong together."
                 )
 
+    def _on_disk(self, expected: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        found = {name: tuple(tensor.shape) for name, tensor in self._found.items()}
+        return on_disk(expected, self.family, Shape.of(self.config), lambda name: found.get(name, ()))
+
     def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
         """As `Checkpoint.notices`, of the tensors alone."""
-        names = left_out(self._found, expected, self.family)
+        names = left_out(self._found, self._on_disk(expected), self.family)
         return [left_out_notice(names, self.family)] if names else []

@@ -51,6 +51,8 @@ def forget_running(config: PretrainedConfig) -> PretrainedConfig:
     config._attn_implementation = None
     config._experts_implementation = None
     config._output_attentions = False
-    config.output_hidden_states = False
-    config.return_dict = True
+    for part in (config, getattr(config, "text_config", None)):
+        if isinstance(part, PretrainedConfig):
+            part.output_hidden_states = False
+            part.return_dict = True
     return config

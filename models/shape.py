@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .families import FAMILIES
+from .families import FAMILIES, has_row, variant_of
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,19 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """Read the sizes from a transformers config, with the defaults of Llama where a field is missing."""
-        if getattr(config, "model_type", "") not in FAMILIES:
+        if not has_row(config):
             return cls._of_unknown(config)
         row = FAMILIES[config.model_type]
+        config = row.text(config)
+        row = variant_of(row, config)
+        key_heads = row.key_heads if isinstance(row.key_heads, int) else getattr(config, row.key_heads, None)
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         return cls(
             blocks=int(config.num_hidden_layers),
             hidden=hidden,
-            ffn=int(getattr(config, row.ffn_field)),
+            ffn=int(getattr(config, row.ffn_field, None) or 4 * hidden),
             query_heads=heads,
-            key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            key_heads=int(key_heads or heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
             vocabulary=int(config.vocab_size),
             experts=int(getattr(config, row.experts_field)) if row.experts_field else 0,

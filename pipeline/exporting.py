@@ -24,6 +24,7 @@ from ..export.scheme_layers import divided, scheme_layers
 from ..export.spec import METHOD
 from ..export.writing import SHARD_BYTES, write_checkpoint
 from ..models.aliases import HUB_ID, resolve_model
+from ..models.seeing.whole_model import auto_class
 from .recipe.recipe import Recipe
 from .recipe.recipe_files import recipe_to_yaml
 from .storage.atomic import write_json, write_text
@@ -53,8 +54,8 @@ def _write_native(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES
 FORMATS: Mapping[str, Format] = {
     "native": Format(lambda run: None, _write_native),
     "compressed-tensors": Format(compressed_tensors.check, compressed_tensors.write, compressed_tensors.warning),
-    "gptq": Format(gptq.check, gptq.write),
-    "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1)),
+    "gptq": Format(gptq.check, gptq.write, gptq.warning),
+    "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1), gptq.warning),
     "gguf": Format(gguf.check, gguf.write),
     "mlx": Format(mlx.check, mlx.write),
 }
@@ -135,7 +136,8 @@ def describe(folder: RunFolder, finished: Finished, format_name: str, where: Pat
     figures = Figures(public["perplexity"], public["tokens"]["evaluation"], report.bos, report.sizes.original)
     layers = scheme_layers(finished)
     split = divided(finished)
-    write_card(where, format_name, finished.spec, figures, yaml, base=base, files=files, layers=layers, divided=split)
+    told: dict[str, Any] = {"layers": layers, "divided": split, "loader": auto_class(finished.family).__name__}
+    write_card(where, format_name, finished.spec, figures, yaml, base=base, files=files, **told)
     write_record(where, format_name, folder.path, final, blocks_digest(folder))
 
 

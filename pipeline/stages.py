@@ -50,7 +50,7 @@ from .ranks.distributed import joined, shared_by
 from .recipe.recipe import Recipe
 from .recipe.recipe_files import recipe_to_yaml
 from .rotating.balancing import Balance, balanced
-from .rotating.outside_blocks import corrected_head, rotated_outer_layers, rounded_embedding
+from .rotating.outside_blocks import corrected_head, rotated_outer_layers, rotated_towers, rounded_embedding
 from .rotating.placing import noise_of_r1, settle
 from .rotating.seeds import choose_seed
 from .storage.atomic import write_json, write_tensors
@@ -241,3 +241,4 @@ def _groups(job: Job, folder: RunFolder, outer: OuterLayers) -> Iterator[dict[st
         job.ranks.tick()
         yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in folder.read_block(index).items()}
     yield outer.after(f)
+    yield from rotated_towers(job)

@@ -44,7 +44,8 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     """
     through = family.gate or activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
-    sites = ("output", *downs) if folded or not family.pre_norms else ("qkv", "output", "gate_up", *downs)
+    before = () if folded or not family.pre_norms else ("qkv",) if family.shared_norm else ("qkv", "gate_up")
+    sites = (*before[:1], "output", *before[1:], *downs)
     return (*sites, *HEADS) if keys else sites
 
 

@@ -7,7 +7,7 @@ EMNLP 2023). As integers I with a scale s per row, the readers then mean s (I - 
 |---|---|---|
 | qkv | q, k, v | the attention norm: its weight, and the bias of a LayerNorm |
 | output | O | rows of V and its bias; a value channel has one zeta for the query heads of its group |
-| gate_up | gate and up | the MLP's norm |
+| gate_up | gate and up | the MLP's norm, where it is not attention's |
 | down | down | rows of up and its bias: act(gate) * up is linear in up, and a ReLU alone is so for zeta > 0 |
 
 Keys and queries meet in a product: a channel of the keys times zeta against the same channel of the queries over zeta.
@@ -36,6 +36,8 @@ def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: 
         return f"no norm stands before {_short(family, site)}"
     if site in ("qkv", "gate_up") and online_r1:
         return f"R1 runs online between the norm and {_short(family, site)}"
+    if site == "gate_up" and family.shared_norm:
+        return f"{_short(family, site)} read the norm of attention, which takes the scales of site qkv for them too"
     if site == "output" and heads:
         return f"a rotation over all heads runs online between {family.value} and {family.output}"
     if site in ("gate_up", "down") and family.experts:
@@ -50,8 +52,9 @@ def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: 
 
 def activation_of(config: Any) -> str:
     """The name of the MLP's activation."""
-    names = (getattr(config, field, None) for field in ("activation_function", "hidden_activation", "hidden_act"))
-    return str(next((name for name in names if name is not None), None))
+    fields = ("activation_function", "hidden_activation", "hidden_act", "activation")
+    names = (getattr(config, field, None) for field in fields)
+    return str(next((name for name in names if name is not None), "the activation"))
 
 
 def _short(family: Family, site: str) -> str:
@@ -62,14 +65,17 @@ def _short(family: Family, site: str) -> str:
 def readers(family: Family, site: str) -> tuple[str, ...]:
     """The layers whose input channels `site` scales; of a mixture's norm its router is one too, the last.
 
+    Where attention and MLP share a norm, what reads it in the MLP is a reader of `qkv`.
+
     A `site` may be the name of one expert's down projection, which alone reads what that expert makes.
     """
     if site in family.downs:
         return (site,)
+    router = [family.router] if family.router else []
     return {
-        "qkv": (family.query, family.key, family.value),
+        "qkv": family.norm_readers[family.attention_norm],
         "output": (family.output,),
-        "gate_up": (*family.mlp_inputs, *([family.router] if family.router else [])),
+        "gate_up": () if family.shared_norm else (*family.mlp_inputs, *router),
         "down": family.downs,
         "keys": (),
         "queries": (),

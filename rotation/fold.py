@@ -8,22 +8,13 @@ from torch import Tensor
 from ..models.families import Family
 
 
-def readers(family: Family) -> dict[str, tuple[str, ...]]:
-    """The linear layers that read each norm of a block; a mixture's router reads what its experts read."""
-    router = (family.router,) if family.router else ()
-    return {
-        family.attention_norm: (family.query, family.key, family.value),
-        family.mlp_norm: (*router, *family.mlp_inputs),
-    }
-
-
 def fold_norms(block: dict[str, Tensor], family: Family) -> None:
     """Fold both norms of a block, in place; tensors of `block` are float64 and named as inside the block.
 
     `W x^ = (W diag(w)) (x / rms)`: exact, since a norm multiplies by its weight last (QuaRot, section 4). The bias of a
     LayerNorm goes into the bias of its readers, `W (x^ + b) = W x^ + W b`, and out of the block.
     """
-    for norm, names in readers(family).items():
+    for norm, names in family.norm_readers.items():
         weight = block[f"{norm}.weight"] + family.norm_offset
         shift = block.pop(f"{norm}.bias", None)
         for reader in names:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder
-from .fold import readers
 
 HARMFUL = 8.0
 """A figure above which merged R1 does more harm than its spreading does good: noise of one and a half bits.
@@ -57,7 +56,7 @@ def noise_figures(decoder: Decoder, tensors: Mapping[str, Tensor], block: nn.Mod
 
         return hook
 
-    norms = readers(family)
+    norms = family.norm_readers
     handles = [block.get_submodule(norm).register_forward_pre_hook(look(norm)) for norm in norms]
     try:
         decoder.run(block, hidden.to(decoder.device, decoder.dtype))

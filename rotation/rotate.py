@@ -38,7 +38,7 @@ from ..models.families import Family
 from ..models.outer_layers import OuterLayers
 from ..models.shape import Shape
 from .channels import scale_channels
-from .fold import fold_norms, readers, remove_mean
+from .fold import fold_norms, remove_mean
 from .hadamard import Hadamard
 
 
@@ -120,7 +120,7 @@ class Rotations:
         if self.turned:
             fold_norms(block, family)
         if self.r1 is not None:
-            for name in (name for names in readers(family).values() for name in names):
+            for name in (name for names in family.norm_readers.values() for name in names):
                 if self.turned or name != family.router:  # a router reads the norm's output before it is turned
                     _rotate_inputs(block, name, self.r1)
         if self.r1 is not None and self.turned:
@@ -162,7 +162,7 @@ class Rotations:
             neutral,
             turned,
             positions=None if positions is None else self.rotate_embedding(positions),
-            head_bias=None if bias is None else head @ bias,
+            head_bias=_sum(None if bias is None else head @ bias, outer.head_bias),
         )
 
     def rotate_stream(self, hidden: Tensor, family: Family) -> Tensor:
@@ -184,6 +184,15 @@ class Rotations:
             return head, norm
         return self.r1.apply(head * (norm + family.norm_offset)), torch.full_like(norm, 1.0 - family.norm_offset)
 
+    def rotate_tower(self, name: str, tensor: Tensor, family: Family) -> Tensor:
+        """A tensor beside the decoder of a model that sees: weight or bias of what writes to the stream, in float64.
+
+        Images come into the stream as that layer's output y, which becomes `y Q`. All else is as it was.
+        """
+        if self.r1 is None or not self.turned or family.sight is None or not family.sight.writes(name):
+            return tensor
+        return self.r1.apply(tensor.to(torch.float64).movedim(0, -1)).movedim(-1, 0).contiguous()
+
     def before_head(self, norm: Tensor, family: Family) -> Tensor:
         """What a head that stays the rotated embedding E Q has before it, (hidden, hidden) in float64.
 
@@ -192,6 +201,12 @@ class Rotations:
         assert self.turned and self.r1 is not None
         half = self.r1.apply(torch.diag(norm.to(torch.float64) + family.norm_offset))
         return self.r1.apply(half.T.contiguous())
+
+
+def _sum(*parts: Tensor | None) -> Tensor | None:
+    """Of those that are there, in float64."""
+    there = [part.to(torch.float64) for part in parts if part is not None]
+    return torch.stack(there).sum(0) if there else None
 
 
 def _rotate_inputs(block: dict[str, Tensor], name: str, rotation: Hadamard) -> None:

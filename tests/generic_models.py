@@ -10,13 +10,11 @@ from .small_families import SIZES, save_tokenizer
 
 # By model_type: fields beside the common sizes.
 GENERIC: dict[str, dict[str, Any]] = {
-    "gpt_neox": {"rotary_pct": 0.25},
-    "phi": {"partial_rotary_factor": 0.5},
-    "bloom": {"n_head": 4, "n_layer": 2},
-    "cohere2": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.25},
-    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "helium": {"head_dim": 8},
+    "cohere": {"logit_scale": 0.25},
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 256, "n_inner": 48},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256},
     "gpt_bigcode": {"n_positions": 256, "n_inner": 48},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_key_value_heads": None},
     "nemotron": {"head_dim": 8},
     "mamba": {"state_size": 4, "time_step_rank": 16},
 }

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from rotoboa.models.families import FAMILIES as ROWS
+from rotoboa.models.seeing.whole_model import attention_in, auto_class
 
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -68,6 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "head_dim": 16,
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None},
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
     "ministral3": {
@@ -100,7 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "logits_scaling": 2.0,
     },
-    "starcoder2": {"sliding_window": 9, "tie_word_embeddings": True},
+    "starcoder2": {"use_bias": False, "sliding_window": 9, "tie_word_embeddings": True},
     "olmo2": {"pad_token_id": None},
     "olmo3": {
         "sliding_window": 9,
@@ -116,7 +118,98 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 16, "use_bias": True, "pad_token_id": None, "tie_word_embeddings": True},
     "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": None},
     "glm4": {"head_dim": 16, "pad_token_id": None},
+    "bloom": {"intermediate_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "falcon": {"num_key_value_heads": 1, "num_kv_heads": 1, "tie_word_embeddings": True},
+    "falcon-40b": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+        "tie_word_embeddings": True,
+    },
+    "falcon-rw": {
+        "model_type": "falcon",
+        "num_key_value_heads": 4,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+        "bias": True,
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.5},
+    "gpt_neox-serial": {"model_type": "gpt_neox", "num_key_value_heads": 4, "use_parallel_residual": False},
+    "phi": {"partial_rotary_factor": 0.5},
+    "cohere2": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 2.0,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "stablelm-parallel": {
+        "model_type": "stablelm",
+        "partial_rotary_factor": 0.5,
+        "use_qkv_bias": True,
+        "use_parallel_residual": True,
+    },
 }
+# Models that see, likewise: what differs in `text_config`, and the rest.
+_TOWER = {"hidden_size": 16, "intermediate_size": 24}
+_OF_QWEN = {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4, **_TOWER}
+_OF_OTHERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4, **_TOWER}
+IMAGE = 99  # a token's number
+SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {"model_type": "gemma3_text", **FAMILIES["gemma3_text"]},
+        {
+            "vision_config": {"model_type": "siglip_vision_model", **_OF_OTHERS},
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+        },
+    ),
+    "mistral3": (
+        {"model_type": "mistral", **FAMILIES["mistral"]},
+        {
+            "vision_config": {"model_type": "pixtral", "head_dim": 8, **_OF_OTHERS},
+            "image_token_index": IMAGE,
+            "multimodal_projector_bias": True,
+        },
+    ),
+    "mistral3-ministral3": (
+        {"model_type": "ministral3", **FAMILIES["ministral3"]},
+        {"vision_config": {"model_type": "pixtral", "head_dim": 8, **_OF_OTHERS}, "image_token_index": IMAGE},
+    ),
+    "qwen2_5_vl": (
+        {**FAMILIES["qwen2"], "pad_token_id": 0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        {
+            "vision_config": {"window_size": 16, "fullatt_block_indexes": [1], **_OF_QWEN},
+            "image_token_id": IMAGE,
+        },
+    ),
+    "qwen2_vl": (
+        {**FAMILIES["qwen2"], "pad_token_id": 0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        {
+            "vision_config": {"depth": 2, "num_heads": 2, "embed_dim": 16, "hidden_size": 32, "patch_size": 4},
+            "image_token_id": IMAGE,
+        },
+    ),
+    "qwen3_vl": (
+        {
+            "head_dim": 16,
+            "pad_token_id": 0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        },
+        {
+            "vision_config": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0], **_OF_QWEN},
+            "image_token_id": IMAGE,
+        },
+    ),
+}
+SEEING["qwen3_vl_moe"] = (
+    {**SEEING["qwen3_vl"][0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    SEEING["qwen3_vl"][1],
+)
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
@@ -135,6 +228,14 @@ SIZES: dict[str, Any] = {
 
 
 def family_config(name: str, **changes: Any) -> Any:
+    """`changes` of a model that sees are those of its decoder."""
+    if name in SEEING:
+        text, rest = SEEING[name]
+        text = SIZES | text | changes
+        tied = text.pop("tie_word_embeddings", False)
+        return AutoConfig.for_model(
+            **{"model_type": name.partition("-")[0], "tie_word_embeddings": tied, "text_config": text, **rest}
+        )
     return AutoConfig.for_model(
         **({"model_type": name, "tie_word_embeddings": False} | SIZES | FAMILIES[name] | changes)
     )
@@ -144,13 +245,13 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
     """The real transformers class, every tensor random: sharp attention, norms that are no 1, biases that are no 0."""
     config = family_config(name, **changes)
     config._experts_implementation = "eager"  # grouped products have no float64
-    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator, row = torch.Generator().manual_seed(7), ROWS[config.model_type]
+    model: Any = auto_class(row).from_config(config, attn_implementation=attention_in(row, attention))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in key and key.endswith("weight"):
-                start = 1.0 - row.norm_offset
+                start = 1.0 - row.norm_offset * ("language_model" in key or row.sight is None)
                 parameter.copy_(start + 0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)

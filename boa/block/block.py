@@ -61,9 +61,10 @@ def _quantize_plain(context: BlockContext, streams: Streams) -> BlockResult:
 def _quantize_layers(context: BlockContext, streams: Streams) -> BlockResult:
     """Layer after layer, each given what those before it make of the quantized stream."""
     f = context.family
+    before = streams.copy(context.empty) if f.parallel else None
     found = quantize_attention(context, streams)
     _check_streams(context, streams, f.output)
-    found |= (quantize_experts if f.experts else quantize_mlp)(context, streams)
+    found |= quantize_experts(context, streams) if f.experts else quantize_mlp(context, streams, before)
     _check_streams(context, streams, f.mlp if f.experts else f.down)
     return found
 

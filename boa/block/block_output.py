@@ -16,10 +16,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ...models.decoder import Decoder
+from ...models.decoder import Decoder, stream_of
 from ...models.families import SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
+from ..online.served_cache import ServedQuantizer
 from ..online.transforms import OnlineTransforms
 from ..solver.learned import Learning, penalty_slope, rectified, side_and_variables, slope_
 from ..solver.rounding import Quantized
@@ -95,7 +96,7 @@ class BlockOutput:
         named = {f"{name}.weight": weight for name, weight in weights.items()}
         with transformed(self.decoder, self.block, self.transforms):
             arguments = self.decoder.arguments(self.block, x.shape[1])
-            output: Tensor = torch.func.functional_call(self.block, named, (x,), arguments)
+            output = stream_of(torch.func.functional_call(self.block, named, (x,), arguments))
         return (output - wanted).square().mean(-1).mean()
 
     def whole(self, weights: Mapping[str, Tensor], batch: int) -> float:
@@ -193,7 +194,10 @@ def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
         transform = getattr(transforms, site)
         transforms = transforms.with_input(site, replace(transform, quantizer=pass_through(transform.quantizer)))
     attention = transforms.attention
-    attention = replace(attention, key=pass_through(attention.key), value=pass_through(attention.value))
+    if not isinstance(attention.key, ServedQuantizer):  # others are passed by attention itself
+        attention = replace(attention, key=pass_through(attention.key))
+    if not isinstance(attention.value, ServedQuantizer):
+        attention = replace(attention, value=pass_through(attention.value))
     return replace(transforms, attention=attention)
 
 

@@ -79,8 +79,10 @@ class Streams:
     quantized: Tensor
 
     def copy(self, empty: Callable[..., Tensor]) -> Streams:
-        """Both as they are now, in tensors that `empty` makes."""
-        return Streams(*(empty(*part.shape, dtype=part.dtype).copy_(part) for part in (self.full, self.quantized)))
+        """Both as they are now, in tensors that `empty` makes; where both are one, so is the copy."""
+        parts = [self.full] if self.full is self.quantized else [self.full, self.quantized]
+        found = [empty(*part.shape, dtype=part.dtype).copy_(part) for part in parts]
+        return Streams(found[0], found[-1])
 
     def restore(self, earlier: Streams) -> None:
         """Make both what they were."""
@@ -168,13 +170,16 @@ class BlockContext:
 
     def batches(self, streams: Streams) -> Iterator[Batch]:
         """Both streams, `share.batch` sequences at a time."""
-        device = self.decoder.device
         for start in range(0, len(streams.full), self.share.batch):
-            span = slice(start, start + self.share.batch)
-            quantized = streams.quantized[span].to(device)
-            full = streams.full[span].to(device) if self.follows_full else quantized
-            yield Batch(self.share.number(start), span, full, quantized)
+            yield self.batch(streams, slice(start, start + self.share.batch))
             self.release()
+
+    def batch(self, streams: Streams, span: slice) -> Batch:
+        """That of the sequences `span`, which one batch has."""
+        device = self.decoder.device
+        quantized = streams.quantized[span].to(device)
+        full = streams.full[span].to(device) if self.follows_full else quantized
+        return Batch(self.share.number(span.start), span, full, quantized)
 
     def weight(self, name: str) -> Tensor:
         """The full-precision weight of a projection, (r, c)."""

@@ -101,7 +101,8 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
             seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm))
         if "gate_up" not in sites and "down" not in sites:
             continue
-        h = h + branch_output(decoder, block, f.attention_post_norm, written)
+        if not f.parallel:
+            h = h + branch_output(decoder, block, f.attention_post_norm, written)
         x = t.gate_up.rotate(block.get_submodule(f.mlp_norm)(h))
         if "gate_up" in sites:
             seen.inputs["gate_up"].at(n).add(None, x)
@@ -125,7 +126,7 @@ def _all_terms(context: BlockContext, site: str, seen: _Seen) -> list[Term | Non
     if context.settings.method in LAYERWISE:
         goal = inputs.value().objective()
         heads = {f.query: s.query_heads, f.key: s.key_heads, f.value: s.key_heads}
-        return [_term(context, name, goal, count) for name, count in heads.items()]
+        return [_term(context, name, goal, heads.get(name, 1)) for name in readers(f, site)]
     both = query_key_objective(context, inputs, seen.grams, seen.norms, seen.length)
     assert both.h_out is not None
     queries, keys = both.h_out.split([s.query_heads, s.key_heads])
@@ -134,6 +135,8 @@ def _all_terms(context: BlockContext, site: str, seen: _Seen) -> list[Term | Non
         _term(context, f.query, Objective(both.h_in, queries), len(queries)),
         _term(context, f.key, Objective(both.h_in, keys), len(keys)),
         _term(context, f.value, value, len(keys)),
+        # What reads the same norm in an MLP beside attention.
+        *(_term(context, name, Objective(both.h_in), 1) for name in readers(f, site)[3:]),
     ]
 
 

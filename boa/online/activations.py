@@ -20,19 +20,20 @@ UNCALIBRATED = 4.0
 """The global scale of NVFP4 where nothing was calibrated: groups of numbers between 0.02 and 670 have exact scales."""
 OWN = "rotoboa"
 CONVENTIONS = (OWN, "compressed-tensors", "vllm")
-"""Whose scales symmetric inputs have: those of `DynamicQuantizer` by its clip ratio or search, or those of a reader."""
+"""Whose scales inputs have: those of `DynamicQuantizer` by its clip ratio or search, or those of a reader."""
 CHUNK = 1 << 24  # elements of one batch of errors
 
 
-def stock_clip(bits: int, convention: str = "compressed-tensors") -> float:
+def stock_clip(bits: int, convention: str = "compressed-tensors", *, symmetric: bool = True) -> float:
     """The clip ratio that equals a reader's own dynamic scale.
 
     compressed-tensors has max |x| / ((2^b - 1) / 2), 127.5 at 8 bits. vLLM's kernels have max |x| / (2^(b-1) - 1), 127,
-    which is ours without clipping.
+    which is ours without clipping. With zero points both have (max - min) / (2^b - 1), zero among the levels: ours too.
 
-    Example: 14/15 for 4 bits, 254/255 for 8; of vLLM always 1.
+    Example: 14/15 for 4 bits, 254/255 for 8; of vLLM, and with zero points, always 1.
     """
-    return (2.0 ** (bits - 1) - 1) / ((2.0**bits - 1) / 2) if convention == "compressed-tensors" else 1.0
+    stock = symmetric and convention == "compressed-tensors"
+    return (2.0 ** (bits - 1) - 1) / ((2.0**bits - 1) / 2) if stock else 1.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from ...errors import InputError
 from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
+from .served_cache import ServedQuantizer
 
 NAME = "rotoboa"
 CENTER = "key_center"
@@ -40,8 +41,8 @@ class AttentionTransform:
     """
 
     rotation: Hadamard | None = None
-    key: DynamicQuantizer | None = None
-    value: DynamicQuantizer | None = None
+    key: DynamicQuantizer | ServedQuantizer | None = None
+    value: DynamicQuantizer | ServedQuantizer | None = None
     sink: int = 0
     centered: bool = False
     center: Tensor | None = field(default=None, compare=False)
@@ -58,7 +59,11 @@ class AttentionTransform:
         return query, key, self._rounded(value, self.value, starts)
 
     def _rounded(
-        self, x: Tensor, quantizer: DynamicQuantizer | None, starts: Tensor | None, center: Tensor | None = None
+        self,
+        x: Tensor,
+        quantizer: DynamicQuantizer | ServedQuantizer | None,
+        starts: Tensor | None,
+        center: Tensor | None = None,
     ) -> Tensor:
         if quantizer is None:
             return x
@@ -83,7 +88,7 @@ class AttentionTransform:
         return x if self.rotation is None else self.rotation.apply(x)
 
 
-def _beside(center: Tensor | None, quantizer: DynamicQuantizer, x: Tensor) -> Tensor:
+def _beside(center: Tensor | None, quantizer: DynamicQuantizer | ServedQuantizer, x: Tensor) -> Tensor:
     """`x`, what it is without `center` rounded."""
     return quantizer(x) if center is None else quantizer(x - center) + center
 
@@ -97,7 +102,8 @@ def mark_stored(key: Tensor) -> Tensor:
 class AttentionInputs(NamedTuple):
     """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
 
-    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`.
+    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`. What is
+    added to them for each key is `bias`, (batch or 1, heads, 1, keys).
     """
 
     query: Tensor
@@ -105,6 +111,7 @@ class AttentionInputs(NamedTuple):
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    bias: Tensor | None = None
 
 
 class _Ungrouped(nn.Module):
@@ -158,9 +165,10 @@ def attention_forward(
     elif transform is not None:
         query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
+    bias = kwargs.pop("key_bias", None)  # which is in the mask
     if recorder is not None:
         own = scaling if scaling is not None else query.shape[-1] ** -0.5
-        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap")))
+        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap"), bias))
     if attention_mask is not None:
         attention_mask = open_rows(attention_mask, query.dtype)
     elif query.shape[2] > 1:
@@ -240,6 +248,8 @@ def causal_probabilities(seen: AttentionInputs, index: int, start: int, stop: in
     if seen.softcap is not None:
         logits = logits.div_(seen.softcap).tanh_().mul_(seen.softcap)
     by_head = logits.unflatten(1, (-1, query.shape[1]))
+    if seen.bias is not None:
+        by_head += seen.bias[min(index, len(seen.bias) - 1), :, :, :stop].view(len(key), -1, 1, stop)
     by_head[..., start:] += _future(stop - start, step, logits.dtype, logits.device)
     if seen.window is not None and stop > seen.window:
         rows = torch.arange(start, stop, step, device=query.device)

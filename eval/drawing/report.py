@@ -90,10 +90,13 @@ def _summary(row: Mapping[str, Any], report: Report) -> str:
     low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
     if report.budget is not None and report.budget.units:
         low = low.replace(f"weights in {bits['weights']} bits", f"weights in {budget.range_of(report.budget)}", 1)
-    sink = recipe.cache.sink
-    if sink and min(bits["keys"], bits["values"]) < 16:
+    sink, rotation = recipe.cache.sink, recipe.rotation
+    if recipe.cache.served_by != "rotoboa" and min(bits["keys"], bits["values"]) < 16:
+        low += f", as the cache of {recipe.cache.served_by} has them"
+        rotation = rotation.model_copy(update={"r3": False})  # it turns them itself
+    elif sink and min(bits["keys"], bits["values"]) < 16:
         low += f", but for the first {sink} positions" if sink > 1 else ", but for the first position"
-    turned = _turned(recipe.rotation)
+    turned = _turned(rotation)
     return f"{row['model']}: {low}; {turned}; rounded by {row['method']}."
 
 

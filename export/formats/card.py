@@ -14,11 +14,13 @@ from compressed_tensors.config import CompressionFormat
 from jinja2 import Environment, StrictUndefined
 
 from ...boa.online.activations import OWN, stock_clip
-from ...boa.scheme import QuantizationArgs, QuantizationScheme
+from ...boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..scheme_layers import SchemeLayers
 from ..spec import Spec
+from ..vllm_inputs import BACKEND, served_inputs
 from .card_facts import Base, Figures
 from .compressed_tensors import NAME
+from .gptq import refused_by_vllm
 from .int_quantized import stored_as
 
 FORMATS = {
@@ -67,6 +69,7 @@ def write_card(
     files: Mapping[str, int],
     layers: Sequence[SchemeLayers] = (),
     divided: str = "",
+    loader: str = "AutoModelForCausalLM",
 ) -> None:
     """Write README.md.
 
@@ -80,6 +83,7 @@ def write_card(
         files: bytes of each file with weights.
         layers: which layers have which scheme; none is all that of `spec`.
         divided: layers of several schemes which vLLM computes as one.
+        loader: class of transformers that loads it.
     """
     schemes = [row.scheme for row in layers] or [spec.scheme]
     quantized = [scheme.weights for scheme in schemes if scheme.weights.quantizes]
@@ -87,13 +91,18 @@ def write_card(
         format=format_name,
         format_name=FORMATS[format_name] + (f", `{stored_as(schemes).value}`" if format_name == NAME else ""),
         floats=sorted({args.format.upper() for args in quantized if args.format != "int"}),
-        is_int8=stored_as(schemes) == CompressionFormat.int_quantized,
+        in_bytes=stored_as(schemes) == CompressionFormat.int_quantized,
+        served=served_inputs(schemes),
+        backend=BACKEND,
+        cache=served_cache(spec),
+        refused=refused_by_vllm(quantized),
         spec=spec,
         base=base,
         kind=_kind(spec) + (", some layers otherwise" if len(layers) > 1 else ""),
         tag=_kind(spec).lower(),
         layers=layers if len(layers) > 1 else (),
         divided=divided,
+        loader=loader,
         bits=sorted({args.num_bits for args in quantized}),
         symmetric=all(args.symmetric for args in quantized),
         inputs=_inputs(schemes),
@@ -110,6 +119,24 @@ def write_card(
         rotoboa=version("rotoboa"),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def served_cache(spec: Spec) -> str:
+    """The options that keep the cache of a served model as the run followed it, in words; empty where it is ours."""
+    if spec.cache_served_by == OWN or not spec.quantizes_cache:
+        return ""
+    if spec.cache_served_by == "vllm":
+        flags, where = f"--kv-cache-dtype int{spec.key_bits}_per_token_head", "vLLM"
+        more = "Its kernels for it run on GPUs; they were not seen serving it."
+    else:
+        types = {4: "q4_0", 5: "q5_0", 8: "q8_0", FULL: "f16"}
+        flags = f"--flash-attn on --cache-type-k {types[spec.key_bits]} --cache-type-v {types[spec.value_bits]}"
+        where, more = "llama.cpp", "It was not seen serving it."
+    return (
+        f"The run was calibrated and measured with the cache of {where}, which turns and rounds keys and values by "
+        f"itself: serve it with `{flags}`. {more} Without these options, and in transformers, keys and values stay in "
+        "16 bits."
+    )
 
 
 def _kind(spec: Spec) -> str:

@@ -13,12 +13,12 @@ integers were chosen for exactly these values.
 | `weight_zero_point` | (ceil(out * bits / 32), groups) int32; asymmetric grids only |
 | `weight_shape` | [out, in] |
 
-`int-quantized` holds W8A8 alone, whose inputs vLLM computes in integers; in `pack-quantized` it leaves them in 16 bits:
+`int-quantized` holds what vLLM then computes in integers, W8A8 and W4A8 whose inputs have zero points:
 
 | | |
 |---|---|
 | `weight` | (out, in) int8 |
-| `weight_scale` | (out, 1) float16 |
+| `weight_scale` | (out, groups) float16 |
 
 A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored.
 """
@@ -45,38 +45,38 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from torch import Tensor
 
 from ...boa import scheme as ours
-from ...boa.online.activations import OWN, stock_clip
+from ...boa.online.activations import OWN, SEARCHED, stock_clip
 from ...boa.online.transforms import INPUT_SCALE
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
+from ...models.seeing.whole_model import linears_beside
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
 from ..finished import Finished, refuse_layout, refuse_online
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
 from ..spec import Spec
+from ..vllm_inputs import served_inputs
 from ..writing import SHARD_BYTES, write_checkpoint
 from .compressed_floats import compress_floats, float_args, refuse_mixed
 from .int_quantized import as_int8, stored_as
 
 NAME = "compressed-tensors"
+PROCESSORS = (
+    "vLLM computes 4-bit weights of this layout in integers on processors, and its kernels on GPUs do not read it: for "
+    "these quantize with --recipe w4a8."
+)
 VLLM_ALONE = "rotated online: for vLLM alone, not transformers"  # short enough to be quoted whole
 
 
 def warning(run: Finished) -> str | None:
-    """What a user should know of an export before serving it: that vLLM computes it otherwise; None where it does not.
-
-    vLLM reads what `pack-quantized` says of inputs only where it has a kernel for them, which came late and on GPUs.
-    """
+    """What a user should know of an export before serving it: where vLLM computes it otherwise; None: nowhere."""
     schemes = by_scheme(run)
-    inputs = next((s.input_activations for s in schemes if s.input_activations.quantizes), None)
-    if inputs is None or inputs.format != "int" or stored_as(schemes) == CompressionFormat.int_quantized:
-        return None
-    return (
-        f"vLLM serves this export with inputs in 16 bits, silently, where the run has {inputs.num_bits}; recent ones "
-        "have kernels for it on some GPUs. For integer products take W8A8, symmetric and without groups (recipe w8a8). "
-        "transformers computes what the run computes."
-    )
+    if stored_as(schemes) == CompressionFormat.int_quantized:
+        return PROCESSORS if any(scheme.weights.num_bits == 4 for scheme in schemes) else None
+    said = served_inputs(schemes)
+    online = run.spec.r4 or run.spec.online_r1
+    return said if said is None or online else f"{said} transformers computes what the run computes."
 
 
 def check(run: Finished) -> None:
@@ -88,7 +88,8 @@ def check(run: Finished) -> None:
     spec = run.spec
     refuse_layout(run.family, NAME)
     refuse_ends(run, NAME)
-    refuse_online(spec, NAME, activations=True, inputs=True)
+    # What vLLM runs online is found by the ends of names, which what sees has too.
+    refuse_online(spec, NAME, activations=True, inputs=run.family.sight is None, server="vllm")
     online, split = transforms(spec, run.family, run.shape), divided(run)
     if online is not None and split:
         raise InputError(
@@ -97,9 +98,10 @@ def check(run: Finished) -> None:
         )
     weights, _ = by_weights(run, NAME, floats=True)
     refuse_mixed(weights, NAME)
+    whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
-            _check_inputs(spec, scheme, layers[0])
+            _check_inputs(spec, scheme, layers[0], whole)
     if len(weights) > 1 and not all(args.symmetric for args in weights):
         first, second, *_ = (ours.QuantizationScheme(args).shown for args in weights)
         raise InputError(
@@ -108,8 +110,8 @@ def check(run: Finished) -> None:
         )
 
 
-def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> None:
-    """Check a scheme that quantizes inputs, which `layer` has."""
+def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str, whole: bool) -> None:
+    """Check a scheme that quantizes inputs, which `layer` has; `whole`: weights are stored in bytes."""
     inputs = scheme.input_activations
     if scheme.weights.quantizes and inputs.format != scheme.weights.format:
         raise InputError(
@@ -126,10 +128,10 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> No
             f"{NAME} with quantized activations needs symmetric weights, and this run has zero points: quantize with "
             "--weights.symmetric, or use --format native."
         )
-    if not inputs.symmetric:
+    if not inputs.symmetric and not whole:
         raise InputError(
-            f"{NAME} takes symmetric dynamic activations, and these have zero points: quantize with "
-            "--activations.symmetric, or use --format native."
+            f"{NAME} takes symmetric dynamic activations, zero points in W8A8 and W4A8 alone, and {layer} has "
+            f"{scheme.shown} with them: quantize with --activations.symmetric, or use --format native."
         )
     if (spec.r4 or spec.online_r1) and inputs.group_size and inputs.format == "int":
         raise InputError(
@@ -138,8 +140,10 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str) -> No
         )
     if inputs.format != "int":
         return
-    clip = stock_clip(inputs.num_bits)
-    if spec.activation_convention == OWN and (spec.activation_search or abs(spec.activation_clip - clip) > 1e-6):
+    clip = stock_clip(inputs.num_bits, symmetric=inputs.symmetric)
+    wide = spec.activation_search and inputs.num_bits > SEARCHED  # which clips nothing
+    same = clip == 1 if wide else not spec.activation_search and abs(spec.activation_clip - clip) <= 1e-6
+    if spec.activation_convention == OWN and not same:
         raise InputError(
             f"{NAME} cannot hold clip ratios of activations, and its readers use {clip:.7f} at "
             f"{inputs.num_bits} bits: quantize with --activations.convention {NAME}, or use --format native."
@@ -175,7 +179,7 @@ def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamar
 
 
 def quantization_config(run: Finished) -> dict[str, Any]:
-    """`quantization_config` of config.json; the head is left as it is, and so are layers with 16-bit weights.
+    """`quantization_config` of config.json; left as they are: the head, what sees, and layers with 16-bit weights.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
     checkpoint, and takes them only where it unpacks all weights at once; so do floating-point weights alone, which it
@@ -197,7 +201,11 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[run.family.head, *(f"re:{pattern}" for pattern in patterns(ignored, run))],
+        ignore=[
+            run.family.head,
+            *linears_beside(run.transformers_config(), run.family),
+            *(f"re:{pattern}" for pattern in patterns(ignored, run)),
+        ],
     )
     data: dict[str, Any] = config.model_dump(mode="json")
     online = transforms(run.spec, run.family, run.shape)
@@ -228,7 +236,7 @@ def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
     return QuantizationArgs(
         num_bits=args.num_bits,
         type=QuantizationType.INT,
-        symmetric=True,
+        symmetric=args.symmetric,
         strategy=QuantizationStrategy.GROUP if args.group_size else QuantizationStrategy.TOKEN,
         group_size=args.group_size,
         dynamic=True,
@@ -263,7 +271,7 @@ def _compressed(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Ten
 def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
     whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
-    for group in run.groups((lambda result, _: as_int8(result)) if whole else _compressed):
+    for group in run.groups((lambda result, args: as_int8(result, args.num_bits)) if whole else _compressed):
         yield {name: t.float() if name.endswith(f".{INPUT_SCALE}") else t for name, t in group.items()}
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.

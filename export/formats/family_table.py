@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 def formats_of(family: Family) -> tuple[str, ...]:
     """The formats that a run of the family can be written in."""
-    plain = ("compressed-tensors", "gptq") if has_plain_layout(family) else ()
+    plain = ("compressed-tensors", *(() if family.sight else ("gptq",))) if has_plain_layout(family) else ()
     gguf = ("gguf",) if family.model_type in ARCHITECTURES else ()
     mlx = ("mlx",) if family.model_type in OF_MLX else ()
     return ("native", *plain, *gguf, *mlx)

@@ -80,7 +80,7 @@ def check(run: Finished) -> None:
     spec, shape = run.spec, run.shape
     row = architecture(run)
     refuse_layers(spec, "GGUF")
-    refuse_online(spec, "GGUF")
+    refuse_online(spec, "GGUF", server="llama.cpp")
     refuse_floats(run, "GGUF")
     type_of(spec.bits, spec.symmetric)
     if spec.group_size and spec.group_size % BLOCK:

@@ -21,7 +21,7 @@ are not quantized.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family, family_of
-from ..finished import Finished, refuse_layout, refuse_online
+from ..finished import Finished, refuse_layout, refuse_online, refuse_sight
 from ..packing import pack, unpack
 from ..reading import read_config, read_tensors, stock_model
 from ..scheme_layers import by_weights, patterns, refuse_ends
@@ -40,6 +40,7 @@ from ..writing import SHARD_BYTES, write_checkpoint, write_json
 
 V2, V1 = "gptq_v2", "gptq"
 BITS = (2, 3, 4, 8)
+SERVED = (4, 8)  # that vLLM takes, of symmetric weights
 CONFIG = "quantize_config.json"
 
 
@@ -50,8 +51,9 @@ def check(run: Finished, version: str = V2) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     refuse_layout(run.family, "GPTQ")
+    refuse_sight(run.family, "GPTQ")
     refuse_ends(run, "GPTQ")
-    refuse_online(run.spec, "GPTQ")
+    refuse_online(run.spec, "GPTQ", server="vllm")
     for args, layers in by_weights(run, "GPTQ")[0].items():
         if args.num_bits not in BITS:
             raise InputError(
@@ -70,6 +72,28 @@ def check(run: Finished, version: str = V2) -> None:
                         f"GPTQ packs {whole} values of {args.num_bits} bits together, and the {size} {what} of {name} "
                         f"are no multiple of {whole}: use --format compressed-tensors."
                     )
+
+
+def refused_by_vllm(weights: Iterable[QuantizationArgs]) -> str:
+    """Why vLLM refuses GPTQ weights like these, and what it takes, in a sentence; empty where it takes them.
+
+    Its config knows symmetric weights of 4 and 8 bits (vLLM 0.32.0, `AutoGPTQConfig`), of versions 1 and 2 alike: it
+    reads no zero points.
+    """
+    other = next((args for args in weights if not args.symmetric or args.num_bits not in SERVED), None)
+    if other is None:
+        return ""
+    kind = "symmetric" if other.symmetric else "asymmetric"
+    return (
+        f"Of GPTQ vLLM takes symmetric weights of {' and '.join(map(str, SERVED))} bits alone, and refuses this one, "
+        f"with {kind} ones of {other.num_bits}: for vLLM quantize with --recipe w4a16 --weights.symmetric, or export "
+        "with --format compressed-tensors."
+    )
+
+
+def warning(run: Finished) -> str | None:
+    """What a user should know of an export before serving it; None where there is nothing."""
+    return refused_by_vllm(by_weights(run, "GPTQ")[0]) or None
 
 
 def quantize_config(run: Finished, version: str) -> dict[str, Any]:

@@ -13,18 +13,32 @@ from ...boa.solver.rounding import Quantized
 from .compressed_floats import FORMATS
 
 
-def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
-    """How a run whose layers have these schemes is stored: `int-quantized` where all that is quantized is W8A8, a scale
-    per output channel and per token, both symmetric; else as the first one's weights are.
+def in_integers(scheme: ours.QuantizationScheme) -> bool:
+    """Whether `int-quantized` is the layout by which vLLM computes a scheme in integers.
+
+    That is W8A8, a scale per output channel, and W4A8 with zero points of inputs, as its kernel on processors has them.
+    W4A8 without these is `pack-quantized`, which its kernels on GPUs read.
     """
-    eight = ours.QuantizationArgs(8, None, True)
+    weights, inputs = scheme.weights, scheme.input_activations
+    if not (weights.symmetric and {weights.type, inputs.type} == {"int"}):
+        return False
+    if (inputs.num_bits, inputs.group_size) != (8, None):
+        return False
+    eight = (weights.num_bits, weights.group_size) == (8, None)
+    return eight or (weights.num_bits == 4 and not inputs.symmetric)
+
+
+def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
+    """How a run whose layers have these schemes is stored: `int-quantized` where vLLM computes all that is quantized
+    `in_integers`; else as the first one's weights are.
+    """
     quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
-    if quantized and all(s.weights == s.input_activations == eight for s in quantized):
+    if quantized and all(map(in_integers, quantized)):
         return CompressionFormat.int_quantized
     return FORMATS[quantized[0].weights.format if quantized else "int"]
 
 
-def as_int8(result: Quantized) -> dict[str, Tensor]:
-    """One symmetric projection of 8 bits in `int-quantized`: integers (out, in), scale (out, 1)."""
-    integers = (result.integers.to(torch.int16) - 128).to(torch.int8)
+def as_int8(result: Quantized, bits: int) -> dict[str, Tensor]:
+    """One symmetric projection of at most 8 bits in `int-quantized`: integers (out, in), scale (out, groups)."""
+    integers = (result.integers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     return {"weight": integers, "weight_scale": result.scale.to(torch.float16)}

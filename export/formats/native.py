@@ -19,7 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...boa.online.attention import NAME
 from ...errors import InputError
-from ...models.families import FAMILIES, Family, family_for
+from ...models.families import FAMILIES, Family, family_for, has_row
+from ...models.names import renamed
+from ...models.seeing.whole_model import attention_in, auto_class
 from ...models.shape import Shape
 from ..runtime.cache_hook import use_packed_cache
 from ..runtime.parts import base_prefix, family_in, is_new_head
@@ -53,11 +55,11 @@ class RotoboaQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Rotation and quantization of the cache live in our attention function."""
-        if config.model_type not in FAMILIES:  # they have an attention of their own
+        if not has_row(config):  # they have an attention of their own
             return config
         if config._attn_implementation is not None:
             _keep_attention(config._attn_implementation)
-        config._attn_implementation = NAME
+        config._attn_implementation = attention_in(FAMILIES[config.model_type], NAME)
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -68,6 +70,8 @@ class RotoboaQuantizer(HfQuantizer):
         spec = self.quantization_config.spec.inside(base_prefix(model))
         if spec.clips is not None and len(spec.clips) != len(layers):
             raise InputError(f"config.json has clips of {len(spec.clips)} blocks for {len(layers)}: export it again.")
+        if family.own_attention:
+            config._attn_implementation = NAME  # whose masks are made from here on
         prepare_model(model, family, shape, spec)
         if config.tie_word_embeddings and spec.turned:
             raise InputError("config.json ties embedding and head, which rotation has made different: export it again.")
@@ -82,13 +86,13 @@ class RotoboaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: Any = model.config
-        if config.model_type in FAMILIES:
+        if has_row(config):
             model.set_attn_implementation = _keep_attention  # type: ignore[assignment]
         family = family_in(model, family_for(config, "the checkpoint"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_new_head(name, model, family))
         spec = self.quantization_config.spec
-        if min(spec.key_bits, spec.value_bits) < 16:
+        if spec.quantizes_cache:
             decoder, _, layers = family.layers.rpartition(".")
             use_packed_cache(model.get_submodule(decoder), layers, family.attention)
         return model
@@ -120,11 +124,13 @@ def _check_files(model: nn.Module, family: Family, files: list[Path]) -> None:
         InputError: a tensor is missing or of another shape, or a file is damaged.
     """
     found: dict[str, tuple[int, ...]] = {}
+    whole = family_for(model.config, "the checkpoint")
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
                 names = list(reader.keys())
-                found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
+                shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in names}
+                found |= {renamed(name, whole) if whole.sight else name: shape for name, shape in shapes.items()}
         except SafetensorError as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy or export it again.") from error
     tied: Any = getattr(model, "all_tied_weights_keys", {})
@@ -158,4 +164,6 @@ def load_native(folder: Path, **options: Any) -> tuple[PreTrainedModel, PreTrain
     quantization = (config.get("quantization_config") if isinstance(config, dict) else None) or {}
     if quantization.get("quant_method") != METHOD:
         raise InputError(f"{folder} holds no rotoboa checkpoint: load it with transformers alone.")
-    return AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)
+    row = FAMILIES.get(str(config.get("model_type")))
+    kind = AutoModelForCausalLM if row is None else auto_class(row)
+    return kind.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...boa.online.activations import DynamicQuantizer
 from ...boa.online.attention import AttentionTransform, mark_stored
+from ...boa.online.served_cache import ServedQuantizer
 from ..packing import pack_levels, packed_width, unpack
 from .sinks import Sinks
 
@@ -207,10 +208,14 @@ class PackedSlidingLayer(PackedLayer):
             self._change(lambda tensor: tensor[:, :, gone:].clone())
 
 
-def _store(x: Tensor, quantizer: DynamicQuantizer | None) -> tuple[Tensor, Tensor | None]:
-    """Words and spans of x (batch, heads, tokens, head_dim); x itself without a quantizer."""
+def _store(x: Tensor, quantizer: DynamicQuantizer | ServedQuantizer | None) -> tuple[Tensor, Tensor | None]:
+    """Words and spans of x (batch, heads, tokens, head_dim); x itself without a quantizer, and rounded as another
+    runtime's cache does, in its dtype: the layout of that is the runtime's own.
+    """
     if quantizer is None:
         return x, None
+    if isinstance(quantizer, ServedQuantizer):
+        return quantizer(x), None
     width = packed_width(x.shape[-1], quantizer.bits)
     if not x.numel():
         return x.new_empty(*x.shape[:3], width, dtype=torch.int32), x.new_empty(*x.shape[:3], 2 - quantizer.symmetric)
@@ -220,9 +225,13 @@ def _store(x: Tensor, quantizer: DynamicQuantizer | None) -> tuple[Tensor, Tenso
 
 
 def _read(
-    stored: Tensor, span: Tensor | None, quantizer: DynamicQuantizer | None, size: int, dtype: torch.dtype
+    stored: Tensor,
+    span: Tensor | None,
+    quantizer: DynamicQuantizer | ServedQuantizer | None,
+    size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    if quantizer is None or span is None:
+    if not isinstance(quantizer, DynamicQuantizer) or span is None:
         return stored.view_as(stored)  # a tensor of its own, to be marked
     scale, zero = quantizer.grid(span)
     levels = unpack(stored.flatten(0, 2), quantizer.bits, size).view(*stored.shape[:3], size).to(scale.dtype)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from ...boa.online.attention import NAME
 from ...models.decoder import Decoder
+from ...models.seeing.whole_model import attention_in, auto_class
 from ..runtime.prepared import prepare_model
 from ..spec import Spec
 from .cache import cache_bytes, packed_cache
@@ -52,12 +53,13 @@ def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int, *, tie
 
 
 def _skeleton(decoder: Decoder, dtype: torch.dtype, *, tied: bool) -> nn.Module:
-    config = copy.deepcopy(decoder.config)
+    config = copy.deepcopy(decoder.whole)
     if not tied:
         config.tie_word_embeddings = False
-    attention = {} if decoder.family.generic else {"attn_implementation": NAME}
+    family = decoder.family
+    attention = {} if family.generic else {"attn_implementation": attention_in(family, NAME)}
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+        model: nn.Module = auto_class(family).from_config(config, dtype=dtype, **attention)
     return model
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ...errors import InputError
 from ...models.families import Family
 
-_NAMES = ("embedding", "layers", "rotary", "final_norm", "positions")
+_NAMES = ("embedding", "layers", "rotary", "final_norm", "positions", "embedding_norm")
 
 
 def base_prefix(model: nn.Module) -> str:

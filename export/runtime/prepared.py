@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.online.activations import UNCALIBRATED
-from ...boa.online.attention import CENTER, set_attention
+from ...boa.online.attention import CENTER, NAME, set_attention
 from ...boa.online.transforms import INPUT_SCALE, InputTransform, OnlineTransforms
 from ...boa.scheme import QuantizationScheme
 from ...models.decoder import Decoder
 from ...models.families import Family
-from ...models.layout import fold_layer_norms, split_modules
+from ...models.layout import fold_layer_norms, give_norm_bias, split_modules
 from ...models.shape import Shape
 from ..spec import Spec
 from .embedding import QuantizedEmbedding, TiedHead
@@ -56,7 +56,11 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
-        prepare_block(split_modules(block, family, shape), family, schemes, transforms)
+        prepare_block(split_modules(block, family, shape, NAME), family, schemes, transforms)
+    if family.embedding_norm is not None:
+        model.set_submodule(family.embedding_norm, nn.Identity())  # the embedding has it in its rows
+    if family.layer_norm:
+        give_norm_bias(model, family.final_norm)
     if family.layer_norm and spec.turned:
         fold_layer_norms(model, family)  # first: a packed head has the bias of the one that it replaces
     _prepare_outer(model, family, spec)

@@ -13,7 +13,7 @@ from typing import Any
 
 def load(folder: str, dtype: Any) -> tuple[Any, list[str]]:
     """The model, and the packages that compute it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     data = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     quantization = data.get("quantization_config") or {}
@@ -29,16 +29,17 @@ def load(folder: str, dtype: Any) -> tuple[Any, list[str]]:
         data["quantization_config"] = {**quantization, "quantization_status": "compressed"}
     if transforms is not None or files:
         options["config"] = AutoConfig.for_model(**data)
+    auto = AutoModelForImageTextToText if "vision_config" in data else AutoModelForCausalLM
     late = "fp4" in quantization.get("format", "") and not quantization.get("dequantize")
     if late:  # it unpacks such weights as the model first runs, to bfloat16, in which they are exact
         import torch
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+        model = auto.from_pretrained(folder, dtype=torch.bfloat16, **options)
         with torch.no_grad():
             model(torch.tensor([[0]]))
         model = model.to(dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model = auto.from_pretrained(folder, dtype=dtype, **options)
     if transforms is not None:
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 

@@ -13,7 +13,7 @@ def kernels(model: Any) -> list[str]:
     found = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if method is None or (not hasattr(module, "weight") and not hasattr(method, "scheme")):
+        if method is None or not any(hasattr(module, name) for name in ("weight", "weight_packed", "scheme")):
             continue
         parts = [method, getattr(module, "scheme", None) or getattr(method, "scheme", None)]
         parts += [getattr(part, "kernel", None) for part in parts if part is not None]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..decoder import Decoder
-from ..families import FAMILIES, family_for
+from ..decoder import Decoder, stream_of
+from ..families import family_for, has_row
 from ..outer_layers import OuterLayers
 from ..shape import Shape
 from .generic_family import GenericFamily, meta_model
@@ -24,7 +24,7 @@ def decoder_for(
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """The decoder of a config, whether its type has a row or not; arguments and errors as of `Decoder`."""
-    kind = Decoder if config.model_type in FAMILIES else GenericDecoder
+    kind = Decoder if has_row(config) else GenericDecoder
     return kind(config, attention=attention, dtype=dtype, device=device)
 
 
@@ -41,7 +41,8 @@ class GenericDecoder(Decoder):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.config = self.whole = config
+        self.attention = attention
         family = family_for(config, "the model")
         assert isinstance(family, GenericFamily)
         self.family, self.shape = family, Shape.of(config)
@@ -98,6 +99,4 @@ class GenericDecoder(Decoder):
         if size not in self._calls:
             self._calls = {size: self._shell.calls(*size)}  # masks are large: those of one size are kept
         call = self._calls[size][self.index_of(block)]
-        output = block(hidden, *call.args, **call.kwargs)
-        found: Tensor = output if isinstance(output, Tensor) else output[0]
-        return found
+        return stream_of(block(hidden, *call.args, **call.kwargs))

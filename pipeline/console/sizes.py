@@ -51,7 +51,7 @@ def parameter_count(decoder: Decoder) -> int:
 
 def was_tied(decoder: Decoder) -> bool:
     """Whether embedding and head of the original model are one matrix."""
-    return bool(decoder.config.tie_word_embeddings)
+    return decoder.tied
 
 
 def bits_of_file(stored: Mapping[str, int], decoder: Decoder) -> float:

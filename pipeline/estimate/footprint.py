@@ -48,10 +48,13 @@ class Footprint:
         return max(self.rotation, self.device)
 
 
-def activation_bytes(shape: Shape, tokens: int, method: str) -> dict[str, int]:
-    """Bytes of both streams, twice for brecq, and of what a block holds for all tokens at once, in float32."""
+def activation_bytes(shape: Shape, tokens: int, method: str, *, parallel: bool = False) -> dict[str, int]:
+    """Bytes of both streams, and of what a block holds for all tokens at once, in float32.
+
+    Once more where the method is brecq, and where the MLP of a block reads what attention does (`parallel`).
+    """
     mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
-    streams = 4 if method == "brecq" else 2
+    streams = 2 * (1 + (method == "brecq") + parallel)
     return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * shape.query_width, mlp)}
 
 
@@ -65,7 +68,8 @@ def disk_bytes(job: Job, tokens: int) -> int:
     s, itemsize = job.decoder.shape, job.checkpoint.dtype.itemsize
     tied = stays_tied(job.recipe, job.rotations, job.decoder)
     model = sum(stored_bytes(job.decoder, job.spec, itemsize, tied=tied).values())
-    activations = sum(activation_bytes(s, tokens, job.recipe.weights.method).values())
+    parallel = job.decoder.family.parallel
+    activations = sum(activation_bytes(s, tokens, job.recipe.weights.method, parallel=parallel).values())
     changed = changed_outer_layers(job.recipe, job.rotations, job.decoder)
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
 

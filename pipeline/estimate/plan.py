@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from ...boa.online.attention import NAME
+from ...boa.online.served_cache import OWN
 from ...errors import InputError
+from ...export.finished import projection_columns, projection_rows
 from ...export.spec import Spec
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.aliases import resolve_model
 from ...models.checkpoint import Checkpoint
 from ...models.decoder import Decoder
-from ...models.families import FAMILIES
+from ...models.families import has_row
 from ...models.hub import fetch
 from ...models.remote import Remote
 from ...models.shape import Shape
@@ -30,7 +32,7 @@ from ..console.sizes import bits_of_file, parameter_count, part_sizes, was_tied
 from ..job.checks import bos_of, check_sizes, length_of
 from ..job.notices import early_notices
 from ..recipe.recipe import Recipe
-from ..recipe.settings import changed_outer_layers, rotations_of, spec_of, stays_tied
+from ..recipe.settings import changed_outer_layers, rotations_of, serving, spec_of, stays_tied
 from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
 from .counting import whole
@@ -55,7 +57,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     model = resolve_model(recipe.model)
     source = Remote.of(model.source) if not model.is_local else None
     checkpoint = source or Checkpoint(fetch(model.source, model.is_local))
-    if checkpoint.config.model_type not in FAMILIES:
+    if not has_row(checkpoint.config):
         raise InputError(
             f"{model.name} is a '{checkpoint.config.model_type}' model, which has no row of its own, and what a run "
             "of it takes is not estimated: start the run."
@@ -67,18 +69,14 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     windows = recipe.evaluation.windows or model.windows
     tokens = recipe.calibration.samples * length
     itemsize = checkpoint.dtype.itemsize
-    projections = {
-        name: tensor
-        for name, tensor in decoder.shapes.items()
-        if name.removesuffix(".weight").endswith(decoder.family.projections) and len(tensor) == 2
-    }
+    rows, columns = projection_rows(decoder.family, decoder.shape), projection_columns(decoder.family, decoder.shape)
     rotations = rotations_of(recipe, decoder)
     tied, changed = stays_tied(recipe, rotations, decoder), changed_outer_layers(recipe, rotations, decoder)
     spec = spec_of(recipe, rotations, decoder)
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
-    quantized = sum(tensor.numel() for tensor in projections.values())
+    quantized = shape.blocks * sum(rows[name] * columns[name] for name in rows)
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
-    activations = activation_bytes(shape, tokens, recipe.weights.method)
+    activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
     return {
@@ -169,7 +167,7 @@ def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, 
     places = {
         "r1": (rotations.r1 is not None, shape.hidden, where),
         "r2": (recipe.rotation.r2, shape.head_dim, "values of each head, folded"),
-        "r3": (recipe.rotation.r3, shape.head_dim, "queries and keys, online"),
+        "r3": (recipe.rotation.r3 and serving(recipe) == OWN, shape.head_dim, "queries and keys, online"),
         "heads": (recipe.rotation.heads, shape.query_width, "input of O, over all heads, online"),
         "r4": (recipe.rotation.r4, shape.ffn, "input of down, online"),
     }

@@ -6,10 +6,9 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
-from ...boa.online.activations import OWN
-from ...boa.scheme import GROUPS
+from ...boa.online.served_cache import BITS, BLOCK, OWN
+from ...boa.scheme import FULL, GROUPS
 from ...errors import InputError
-from ...export.spec import Spec
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
@@ -17,7 +16,7 @@ from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
 from ..recipe.layers import groups_of, whole_scheme
 from ..recipe.recipe import Recipe
-from ..recipe.settings import is_r1_online, rotations_of
+from ..recipe.settings import is_r1_online, rotations_of, serving
 from ..recipe.values import BLOCKS
 
 
@@ -35,6 +34,7 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         "ffn size": shape.ffn,
     }
     check_formats(recipe)
+    check_cache(recipe, shape.head_dim, model)
     groups = {
         "weights.group_size": (recipe.weights.group_size, "channel"),
         "activations.group_size": (recipe.activations.group_size, "token"),
@@ -76,17 +76,25 @@ def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
             )
 
 
-def check_convention(spec: Spec) -> None:
-    """Check that inputs that have a reader's scales have no zero points.
+def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
+    """Check that who is to keep the cache has it in the recipe's bits, and takes heads of this width.
 
     Raises:
-        InputError: they have.
+        InputError: it does not.
     """
-    inputs = [scheme.input_activations for scheme in (spec.scheme, *spec.layers.values())]
-    if spec.activation_convention != OWN and any(args.quantizes and not args.symmetric for args in inputs):
+    server, found = serving(recipe), (recipe.cache.key_bits, recipe.cache.value_bits)
+    if server == OWN:
+        return
+    if any(bits not in (*BITS[server], FULL) for bits in found) or (server == "vllm" and found[0] != found[1]):
+        both = ", the same for both" if server == "vllm" else " or 16"
         raise InputError(
-            f"activations.convention {spec.activation_convention} has no zero points: give --activations.symmetric, or "
-            f"--activations.convention {OWN}."
+            f"cache.served_by {server} has keys and values in {', '.join(map(str, BITS[server]))} bits{both}, and "
+            f"cache.key_bits and cache.value_bits are {found[0]} and {found[1]}: give such, or --cache.served_by {OWN}."
+        )
+    if head_dim % (BLOCK if server == "llama.cpp" else 2):
+        raise InputError(
+            f"cache.served_by {server} needs heads of multiples of {BLOCK if server == 'llama.cpp' else 2}, and those "
+            f"of {model.name} are {head_dim} wide: give --cache.served_by {OWN}, or 16 bits."
         )
 
 

@@ -31,7 +31,7 @@ from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of, st
 from ..storage.buffers import Buffers
 from ..storage.manifest import BudgetEntry
 from ..storage.run_folder import device_of
-from .checks import bos_of, check_bos, check_convention, check_sizes
+from .checks import bos_of, check_bos, check_sizes
 from .clock import Clock
 from .plain_recipe import plain_recipe
 
@@ -157,7 +157,6 @@ def prepare(recipe: Recipe, device: str | None = None, ranks: Ranks | None = Non
     check_bos(recipe, decoder, tokenizer, model)
     rotations = rotations_of(recipe, decoder)
     spec = spec_of(recipe, rotations, decoder)
-    check_convention(spec)
     buffers = Buffers(recipe.output or Path(tempfile.gettempdir()), recipe.memory, target, launch.local_world())
     return Job(
         recipe, model, checkpoint, tokenizer, decoder, rotations, spec, buffers, ranks or Ranks(),

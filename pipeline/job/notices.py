@@ -13,7 +13,7 @@ from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
 from ..recipe.recipe import Recipe
-from ..recipe.settings import rotations_of, stays_tied
+from ..recipe.settings import rotations_of, serving, stays_tied
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _text(case: _Case, *, reads_some: bool = False) -> str | None:
     """Calibration text, that the weights are not rounded by; `reads_some`: but the first of it places R1."""
     rotation = case.recipe.rotation
     cache = case.recipe.cache
-    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded) or (cache.center and cache.key_bits < 16)
+    centered = cache.center and cache.key_bits < 16 and _served(case) is None
+    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded) or centered
     read = read or (reads_some and rotation.r1 == "auto" and case.rotations.turned)
     return None if read else _RTN(case)
 
@@ -111,13 +112,22 @@ def _cache(case: _Case) -> str | None:
     return "cache.key_bits and cache.value_bits are 16" if stays else None
 
 
+def _served(case: _Case) -> str | None:
+    found = serving(case.recipe)
+    return None if found == OWN else f"cache.served_by is {found}, which turns and rounds keys and values by itself"
+
+
+def _own_cache(case: _Case) -> str | None:
+    return _cache(case) or _served(case)
+
+
 def _center(case: _Case) -> str | None:
-    return "cache.key_bits is 16" if case.recipe.cache.key_bits == 16 else None
+    return "cache.key_bits is 16" if case.recipe.cache.key_bits == 16 else _served(case)
 
 
 def _cache_clip(case: _Case) -> str | None:
     found = case.recipe.cache
-    return _cache(case) or _searched("cache", found.search, min(found.key_bits, found.value_bits))
+    return _own_cache(case) or _searched("cache", found.search, min(found.key_bits, found.value_bits))
 
 
 def _searched(section: str, search: bool, bits: int) -> str | None:
@@ -146,6 +156,7 @@ IDLE: dict[str, _Why] = {
     "head.bits": _tied,
     "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
     "rotation.blocks": _blocks,
+    "rotation.r3": _served,
     "rotation.r4_blocks": _r4_blocks,
     "rotation.seed": _seed,
     "rotation.seeds": _seed,
@@ -175,9 +186,10 @@ IDLE: dict[str, _Why] = {
     "activations.convention": _convention,
     "activations.format": _activations,
     "cache.clip": _cache_clip,
-    "cache.search": _cache,
+    "cache.search": _own_cache,
     "cache.center": _center,
-    "cache.sink": _cache,
+    "cache.sink": _own_cache,
+    "cache.served_by": _cache,
     "calibration.samples": _text,
     "calibration.seed": lambda case: _text(case, reads_some=True),
 }

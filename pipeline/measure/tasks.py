@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ...boa.online.attention import NAME
 from ...errors import InputError
@@ -16,6 +15,7 @@ from ...eval.results import TaskScore
 from ...eval.zeroshot import PAPER_TASKS, Score, Tasks, average, load_tasks, task_names, zero_shot
 from ...export.formats.native import load_native
 from ...models.aliases import TINY_FOLDER
+from ...models.seeing.whole_model import attention_in, auto_class
 from ..console.progress import Progress
 from ..job.job import Job
 from ..storage.run_folder import RunFolder
@@ -90,10 +90,12 @@ def _models(job: Job, folder: RunFolder) -> Iterator[tuple[str, Any]]:
     compute, family = job.decoder, job.decoder.family
     dtype = compute.dtype if compute.device.type == "cpu" else job.checkpoint.dtype
     config = job.checkpoint.config  # of the file, it would say how to run
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME, "config": config}
+    options: dict[str, Any] = {"dtype": dtype, "config": config}
+    if not family.generic:  # such a class has an attention of its own, which may take no function
+        options["attn_implementation"] = attention_in(family, NAME)
 
     def original() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(family).from_pretrained(
             job.checkpoint.folder, trust_remote_code=False, use_safetensors=True, **options
         )
         return model.to(compute.device)

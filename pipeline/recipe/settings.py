@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...boa.online.served_cache import OWN
 from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import Settings
 from ...export.spec import Spec
@@ -36,7 +37,7 @@ def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
         decoder.shape,
         r1=not off,
         r2=rotation.r2,
-        r3=rotation.r3,
+        r3=rotation.r3 and serving(recipe) == OWN,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
         blocks=rotation.blocks,
@@ -44,6 +45,11 @@ def rotations_of(recipe: Recipe, decoder: Decoder) -> Rotations:
         online_r1=is_r1_online(recipe, decoder.family),
         heads=rotation.heads,
     )
+
+
+def serving(recipe: Recipe) -> str:
+    """Who keeps quantized keys and values; rotoboa where nothing is quantized."""
+    return recipe.cache.served_by if min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL else OWN
 
 
 def moves_head(recipe: Recipe) -> bool:
@@ -55,9 +61,9 @@ def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
     """Whether embedding and head of the finished model are one matrix: they were, and the head alone is not changed.
 
     A rotated stream takes a matrix (hidden, hidden) before such a head: where the embedding is packed, and the final
-    norm has no bias, that is worth it.
+    norm has no bias, that is worth it. An embedding that has taken in a norm is another than the head.
     """
-    if not decoder.config.tie_word_embeddings or moves_head(recipe):
+    if not decoder.tied or moves_head(recipe) or decoder.family.embedding_norm:
         return False
     if rotations.turned:
         return recipe.embedding.bits < FULL and not decoder.family.layer_norm
@@ -73,7 +79,8 @@ def changed_outer_layers(recipe: Recipe, rotations: Rotations, decoder: Decoder)
 
 def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
-    rotation, tied = recipe.rotation, stays_tied(recipe, rotations, decoder)
+    rotation, tied, server = recipe.rotation, stays_tied(recipe, rotations, decoder), serving(recipe)
+    ours = server == OWN  # who else keeps the cache turns and rounds it by itself
     whole = whole_scheme(recipe)
     weights, inputs = whole.weights, whole.input_activations
     return Spec(
@@ -83,7 +90,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         type=weights.type,
         r1=rotations.r1 is not None,
         r2=rotation.r2,
-        r3=rotation.r3,
+        r3=rotation.r3 and ours,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
         blocks=rotation.blocks,
@@ -97,10 +104,11 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         activation_convention=recipe.activations.convention,
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
-        cache_clip=recipe.cache.clip,
-        cache_search=recipe.cache.search,
-        cache_sink=recipe.cache.sink,
-        cache_center=recipe.cache.center and recipe.cache.key_bits < 16,
+        cache_clip=recipe.cache.clip if ours else 1.0,
+        cache_search=recipe.cache.search and ours,
+        cache_sink=recipe.cache.sink if ours else 0,
+        cache_center=recipe.cache.center and recipe.cache.key_bits < 16 and ours,
+        cache_served_by=server,
         online_r1=rotations.online_r1,
         layers=layer_schemes(recipe, decoder) | outer_schemes(recipe, decoder, tied=tied),
         tied_head=tied and recipe.embedding.bits < FULL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -51,6 +51,21 @@ def rotated_outer_layers(job: Job) -> OuterLayers:
     return replace(part, embedding=embedding, head=head, head_bias=torch.cat(biases) if biases else None)
 
 
+def rotated_towers(job: Job) -> Iterator[dict[str, Tensor]]:
+    """What a model that sees has beside its decoder, as it goes into the finished model, a tensor at a time.
+
+    Raises:
+        RunError: values do not fit into the dtype.
+    """
+    for name, stored in job.checkpoint.towers():
+        if name not in job.decoder.shapes:
+            continue
+        tensor = job.rotations.rotate_tower(name, stored, job.decoder.family).to(stored.dtype)
+        _check_finite(name, tensor, stored.dtype)
+        yield {name: tensor}
+        job.release()
+
+
 def _rotated_embedding(job: Job, source: OuterLayers) -> OuterLayers:
     """As `rotated_outer_layers` of a tied model whose head stays the embedding, with a matrix before it."""
     rotations, family, dtype = job.rotations, job.decoder.family, job.checkpoint.dtype
@@ -88,11 +103,15 @@ def _packed(job: Job, matrix: Matrix, rounded: Callable[[Tensor], Quantized], ar
 
 def _check_fits(part: OuterLayers, family: Family, dtype: torch.dtype) -> None:
     for name, tensor in part.named(family).items():
-        if not is_finite(tensor):
-            raise RunError(
-                f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
-                "as bfloat16 or float32."
-            )
+        _check_finite(name, tensor, dtype)
+
+
+def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if not is_finite(tensor):
+        raise RunError(
+            f"tensor {name} does not fit into {str(dtype).removeprefix('torch.')} once rotated: save it "
+            "as bfloat16 or float32."
+        )
 
 
 @torch.no_grad()

@@ -106,11 +106,12 @@ class ShownActivations(_Shown):
 
 
 class ShownCache(_Shown):
-    """How keys and values are; `sink` positions stay as they are."""
+    """How keys and values are; `sink` positions stay as they are in caches of ours."""
 
     key_bits: int
     value_bits: int
     sink: int = 0
+    served_by: str = "rotoboa"
 
 
 class ShownRotation(_Shown):

@@ -25,14 +25,14 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_types(modules: Any) -> None:
     sweep = modules("sweep")
-    found = {name: sweep.examine(name) for name in ("llama", "stablelm", "gpt2", "bert")}
+    found = {name: sweep.examine(name) for name in ("llama", "helium", "gpt2", "bert")}
     assert {name: one.kind for name, one in found.items()} == {
         "llama": "row",
-        "stablelm": "fallback",
+        "helium": "fallback",
         "gpt2": "refused",
         "bert": "refused by type",
     }
-    assert found["stablelm"].note == "7"
+    assert found["helium"].note == "7"
     assert found["gpt2"].note == "it is no list of blocks with linear layers"
     text = sweep.page(found)
     assert "| 1 | refused |" in text and "| `llama` | row | 7 |" in text and "| 0 | failed |" in text
@@ -49,7 +49,7 @@ def test_other_logits_fail(modules: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         return decoder
 
     monkeypatch.setattr(sweep, "decoder_for", wrong)
-    assert sweep.examine("stablelm").kind == "failed"
+    assert sweep.examine("helium").kind == "failed"
 
 
 def test_one_that_hangs_or_dies_costs_itself_alone(modules: Any) -> None:

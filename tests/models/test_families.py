@@ -15,7 +15,10 @@ from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES, family_for, family_of
+from rotoboa.models.generic.generic_decoder import decoder_for
+from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.models.shape import Shape
+from rotoboa.tests.small_families import family_config
 
 
 def _config(model_type: str, **fields: Any) -> Any:
@@ -28,12 +31,13 @@ def _config(model_type: str, **fields: Any) -> Any:
     [
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16 .* with hidden_size \\(32\\) alone"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False .* with True alone"),
-        ("opt", {"enable_bias": False}, "enable_bias False"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm True"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers \\[1\\]"),
     ],
@@ -45,10 +49,26 @@ def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: st
             refuse()
 
 
+@pytest.mark.parametrize("name", ["phi", "stablelm"])
+def test_a_variant_without_a_row_is_taken_layer_by_layer(family_model: Callable[..., Any], name: str) -> None:
+    model = family_model(name, qk_layernorm=True)
+    assert family_for(model.config, "it").generic and not family_for(family_model(name).config, "it").generic
+    decoder, state = decoder_for(model.config), model.state_dict()
+    ids = torch.randint(3, 100, (2, 12))
+    outer = OuterLayers.of(decoder.family, state)
+    hidden = decoder.embed(outer, ids)
+    for i in range(decoder.shape.blocks):
+        prefix = f"{decoder.family.layers}.{i}."
+        block = decoder.block(i, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        hidden = decoder.run(block, hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(outer)(hidden), model(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gemma3", "it reads images too: give the checkpoint of its text part alone (gemma3_text)"),
+        ("llama4", "its router scales what its experts read, and attention is by chunks"),
         ("gpt_oss", "its attention has sinks"),
         ("qwen2_moe", "its experts are joined by a shared one"),
         ("deepseek_v3", "its attention compresses keys and values"),
@@ -130,9 +150,8 @@ def test_sizes_and_windows() -> None:
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
         fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3", "hunyuan")) else {}
-        decoder = Decoder(
-            _config(model_type, num_hidden_layers=1, word_embed_proj_dim=32, pad_token_id=0, **fields), attention=NAME
-        )
+        fields |= {"num_hidden_layers": 1, "word_embed_proj_dim": 32, "pad_token_id": 0}
+        decoder = Decoder(family_config(model_type) if row.sight else _config(model_type, **fields), attention=NAME)
         block, family = decoder.empty_block(0), decoder.family
         for name in (*family.projections, family.attention_norm, family.mlp_norm, family.attention):
             block.get_submodule(name)

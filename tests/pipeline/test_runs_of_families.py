@@ -12,12 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rotoboa
-from rotoboa.boa.online.attention import NAME
+from rotoboa.boa.online.attention import CENTER, NAME
 from rotoboa.eval.perplexity import last_states, part_sums, summary
+from rotoboa.export.stored_sizes import stored_bytes
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
+from rotoboa.pipeline.console.sizes import exported_sizes
 from rotoboa.pipeline.exporting import open_finished
 from rotoboa.pipeline.job.job import prepare
+from rotoboa.pipeline.recipe.settings import stays_tied
 from rotoboa.pipeline.storage.run_folder import RunFolder
 from rotoboa.pipeline.verifying import run_logits
 from rotoboa.tests.small_families import FAMILIES
@@ -31,9 +34,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Weights alone are rounded in the same way whatever attention does; norms, biases, fused layers and experts differ.
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "olmo2", "glm4"),
-    *("granite", "starcoder2"),
+    *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe"),
 )
 CASES = [(name, "w4a4kv4") for name in NAMES] + [(name, "w2a16") for name in WEIGHTS_ALONE]
+GENERATING = ("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox")
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
 WITH_PAGE = (*DRAWN, "phi3", "opt", "gemma2", "qwen3_moe", "olmo2")  # a page takes longer than the rest of a run
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
@@ -59,7 +63,8 @@ def checkpoints(save_family: Callable[..., Path], tmp_path_factory: pytest.TempP
 @torch.no_grad()
 def _original(folder: Path) -> Any:
     """The original model by transformers alone, with its own attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    attention = Checkpoint(folder).family.own_attention or "eager"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +103,12 @@ def test_run_save_and_load(
     assert (tmp_path / "run" / "report.html").is_file() == settings.evaluation.report
     (measured,) = report["perplexity"].values()
     assert all(math.isfinite(value) for value in measured.values())
-    family, run = prepare(settings).decoder.family, RunFolder.open(tmp_path / "run")
+    job, run = prepare(settings), RunFolder.open(tmp_path / "run")
+    family, tied = job.decoder.family, stays_tied(settings, job.rotations, job.decoder)
+    sizes = exported_sizes(tmp_path / "run" / "model")
+    centers = sum(size for tensor, size in sizes.items() if tensor.endswith(CENTER))
+    foretold = stored_bytes(job.decoder, job.spec, job.checkpoint.dtype.itemsize, tied=tied)
+    assert sum(sizes.values()) - centers == sum(foretold.values())
     for block in run.manifest.blocks:
         assert list(block.layers) == list(family.projections)
         # A loss of 1 is that of a weight of zero.
@@ -118,7 +128,9 @@ def test_run_save_and_load(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"]
+)
 def test_loaded_model_generates_and_is_saved_again(
     checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:

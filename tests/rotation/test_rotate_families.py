@@ -19,6 +19,7 @@ from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations
 from rotoboa.tests.small_families import FAMILIES as SMALL
+from rotoboa.tests.small_families import SEEING
 
 EXACT = 1e-9  # logits are of order 1 to 10
 NAMES = [*SMALL]
@@ -112,6 +113,20 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
         elif name.endswith("gate_up_proj.weight"):
             fused, stem = state.pop(name), name.removesuffix("weight")
             state |= {f"{stem}gate.weight": fused[: shape.ffn], f"{stem}up.weight": fused[shape.ffn :]}
+        elif "query_key_value." in name:  # for each key head its queries, the key, the value
+            fused, (stem, _, kind) = state.pop(name), name.rpartition(".")
+            heads, size = fused.chunk(shape.key_heads), shape.head_dim
+            parts = {"query": slice(-2 * size), "key": slice(-2 * size, -size), "value": slice(-size, None)}
+            state |= {f"{stem}.{part}.{kind}": torch.cat([head[s] for head in heads]) for part, s in parts.items()}
+    if decoder.family.embedding_norm:
+        norm, name = decoder.family.embedding_norm, f"{decoder.family.embedding}.weight"
+        weight, bias = state.pop(f"{norm}.weight"), state.pop(f"{norm}.bias")
+        state[name] = nn.functional.layer_norm(state[name], (shape.hidden,), weight, bias, 1e-5)
+    if decoder.family.layer_norm:  # each norm has a bias, and each layer that reads one
+        family = decoder.family
+        biased = [name for norm, readers in family.norm_readers.items() for name in (norm, *readers)]
+        for name in [family.final_norm, *(f"{family.layers}.{i}.{n}" for i in range(shape.blocks) for n in biased)]:
+            state.setdefault(f"{name}.bias", torch.zeros(len(state[f"{name}.weight"])).double())
     return state
 
 
@@ -211,7 +226,8 @@ def test_channel_scales_change_nothing(
     online_r1 = {"qkv", "gate_up"} if (family.post_norms and choice["r1"]) or not family.pre_norms else set()
     nonlinear = not family.gate and channels.activation_of(model.config) != "relu"
     downs = {"gate_up", "down"} if family.experts else {"down"} if choice["r4"] or nonlinear else set()
-    assert stopped == online_r1 | downs
+    shared = {"gate_up"} if family.shared_norm else set()
+    assert stopped == online_r1 | downs | shared
     widths = {"qkv": shape.hidden, "output": shape.key_width, "gate_up": shape.hidden, "down": shape.ffn}
 
     def fold(tensors: dict[str, Tensor], index: int, halves: bool = False) -> dict[str, Tensor]:
@@ -248,4 +264,4 @@ def test_split_blocks_compute_the_same(family_model: Callable[..., nn.Module], n
 
 
 def test_all_families_are_tested() -> None:
-    assert {name.partition("-")[0] for name in NAMES} == set(FAMILIES)
+    assert {name.partition("-")[0] for name in (*NAMES, *SEEING)} == set(FAMILIES)

@@ -26,7 +26,7 @@ FIRST = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint(save_generic(tmp_path_factory.mktemp("model"), "stablelm"))
+    return Checkpoint(save_generic(tmp_path_factory.mktemp("model"), "helium"))
 
 
 def _streams() -> tuple[Tensor, Tensor]:

@@ -68,6 +68,20 @@ def test_probabilities(window: int | None, softcap: float | None, monkeypatch: p
             torch.testing.assert_close(found, probabilities[index, :, start:stop, :stop], rtol=0, atol=1e-12)
 
 
+def test_probabilities_with_a_bias_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ALiBi's, of each head: as a mask of numbers has it."""
+    slopes = 2.0 ** -torch.arange(1, HEADS + 1).double()
+    bias = (slopes[:, None] * torch.arange(LENGTH)).view(1, HEADS, 1, LENGTH)
+    query, key, _ = _inputs()
+    keys = key.repeat_interleave(HEADS // key.shape[1], 1)
+    hidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
+    expected = (query @ keys.transpose(2, 3) * 0.3 + bias).masked_fill(hidden, float("-inf")).softmax(-1)
+    for start, stop in ((0, 4), (4, LENGTH)):
+        found = causal_probabilities(AttentionInputs(query, key, 0.3, bias=bias), 1, start, stop)
+        wanted = expected[1, :, start:stop, :stop]
+        torch.testing.assert_close(found.view(HEADS, stop - start, stop), wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sink", [0, 1, 5, LENGTH, 40])
 def test_keys_and_values_of_the_first_positions_are_not_rounded(sink: int) -> None:
     query, key, value = _inputs()

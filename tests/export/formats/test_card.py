@@ -60,7 +60,7 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
     active = card(tmp_path, "compressed-tensors", grouped)[1]
     assert "| 8 bits, dynamic, per token in groups of 64 |" in active
     assert "rounded per token in groups of 64 channels with the scale max |x| / 127.5" in active
-    assert "vllm serve" not in active and "no scheme for groups of them: use transformers" in active
+    assert "--linear-backend humming" in active and "inputs of W4A8 in 16 bits" in active
     assert "\n\n\n" not in active
     assert "import rotoboa" in card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4))[1]
     sink = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=3, cache_sink=2))[1]

@@ -148,7 +148,7 @@ def test_tensors_are_those_of_the_description(bits: int, groups: int) -> None:
         ("w4a16", {"rotation.r4": True}, "needs R4 of width 96, no power of two, .* --rotation.r4_blocks"),
         ("w4a16", {"activations.bits": 8, "activations.search": False}, "needs symmetric weights"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True}, r"cannot hold clip .*--activations\.convention"),
-        ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.symmetric": False},
+        ("w4a16", {"activations.bits": 4, "weights.symmetric": True, "activations.symmetric": False},
          "takes symmetric dynamic activations"),
         ("w4a16", {"activations.bits": 8, "weights.symmetric": True, "activations.group_size": 32, "rotation.r4": True,
                    "rotation.r4_blocks": True}, "per token and not in groups of 32.* --activations.group_size none"),

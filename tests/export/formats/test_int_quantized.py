@@ -26,7 +26,6 @@ from rotoboa.models.families import FAMILIES
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.exporting import export
-from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.verifying import run_logits
 
 Runs = Callable[..., Path]
@@ -78,28 +77,43 @@ def test_a_spec_without_a_convention_is_stored_as_ever() -> None:
         Spec.from_dict({**kept.to_dict(), "activation_convention": "theirs"})
 
 
-@pytest.mark.parametrize("changes", [{"activations.bits": 8}, {"overrides": "*.down_proj: activations.bits=8"}])
-def test_zero_points_are_refused(make_recipe: Callable[..., Any], llama: Path, changes: dict[str, Any]) -> None:
-    given = {"model": str(llama), "activations.convention": "vllm", "activations.symmetric": False}
-    prepare(make_recipe("w4a16", given))
-    with pytest.raises(InputError, match=r"activations\.convention vllm has no zero points: give --activations\.sym"):
-        prepare(make_recipe("w4a16", given | changes))
+@pytest.mark.parametrize("convention", ["vllm", "compressed-tensors"])
+def test_with_zero_points_as_every_reader_rounds(x: Tensor, convention: str) -> None:
+    """And as vLLM's kernel of W4A8 on processors does, which is torch's own: a product with the identity shows it."""
+    whole = Spec(4, activation_bits=8, activation_symmetric=False, activation_convention=convention)
+    ours = whole.transforms(SMALL, FAMILIES["llama"]).qkv.quantizer
+    assert ours is not None
+    wide = x.double()
+    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(1e-30)
+    slow = ((wide / scale).round() + (-low / scale).round()).clamp(0, 255) * scale - (-low / scale).round() * scale
+    assert ((ours(x) - slow).abs() <= 1e-6 * wide.abs().amax(-1, keepdim=True)).all()
+    rows = x.flatten(0, 1)
+    one = torch.full((96, 48), 0x88, dtype=torch.uint8)  # zeros, and ones on the diagonal
+    index = torch.arange(96)
+    one[index, index // 2] = torch.where(index % 2 == 0, 0x89, 0x98).to(torch.uint8)
+    packed = torch.ops.aten._dyn_quant_pack_4bit_weight(one, torch.ones(96, 1), None, 96, 96, 96)
+    theirs = torch.ops.aten._dyn_quant_matmul_4bit(rows, packed, 96, 96, 96)
+    assert ((ours(rows) - theirs).abs() <= 1e-5 * rows.abs().amax(-1, keepdim=True)).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("changes", "stored", "shown"),
+    ("recipe", "changes", "stored"),
     [
-        ({}, "int-quantized", ["W8A8"]),
-        ({"overrides": "blocks 0: weights.bits=16 activations.bits=16"}, "int-quantized", ["W8A8", "W16A16"]),
-        ({"overrides": "*.down_proj: activations.bits=4"}, "pack-quantized", ["W8A8", "W8A4"]),
+        ("w8a8", {}, "int-quantized"),
+        ("w8a8", {"overrides": "blocks 0: weights.bits=16 activations.bits=16"}, "int-quantized"),
+        ("w8a8", {"overrides": "*.down_proj: activations.bits=4"}, "pack-quantized"),
+        ("w4a8-cpu", {"weights.group_size": 32}, "int-quantized"),
+        ("w4a8-cpu", {"overrides": "*.down_proj: weights.bits=8"}, "int-quantized"),
+        ("w4a8", {"activations.convention": "compressed-tensors"}, "pack-quantized"),
     ],
-    ids=["whole", "a block in 16 bits", "down in W8A4"],
+    ids=["whole", "a block in 16 bits", "down in W8A4", "W4A8 with zero points", "down in W8A8", "W4A8 without"],
 )
 def test_stock_transformers_computes_what_the_run_computes(
-    opened_run: Opened, tmp_path: Path, changes: dict[str, Any], stored: str, shown: list[str]
+    opened_run: Opened, tmp_path: Path, recipe: str, changes: dict[str, Any], stored: str
 ) -> None:
-    run = opened_run("w8a8", changes)
+    run = opened_run(recipe, changes)
     compressed_tensors.write(run, tmp_path / "export")
     inspect(tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
@@ -108,13 +122,16 @@ def test_stock_transformers_computes_what_the_run_computes(
     ids = torch.randint(2, 2048, (2, 40), generator=torch.Generator().manual_seed(0))
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)(ids).logits
     expected = run_logits(run, ids, plain=True)
-    assert expected.std() > 0.5 and (found - expected).abs().max() < 1e-4
+    # It adds zero points before it rounds, and now and then a tie in float32 falls the other way.
+    limit = 1e-4 if run.spec.activation_symmetric else 0.2 * float(expected.std())
+    assert expected.std() > 0.5 and (found - expected).abs().max() < limit
     without = replace(run, spec=run.spec.without_inputs)
     assert (run_logits(without, ids, plain=True) - expected).abs().max() > 1e-3, "inputs are rounded"
 
 
-def test_integers_and_scales_are_those_of_the_run(opened_run: Opened, tmp_path: Path) -> None:
-    run = opened_run("w8a8")
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8-cpu"])
+def test_integers_and_scales_are_those_of_the_run(opened_run: Opened, tmp_path: Path, recipe: str) -> None:
+    run = opened_run(recipe)
     compressed_tensors.write(run, tmp_path / "export")
     tensors = load_file(tmp_path / "export" / "model.safetensors")
     for name in run.family.projections:
@@ -129,15 +146,20 @@ def test_what_vllm_computes_otherwise_is_said(
     cheap_run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the export's warning and in its card; of W8A8 there is nothing to warn of."""
-    packed = cheap_run("w8a8", {"weights.bits": 4})
+    packed = cheap_run("w4a8")
     with caplog.at_level(logging.WARNING, "rotoboa"):
         result = CliRunner().invoke(
             app, ["export", str(packed), "--format", "compressed-tensors", "--output", str(tmp_path / "a")]
         )
     assert result.exit_code == 0, result.output
-    assert "vLLM serves this export with inputs in 16 bits" in caplog.text and "recipe w8a8" in caplog.text
+    said = "vLLM leaves the inputs of this export in 16 bits, silently, unless a GPU serves it with --linear-backend"
+    assert said in caplog.text and "inputs of W4A8 in 8 bits" in caplog.text
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "`pack-quantized`" in card and "what it computes is W4A16" in card
+    assert "`pack-quantized`" in card and said in card and "--dtype float16 --linear-backend humming" in card
+    with caplog.at_level(logging.WARNING, "rotoboa"):
+        card = (export(cheap_run("w4a8-cpu"), "compressed-tensors", output=tmp_path / "d") / "README.md").read_text()
+    assert "its kernels on GPUs do not read it" in caplog.text and "in integers on a processor" in card
+    assert "with a zero point and the scale (max - min) / 255" in card and "humming" not in card
     caplog.clear()
     with caplog.at_level(logging.WARNING, "rotoboa"):
         card = (export(cheap_run("w8a8"), "compressed-tensors", output=tmp_path / "b") / "README.md").read_text()

@@ -74,15 +74,19 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(decoder.logits(outer)(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_left_would_not_be_what_was_asked_for(make_recipe: Callable[..., Any], tmp_path: Path) -> None:
-    model = save_generic(tmp_path / "model", "stablelm")
+def test_what_is_left_would_not_be_what_was_asked_for(
+    make_recipe: Callable[..., Any], save_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = save_generic(tmp_path / "model", "helium")
     for fields, words in (
         ({"weights.method": "brecq"}, "brecq learns blocks that have one"),
         ({"weights.budget": 3.0}, "bits are not chosen by a budget there"),
     ):
         recipe = make_recipe("w4a16", {"model": str(model), "output": tmp_path / "run", **SMALL, **fields})
-        with pytest.raises(InputError, match=rf"is a 'stablelm' model, which has no row of its own, and {words}"):
+        with pytest.raises(InputError, match=rf"is a 'helium' model, which has no row of its own, and {words}"):
             rotoboa.quantize(recipe)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="what a run of it takes is not estimated: start the run"):
-        plan(make_recipe("w4a16", {"model": str(model)}))
+    variant = save_family(tmp_path / "variant", "phi", qk_layernorm=True)  # its type has a row, which it is not
+    for one in (model, variant):
+        with pytest.raises(InputError, match="what a run of it takes is not estimated: start the run"):
+            plan(make_recipe("w4a16", {"model": str(one)}))

@@ -25,7 +25,7 @@ BY_LAYER = ("rows", "attention", "value_rows", "value_output")
 LEARNED = ("iterations", "learning_rate", "regulariser")
 SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", "head")
 ALWAYS = {
-    "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2", "rotation.r3",
+    "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2",
     "rotation.r4", "rotation.heads", "rotation.scale", "weights.group_size", "weights.symmetric",
     "overrides", "embedding.bits", "weights.size", "weights.method", "weights.format", "weights.zfold",
     "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
@@ -45,7 +45,8 @@ OTHER = {
     "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False,
     "activations.convention": "vllm", "cache.clip": 0.6,
-    "cache.search": False, "cache.center": False, "cache.sink": 4, "calibration.samples": 5, "calibration.seed": 1,
+    "cache.search": False, "cache.center": False, "cache.sink": 4, "cache.served_by": "vllm",
+    "rotation.r3": True, "calibration.samples": 5, "calibration.seed": 1,
 }  # fmt: skip
 """Of each field a value that is neither its default nor that of the runs here."""
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
@@ -55,7 +56,11 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         | {f"rotation.{name}" for name in ("seed", "seeds", "r4_blocks", "blocks")}
         | {"calibration.samples", "calibration.seed"}
         | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention")}
-        | {"cache.clip", "cache.search", "cache.center", "cache.sink"},
+        | {"cache.clip", "cache.search", "cache.center", "cache.sink", "cache.served_by"},
+    ),
+    "a cache served by vLLM": (
+        {"weights.method": "rtn", "cache.key_bits": 4, "cache.value_bits": 4, "cache.served_by": "vllm"},
+        {"rotation.r3", "cache.clip", "cache.search", "cache.center", "cache.sink"},
     ),
     "rtn, R1 placed": ({"weights.method": "rtn"}, {"calibration.samples"}),
     "gptq": (
@@ -129,6 +134,7 @@ def test_what_is_not_named_has_an_effect(
 ) -> None:
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
     setting |= {"weights.budget": 3} if name == "weights.choices" else {}
+    setting |= {"cache.key_bits": 4, "cache.value_bits": 4} if name == "cache.served_by" else {}
     setting |= {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group")) else {}
     value = True if name.endswith(".search") else OTHER[name]
     recipe = make_recipe("w4a16", {"model": str(small), **setting, name: value})

@@ -26,7 +26,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        *("w4a4kv4", "w4a4", "w4a8", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
+        *("w4a4kv4", "w4a4", "w4a4-vllm", "w4a8", "w4a8-cpu", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
         *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4", "fp8"),
     ],
 )
@@ -50,7 +50,7 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
 
 def test_every_recipe_file_has_a_comment_and_only_known_fields() -> None:
     folder = Path(__file__).parents[3] / "recipes"
-    files = sorted(folder.glob("*.yaml"))
+    files = sorted(folder.glob("*.yaml"), key=lambda file: file.stem)
     assert [file.stem for file in files] == recipe_names()
     for file in files:
         assert file.read_text().startswith("# ")

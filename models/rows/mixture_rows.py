@@ -1,0 +1,52 @@
+"""Mixtures of experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..family import Family
+
+_EXPERTS = Family(
+    "",
+    gate="mlp.experts.{}.gate_proj",
+    up="mlp.experts.{}.up_proj",
+    down="mlp.experts.{}.down_proj",
+    experts="mlp.experts",
+    router="mlp.gate",
+    window="all",
+    note="each expert is calibrated on its tokens; one with fewer than input channels on the layer's, and the report's "
+    "`notices` name it; the router stays as it is",
+)
+ROWS = (
+    replace(
+        _EXPERTS,
+        model_type="mixtral",
+        experts_field="num_local_experts",
+        renamed=(
+            (r"\.block_sparse_moe\.gate\.", ".mlp.gate."),
+            (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.\1.gate_proj."),
+            (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.\1.up_proj."),
+            (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.\1.down_proj."),
+        ),
+    ),
+    replace(
+        _EXPERTS,
+        model_type="qwen3_moe",
+        query_norm="self_attn.q_norm",
+        key_norm="self_attn.k_norm",
+        ffn_field="moe_intermediate_size",
+        experts_field="num_experts",
+        legal={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+    ),
+    replace(
+        _EXPERTS,
+        model_type="olmoe",
+        note=f"QK-norm over all heads; {_EXPERTS.note}",
+        query_norm="self_attn.q_norm",
+        key_norm="self_attn.k_norm",
+        head_norms_whole=True,
+        experts_field="num_experts",
+        window=None,
+        legal={"clip_qkv": (None,)},
+    ),
+)

@@ -1,0 +1,1 @@
+"""Models that see: a decoder of text inside, beside a tower that reads images."""
