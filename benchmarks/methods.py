@@ -87,11 +87,15 @@ METHODS = {
     ),
 }
 TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
+TURNED = {"rotation.r1": "online", "rotation.r2": True, "rotation.r4": True, "rotation.heads": False}
 PLACEMENTS: dict[str, dict[str, Any]] = {
     **TRANSFORMS,
     "quarot": {"rotation.r1": "merged", "rotation.scale": False, "rotation.heads": False},
+    "bare": {**UNROTATED, "rotation.heads": False, "rotation.blocks": None},
+    **{f"blocks-{n}" if n else "full": {**TURNED, "rotation.blocks": n} for n in (None, 16, 32, 64, 128)},
 }
-"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it."""
+"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it; with no
+rotation at all; with those that formats in groups can have, over all channels and in blocks."""
 
 
 class Case(NamedTuple):
@@ -281,9 +285,7 @@ def main(
     if unknown := [method for method in wanted if method not in METHODS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(METHODS)}")
     kept = HERE / "methods.json"
-    results: dict[str, dict[str, float]] = {}
-    if kept.is_file() and not fresh:
-        results = json.loads(kept.read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() and not fresh else {}
     missing = {case.key: case for case in cases(chosen, seeds) if case.method in wanted and case.key not in results}
     for key, found, far in side_by_side(run, {key: (case, threads, {}) for key, case in missing.items()}, jobs):
         results[key] = found

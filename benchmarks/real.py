@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from common import HERE, QUICK, file_name, shown, side_by_side
 from methods import METHODS, PLACEMENTS, Case, run
-from real_page import RECIPES, Subject, document, picture, sources_picture
+from real_page import DEFAULT, RECIPES, Subject, document, picture, sources_picture
 
 from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline.job.calibration import load_texts
@@ -76,8 +76,11 @@ def judge(
     job = prepare(build_recipe({}, subject.changes(Case("w4a16", "default", "rotation", 0))))
     load_texts(subject.calibrate, "calibration")
     load_texts(subject.text, job.recipe.evaluation.split)
-    prints, file = subject.prints(cases(RECIPES, METHODS, PLACEMENTS, seeds)), HERE / f"{name}.json"
+    file = HERE / f"{name}.json"
     kept: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = {found["case"] for found in kept.values()} | {case.key for case in wanted}
+    known = cases(RECIPES, METHODS, PLACEMENTS, seeds)
+    prints = subject.prints(case for case in known if case.key in named)
     if fresh:
         kept = {key: found for key, found in kept.items() if key not in {prints[case.key] for case in wanted}}
     missing = {case.key: (case, threads, subject) for case in wanted if prints[case.key] not in kept}
@@ -120,11 +123,9 @@ def main(
     windows: Annotated[int | None, typer.Option(help="Windows of the text that is measured on.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence and of a window.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds, from 0 on.")] = 1,
-    recipes: Annotated[str, typer.Option(help="Which recipes, separated by commas.")] = ",".join(RECIPES),
+    recipes: Annotated[str, typer.Option(help="Which recipes, separated by commas.")] = ",".join(DEFAULT),
     methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = ",".join(NAMES),
-    transforms: Annotated[
-        str, typer.Option(help="rotation, quarot (R1 merged, no more) or none; commas between.")
-    ] = "rotation",
+    transforms: Annotated[str, typer.Option(help=f"{', '.join(PLACEMENTS)}; commas between.")] = "rotation",
     change: Annotated[list[str] | None, typer.Option("--set", help="field=value: for every case; repeatable.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cases measured side by side: seconds are best with one.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="Of a case; 1: seconds are the processor's; 0: all.")] = 0,

@@ -20,13 +20,21 @@ from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 
 Results = dict[str, dict[str, float]]
 """Figures by the key of a case."""
+GROUPED = ("weights.group_size", "activations.group_size")
 GROUPS = ("w4a16", "w3a16", "w2a16")
-RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+DEFAULT: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("w4a16", "w3a16", "w2a16", "w4a8", "w4a4", "w4a4kv4")},
     "w4a4kv4-g64": ("w4a4kv4", {"activations.group_size": 64}),
     **{f"{name}-g64": (name, {"weights.group_size": 64}) for name in GROUPS},
 }
-"""By what a table calls them, the recipe of the package and what is changed in it."""
+"""By what a table calls them, the recipe of the package and what is changed in it: those that are measured unasked."""
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    **DEFAULT,
+    **{name: (name, {}) for name in ("nvfp4", "mxfp4", "nvfp4a16", "mxfp4a16")},
+    **{f"w4a4-g{size}": ("w4a4", dict.fromkeys(GROUPED, size)) for size in (16, 32, 64, 128)},
+    **{f"w4a16-g{size}": ("w4a16", {GROUPED[0]: size}) for size in (16, 32, 128)},
+}
+"""All that can be asked for: floating point too, beside integers in groups of the same sizes."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ def rows(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _turned(transform: str) -> str:
-    return {"rotation": "rotated", "none": "not rotated", "quarot": "QuaRot's rotations"}[transform]
+    words = {"rotation": "rotated", "none": "not rotated", "quarot": "QuaRot's rotations", "bare": "no rotation"}
+    return words.get(transform) or transform.replace("full", "all channels").replace("-", " of ")
 
 
 def overview(results: Results) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 FULL = 16
 """Bits of a number that is left as it is."""
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
-"""The group sizes of the formats of four-bit floating point, by which they are told apart: see `stored_scales`."""
-_SIZES = tuple(GROUPS.values())
+"""The group sizes of the formats of four-bit floating point: see `stored_scales`."""
+FLOATS: dict[str, tuple[int, int | None]] = {**{name: (4, size) for name, size in GROUPS.items()}, "fp8": (8, None)}
+"""Bits and group of each format of floating point, by which they are told apart."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class QuantizationArgs:
         num_bits: 2 to 8; 16 is no quantization.
         group_size: channels that share a scale; None: all of an output channel, or of a token.
         symmetric: there is no zero point, or it is fixed at the middle of the grid.
-        type: of the numbers: int, or float, of four bits and symmetric in groups of `GROUPS`.
+        type: of the numbers: int, or float, of bits and groups of `FLOATS` and symmetric.
     """
 
     num_bits: int = FULL
@@ -36,17 +37,17 @@ class QuantizationArgs:
 
     @classmethod
     def of(cls, name: str, num_bits: int, group_size: int | None, symmetric: bool) -> QuantizationArgs:
-        """In the format `name`: int, or one of `GROUPS`, which has bits, group and symmetry of its own."""
+        """In the format `name`: int, or one of `FLOATS`, which has bits, group and symmetry of its own."""
         if name == "int" or num_bits == FULL:
             return cls(num_bits, group_size, symmetric)
-        return cls(4, GROUPS[name], True, "float")
+        return cls(*FLOATS[name], True, "float")
 
     @property
     def format(self) -> str:
-        """The name of the format of the numbers: int, nvfp4 or mxfp4."""
+        """The name of the format of the numbers: int, nvfp4, mxfp4 or fp8."""
         if self.type == "int" or not self.quantizes:
             return "int"
-        return next(name for name, size in GROUPS.items() if size == self.group_size)
+        return next(name for name, own in FLOATS.items() if own == (self.num_bits, self.group_size))
 
     def wrong(self) -> str:
         """What has no meaning, in words; empty where all has."""
@@ -55,7 +56,7 @@ class QuantizationArgs:
             "group_size": self.group_size is None or (type(self.group_size) is int and self.group_size > 0),
             "symmetric": isinstance(self.symmetric, bool),
             "type": self.type == "int"
-            or (self.type == "float" and (self.num_bits, self.symmetric) == (4, True) and self.group_size in _SIZES),
+            or (self.type == "float" and self.symmetric and (self.num_bits, self.group_size) in FLOATS.values()),
         }
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..boa.kernels.levels import E2M1, E2M1_ZERO
+from ..boa.kernels.levels import E2M1, E2M1_ZERO, E4M3, UNITS
 from ..boa.scheme import QuantizationArgs, QuantizationScheme
 from ..boa.solver.rounding import Quantized
 from ..boa.stored_scales import decode, encode
@@ -198,7 +198,7 @@ def packed_bytes(rows: int, columns: int, args: QuantizationArgs, itemsize: int)
     if not args.quantizes:
         return rows * columns * itemsize
     groups = columns // (args.group_size or columns)
-    of_group, of_tensor = {"int": (3, 0), "nvfp4": (1, 4), "mxfp4": (1, 0)}[args.format]
+    of_group, of_tensor = {"int": (3, 0), "nvfp4": (1, 4), "mxfp4": (1, 0), "fp8": (2, 0)}[args.format]
     return rows * (4 * packed_width(columns, args.num_bits) + of_group * groups) + of_tensor
 
 
@@ -216,8 +216,16 @@ def from_codes(codes: Tensor) -> Tensor:
     return torch.tensor(integers, dtype=torch.uint8, device=codes.device)[codes.int()]
 
 
+def to_float8(integers: Tensor) -> Tensor:
+    """Integers of E4M3 (`kernels.levels`) as these numbers."""
+    return ((integers - E4M3 // 2) / UNITS["fp8"]).to(torch.float8_e4m3fn)
+
+
 def packed_parts(result: Quantized, args: QuantizationArgs) -> dict[str, Tensor]:
     """The tensors of a weight by the last part of their names: integers (r, c), scale and zero (r, groups)."""
+    if args.format == "fp8":
+        scale = encode(UNITS["fp8"] * result.scale, args.format).contiguous()
+        return {"qweight": pack(to_float8(result.integers).view(torch.uint8), 8), "scale": scale}
     if args.format == "int":
         scale, zero = result.scale.to(torch.float16).contiguous(), result.zero.to(torch.uint8).contiguous()
         return {"qweight": pack(result.integers, args.num_bits), "scale": scale, "zero": zero}
@@ -231,6 +239,10 @@ def unpacked(parts: Mapping[str, Tensor], args: QuantizationArgs, columns: int) 
     integers = unpack(parts["qweight"], args.num_bits, columns)
     if args.format == "int":
         return Quantized(integers, parts["scale"].float(), parts["zero"].float())
+    if args.format == "fp8":
+        scale = decode(parts["scale"], args.format) / UNITS["fp8"]
+        whole = (integers.view(torch.float8_e4m3fn).float() * UNITS["fp8"]).to(torch.int32) + E4M3 // 2
+        return Quantized(whole, scale, torch.full_like(scale, E4M3 // 2))
     factor = float(parts["global_scale"]) if args.format == "nvfp4" else 1.0
     scale = decode(parts["scale"], args.format, factor) / 2
     return Quantized(from_codes(integers), scale, torch.full_like(scale, E2M1_ZERO), global_scale=factor)

@@ -30,6 +30,7 @@ class Spec:
         bits, group_size, symmetric: of the weights; `group_size` None is one group per output channel.
         r1, r2: folded into the weights, for information; r3, r4: online Hadamards of head_dim and ffn.
         r4_blocks: R4 is of blocks of the largest power of two that divides ffn, where it need not be.
+        blocks: channels of a diagonal block of R1, R2 and R4; None: all of them, or as `r4_blocks` has R4.
         online_r1: R1 is an online Hadamard of hidden, at the inputs of q, k, v, gate and up.
         heads: the input of O has an online rotation over all heads.
         activation_*, key_bits, value_bits, cache_clip: dynamic quantizers; 16 bits are none.
@@ -72,6 +73,7 @@ class Spec:
     tied_head: bool = False
     type: str = "int"
     activation_type: str = "int"
+    blocks: int | None = None
     layers: Mapping[str, QuantizationScheme] = field(default_factory=dict)
     clips: Sequence[Mapping[str, float]] | None = None
     format_version: int = FORMAT_VERSION
@@ -116,9 +118,8 @@ class Spec:
         """The online transforms of block `index` of a decoder of this family and shape."""
         schemes = self.schemes(family, index)
         clips = {} if self.clips is None else self.clips[index]
-        rotations = {"qkv": None, "output": self.heads_of(shape), "gate_up": None, "down": self.r4_of(shape)}
-        if self.online_r1:
-            rotations["qkv"] = rotations["gate_up"] = Hadamard.of(shape.hidden)
+        r1 = self.r1_of(shape)
+        rotations = {"qkv": r1, "output": self.heads_of(shape), "gate_up": r1, "down": self.r4_of(shape)}
         inputs = {
             site: InputTransform(
                 rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
@@ -183,9 +184,13 @@ class Spec:
         """The same quantizers, with nothing else that runs online: the model rounded to nearest, to compare with."""
         return replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
 
+    def r1_of(self, shape: Shape) -> Hadamard | None:
+        """The online Hadamard of the inputs of q, k, v, gate and up."""
+        return Hadamard.of(shape.hidden, block=self.blocks) if self.online_r1 else None
+
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
-        return Hadamard.of(shape.ffn, powers=self.r4_blocks) if self.r4 else None
+        return Hadamard.of(shape.ffn, powers=self.r4_blocks, block=self.blocks) if self.r4 else None
 
     def heads_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of O's input."""
@@ -194,7 +199,7 @@ class Spec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
         plain = asdict(self)
-        for name in ("layers", "clips", "tied_head"):  # which most runs have not
+        for name in ("layers", "clips", "tied_head", "blocks"):  # which most runs have not
             if not plain[name]:
                 del plain[name]
         for name in ("activation_convention", "cache_served_by"):
@@ -281,5 +286,6 @@ class Spec:
         legal["cache_served_by"] = self.cache_served_by in SERVERS
         for field_name, args in (("type", self.scheme.weights), ("activation_type", self.scheme.input_activations)):
             legal[field_name] = args.type == "int" or not args.wrong()
+        legal["blocks"] = self.blocks is None or (type(self.blocks) is int and self.blocks.bit_count() == 1)
         legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..boa.online.attention import NAME
+from ..boa.online.transforms import INPUT_SCALE
 from ..errors import InputError, RunError
 from ..export.finished import Finished
 from ..export.formats import compressed_tensors, compressed_tensors_reader, gguf_reader, gptq, mlx
@@ -177,7 +178,8 @@ class _Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.packed
-        return nn.functional.linear(layer.transform(x), layer.dequantize(x.dtype), layer.bias)
+        transform = layer.transform.scaled(getattr(layer, INPUT_SCALE, None))
+        return nn.functional.linear(transform(x), layer.dequantize(x.dtype), layer.bias)
 
 
 def _native(export: Path, ids: Tensor) -> Tensor:

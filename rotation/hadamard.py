@@ -102,17 +102,20 @@ class Hadamard:
     """Neighbours that move together: H stands for H kron I_width, which mixes vectors of `width` (heads)."""
 
     @classmethod
-    def of(cls, size: int, seed: int | None = None, *, powers: bool = False) -> Hadamard:
+    def of(cls, size: int, seed: int | None = None, *, powers: bool = False, block: int | None = None) -> Hadamard:
         """The rotation of `size`: one block where a construction reaches it, else equal blocks, with a warning.
 
         The blocks are then of the largest power of two that divides size, as they are wherever `powers` asks for it;
-        seed randomises the signs of the rows.
+        with `block`, a power of two, of so many channels, or the largest power of two below that divides size. `seed`
+        randomises the signs of the rows.
 
         Raises:
             ValueError: size < 1.
         """
         if size < 1:
             raise ValueError(f"a rotation needs a size of at least 1, got {size}")
+        if block is not None:
+            return cls(size, math.gcd(size, block), 1, seed)
         order, base = _plan(size, powers)
         if order < size and not powers:
             text = "no Hadamard matrix of order %d can be constructed: rotating in %d blocks of %d, each for itself"
@@ -133,7 +136,7 @@ class Hadamard:
 
     @property
     def blocks(self) -> int:
-        """Number of equal diagonal blocks; 1 unless no construction reaches `size`."""
+        """Number of equal diagonal blocks; 1 unless no construction reaches `size`, or blocks were asked for."""
         return self.size // (self.order * self.width)
 
     @property

@@ -8,6 +8,9 @@
 | R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
 | heads | input of the output projection, over all heads | a Hadamard transform of the number of heads |
 
+R1, R2 and R4 can be of diagonal blocks of some channels (`blocks`): where neighbours share a scale, outliers then stay
+where they are but for their neighbours.
+
 With orthogonal Q, a row vector x becomes x Q: a layer that reads it gets W Q, a layer that writes it Q^T W.
 
 Post norms (Gemma 2 and 3): a branch adds `D y / rms(y)` to the stream, D the norm's weight. A rotated stream would
@@ -45,6 +48,7 @@ class Rotations:
 
     `online_r1`: R1 turns the inputs of q, k, v, gate and up as the model runs, as families with post norms need it.
     `heads` mixes the heads before the output projection, online. `scales` of each block by site, from `balance`.
+    `blocks`: the channels of a diagonal block of R1, R2 and R4; None: all.
     """
 
     shape: Shape
@@ -56,6 +60,7 @@ class Rotations:
     online_r1: bool = False
     heads: Hadamard | None = None
     scales: Sequence[Mapping[str, Tensor]] | None = None
+    blocks: int | None = None
 
     @classmethod
     def of(
@@ -70,20 +75,23 @@ class Rotations:
         online_r1: bool = False,
         r4_blocks: bool = False,
         heads: bool = False,
+        blocks: int | None = None,
     ) -> Rotations:
         """Randomised Hadamards for R1 and R2, drawn from `seed`; plain ones for those that run online.
 
-        `r4_blocks` makes R4 of blocks of the largest power of two that divides its width.
+        `r4_blocks` makes R4 of blocks of the largest power of two that divides its width; `blocks` makes R1, R2 and R4
+        of blocks of so many channels, a power of two.
         """
         return cls(
             shape,
-            r1=Hadamard.of(shape.hidden, None if online_r1 else seed) if r1 else None,
+            r1=Hadamard.of(shape.hidden, None if online_r1 else seed, block=blocks) if r1 else None,
             r2=r2,
             r3=Hadamard.of(shape.head_dim) if r3 else None,
-            r4=Hadamard.of(shape.ffn, powers=r4_blocks) if r4 else None,
+            r4=Hadamard.of(shape.ffn, powers=r4_blocks, block=blocks) if r4 else None,
             seed=seed,
             online_r1=online_r1 and r1,
             heads=Hadamard.across(shape.query_heads, shape.head_dim) if heads else None,
+            blocks=blocks,
         )
 
     @property
@@ -93,12 +101,13 @@ class Rotations:
 
     def reseeded(self, seed: int) -> Rotations:
         """The same rotations, their signs drawn from another seed; those that run online have none."""
-        r1 = self.r1 if self.r1 is None or self.online_r1 else Hadamard.of(self.shape.hidden, seed)
+        r1 = self.r1 if self.r1 is None or self.online_r1 else replace(self.r1, seed=seed)
         return replace(self, r1=r1, seed=seed)
 
     def values(self, index: int) -> Hadamard | None:
         """R2 of block `index`."""
-        return Hadamard.of(self.shape.head_dim, seed=1_000_003 * (self.seed + 1) + index) if self.r2 else None
+        seed = 1_000_003 * (self.seed + 1) + index
+        return Hadamard.of(self.shape.head_dim, seed, block=self.blocks) if self.r2 else None
 
     def rotate_block(self, block: dict[str, Tensor], family: Family, index: int) -> dict[str, Tensor]:
         """The tensors of block `index`, scaled, folded and rotated, in float64. Names are those inside the block.

@@ -13,7 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .levels import E2M1, FAR, FAST, beyond_one, costs_apart, nearest_e2m1, price_steps, step_above
+from .levels import FAR, FAST, beyond_one, costs_apart, is_float, nearest_float, price_steps, step_above
 
 COLUMNS = 128  # of a block: their rows of H_in stay in cache while all rows of the weight pass
 TOGETHER = 8  # rows that are rounded side by side: one alone waits for its divisions
@@ -46,7 +46,7 @@ def spread(kernel: Callable[..., None], count: int, work: int, *arguments: Any) 
 def round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  # type: ignore[no-untyped-def]
     """`kernels.round_block` of rows `start` to `stop` of all heads."""
     _, rows, width = work.shape
-    index = start
+    index, floating = start, is_float(levels)
     while index < stop:
         b, r = index // rows, index % rows
         end = min(r + TOGETHER, r + stop - index, rows)
@@ -61,8 +61,8 @@ def round_rows(work, upper, scale, zero, found, errors, levels, start, stop):  #
         for i in range(width):
             after, pivot = u[i, i + 1 :], u[i, i]
             for k in range(len(block)):  # each waits for its own division only
-                if levels == E2M1:
-                    nearest = nearest_e2m1(block[k, i] / s[k, i]) + z[k, i]
+                if floating:
+                    nearest = nearest_float(block[k, i] / s[k, i], levels) + z[k, i]
                 else:
                     nearest = min(max(np.rint(block[k, i] / s[k, i] + z[k, i]), np.float32(0)), levels)
                 error = (block[k, i] - (nearest - z[k, i]) * s[k, i]) / pivot
@@ -78,7 +78,7 @@ def descend_rows(inner, integers, scale, diagonal, h_in, moved, levels, start, s
     """`kernels.descend_rows` of independent rows `start` to `stop` of all heads."""
     _, rows, columns = inner.shape
     size, zero, one = columns // scale.shape[2], np.float32(0), np.float32(-1)
-    newton = np.empty(COLUMNS, inner.dtype)
+    newton, floating = np.empty(COLUMNS, inner.dtype), is_float(levels)
     for left in range(0, columns, COLUMNS):
         right = min(left + COLUMNS, columns)
         for index in range(start, stop):
@@ -97,7 +97,7 @@ def descend_rows(inner, integers, scale, diagonal, h_in, moved, levels, start, s
                 last = min(first + AHEAD, right)
                 ahead, places, factors = row[first:last], at[first:last], newton[first - left : last - left]
                 moves = np.int32(0)
-                if levels == E2M1:
+                if floating:
                     for j in range(len(ahead)):
                         moves |= np.int32(beyond_one(places[j], ahead[j] * factors[j], levels) != places[j])
                 else:
@@ -178,7 +178,7 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
     up, down = np.full(padded, FAR), np.full(padded, FAR)
     own, at, least = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(_LANES, np.float32)
     log, barred, until = np.empty(count, np.int32), np.empty(2 * wait + 1, np.int64), np.empty(2 * wait + 1, np.int64)
-    even = levels != E2M1  # all steps are of 1
+    even = not is_float(levels)  # all steps are of 1
     twice_down = np.zeros(0 if even else padded, np.float32)
     for index in range(start, stop):
         b, r = index // rows, index % rows
@@ -189,7 +189,7 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
             if even:
                 up[j], down[j] = own[j] if at[j] < levels else FAR, own[j] if at[j] > 0 else FAR
             else:
-                price_steps(j, s, at, own, twice, twice_down, up, down)
+                price_steps(j, s, at, own, twice, twice_down, up, down, levels)
         loss = lowest = np.float32(0)
         waiting = best = 0
         for move in range(count):
@@ -203,7 +203,7 @@ def search_rows(gradient, integers, scale, h_in, found, levels, moves, rest, sta
                 if even:
                     up[k], down[k] = own[k] if at[k] < levels else FAR, own[k] if at[k] > 0 else FAR
                 else:
-                    price_steps(k, scale[b, r, k // size], at, own, twice, twice_down, up, down)
+                    price_steps(k, scale[b, r, k // size], at, own, twice, twice_down, up, down, levels)
             cost = _costs(g, twice, up, down, v, least) if even else costs_apart(g, twice, twice_down, up, down, v)
             k = _place(v, cost)
             if k >= columns or cost >= FAR / 2:  # nothing can move

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import compiled
 from .compiled import is_compiled, spread
-from .levels import E2M1, beyond, nearest, steps_beside
+from .levels import beyond, is_floating, nearest, steps_beside
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, level
         rows = work.shape[0] * work.shape[1]
         spread(compiled.round_rows, rows, work.numel(), work, upper, scale, zero, found, errors, levels)
         return found, errors
-    if levels != E2M1 and (triton := _triton_for(block)) is not None:  # whose kernels know the grids of integers alone
+    # Its kernels know the grids of integers alone.
+    if not is_floating(levels) and (triton := _triton_for(block)) is not None:
         result: tuple[Tensor, Tensor] = triton.round_block(block, upper, scale, zero, levels)
         return result
     return _round_in_torch(block, upper, scale, zero, levels)
@@ -84,7 +85,7 @@ def descend_block(
     diagonal = h_in.diagonal(dim1=-2, dim2=-1)
     curvature = diagonal[:, None] if h_out is None else diagonal[:, None] * h_out.diagonal(dim1=-2, dim2=-1)[..., None]
     newton = -1 / (scale * curvature)
-    triton = _triton_for(inner) if levels != E2M1 else None
+    triton = _triton_for(inner) if not is_floating(levels) else None
     if triton is not None and (h_out is None or inner.shape[1] <= triton.MOST_TIED_ROWS):
         result: tuple[Tensor, Tensor] = triton.descend_block(inner, integers, scale, newton, h_in, h_out, levels)
         return result
@@ -141,7 +142,7 @@ def search_block(gradient: Tensor, integers: Tensor, scale: Tensor, h_in: Tensor
         work = gradient.numel() * max(moves, 1)
         spread(compiled.search_rows, rows, work, gradient, integers, scale, h_in, found, levels, moves, REST)
         return found
-    if levels != E2M1 and (triton := _triton_for(gradient)) is not None:
+    if not is_floating(levels) and (triton := _triton_for(gradient)) is not None:
         result: Tensor = triton.search_block(gradient, integers, scale, h_in, levels, moves, REST)
         return result
     return _search_in_torch(gradient, integers, scale, h_in, levels, moves)

@@ -8,7 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from .compiled import is_compiled, spread
-from .levels import E2M1, nearest, nearest_e2m1
+from .levels import is_float, nearest, nearest_float
 
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
@@ -44,15 +44,16 @@ def rounding_errors(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) ->
 @njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})  # sums in any order, division and rounding exact
 def _weigh_rows(weight, scale, zero, metric, found, levels, start, stop):  # type: ignore[no-untyped-def]
     _, rows, width = weight.shape
+    floating = is_float(levels)
     for index in range(start, stop):
         b, r = index // rows, index % rows
         row, h = weight[b, r], metric[b % metric.shape[0]]
         for k in range(scale.shape[2]):
             s, z = scale[b, r, k], zero[b, r, k]
             total = np.float32(0)
-            if levels == E2M1:
+            if floating:
                 for j in range(width):
-                    error = nearest_e2m1(row[j] / s) * s - row[j]
+                    error = nearest_float(row[j] / s, levels) * s - row[j]
                     total += error * error * h[j]
                 found[b, r, k] = total
                 continue

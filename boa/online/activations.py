@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import stored_scales
 from ..kernels.compiled import is_compiled
-from ..kernels.levels import E2M1, E2M1_ZERO, nearest
+from ..kernels.levels import E2M1, E4M3, UNITS, nearest
 from ..kernels.squares import weighted_squares
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -49,7 +49,7 @@ class DynamicQuantizer:
     | yes | -2^(b-1) .. 2^(b-1) - 1 | clip * max abs / (2^(b-1) - 1) |
     | no | 0 .. 2^b - 1 around a zero point | clip * (max(max, 0) - min(min, 0)) / (2^b - 1) |
 
-    Four-bit floating point (`format`, see `stored_scales`) is symmetric, has no clip ratio, and scales that are stored;
+    Floating point (`format`, see `stored_scales`) is symmetric, has no clip ratio, and scales that are stored;
     those of NVFP4 are divided by `global_scale`, which is found in calibration.
 
     Worked example, symmetric, 2 bits, clip 1: `[0.9, -0.2, 0.4, -1.0]` has scale 1, and becomes `[1, 0, 0, -1]`.
@@ -79,13 +79,14 @@ class DynamicQuantizer:
         return self.values(self.levels(vectors, scale, zero), scale, zero, x.dtype).reshape(x.shape)
 
     def _floating(self, x: Tensor) -> Tensor:
-        """Groups (..., group_size) rounded to E2M1."""
+        """Groups (..., group_size), or all of a token, rounded to E2M1 or E4M3."""
         wide = _wide(x)
         factor = self.global_scale
         factor = factor.to(wide.device, torch.float32) if isinstance(factor, Tensor) else factor
         scale = stored_scales.full_range(wide.abs().amax(-1, keepdim=True), self.format, factor)
-        step = scale.clamp_min_(2 * torch.finfo(torch.float32).tiny) / 2
-        return nearest(wide / step, E2M1_ZERO, E2M1).sub_(E2M1_ZERO).mul_(step).to(x.dtype)
+        levels, unit = E4M3 if self.format == "fp8" else E2M1, UNITS[self.format]
+        step = scale.clamp_min_(unit * torch.finfo(torch.float32).tiny) / unit
+        return nearest(wide / step, levels // 2, levels).sub_(levels // 2).mul_(step).to(x.dtype)
 
     def vectors(self, x: Tensor) -> Tensor:
         """What has a scale each, along the last dimension: (..., n) as it is, or (..., groups, group_size), a view."""

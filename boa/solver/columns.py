@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import round_block
+from ..kernels.levels import dtype_of
 from ..stopwatch import stage
 from .grid import GridSettings, search
 
@@ -34,7 +35,7 @@ def round_columns(
         grid: scale and zero (B, R, c / group) to round to; None searches them.
 
     Returns:
-        integers (B, R, c) uint8, scale and zero (B, R, c / group).
+        integers (B, R, c) in `dtype_of` the grid, scale and zero (B, R, c / group).
     """
     batch, rows, columns = weight.shape
     groups = columns // group
@@ -68,7 +69,7 @@ def round_columns(
             work[..., stop:] -= errors @ upper[:, start:stop, stop:]
     if order is not None:
         found = torch.empty_like(found).scatter_(2, order[:, None].expand_as(found), found)
-    return found.to(torch.uint8), scale, zero
+    return found.to(dtype_of(settings.levels)), scale, zero
 
 
 def descending(h_in: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """Scales and zero points.
 
 A row (or a group of its columns) is stored as integers I in 0 .. 2^b - 1, and means `scale * (I - zero)`. The zero
-point is an integer of the same range; a symmetric grid fixes it at 2^(b-1). Four-bit floating point is integers too, of
-which some are left out (`kernels.levels`), with scales that are storable in its format.
+point is an integer of the same range; a symmetric grid fixes it at 2^(b-1). Floating point is integers too, of which
+some are left out (`kernels.levels`), with scales that are storable in its format.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import stored_scales
-from ..kernels.levels import E2M1, middle_of
+from ..kernels.levels import E2M1, E4M3, UNITS, middle_of
 from ..kernels.squares import rounding_errors, weighted_squares
 from ..stopwatch import stage
 
@@ -46,17 +46,19 @@ class GridSettings:
     @property
     def levels(self) -> int:
         """The largest integer."""
-        return 2**self.bits - 1 if self.format == "int" else E2M1
+        return 2**self.bits - 1 if self.format == "int" else E4M3 if self.format == "fp8" else E2M1
 
     def snap(self, scale: Tensor) -> Tensor:
         """The scale as it will be stored. Integers are chosen for exactly this value."""
         if self.format == "int":
             return snap(scale)
-        return stored_scales.nearest(2 * scale, self.format, self.global_scale) / 2  # of values, which are half of it
+        unit = UNITS[self.format]  # the scales of values are so many times these
+        return stored_scales.nearest(unit * scale, self.format, self.global_scale) / unit
 
     def beside(self, scale: Tensor, steps: Tensor | int) -> Tensor:
         """Of floating point, the scales so many storable ones above `scale`."""
-        return stored_scales.beside(2 * scale, steps, self.format, self.global_scale) / 2
+        unit = UNITS[self.format]
+        return stored_scales.beside(unit * scale, steps, self.format, self.global_scale) / unit
 
 
 def snap(scale: Tensor) -> Tensor:
@@ -100,7 +102,10 @@ def _search(weight: Tensor, h_in: Tensor | None, settings: GridSettings) -> tupl
 def _search_storable(
     weight: Tensor, peak: Tensor, h_in: Tensor | None, settings: GridSettings
 ) -> tuple[Tensor, Tensor]:
-    scale = stored_scales.full_range(peak, settings.format, settings.global_scale) / 2
+    scale = stored_scales.full_range(peak, settings.format, settings.global_scale)
+    if settings.format == "fp8":  # of the others those of the full range are storable
+        scale = stored_scales.at_least(scale)
+    scale = scale / UNITS[settings.format]
     if settings.method == "minmax":
         return scale, _zero(scale, scale, settings, up=False)
     offsets = torch.tensor(stored_scales.OFFSETS[settings.format], device=scale.device)
@@ -134,7 +139,7 @@ def _candidates(low: Tensor, full: Tensor, settings: GridSettings, weight: Tenso
 
 def _zero(low: Tensor, scale: Tensor, settings: GridSettings, *, up: bool, exact: bool = False) -> Tensor:
     if settings.symmetric:
-        return torch.full_like(scale, float(middle_of(settings.bits, floating=settings.format != "int")))
+        return torch.full_like(scale, float(middle_of(settings.levels)))
     real = -low / scale
     rounded = real.round() if exact else real.ceil() if up else real.floor()
     return rounded.clamp_(0, settings.levels)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.compiled import is_compiled
 from ..kernels.dispatch import descend_block, descend_rows
+from ..kernels.levels import dtype_of
 from ..objective.objective import Objective
 from ..stopwatch import stage
 from .grid import GridSettings
@@ -95,7 +96,7 @@ def refine(
     _update_scales(whole, h_in, h_out, grid)
     shape = (heads, -1)
     q, scale, zero = (part.flatten(0, 1).unflatten(0, shape) for part in (whole.q, whole.scale, whole.zero))
-    return q.to(torch.uint8), scale, zero
+    return q.to(dtype_of(grid.levels)), scale, zero
 
 
 def rescale(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels.levels import dtype_of
 from ..kernels.squares import round_to
 from ..objective.objective import Objective, inverse_factor
 from ..stopwatch import stage
@@ -70,9 +71,10 @@ def quantize(
     if settings.method == "rtn" or objective is None:
         grids = weight.reshape(1, -1, group)
         scale, zero = search(grids, None, settings.grid_settings)
-        integers = round_to(grids, scale[..., None], zero[..., None], settings.grid_settings.levels)
+        levels = settings.grid_settings.levels
+        integers = round_to(grids, scale[..., None], zero[..., None], levels).to(dtype_of(levels))
         shape = (heads, -1, columns // group)
-        return Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
+        return Quantized(integers.view_as(weight), scale.view(shape), zero.view(shape))
 
     if settings.method in LAYERWISE:
         objective = replace(objective, h_out=None)
@@ -183,7 +185,7 @@ def _compensate(
     h_in = objective.h_in.to(target.dtype)
 
     work = target.clone()
-    integers = torch.empty_like(target, dtype=torch.uint8)
+    integers = torch.empty_like(target, dtype=dtype_of(settings.grid_settings.levels))
     scale = target.new_empty(heads, rows, columns // group)
     zero = torch.empty_like(scale)
     taken = rows if objective.h_out is None else min(settings.rows, rows)

@@ -41,10 +41,11 @@ class Settings(BaseModel):
         description="Input channels that share a scale and zero point; none: all of an output channel.",
     )
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
-    format: Literal["int", "nvfp4", "mxfp4"] = Field(
+    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = Field(
         default="int",
         description="The numbers of weights. int: integers; nvfp4: four-bit floating point in groups of 16, scales in "
-        "eight bits (E4M3); mxfp4: the same in groups of 32, scales powers of two (E8M0).",
+        "eight bits (E4M3); mxfp4: the same in groups of 32, scales powers of two (E8M0); fp8: floating point of eight "
+        "bits (E4M3), a scale for each output channel.",
     )
     method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
         default="boa",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import search_block
+from ..kernels.levels import dtype_of
 from ..objective.objective import Objective
 from ..stopwatch import stage
 from .grid import GridSettings
@@ -46,7 +47,7 @@ def improve(
     h_out = None if objective.h_out is None else objective.h_out.to(target.dtype)
     q = integers.to(target.dtype)
     search((dequantize(q, scale, zero) - target) @ h_in, q, scale, h_in, h_out, grid.levels, moves)
-    return refine(target, q.to(torch.uint8), scale, zero, objective, grid, rounds=rounds)
+    return refine(target, q.to(dtype_of(grid.levels)), scale, zero, objective, grid, rounds=rounds)
 
 
 def search(inner: Tensor, q: Tensor, scale: Tensor, h_in: Tensor, h_out: Tensor | None, top: int, moves: float) -> None:

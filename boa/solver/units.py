@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels.levels import dtype_of
 from ..objective.objective import Objective
 from ..ranks import Ranks
 from .references import NAMES, reference_sums
@@ -152,7 +153,7 @@ def _empty(problem: Problem, run: Run, references: bool) -> list[Tensor]:
     groups = columns // (problem.settings.group_size or columns)
     w = problem.weight
     return [
-        w.new_empty(count, columns, dtype=torch.uint8),
+        w.new_empty(count, columns, dtype=dtype_of(problem.settings.grid_settings.levels)),
         w.new_empty(count, groups),
         w.new_empty(count, groups),
         w.new_empty(len(_names(references)), heads),

@@ -107,6 +107,7 @@ def _turned(rotation: ShownRotation) -> str:
     names += [name.upper() for name in ("r2", "r3", "r4") if getattr(rotation, name)]
     names += ["heads"] if rotation.heads else []
     turned = f"rotated by {', '.join(names)}" if names else "not rotated"
+    turned += f" in blocks of {rotation.blocks}" if names and rotation.blocks else ""
     return f"channels balanced, {turned}" if rotation.scale else turned
 
 

@@ -90,6 +90,7 @@ def write_card(
     text = _template().render(
         format=format_name,
         format_name=FORMATS[format_name] + (f", `{stored_as(schemes).value}`" if format_name == NAME else ""),
+        floats=sorted({args.format.upper() for args in quantized if args.format != "int"}),
         in_bytes=stored_as(schemes) == CompressionFormat.int_quantized,
         served=served_inputs(schemes),
         backend=BACKEND,

@@ -1,4 +1,4 @@
-"""Four-bit floating point in the compressed-tensors format: `nvfp4-pack-quantized` and `mxfp4-pack-quantized`.
+"""Floating point in the compressed-tensors format: `nvfp4-pack-quantized`, `mxfp4-pack-quantized`, `float-quantized`.
 
 | | |
 |---|---|
@@ -6,6 +6,8 @@
 | `weight_scale` | (out, in / 16) E4M3, or (out, in / 32) uint8, the exponent + 127 |
 | `weight_global_scale` | (1,) float32, by which NVFP4 divides its scales |
 | `input_global_scale` | (1,) float32, the same of inputs in NVFP4 |
+
+`float-quantized`, of FP8, has `weight` (out, in) E4M3 and `weight_scale` (out, 1) bfloat16.
 
 These are the native format's own numbers: a weight is exact in every dtype that a reader unpacks it to.
 """
@@ -22,18 +24,27 @@ from torch import Tensor
 from ...boa import scheme as ours
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
-from ..packing import packed_parts
+from ..packing import packed_parts, to_float8
 
 FORMATS = {
     "int": CompressionFormat.pack_quantized,
     "nvfp4": CompressionFormat.nvfp4_pack_quantized,
     "mxfp4": CompressionFormat.mxfp4_pack_quantized,
+    "fp8": CompressionFormat.float_quantized,
 }
 SCALES = {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}
 
 
 def float_args(args: ours.QuantizationArgs, *, inputs: bool = False) -> QuantizationArgs:
     """What the config says of weights, or of inputs that are quantized as the model runs."""
+    if args.format == "fp8":
+        return QuantizationArgs(
+            num_bits=args.num_bits,
+            type=QuantizationType.FLOAT,
+            symmetric=True,
+            strategy=QuantizationStrategy.TOKEN if inputs else QuantizationStrategy.CHANNEL,
+            dynamic=inputs,
+        )
     by_tensor = args.format == "nvfp4"
     return QuantizationArgs(
         num_bits=args.num_bits,
@@ -63,6 +74,8 @@ def refuse_mixed(weights: Iterable[ours.QuantizationArgs], name: str) -> None:
 
 def compress_floats(result: Quantized, args: ours.QuantizationArgs) -> dict[str, Tensor]:
     """One projection, integers (out, in) of `kernels.levels` and scales (out, groups), as the tensors above."""
+    if args.format == "fp8":
+        return {"weight": to_float8(result.integers), "weight_scale": packed_parts(result, args)["scale"]}
     parts = packed_parts(result, args)
     packed = parts["qweight"].view(torch.uint8)[:, : result.integers.shape[1] // 2].contiguous()
     found = {"weight_packed": packed, "weight_scale": parts["scale"]}
@@ -71,6 +84,8 @@ def compress_floats(result: Quantized, args: ours.QuantizationArgs) -> dict[str,
 
 def float_shapes(args: QuantizationArgs, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's tensors by the last part of their names."""
+    if args.num_bits == 8:
+        return {"weight": (rows, columns), "weight_scale": (rows, 1)}
     size = args.group_size or columns
     shapes: dict[str, tuple[int, ...]] = {
         "weight_packed": (rows, columns // 2),

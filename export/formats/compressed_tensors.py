@@ -133,7 +133,7 @@ def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str, whole
             f"{NAME} takes symmetric dynamic activations, zero points in W8A8 and W4A8 alone, and {layer} has "
             f"{scheme.shown} with them: quantize with --activations.symmetric, or use --format native."
         )
-    if (spec.r4 or spec.online_r1) and inputs.group_size:
+    if (spec.r4 or spec.online_r1) and inputs.group_size and inputs.format == "int":
         raise InputError(
             f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "
             f"{inputs.group_size}: quantize with --activations.group_size none, or use --format native."
@@ -163,7 +163,7 @@ def transforms(spec: Spec, family: Family, shape: Shape) -> TransformConfig | No
             other = "--rotation.r4_blocks" if name == "R4" else "--rotation.r1 merged"
             raise InputError(
                 f"the run needs {name} of width {hadamard.size}, no power of two, and {NAME} can express Sylvester's "
-                f"Hadamard matrices alone: quantize with {other}, or use --format native."
+                f"Hadamard matrices alone: quantize with {other}, with --rotation.blocks, or use --format native."
             )
         blocks = hadamard.order if hadamard.blocks > 1 else None
         online = TransformArgs(targets=[f"re:.*{layer}$" for layer in layers], location="input")
@@ -173,7 +173,7 @@ def transforms(spec: Spec, family: Family, shape: Shape) -> TransformConfig | No
 
 def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamard, tuple[str, ...]]]:
     """What turns the inputs of layers as the model runs, and whose."""
-    r1, r4 = Hadamard.of(shape.hidden) if spec.online_r1 else None, spec.r4_of(shape)
+    r1, r4 = spec.r1_of(shape), spec.r4_of(shape)
     found = {"R1": (r1, (family.query, family.key, family.value, *family.mlp_inputs)), "R4": (r4, family.downs)}
     return {name: (hadamard, layers) for name, (hadamard, layers) in found.items() if hadamard is not None}
 

@@ -168,12 +168,16 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         return x.unflatten(1, (groups, -1, count)).transpose(-1, -2).flatten(2)
 
     def _integers(self, rows: slice, groups: int, *, in_order: bool = False) -> Tensor:
-        """Those of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number."""
+        """Those of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number. Of FP8 these are its
+        numbers.
+        """
         words = self.qweight[rows]
         if in_order or self._planes(groups) == 1:
             found = unpack(words, self.bits, self.in_features).unflatten(1, (groups, -1))
         else:
             found = planes(words.reshape(len(words) * groups, -1), self.bits).view(len(words), groups, -1)
+        if self.format == "fp8":
+            return found.view(torch.float8_e4m3fn)
         return found if self.format == "int" else from_codes(found)
 
     def _parts(self, device: torch.device) -> Iterator[slice]:

@@ -21,7 +21,8 @@ class PackedWeight(nn.Module):
     uint8; a value is `scale * (integer - zero)`. What others read of `weight`, its device and whether it learns, is
     that of the packed words.
 
-    Floating point has `scale` as `stored_scales` has it and no `zero`; NVFP4 has a `global_scale` (1,) float32.
+    Floating point has `scale` as `stored_scales` has it and no `zero`; NVFP4 has a `global_scale` (1,) float32, and FP8
+    its numbers themselves in the words.
     """
 
     qweight: Tensor
@@ -33,7 +34,7 @@ class PackedWeight(nn.Module):
     def make_room(self, rows: int, columns: int, bits: int, group_size: int | None, format: str = "int") -> None:
         """Register the buffers, without data; `group_size` None is one group for all columns."""
         self.bits, self.format, groups = bits, format, columns // (group_size or columns)
-        scale_type = {"int": torch.float16, "nvfp4": E4M3, "mxfp4": torch.uint8}[format]
+        scale_type = {"int": torch.float16, "nvfp4": E4M3, "mxfp4": torch.uint8, "fp8": torch.bfloat16}[format]
         self.register_buffer("qweight", torch.zeros(rows, packed_width(columns, bits), dtype=torch.int32))
         self.register_buffer("scale", torch.ones(rows, groups).to(scale_type))
         if format == "int":
@@ -42,9 +43,14 @@ class PackedWeight(nn.Module):
             self.register_buffer("global_scale", torch.ones(1))
 
     def grid(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Scales, float16 or float32, and zero points, uint8, of integers as of `kernels.levels`; (rows, groups)."""
+        """Scales, float16 or float32, and zero points, uint8, of integers as of `kernels.levels`; (rows, groups).
+
+        Of FP8 the scales and zeros of its numbers themselves.
+        """
         if self.format == "int":
             return self.scale[rows], self.zero[rows]
+        if self.format == "fp8":
+            return self.scale[rows].float(), torch.zeros_like(self.scale[rows], dtype=torch.uint8)
         scale = decode(self.scale[rows], self.format, self.global_scale if self.format == "nvfp4" else 1.0) / 2
         return scale, torch.full_like(scale, E2M1_ZERO, dtype=torch.uint8)
 

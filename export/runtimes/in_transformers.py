@@ -30,7 +30,16 @@ def load(folder: str, dtype: Any) -> tuple[Any, list[str]]:
     if transforms is not None or files:
         options["config"] = AutoConfig.for_model(**data)
     auto = AutoModelForImageTextToText if "vision_config" in data else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=dtype, **options)
+    late = "fp4" in quantization.get("format", "") and not quantization.get("dequantize")
+    if late:  # it unpacks such weights as the model first runs, to bfloat16, in which they are exact
+        import torch
+
+        model = auto.from_pretrained(folder, dtype=torch.bfloat16, **options)
+        with torch.no_grad():
+            model(torch.tensor([[0]]))
+        model = model.to(dtype)
+    else:
+        model = auto.from_pretrained(folder, dtype=dtype, **options)
     if transforms is not None:
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 

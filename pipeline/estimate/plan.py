@@ -174,7 +174,8 @@ def _rotations(recipe: Recipe, rotations: Rotations, shape: Shape) -> dict[str, 
     found = {}
     for name, (wanted, size, place) in places.items():
         if wanted:
-            rotation = Hadamard.of(size, powers=name == "r4" and recipe.rotation.r4_blocks)
+            block = recipe.rotation.blocks if name in ("r1", "r2", "r4") else None
+            rotation = Hadamard.of(size, powers=name == "r4" and recipe.rotation.r4_blocks, block=block)
             if name == "heads":
                 rotation = Hadamard.across(shape.query_heads, shape.head_dim)
             found[name] = {

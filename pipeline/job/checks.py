@@ -14,9 +14,10 @@ from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
-from ..recipe.layers import whole_scheme
+from ..recipe.layers import groups_of, whole_scheme
 from ..recipe.recipe import Recipe
-from ..recipe.settings import is_r1_online, serving
+from ..recipe.settings import is_r1_online, rotations_of, serving
+from ..recipe.values import BLOCKS
 
 
 def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
@@ -41,7 +42,7 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     scheme = whole_scheme(recipe)
     formats = {"weights": scheme.weights.format, "activations": scheme.input_activations.format}
     for (section, found), (name, width) in product(formats.items(), widths.items()):
-        if found != "int" and width % GROUPS[found]:
+        if width % GROUPS.get(found, 1):
             raise InputError(
                 f"{section}.format {found} has groups of {GROUPS[found]}, which do not divide the {name} {width} of "
                 f"{model.name}: give --{section}.format int."
@@ -51,8 +52,28 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             fitting = [g for g in (32, 64, 128, 16, 8) if all(w % g == 0 for w in widths.values())]
             hint = f"one of {', '.join(map(str, fitting))}" if fitting else f"none (one scale per {whole})"
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
+    check_blocks(recipe, decoder, model)
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
+
+
+def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that the blocks of rotations divide the widths that they are of; R2's are cut to the width of a head.
+
+    Raises:
+        InputError: they do not.
+    """
+    rotation, shape = recipe.rotation, decoder.shape
+    blocks = rotation.blocks or 1
+    turned = {"hidden size": shape.hidden} if rotations_of(recipe, decoder).r1 is not None else {}
+    turned |= {"ffn size": shape.ffn} if rotation.r4 else {}
+    for name, width in turned.items():
+        if width % blocks:
+            fitting = [size for size in BLOCKS if all(w % size == 0 for w in turned.values())]
+            hint = f"one of {', '.join(map(str, fitting))}" if fitting else "none"
+            raise InputError(
+                f"rotation.blocks {blocks} does not divide the {name} {width} of {model.name}: give {hint}."
+            )
 
 
 def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
@@ -97,9 +118,10 @@ def check_formats(recipe: Recipe) -> None:
         }
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
             raise InputError(
-                f"{section}.format {args.format} has 4 bits, groups of {args.group_size} and no zero point, and "
-                f"{section}.{field} is {str(getattr(part, field)).lower()}: leave it out, or give --{section}.format "
-                "int."
+                f"{section}.format {args.format} has {args.num_bits} bits, {groups_of(args)} and no zero point, and "
+                f"{section}.{field} is {str(getattr(part, field)).lower()}: "
+                f"{f'give --{section}.bits 8' if (args.format, field) == ('fp8', 'bits') else 'leave it out'}, or give "
+                f"--{section}.format int."
             )
     if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {

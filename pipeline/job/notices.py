@@ -65,6 +65,17 @@ def _seed(case: _Case) -> str | None:
     return None if case.is_seeded else "only R1 merged and R2 are random, and both are off"
 
 
+def _blocks(case: _Case) -> str | None:
+    rotation = case.recipe.rotation
+    is_on = case.rotations.r1 is not None or rotation.r2 or rotation.r4
+    return None if is_on else "R1, R2 and R4 are off"
+
+
+def _r4_blocks(case: _Case) -> str | None:
+    rotation = case.recipe.rotation
+    return "rotation.r4 is off" if not rotation.r4 else "rotation.blocks says it" if rotation.blocks else None
+
+
 def _text(case: _Case, *, reads_some: bool = False) -> str | None:
     """Calibration text, that the weights are not rounded by; `reads_some`: but the first of it places R1."""
     rotation = case.recipe.rotation
@@ -144,8 +155,9 @@ IDLE: dict[str, _Why] = {
     "embedding.group_size": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
     "head.bits": _tied,
     "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
+    "rotation.blocks": _blocks,
     "rotation.r3": _served,
-    "rotation.r4_blocks": lambda case: None if case.recipe.rotation.r4 else "rotation.r4 is off",
+    "rotation.r4_blocks": _r4_blocks,
     "rotation.seed": _seed,
     "rotation.seeds": _seed,
     "weights.bits": _budgeted,

@@ -54,6 +54,11 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
     return found
 
 
+def groups_of(args: QuantizationArgs) -> str:
+    """What shares a scale, in words."""
+    return f"groups of {args.group_size}" if args.group_size else "no groups"
+
+
 def overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> QuantizationArgs:
     """With what is given changed.
 
@@ -69,7 +74,7 @@ def overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> Qu
     wrong = {field: value for field, value in given.items() if value != getattr(found, field)}
     if wrong:
         raise InputError(
-            f"overrides: the {what} are {name}, which has 4 bits, groups of {found.group_size} and no zero point: "
+            f"overrides: the {what} are {name}, which has {found.num_bits} bits, {groups_of(found)} and no zero point: "
             f"leave {' and '.join(_WORDS.get(field, field) for field in wrong)} out, or give format=int too."
         )
     return found

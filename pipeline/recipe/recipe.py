@@ -7,43 +7,18 @@ frozen.
 from __future__ import annotations
 
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError
 
 from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
 from .overrides import TEXT, Override, read_overrides
-from .values import Bits, Choices, Legal, Names, Placement, Sites, WeightBits
+from .section import Section
+from .values import Bits, Blocks, Choices, Legal, Names, Placement, Sites, WeightBits
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reads 'none' as None where a field can be None, in YAML and on the command line; no bool is a number."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, str) and value.strip().lower() in ("none", "null") and NoneType in get_args(annotation):
-            return None
-        switch = bool in (annotation, *get_args(annotation)) or info.field_name in ("zfold", "r1")
-        if value == "" or (isinstance(value, bool) and not switch):
-            raise ValueError("not a value for this field")
-        return value
-
-
-class Rotation(_Section):
+class Rotation(Section):
     """Rotation (orthogonal matrices that spread outliers over the channels)."""
 
     r1: Placement = Field(
@@ -59,6 +34,11 @@ class Rotation(_Section):
     r4_blocks: bool = Field(
         default=False,
         description="Make R4 of blocks of the largest power of two that divides its width, as vLLM can run it.",
+    )
+    blocks: Blocks = Field(
+        default=None,
+        description="Channels of each diagonal block of R1, R2 and R4, for inputs and weights whose groups have scales "
+        "of their own (R2 has no more than a head's); none: a rotation mixes all channels.",
     )
     heads: bool = Field(
         default=False, description="Rotate the input of O over all heads, online, as QuaRot does: for low-bit inputs."
@@ -77,7 +57,7 @@ class Rotation(_Section):
     )
 
 
-class Weights(_Section, Settings):
+class Weights(Section, Settings):
     """Weights (their grid, and how they are rounded to it)."""
 
     bits: WeightBits = Field(default=4, description=Settings.model_fields["bits"].description)
@@ -113,7 +93,7 @@ class Weights(_Section, Settings):
     )
 
 
-class Embedding(_Section):
+class Embedding(Section):
     """Embedding (rounded to nearest, on scales that are searched)."""
 
     bits: Bits = Field(default=16, description="Bits of a weight of the embedding.")
@@ -122,7 +102,7 @@ class Embedding(_Section):
     )
 
 
-class Head(_Section):
+class Head(Section):
     """Head (the output layer, rounded as the layers of the blocks are, by what it reads)."""
 
     bits: Bits = Field(
@@ -135,14 +115,14 @@ class Head(_Section):
     )
 
 
-class Activations(_Section):
+class Activations(Section):
     """Activations (inputs of linear layers, quantized per token as the model runs)."""
 
     bits: Bits = Field(default=16, description="Bits of an activation.")
-    format: Literal["int", "nvfp4", "mxfp4"] = Field(
+    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = Field(
         default="int",
-        description="The numbers of activations. int: integers; nvfp4, mxfp4: four-bit floating point, in groups and "
-        "with scales as weights.format has them, and without clip ratios.",
+        description="The numbers of activations. int: integers; nvfp4, mxfp4, fp8: floating point, in groups and "
+        "with scales as weights.format has them (fp8: of a token), and without clip ratios.",
     )
     group_size: int | None = Field(
         default=None,
@@ -165,7 +145,7 @@ class Activations(_Section):
     )
 
 
-class Cache(_Section):
+class Cache(Section):
     """Cache (keys and values, quantized per token and head, with a zero point)."""
 
     key_bits: Bits = Field(default=16, description="Bits of a cached key.")
@@ -196,7 +176,7 @@ class Cache(_Section):
     )
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """Calibration (the text that the Hessians are measured on)."""
 
     dataset: str | None = Field(
@@ -212,7 +192,7 @@ class Calibration(_Section):
     batch: int = Field(default=8, ge=1, description="Sequences computed at a time: fewer need less memory.")
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Evaluation (what is measured when the weights are done)."""
 
     dataset: Names = Field(
@@ -244,7 +224,7 @@ class Evaluation(_Section):
     report: bool = Field(default=True, description="Write report.html, with the activations before and after rotation.")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All that decides the result of a run.
 
     Raises:

@@ -88,5 +88,16 @@ Choices = Annotated[
     AfterValidator(_check_choices),
     Legal("some of 2 to 8 with commas between them or as a list"),
 ]
+BLOCKS = (16, 32, 64, 128)
+"""Channels of a diagonal block of a rotation."""
+
+
+def _check_blocks(blocks: int | None) -> int | None:
+    if blocks not in (None, *BLOCKS):
+        raise ValueError("not a size of blocks")
+    return blocks
+
+
+Blocks = Annotated[int | None, AfterValidator(_check_blocks), Legal("16, 32, 64 or 128")]
 WeightBits = Annotated[int, AfterValidator(_check_weight_bits), Legal("2 to 8")]
 Bits = Annotated[int, AfterValidator(_check_bits), Legal("2 to 8, or 16 for no quantization")]

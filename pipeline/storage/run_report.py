@@ -121,6 +121,7 @@ class ShownRotation(_Shown):
     r2: bool = False
     r3: bool = False
     r4: bool = False
+    blocks: int | None = None
     heads: bool = False
     scale: bool = False
 

@@ -55,11 +55,13 @@ def judged(real: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_cell_is_a_recipe_of_its_own(real: Any) -> None:
-    cases = real.cases(real.RECIPES, real.NAMES, ["rotation"], 1)
+    cases = real.cases(real.DEFAULT, real.NAMES, ["rotation"], 1)
     assert len(cases) == 10 * 6
     subject = real.Subject("tiny", "a", "b", dict(real.REPORTED))
     assert len(set(subject.prints(cases).values())) == 60
-    for label, (name, changes) in real.RECIPES.items():
+    floats = real.cases(["nvfp4", "w4a4-g16"], ["GPTQ"], ["bare", "full", "blocks-16", "blocks-32"], 1)
+    assert len(set(subject.prints(floats).values())) == 8
+    for label, (name, changes) in real.DEFAULT.items():
         recipe = build_recipe(load_recipe(name), changes)
         bits = f"w{recipe.weights.bits}a{recipe.activations.bits}" + ("kv4" if recipe.cache.key_bits == 4 else "")
         group = recipe.weights.group_size or recipe.activations.group_size

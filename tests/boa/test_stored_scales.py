@@ -1,4 +1,4 @@
-"""Scales of NVFP4 and MXFP4 against compressed-tensors, bit by bit, and the grids that are searched over them."""
+"""Scales of NVFP4, MXFP4 and FP8 against compressed-tensors, bit by bit, and the grids that are searched over them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors.mx_utils import compress_mx_scale, decompress_mx_scale
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.quant_scheme import MXFP4, MXFP4A16, NVFP4, NVFP4A16
+from compressed_tensors.quantization.quant_scheme import FP8_DYNAMIC, MXFP4, MXFP4A16, NVFP4, NVFP4A16
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor
 
@@ -141,6 +141,36 @@ def test_each_step_of_the_solver_lowers_the_loss(name: str, h_out: bool) -> None
             found.dequantize().flatten(0, 1),
         )
     assert losses[1] < 0.7 * losses[0] and losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("h_out", [True, False])
+def test_eight_bits_are_those_of_compressed_tensors_and_solved_alike(h_out: bool) -> None:
+    weight, objective = problem(2, 8, 48, h_out=h_out)
+    losses = []
+    for changes in ({"method": "rtn", "grid": "minmax"}, {"refine": 0, "starts": 1, "tabu": 0}, {"tabu": 0}, {}):
+        settings = Settings.model_validate({"bits": 8, "symmetric": True, "format": "fp8", **changes})
+        found = quantize(weight.float(), objective, settings)
+        losses.append(float(dense_losses(found, weight, objective.damped(0.01)).sum()))
+        scale, values = (512 * found.scale).flatten(0, 1), found.dequantize().flatten(0, 1)
+        assert torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5)), "powers of two"
+        assert torch.equal(fake_quantize(values, scale, torch.tensor(0), FP8_DYNAMIC["weights"]), values)
+        assert torch.equal(values.bfloat16().float(), values)
+        if len(losses) == 1:  # to the nearest, ties as there
+            assert torch.all(scale * 448 >= weight.float().flatten(0, 1).abs().amax(-1, keepdim=True))
+            nearest = fake_quantize(weight.float().flatten(0, 1), scale, torch.tensor(0), FP8_DYNAMIC["weights"])
+            assert torch.equal(nearest + 0.0, values)
+    assert losses[1] < 0.7 * losses[0] and losses == sorted(losses, reverse=True)
+
+
+def test_eight_bit_activations_are_those_of_compressed_tensors() -> None:
+    x = random(1, 40, 48, dtype=torch.float32) * torch.logspace(-6, 4, 40)[:, None]
+    x[0, 3] = 0
+    stock = FP8_DYNAMIC["input_activations"]
+    scale, zero = compute_dynamic_scales_and_zp(x, stock, torch.nn.Module())
+    expected = fake_quantize(x, scale, zero.float(), stock)
+    quantizer = DynamicQuantizer(8, format="fp8")
+    assert torch.equal(quantizer(x), expected + 0.0) and not torch.equal(expected, x)
+    assert torch.equal(quantizer(x.bfloat16()), quantizer(x.bfloat16().float()).bfloat16())
 
 
 @FORMATS

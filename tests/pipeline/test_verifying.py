@@ -11,8 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from rotoboa.boa.online.activations import DynamicQuantizer
+from rotoboa.boa.online.transforms import INPUT_SCALE, InputTransform
+from rotoboa.boa.scheme import QuantizationArgs
 from rotoboa.errors import InputError, RunError
 from rotoboa.export.record import read_record, write_record
+from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.export.runtimes.ask import RUNTIMES
 from rotoboa.pipeline import verifying
 from rotoboa.pipeline.cli.app import app
@@ -145,3 +149,17 @@ def test_sample_is_text_within_the_positions(cheap_run: Runs) -> None:
     finished = verifying.open_finished(RunFolder.open(cheap_run("w4a16")))
     ids = verifying.sample(finished)
     assert ids.shape == (1, 128) and ids.dtype == torch.int64 and len(set(ids[0].tolist())) > 40
+
+
+def test_inputs_have_the_scale_that_calibration_found() -> None:
+    """Numbers beyond its range are clipped, as the layer itself and its readers do."""
+    args = QuantizationArgs.of("nvfp4", 4, None, True)
+    quantizer = DynamicQuantizer(4, group_size=16, format="nvfp4")
+    layer = QuantizedLinear.in_place_of(torch.nn.Linear(32, 8, bias=False), args, InputTransform(quantizer=quantizer))
+    layer.qweight.random_(-(2**31), 2**31)
+    layer.get_buffer(INPUT_SCALE).fill_(512.0)
+    x = 20 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    plain = verifying._Plain(layer)(x)
+    torch.testing.assert_close(plain, layer(x), rtol=1e-5, atol=1e-3)
+    layer.get_buffer(INPUT_SCALE).fill_(1.0)
+    assert (verifying._Plain(layer)(x) - plain).abs().max() > 1

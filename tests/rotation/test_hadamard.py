@@ -207,6 +207,19 @@ def test_size_below_one(size: int) -> None:
         Hadamard.of(size)
 
 
+@pytest.mark.parametrize(("size", "block", "order"), [(96, 32, 32), (128, 16, 16), (48, 64, 16), (64, 64, 64)])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_blocks_of_a_size(size: int, block: int, order: int, seed: int | None) -> None:
+    """diag(signs) of the whole, and Sylvester's matrix along the diagonal; a size that it does not divide has less."""
+    rotation = Hadamard.of(size, seed, block=block)
+    assert (rotation.order, rotation.blocks) == (order, size // order)
+    dense = torch.block_diag(*[Hadamard.of(order).matrix()] * (size // order))
+    dense = rotation.signs()[:, None] * dense
+    x = _noise(3, size)
+    torch.testing.assert_close(rotation.apply(x), x @ dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rotation.apply_transposed(x), x @ dense.T, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("x", [torch.ones(2, 32), torch.ones(2, 64, dtype=torch.int32), torch.tensor(1.0)])
 def test_wrong_input(x: Tensor) -> None:
     rotation = Hadamard.of(64)

@@ -24,6 +24,7 @@ EXACT = 1e-9  # logits are of order 1 to 10; what float64 loses in two blocks is
 NONE = {"r1": False, "r2": False, "r3": False, "r4": False}
 ALL = {"r1": True, "r2": True, "r3": True, "r4": True}
 CHOICES = [NONE, *({**NONE, name: True} for name in NONE), {**ALL, "r1": False}, {**ALL, "r3": False}, ALL]
+BLOCKS: dict[str, Any] = {**ALL, "blocks": 8}
 
 
 def _named(choice: dict[str, bool]) -> str:
@@ -104,7 +105,7 @@ def _difference(model: LlamaForCausalLM, choice: dict[str, bool], **options: Any
     return float((_rotated_logits(model, rotations, tokens, **options) - model(tokens).logits).abs().max())
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=_named)
+@pytest.mark.parametrize("choice", [*CHOICES, BLOCKS], ids=_named)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("ffn", [40, 172])
 def test_logits_stay(ffn: int, bias: bool, choice: dict[str, bool]) -> None:

@@ -145,8 +145,9 @@ ONLINE = {**ALL, "online_r1": True, "heads": True}
         (NONE, True),
         ({**ALL, "heads": True}, True),
         (ONLINE, True),
+        ({**ONLINE, "blocks": 4}, False),
     ],
-    ids=["online", "heads", "scale", "merged", "all"],
+    ids=["online", "heads", "scale", "merged", "all", "blocks"],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_stay_behind_the_norms(

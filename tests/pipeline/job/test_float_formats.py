@@ -1,5 +1,6 @@
 """Recipes of four-bit floating point: what they mean, what goes with them, and what is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,14 +8,19 @@ import pytest
 from rotoboa.boa.scheme import QuantizationArgs, QuantizationScheme
 from rotoboa.errors import InputError
 from rotoboa.export.spec import Spec
-from rotoboa.pipeline.job.checks import check_formats
+from rotoboa.models.aliases import resolve_model
+from rotoboa.models.checkpoint import Checkpoint
+from rotoboa.models.decoder import Decoder
+from rotoboa.pipeline.job.checks import check_blocks, check_formats
 from rotoboa.pipeline.recipe.layers import overridden, whole_scheme
 from rotoboa.pipeline.recipe.overrides import OverriddenArgs
 from rotoboa.pipeline.recipe.recipe import Recipe
+from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.recipe.settings import settings_of
 
 NVFP4 = QuantizationArgs(4, 16, True, "float")
 MXFP4 = QuantizationArgs(4, 32, True, "float")
+FP8 = QuantizationArgs(8, None, True, "float")
 
 
 def test_a_format_says_bits_groups_and_symmetry() -> None:
@@ -26,6 +32,20 @@ def test_a_format_says_bits_groups_and_symmetry() -> None:
     settings = settings_of(recipe)
     assert (settings.group_size, settings.symmetric, settings.grid_settings.levels) == (16, True, 24)
     assert whole_scheme(Recipe(activations={"format": "nvfp4"})).input_activations == QuantizationArgs(16, None, True)
+
+
+def test_eight_bits() -> None:
+    recipe = build_recipe(load_recipe("fp8"), {})
+    check_formats(recipe)
+    assert whole_scheme(recipe) == QuantizationScheme(FP8, FP8) and whole_scheme(recipe).shown == "W8A8 fp8"
+    with pytest.raises(
+        InputError, match=r"fp8 has 8 bits, no groups .* weights\.bits is 4: give --weights\.bits 8, or"
+    ):
+        check_formats(Recipe(weights={"format": "fp8"}))
+    with pytest.raises(InputError, match=r"fp8 has 8 bits, no groups .* activations\.group_size is 32: leave it out"):
+        check_formats(Recipe(activations={"bits": 8, "format": "fp8", "group_size": 32}))
+    spec = Spec(8, None, True, type="float", activation_bits=8, activation_type="float")
+    assert Spec.from_dict(spec.to_dict()) == spec and spec.scheme == QuantizationScheme(FP8, FP8)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +75,7 @@ def test_overrides() -> None:
     assert of(NVFP4, bits=16) == QuantizationArgs()
     assert of(NVFP4, format="int", bits=8, group_size=32) == QuantizationArgs(8, 32)
     assert of(QuantizationArgs(3, 64), format="mxfp4") == MXFP4 == of(NVFP4, format="mxfp4", bits=4)
+    assert of(NVFP4, format="fp8") == FP8 == of(QuantizationArgs(3), format="fp8", bits=8)
     with pytest.raises(InputError, match=r"weights of x are nvfp4, which has 4 bits, groups of 16.*: leave bits out"):
         of(NVFP4, bits=8)
 
@@ -65,3 +86,22 @@ def test_a_spec_is_read_back_and_a_damaged_one_refused() -> None:
     assert spec.scheme == QuantizationScheme(NVFP4, MXFP4)
     with pytest.raises(InputError, match="type is 'float'"):
         Spec.from_dict({**spec.to_dict(), "group_size": 64})
+
+
+def test_blocks_of_rotations_divide_what_they_turn(llama: Path) -> None:
+    decoder, model = Decoder(Checkpoint(llama).config), resolve_model(str(llama))  # hidden 64, ffn 96
+
+    def check(blocks: int, **rotation: Any) -> None:
+        check_blocks(Recipe(rotation={"r1": "merged", "blocks": blocks, **rotation}), decoder, model)
+
+    check(32, r4=True)
+    check(64)
+    check(64, r1="none")
+    with pytest.raises(
+        InputError, match=r"rotation\.blocks 64 does not divide the ffn size 96 of .*: give one of 16, 32"
+    ):
+        check(64, r4=True)
+    with pytest.raises(InputError, match=r"rotation\.blocks 128 does not divide the hidden size 64"):
+        check(128)
+    with pytest.raises(InputError, match=r"rotation\.blocks is 48 but must be 16, 32, 64 or 128, or none"):
+        Recipe(rotation={"blocks": 48})

@@ -34,7 +34,8 @@ ALWAYS = {
 """Fields that always have a part in the result or in what it takes; zfold is refused where it has none, and a model of
 the user's own needs a data set in any case."""
 OTHER = {
-    "rotation.r4_blocks": True, "rotation.seed": 7, "rotation.seeds": 2, "weights.rows": 2, "weights.act_order": False,
+    "rotation.blocks": 16, "rotation.r4_blocks": True, "rotation.seed": 7, "rotation.seeds": 2, "weights.rows": 2,
+    "weights.act_order": False,
     "weights.grid": "diagonal", "weights.damping": 0.3, "weights.alpha": 0.75, "weights.refine": 2,
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
     "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8),
@@ -52,7 +53,8 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "rtn": (
         {"weights.method": "rtn", "weights.grid": "hessian", "rotation.r1": "none", "rotation.r2": False},
         {f"weights.{name}" for name in (*BY_LAYER, *SOLVER, *LEARNED, "grid")}
-        | {"rotation.seed", "rotation.seeds", "rotation.r4_blocks", "calibration.samples", "calibration.seed"}
+        | {f"rotation.{name}" for name in ("seed", "seeds", "r4_blocks", "blocks")}
+        | {"calibration.samples", "calibration.seed"}
         | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention")}
         | {"cache.clip", "cache.search", "cache.center", "cache.sink", "cache.served_by"},
     ),

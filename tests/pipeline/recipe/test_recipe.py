@@ -5,6 +5,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from rotoboa.boa.scheme import GROUPS
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.errors import InputError
 from rotoboa.pipeline.recipe.fields import field_paths
@@ -26,7 +27,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
     "name",
     [
         *("w4a4kv4", "w4a4", "w4a4-vllm", "w4a8", "w4a8-cpu", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
-        *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4"),
+        *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4", "fp8"),
     ],
 )
 def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
@@ -39,9 +40,11 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     cache = 4 if "kv4" in name else 16
     assert (recipe.cache.key_bits, recipe.cache.value_bits) == (cache, cache)
     # Online rotations are worth their cost only where what they smooth is quantized, and other readers have none.
-    online = recipe.activations.bits < 16 and recipe.activations.convention == "rotoboa"
+    own = recipe.activations.convention == "rotoboa" and recipe.activations.format != "fp8"
+    online = recipe.activations.bits < 16 and own
     assert recipe.rotation.r1 == ("online" if online else "auto") and recipe.rotation.r2
-    assert recipe.rotation.heads == recipe.rotation.scale == online
+    assert recipe.rotation.scale == online and recipe.rotation.heads == (online and kind == "int")
+    assert recipe.rotation.blocks == (GROUPS[kind] if online and kind in GROUPS else None)  # which divides what it can
     assert recipe.rotation.r3 == (cache == 4) and recipe.rotation.r4 == online
 
 
@@ -186,7 +189,7 @@ def test_damaged_files_are_named_with_the_line(tmp_path: Path, text: str, words:
 
 def test_missing_recipes(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"no recipe 'w4a4kv': perhaps w4a4kv4; use one of mxfp4, .*w2a16, .* or a \.yaml file"
+        InputError, match=r"no recipe 'w4a4kv': perhaps w4a4kv4; use one of fp8, .*w2a16, .* or a \.yaml file"
     ):
         load_recipe("w4a4kv")
     with pytest.raises(InputError, match="cannot be read: No such file"):
