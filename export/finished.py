@@ -203,20 +203,6 @@ def has_plain_layout(family: Family) -> bool:
     return not (family.merged or family.experts or family.layer_norm or family.generic)
 
 
-def refuse_layers(spec: Spec, name: str) -> None:
-    """Refuse a run with schemes for single layers, in a format that has one for all.
-
-    Raises:
-        InputError: there are some.
-    """
-    if spec.layers:
-        first, scheme = next(iter(spec.layers.items()))
-        raise InputError(
-            f"{name} is written with one scheme for all layers, and this run has {scheme.shown} for {first}: use "
-            "--format native, or quantize without overrides."
-        )
-
-
 def refuse_online(
     spec: Spec, name: str, *, activations: bool = False, inputs: bool = False, server: str | None = None
 ) -> None:

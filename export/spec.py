@@ -109,6 +109,12 @@ class Spec:
         return any(scheme.input_activations.quantizes for scheme in (self.scheme, *self.layers.values()))
 
     @property
+    def has_zero_points(self) -> bool:
+        """Whether any weights are not symmetric; where `layers` names all of them, the others count too."""
+        schemes = (self.scheme, *self.layers.values())
+        return any(scheme.weights.quantizes and not scheme.weights.symmetric for scheme in schemes)
+
+    @property
     def without_inputs(self) -> Spec:
         """The same with the inputs of all layers in 16 bits."""
         layers = {name: replace(scheme, input_activations=QuantizationArgs()) for name, scheme in self.layers.items()}

@@ -56,7 +56,7 @@ FORMATS: Mapping[str, Format] = {
     "compressed-tensors": Format(compressed_tensors.check, compressed_tensors.write, compressed_tensors.warning),
     "gptq": Format(gptq.check, gptq.write, gptq.warning),
     "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1), gptq.warning),
-    "gguf": Format(gguf.check, gguf.write),
+    "gguf": Format(gguf.check, gguf.write, gguf.warning),
     "mlx": Format(mlx.check, mlx.write),
 }
 

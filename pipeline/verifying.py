@@ -105,7 +105,7 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
     deviation = float(expected.std())
     spec = finished.spec
     online = spec.quantizes_inputs or spec.quantizes_cache
-    rounded = record.format == "gguf" and not spec.symmetric  # offsets, by up to 1.5 % of a step
+    rounded = record.format == "gguf" and spec.has_zero_points  # offsets, by up to 1.5 % of a step
     limit = tolerance if tolerance is not None else deviation * (0.2 if online else 0.03 if rounded else 0.01)
     results = []
     for reader, (judged, compute) in READERS[record.format].items():

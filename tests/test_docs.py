@@ -15,7 +15,8 @@ import pytest
 import typer
 import yaml
 
-from rotoboa.export.formats.gguf import file_name
+from rotoboa.export.ggml.gguf_blocks import TYPES
+from rotoboa.export.ggml.gguf_types import file_name
 from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.cli.options import RECIPE_OPTIONS, overrides
 from rotoboa.pipeline.recipe.fields import field_paths
@@ -185,7 +186,7 @@ def test_python_can_be_read(path: Path) -> None:
 def test_readme_is_short() -> None:
     text = text_of(ROOT / "README.md")
     assert len(text.splitlines()) <= 150
-    assert f"exports/gguf/{file_name(4)}" in text
+    assert f"exports/gguf/{file_name(TYPES[4, True])}" in text
 
 
 def test_worked_example() -> None:

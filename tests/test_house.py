@@ -16,7 +16,7 @@ PARTS = ("models", "rotation", "boa", "export", "eval", "pipeline")
 FLOORS = [
     ["models", "rotation"],
     ["boa", "boa/kernels", "boa/online", "boa/objective", "boa/solver", "boa/block"],
-    ["export", "export/runtime", "export/formats", "export/runtimes"],
+    ["export", "export/runtime", "export/ggml", "export/formats", "export/runtimes"],
     ["eval", "eval/drawing"],
     ["pipeline/recipe", "pipeline/storage", "pipeline/ranks", "pipeline/console", "pipeline/job", "pipeline/rotating"],
     ["pipeline/estimate", "pipeline/measure", "pipeline/budget", "pipeline", "pipeline/cli"],

@@ -1,17 +1,16 @@
 """GGUF, the format of llama.cpp: one file with weights, sizes and tokenizer.
 
-`gguf_blocks` has the types and what each holds exactly, `gguf_architectures` what llama.cpp computes. A scale of more
-than 32 weights is repeated. Where llama.cpp's RoPE turns neighbours and transformers' turns halves, rows of queries and
-keys are reordered. Gemma's norms multiply by one more than their weight: the file has the sum. Phi-3's projections lie
-in merged tensors and experts in one tensor of three dimensions, as readers have them.
+`ggml` has the types, what each holds exactly, and which a tensor gets; `gguf_architectures` what llama.cpp computes. A
+scale of more weights than a block is repeated. Where llama.cpp's RoPE turns neighbours and transformers' turns halves,
+rows of queries and keys are reordered. Gemma's norms multiply by one more than their weight: the file has the sum.
+Phi-3's projections lie in merged tensors and experts in one tensor of three dimensions, as readers have them.
 
-A feed-forward width that is no multiple of 32 is filled up with channels of zeros, which changes nothing: the
+A feed-forward width that is no multiple of a block is filled up with channels of zeros, which changes nothing: the
 activation of 0 times 0 goes into the columns that are added.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,15 +29,18 @@ from gguf import (
 )
 from torch import Tensor
 
+from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
-from ..finished import Finished, refuse_layers, refuse_online
-from ..scheme_layers import refuse_floats
+from ...models.matrices import Matrix, spans
+from ..finished import Finished, refuse_online
+from ..ggml.gguf_blocks import Array, block_of, to_blocks
+from ..ggml.gguf_types import check_types, file_kind, file_name, file_type, padded_ffn, stored_in, type_of
+from ..packing import PackedMatrix, unpack
 from ..writing import SHARD_BYTES, fresh_folder, write_extras
 from . import gguf_tokenizer
-from .gguf_architectures import ARCHITECTURES, architecture, config_of, instead
-from .gguf_blocks import BLOCK, TYPES, Array, to_blocks
+from .gguf_architectures import ARCHITECTURES, architecture, config_of
 from .gguf_metadata import add_sizes, rope_factors
 from .gguf_metadata import check as check_metadata
 
@@ -49,53 +51,27 @@ _DENSE = {
 }
 
 
-def file_name(bits: int, symmetric: bool = True) -> str:
-    """The file in the export's folder."""
-    return f"model-{TYPES[bits, symmetric].name}.gguf"
-
-
-def type_of(bits: int, symmetric: bool) -> GGMLQuantizationType:
-    """The type of a layer's tensor.
-
-    Raises:
-        InputError: there is none for its weights.
-    """
-    if (bits, symmetric) in TYPES:
-        return TYPES[bits, symmetric]
-    grid = {True: "symmetric", False: "asymmetric"}
-    held = ", ".join(f"{grid[key[1]]} of {key[0]} ({kind.name})" for key, kind in TYPES.items())
-    change = "--weights.symmetric" if (bits, True) in TYPES else "--weights.bits 4"
-    raise InputError(
-        f"GGUF holds these weights exactly: {held} bits; and this run has {grid[symmetric]} ones of {bits}: quantize "
-        f"with {change}, or use --format native."
-    )
-
-
 def check(run: Finished) -> None:
     """Check that the format holds the run exactly.
 
     Raises:
         InputError: it does not; the sentence says why and what to use instead.
     """
-    spec, shape = run.spec, run.shape
-    row = architecture(run)
-    refuse_layers(spec, "GGUF")
+    spec, row = run.spec, architecture(run)
     refuse_online(spec, "GGUF", server="llama.cpp")
-    refuse_floats(run, "GGUF")
-    type_of(spec.bits, spec.symmetric)
-    if spec.group_size and spec.group_size % BLOCK:
-        raise InputError(
-            f"GGUF has a scale for {BLOCK} weights, and this run one for {spec.group_size}: quantize with "
-            f"--weights.group_size {BLOCK} or none, or {instead(run)}."
-        )
-    for what, width in (("hidden size", shape.hidden), ("attention width", shape.query_width)):
-        if width % BLOCK:
-            raise InputError(
-                f"GGUF packs {BLOCK} weights of a row together, and the {what} {width} is no multiple of it: "
-                f"{instead(run)}."
-            )
+    check_types(run)
     check_metadata(run, row)
     gguf_tokenizer.check(run)
+
+
+def warning(run: Finished) -> str | None:
+    """What a user should know of an export."""
+    if not run.spec.turns_head:
+        return None
+    return (
+        "the head of this run is its packed embedding behind a matrix, which llama.cpp has no place for: the file has "
+        "their product in 16 bits; with --weights.head 0.5 --head.bits 8 --head.symmetric the head is packed too."
+    )
 
 
 def permute(rows: Tensor, heads: int) -> Tensor:
@@ -104,30 +80,22 @@ def permute(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _padded(result: Quantized, rows: int, columns: int) -> Quantized:
-    """The projection with rows of zeros added, and columns of about zero; a group per row where columns are."""
+def _padded(result: Quantized, rows: int, columns: int, block: int) -> Quantized:
+    """The projection with rows of zeros added, and columns of about zero, in groups of a `block` where it has some."""
     r, c = result.integers.shape
     if (r, c) == (rows, columns):
         return result
     groups = result.scale.shape[1]
+    parts = result.scale, result.zero
+    if groups > 1 and c != columns:
+        parts = tuple(part.repeat_interleave(c // groups // block, 1) for part in parts)
+        groups = columns // block
     scale, zero = torch.zeros(2, rows, groups)
-    scale[:r], zero[:r] = result.scale, result.zero
-    integers = zero[:, :1].to(torch.uint8).repeat(1, columns)
+    for whole, part in zip((scale, zero), parts, strict=True):
+        whole[:r, : part.shape[1]] = part
+    integers = zero.to(torch.uint8).repeat_interleave(columns // groups, 1)
     integers[:r, :c] = result.integers
     return Quantized(integers, scale, zero)
-
-
-def padded_ffn(run: Finished) -> int:
-    """The feed-forward width in the file."""
-    return -(-run.shape.ffn // BLOCK) * BLOCK
-
-
-def stored_in(family: Family, part: str) -> str:
-    """The layer of a block that a projection is stored in: of experts all in one, of merged ones their layer."""
-    for merged in family.merged:
-        if part.startswith(f"{merged.name}."):
-            return merged.name
-    return re.sub(rf"^({re.escape(family.experts)})\.\d+\.", r"\1.", part) if family.experts else part
 
 
 def norms_of(family: Family) -> tuple[str | None, ...]:
@@ -150,26 +118,34 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
     names, ffn = get_tensor_name_map(row.arch, s.blocks), padded_ffn(run)
     heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
     outer = run.outer_layers().untied()
-    yield _dense(_outer(MODEL_TENSOR.TOKEN_EMBD), outer.embedding[:])
+    yield _end(MODEL_TENSOR.TOKEN_EMBD, outer.embedding, run.spec.outer(f.embedding), dense=dense)
     factors = rope_factors(run)
     if factors is not None:
         yield _dense(_outer(MODEL_TENSOR.ROPE_FREQS), factors)
     for index in range(s.blocks):
         quantized, others = run.split(index)
+        schemes = run.spec.schemes(f, index)
         stored: dict[str, list[Array]] = {}
-        kind = GGMLQuantizationType.F32 if dense else type_of(run.spec.bits, run.spec.symmetric)
-        for name, result in quantized.items():
-            if name in heads:
-                h = heads[name]
-                result = Quantized(permute(result.integers, h), permute(result.scale, h), permute(result.zero, h))
-            site = f.sites[name]
-            rows = ffn if site == "gate_up" else run.rows[name]
-            padded = _padded(result, rows, ffn if site == "down" else run.columns[name])
-            data = padded.dequantize().numpy() if dense else to_blocks(padded, kind)
-            stored.setdefault(stored_in(f, name), []).append(data)
+        kinds: dict[str, GGMLQuantizationType] = {}
+        for name, scheme in schemes.items():
+            site, where = f.sites[name], stored_in(f, name)
+            size = ffn if site == "gate_up" else run.rows[name], ffn if site == "down" else run.columns[name]
+            if name in quantized:
+                result = quantized[name]
+                if name in heads:
+                    parts = (permute(part, heads[name]) for part in (result.integers, result.scale, result.zero))
+                    result = Quantized(*parts)
+                kind = type_of(scheme.weights)
+                data, kinds[where] = _packed(_padded(result, *size, block_of(kind)), kind, dense=dense)
+            else:
+                weight = others.pop(f"{name}.weight")
+                weight = permute(weight, heads[name]) if name in heads else weight
+                added = (0, size[1] - weight.shape[1], 0, size[0] - weight.shape[0])
+                _, data, kinds[where] = _dense(name, torch.nn.functional.pad(weight, added))
+            stored.setdefault(where, []).append(data)
         for name, blocks in stored.items():
             whole = np.stack(blocks) if f.experts and name.startswith(f.experts) else np.concatenate(blocks)
-            yield f"{name_in(names, f, index, name)}.weight", whole, kind
+            yield f"{name_in(names, f, index, name)}.weight", whole, kinds[name]
         for name, tensor in others.items():
             part, _, last = name.rpartition(".")
             wide = permute(tensor, heads[part]) if part in heads else tensor
@@ -179,7 +155,26 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
             yield _dense(f"{name_in(names, f, index, part)}.{last}", wide.float() + offset)
     yield _dense(_outer(MODEL_TENSOR.OUTPUT_NORM), outer.norm.float() + f.norm_offset)
     if not outer.tied:  # llama.cpp takes the embedding where there is none
-        yield _dense(_outer(MODEL_TENSOR.OUTPUT), outer.head[:])
+        yield _end(MODEL_TENSOR.OUTPUT, outer.head, run.spec.outer(f.head), dense=dense)
+
+
+def _packed(result: Quantized, kind: GGMLQuantizationType, *, dense: bool) -> tuple[Array, GGMLQuantizationType]:
+    return (result.dequantize().numpy(), GGMLQuantizationType.F32) if dense else (to_blocks(result, kind), kind)
+
+
+def _end(
+    tensor: MODEL_TENSOR, matrix: Matrix, args: QuantizationArgs, *, dense: bool
+) -> tuple[str, Array, GGMLQuantizationType]:
+    """Embedding or head, in few bits where the run has it so."""
+    if not isinstance(matrix, PackedMatrix):
+        return _dense(_outer(tensor), matrix[:])
+    kind, parts = type_of(args), []
+    for rows in spans(matrix):
+        integers = unpack(matrix.qweight[rows], matrix.bits, matrix.columns)
+        result = Quantized(integers.contiguous(), matrix.scale[rows].float(), matrix.zero[rows].float())
+        data, found = _packed(result, kind, dense=dense)
+        parts.append(data)
+    return _outer(tensor), np.concatenate(parts), found
 
 
 def _outer(tensor: MODEL_TENSOR) -> str:
@@ -202,13 +197,12 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, dense:
         InputError: the format cannot hold the run.
     """
     check(run)
-    row, spec, ffn = architecture(run), run.spec, padded_ffn(run)
+    row, ffn, kind = architecture(run), padded_ffn(run), file_kind(run)
     fresh_folder(folder)
-    file = "model-F32.gguf" if dense else file_name(spec.bits, spec.symmetric)
+    file = "model-F32.gguf" if dense else file_name(kind)
     writer = GGUFWriter(folder / file, MODEL_ARCH_NAMES[row.arch])
     add_sizes(writer, run, row, ffn)
-    packed = LlamaFileType[f"MOSTLY_{type_of(spec.bits, spec.symmetric).name}"]
-    writer.add_file_type(LlamaFileType.ALL_F32 if dense else packed)
+    writer.add_file_type(LlamaFileType.ALL_F32 if dense else file_type(kind))
     writer.add_quantization_version(GGML_QUANT_VERSION)
     gguf_tokenizer.add_tokenizer(writer, run)
     # The headers come first, so tensors are made twice: no more than a block of them is in memory.

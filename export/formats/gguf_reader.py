@@ -12,6 +12,7 @@ from gguf import (
     MODEL_TENSOR,
     MODEL_TENSORS,
     TENSOR_NAMES,
+    GGMLQuantizationType,
     GGUFReader,
     dequantize,
     get_tensor_name_map,
@@ -22,9 +23,11 @@ from transformers import AutoConfig
 from ...errors import InputError
 from ...models.families import family_for
 from ...models.shape import Shape
+from ..ggml.gguf_blocks import Q2_0, Array, from_q2_0
+from ..ggml.gguf_types import stored_in
 from ..reading import stock_model
 from ..writing import is_tied
-from .gguf import name_in, norms_of, stored_in
+from .gguf import name_in, norms_of
 from .gguf_architectures import ARCHITECTURES
 
 Sizes = dict[str, int]
@@ -120,17 +123,23 @@ def _expected(arch: MODEL_ARCH, sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def is_stock(folder: Path) -> bool:
-    """Whether transformers reads the file: it has no reader for some architectures, which `read` is for."""
+    """Whether transformers reads the file: it has no reader for some architectures and types, which `read` is for."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        types = {tensor.tensor_type for file in folder.glob("*.gguf") for tensor in GGUFReader(file).tensors}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return True  # what is damaged is named where it is read
-    return kind not in ARCHITECTURES or ARCHITECTURES[kind].stock
+    return Q2_0 not in types and (kind not in ARCHITECTURES or ARCHITECTURES[kind].stock)
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
     """The inverse of `gguf.permute`: (heads * d, ...) from llama.cpp's order to transformers'."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _floats(data: Array, kind: GGMLQuantizationType) -> Array:
+    found: Array = from_q2_0(data) if kind == Q2_0 else dequantize(data, kind)
+    return found
 
 
 def read(folder: Path) -> nn.Module:
@@ -148,7 +157,7 @@ def read(folder: Path) -> nn.Module:
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"{folder / 'config.json'} is of no model ({what}): export it again.") from error
     names = get_tensor_name_map(row.arch, s.blocks)
-    found = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in GGUFReader(file).tensors}
+    found = {t.name: torch.from_numpy(_floats(t.data, t.tensor_type).copy()) for t in GGUFReader(file).tensors}
     heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
     state = {f"{f.embedding}.weight": found["token_embd.weight"]}
     state[f"{f.final_norm}.weight"] = found["output_norm.weight"] - f.norm_offset

@@ -154,8 +154,10 @@ _BY_LAYER = _of_method(*LAYERWISE)
 IDLE: dict[str, _Why] = {
     "embedding.group_size": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
     "head.bits": _tied,
+    "embedding.symmetric": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
     "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
     "rotation.blocks": _blocks,
+    "head.symmetric": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
     "rotation.r3": _served,
     "rotation.r4_blocks": _r4_blocks,
     "rotation.seed": _seed,

@@ -100,6 +100,9 @@ class Embedding(Section):
     group_size: int | None = Field(
         default=None, ge=8, description="Channels of a token that share a scale and zero point; none: all of them."
     )
+    symmetric: bool = Field(
+        default=False, description="Fix the zero point at the middle of the grid, as GGUF's 8 bits have it."
+    )
 
 
 class Head(Section):
@@ -112,6 +115,9 @@ class Head(Section):
     )
     group_size: int | None = Field(
         default=None, ge=8, description="Input channels that share a scale and zero point; none: all of them."
+    )
+    symmetric: bool = Field(
+        default=False, description="Fix the zero point at the middle of the grid, as GGUF's 8 bits have it."
     )
 
 

@@ -19,8 +19,8 @@ from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import gguf, gguf_metadata
 from rotoboa.export.formats.gguf import permute
-from rotoboa.export.formats.gguf_blocks import TYPES, to_blocks
 from rotoboa.export.formats.gguf_reader import inspect
+from rotoboa.export.ggml.gguf_blocks import Q2_0, TYPES, from_q2_0, to_blocks
 
 Opened = Callable[..., Finished]
 SYMMETRIC = {"weights.symmetric": True}
@@ -38,7 +38,7 @@ def read(file: Path) -> tuple[GGUFReader, dict[str, Tensor]]:
 def test_blocks_are_dequantized_to_the_weights(bits: int, symmetric: bool, groups: int) -> None:
     """As the gguf package reads them: exactly, but for an offset that float16 rounds by less than a part of a step."""
     generator = torch.Generator().manual_seed(bits)
-    integers = torch.randint(2**bits, (64, 96), generator=generator).to(torch.uint8)
+    integers = torch.randint(2**bits, (64, 192), generator=generator).to(torch.uint8)
     scale = torch.rand(64, groups, generator=generator).half().float() * 0.05
     scale[0] = 6e-8  # the smallest float16, whose offset has no more digits to lose
     zero = torch.full((64, groups), 2.0 ** (bits - 1))
@@ -46,15 +46,17 @@ def test_blocks_are_dequantized_to_the_weights(bits: int, symmetric: bool, group
         zero = torch.randint(2**bits, (64, groups), generator=generator).float()
     result, kind = Quantized(integers, scale.half().float(), zero), TYPES[bits, symmetric]
     data = to_blocks(result, kind)
-    assert data.shape == (64, 3 * GGML_QUANT_SIZES[kind][1]) and data.dtype == np.uint8
-    found, weight = torch.from_numpy(dequantize(data, kind)), result.dequantize()
+    block, size = GGML_QUANT_SIZES[kind]
+    assert data.shape == (64, 192 // block * size) and data.dtype == np.uint8
+    unpacked = from_q2_0(data) if kind == Q2_0 else dequantize(data, kind)
+    found, weight = torch.from_numpy(unpacked), result.dequantize()
     if symmetric:
         assert torch.equal(found, weight)
         return
-    step = result.scale.repeat_interleave(96 // groups, 1)
+    step = result.scale.repeat_interleave(192 // groups, 1)
     error = ((found.double() - weight.double()) / step).abs()
     assert 0 < error.max() <= {4: 15, 5: 31}[bits] / 2048 + 1e-6
-    power = torch.isin(zero, torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0])).repeat_interleave(96 // groups, 1)
+    power = torch.isin(zero, torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0])).repeat_interleave(192 // groups, 1)
     assert power.any() and error[power].max() < 1e-6
 
 

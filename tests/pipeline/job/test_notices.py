@@ -40,7 +40,8 @@ OTHER = {
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
     "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8),
     "weights.value_rows": 2,
-    "embedding.group_size": 8, "head.bits": 8, "head.group_size": 8,
+    "embedding.group_size": 8, "embedding.symmetric": True, "head.bits": 8, "head.group_size": 8,
+    "head.symmetric": True,
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False,
@@ -73,7 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "boa without alpha": (
         {"weights.alpha": 0, "activations.bits": 8, "cache.key_bits": 5, "cache.value_bits": 5, "rotation.r4": True},
         {"weights.drift", "activations.clip", "cache.clip", "embedding.group_size", "head.group_size",
-         "weights.choices",
+         "embedding.symmetric", "head.symmetric", "weights.choices",
          *(f"weights.{name}" for name in LEARNED)},
     ),
 }  # fmt: skip
@@ -135,7 +136,9 @@ def test_what_is_not_named_has_an_effect(
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
     setting |= {"weights.budget": 3} if name == "weights.choices" else {}
     setting |= {"cache.key_bits": 4, "cache.value_bits": 4} if name == "cache.served_by" else {}
-    setting |= {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group")) else {}
+    setting |= (
+        {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group", "head.symmetric")) else {}
+    )
     value = True if name.endswith(".search") else OTHER[name]
     recipe = make_recipe("w4a16", {"model": str(small), **setting, name: value})
     assert name not in idle_fields(recipe, decoder_of(small))
