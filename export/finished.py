@@ -23,7 +23,7 @@ from ..models.families import Family, check_type, family_for
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
 from ..models.shape import Shape
-from .packing import ALL_PARTS, unpack_block
+from .packing import ALL_PARTS, PARTS, unpack_block, unpacked
 from .spec import METHOD, Spec
 from .writing import read_outer_layers
 
@@ -131,11 +131,11 @@ class Finished:
 
         Args:
             stored: the tensors that a format has for one projection, by the last part of their names, from its result
-                and the scheme of its weights; None: ours.
+                and the scheme of its weights; None: ours. Quantized ends are stored like it.
         """
         f = self.family
         outer = self.outer_layers() if stored is None else self.outer_layers().untied()
-        yield outer.before(f)
+        yield self._ends(outer.before(f), stored)
         for index in range(self.shape.blocks):
             if stored is None:
                 tensors = self.block(index)
@@ -146,8 +146,20 @@ class Finished:
                     parts = stored(result, schemes[name].weights)
                     tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
-        yield outer.after(f)
+        yield self._ends(outer.after(f), stored)
         yield from self.towers()
+
+    def _ends(self, tensors: dict[str, Tensor], stored: Stored | None) -> dict[str, Tensor]:
+        """Tensors outside the blocks, those of a packed embedding or head as a format has them."""
+        for module in (self.family.embedding, self.family.head):
+            parts = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
+            if stored is not None and parts:
+                args = self.spec.outer(module)
+                found = stored(unpacked(parts, args, self.shape.hidden), args)
+                packed = {f"{module}.{part}" for part in parts}
+                tensors = {name: tensor for name, tensor in tensors.items() if name not in packed}
+                tensors |= {f"{module}.{part}": tensor for part, tensor in found.items()}
+        return tensors
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:

@@ -96,12 +96,18 @@ def divided(run: Finished) -> str:
 def scheme_layers(run: Finished) -> list[SchemeLayers]:
     """A row for each scheme of the projections, then embedding and head where these are quantized."""
     rows = [SchemeLayers(scheme, len(names), _in_words(names, run)) for scheme, names in by_scheme(run).items()]
-    ends = {"embedding": run.family.embedding, "head": run.family.head}
+    called = {run.family.embedding: "embedding", run.family.head: "head"}
     return rows + [
-        SchemeLayers(QuantizationScheme(run.spec.outer(module)), 1, what)
-        for what, module in ends.items()
-        if run.spec.outer(module).quantizes
+        SchemeLayers(QuantizationScheme(args), 1, called[module]) for module, args in quantized_ends(run).items()
     ]
+
+
+def quantized_ends(run: Finished) -> dict[str, QuantizationArgs]:
+    """What the weights of embedding and head have, by their full names, where they are quantized; a tied head is not
+    named.
+    """
+    ends = {module: run.spec.outer(module) for module in (run.family.embedding, run.family.head)}
+    return {module: args for module, args in ends.items() if args.quantizes}
 
 
 def refuse_ends(run: Finished, name: str) -> None:

@@ -9,13 +9,13 @@ A weight is `scale * q + bias`, with an unsigned q, for groups of 32, 64 or 128 
 
 A scale of more inputs is repeated for groups that MLX has. config.json says `quantization: {group_size, bits}`, and
 beside that by the name of a layer `{group_size, bits}` where it has others, and false where it is not quantized, which
-a layer without `scales` is not either.
+a layer without `scales` is not either. Embedding and head are layers like these, and a tied head is the embedding.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ from ...models.running import what_it_is
 from ..finished import Finished, refuse_layout, refuse_online
 from ..packing import pack, unpack
 from ..reading import read_tensors, stock_model
-from ..scheme_layers import by_weights, refuse_ends
+from ..scheme_layers import by_weights, quantized_ends
 from ..writing import SHARD_BYTES, write_checkpoint
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Model types that mlx-lm has, with the names that transformers gives their tensors."""
+
+TIED = ("gemma2",)
+"""Those of which mlx-lm reads no head, and multiplies by the embedding."""
 
 
 def check(run: Finished) -> None:
@@ -45,11 +48,15 @@ def check(run: Finished) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     refuse_layout(run.family, "MLX")
-    refuse_ends(run, "MLX")
     refuse_online(run.spec, "MLX")
     if run.family.model_type not in FAMILIES:
         raise InputError(
             f"MLX is written for {', '.join(FAMILIES)}, and this is a '{run.family.model_type}': use --format native."
+        )
+    if run.family.model_type in TIED and not _is_tied(run):
+        raise InputError(
+            f"mlx-lm's '{run.family.model_type}' has its embedding for a head, and this run has a head of its own: use "
+            "--format native, or quantize with --rotation.r1 online or none, --weights.head 0 and --head.bits 16."
         )
     group_sizes(run)
 
@@ -61,23 +68,29 @@ def group_sizes(run: Finished) -> dict[QuantizationArgs, int]:
     Raises:
         InputError: it has none that do, or not these bits.
     """
-    found = {}
-    for args, layers in by_weights(run, "MLX")[0].items():
-        if args.num_bits not in BITS:
-            raise InputError(f"MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has {args.num_bits}: use --format native.")
-        found[args] = _group_size(run, args, layers)
-    return found
+    blocks, _ = by_weights(run, "MLX")
+    layers = {args: _widths(run, names) for args, names in blocks.items()}
+    for module, args in quantized_ends(run).items():
+        layers.setdefault(args, {})[module] = run.shape.hidden
+    return {args: _group_size(args, widths) for args, widths in layers.items()}
 
 
-def _group_size(run: Finished, args: QuantizationArgs, layers: Iterable[str]) -> int:
+def _widths(run: Finished, layers: Iterable[str]) -> dict[str, int]:
+    """How many inputs these projections have, by their names inside a block."""
     names = {layer.removeprefix(f"{run.family.layers}.").partition(".")[2] for layer in layers}
-    widths = {name: args.group_size or columns for name, columns in run.columns.items() if name in names}
+    return {name: columns for name, columns in run.columns.items() if name in names}
+
+
+def _group_size(args: QuantizationArgs, columns: Mapping[str, int]) -> int:
+    if args.num_bits not in BITS:
+        raise InputError(f"MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has {args.num_bits}: use --format native.")
+    widths = {name: args.group_size or number for name, number in columns.items()}
     found = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
     if found is None:
         name, width = next((name, width) for name, width in widths.items() if width % GROUPS[-1])
         raise InputError(
             f"MLX has groups of 32, 64 and 128 inputs, and {width} of {name} share a scale: use --format native, or "
-            "quantize with --weights.group_size 32, 64 or 128 where that divides the width."
+            "quantize with a group_size of 32, 64 or 128 where that divides the width."
         )
     return found
 
@@ -86,11 +99,12 @@ def quantization(run: Finished) -> dict[str, Any]:
     """`quantization` of config.json."""
     sizes = group_sizes(run)
     layers, full = by_weights(run, "MLX")
-    first, *others = ({"group_size": sizes[args], "bits": args.num_bits} for args in layers)
-    data: dict[str, Any] = {**first, "mode": "affine"}
-    for fields, names in zip(others, list(layers.values())[1:], strict=True):
-        data |= dict.fromkeys(names, fields)
-    return data | dict.fromkeys(full, False)
+    fields = {args: {"group_size": size, "bits": args.num_bits} for args, size in sizes.items()}
+    first, *others = layers
+    data: dict[str, Any] = {**fields[first], "mode": "affine"}
+    for args in others:
+        data |= dict.fromkeys(layers[args], fields[args])
+    return data | dict.fromkeys(full, False) | {name: fields[args] for name, args in quantized_ends(run).items()}
 
 
 def to_mlx(result: Quantized, bits: int, group: int) -> dict[str, Tensor]:
@@ -125,9 +139,14 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
     """
     check(run)
     sizes = group_sizes(run)
-    config = {**run.config, "quantization": quantization(run)}
+    config = {**run.config, "tie_word_embeddings": _is_tied(run), "quantization": quantization(run)}
     groups = run.groups(lambda result, args: to_mlx(result, args.num_bits, sizes[args]))
     write_checkpoint(folder, run.folder, config, groups, shard_bytes=shard_bytes)
+
+
+def _is_tied(run: Finished) -> bool:
+    """Whether the head is the embedding, with nothing before it."""
+    return run.outer_layers().untied().tied
 
 
 def read(folder: Path) -> nn.Module:

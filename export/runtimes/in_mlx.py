@@ -15,7 +15,11 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
 
     model, _ = load(folder)
     dtype = getattr(mx, request["dtype"])
-    scales = {module.scales.dtype for _, module in model.named_modules() if isinstance(module, nn.QuantizedLinear)}
+    quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    scales: dict[str, set[str]] = {}
+    for _, module in model.named_modules():
+        if isinstance(module, quantized):
+            scales.setdefault(type(module).__name__, set()).add(str(module.scales.dtype).rpartition(".")[2])
     kept = {"scales", "biases"}  # which mean what they were chosen to mean in their own type alone
     model.apply_to_modules(
         lambda _, module: module.update(
@@ -32,11 +36,12 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     greedy: list[int] = []
     for _ in range(request["new_tokens"]):
         greedy.append(int(mx.argmax(model(mx.array([ids + greedy]))[0, -1]).item()))
-    layers = {type(module).__name__ for _, module in model.named_modules()}
-    dtypes = ", ".join(sorted(str(dtype).rpartition(".")[2] for dtype in scales))
+    kernels = [
+        f"{name}, {' and '.join(sorted(dtypes))} scales" for name, dtypes in sorted(scales.items(), reverse=True)
+    ]
     return {
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
-        "kernels": [f"QuantizedLinear, {dtypes} scales"] if "QuantizedLinear" in layers else ["Linear"],
+        "kernels": kernels or ["Linear"],
         "log_probabilities": [float(found[i, token]) for i, token in enumerate(ids[1:])],
         "top": [int(token) for token in mx.argmax(logits, -1).tolist()],
         "greedy": greedy,

@@ -181,9 +181,9 @@ def test_mlx(mixed_run: Mixed, ids: Tensor, tmp_path: Path) -> None:
         (mlx.check, {"overrides": "*.o_proj: weights.bits=7"}, "MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has 7"),
         (mlx.check, {"overrides": "*.o_proj: weights.group_size=16"}, "and 16 of self_attn.o_proj share a scale"),
         (
-            mlx.check,
-            {"head.bits": 8},
-            "MLX is written with the head in 16 bits, and this run has it in 8",
+            gptq.check,
+            {"embedding.bits": 8},
+            "GPTQ is written with the embedding in 16 bits, and this run has it in 8",
         ),
     ],
 )

@@ -1,7 +1,9 @@
 """MLX's format against a reader written from its description, and what it cannot hold."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from rotoboa.pipeline.verifying import run_logits
 
 Opened = Callable[..., Finished]
 GROUPED = {"weights.group_size": 32}
+ENDS_OF = ("model.embed_tokens", "lm_head")
 
 
 def slowly(tensors: dict[str, Tensor], bits: int, group: int) -> Tensor:
@@ -60,11 +63,51 @@ def test_our_reader_gives_the_logits_of_the_run(
     torch.testing.assert_close(found, run_logits(run, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_what_it_cannot_hold(opened_run: Opened, tmp_path: Path) -> None:
+ENDS = {**GROUPED, "embedding.bits": 4, "embedding.group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied", "named"),
+    [
+        ({**ENDS, "head.bits": 6}, False, {"model.embed_tokens": (32, 4), "lm_head": (64, 6)}),
+        ({**ENDS, "embedding.bits": 16, "head.bits": 3}, True, {"lm_head": (64, 3)}),
+        ({**ENDS, "rotation.r1": "none"}, True, {"model.embed_tokens": (32, 4)}),
+        (ENDS, True, {"model.embed_tokens": (32, 4)}),
+    ],
+    ids=["both", "head", "tied", "tied and turned"],
+)
+def test_quantized_embedding_and_head(
+    opened_run: Opened, tmp_path: Path, changes: dict[str, Any], tied: bool, named: dict[str, tuple[int, int]]
+) -> None:
+    """A tied head stays the embedding, but where R1 is in the weights: there it is a matrix of its own, in 16 bits."""
+    run, folder = opened_run("w4a16", changes, {"tie_word_embeddings": tied}), tmp_path / "model"
+    mlx.write(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    said = {name: (own["group_size"], own["bits"]) for name, own in config["quantization"].items() if name in ENDS_OF}
+    assert said == named
+    tensors = load_file(folder / "model.safetensors")
+    assert {name for name in ENDS_OF if f"{name}.scales" in tensors} == set(named)
+    assert not any(part in name for name in tensors for part in ("qweight", "turn"))
+    one = changes.get("rotation.r1") == "none"
+    assert config["tie_word_embeddings"] == one == ("lm_head.weight" not in tensors)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        found = mlx.read(folder)(ids).logits
+    expected = run_logits(run, ids)
+    off = 3e-2 if tied and not one and "lm_head" not in named else 1e-4  # a product that is rounded to bfloat16
+    assert expected.std() > 0.5 and (found - expected).abs().max() < off
+
+
+def test_what_it_cannot_hold(opened_run: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="MLX has 2, 3, 4, 5, 6 and 8 bits, and the run has 7"):
         mlx.check(opened_run("w4a16", {"weights.bits": 7}))
     with pytest.raises(InputError, match=r"MLX has groups of 32, 64 and 128 inputs, and 16 of .* share a scale"):
         mlx.check(opened_run("w4a16", {"weights.group_size": 16}))
+    with pytest.raises(InputError, match=r"MLX has groups of .*, and 8 of model\.embed_tokens share a scale"):
+        mlx.check(opened_run("w4a16", {"embedding.bits": 4, "embedding.group_size": 8}))
+    monkeypatch.setattr(mlx, "TIED", ("llama",))  # as of gemma2
+    with pytest.raises(InputError, match="has its embedding for a head, and this run has a head of its own: use"):
+        mlx.check(opened_run("w4a16", GROUPED))
     with pytest.raises(InputError, match="4-bit activations"):
         mlx.check(opened_run("w4a4kv4"))
 
