@@ -11,6 +11,10 @@ FULL = 16
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
 """The group sizes of the formats of four-bit floating point, by which they are told apart: see `stored_scales`."""
 _SIZES = tuple(GROUPS.values())
+SUPER = 256
+"""Weights of a row that share the scales of scales, in the formats of `TWO_LEVELS`."""
+TWO_LEVELS = {"q4_k": (4, 32, False), "q5_k": (5, 32, False), "q6_k": (6, 16, True)}
+"""Bits, groups and symmetry of integers whose scales have scales: see `super_scales`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class QuantizationArgs:
         num_bits: 2 to 8; 16 is no quantization.
         group_size: channels that share a scale; None: all of an output channel, or of a token.
         symmetric: there is no zero point, or it is fixed at the middle of the grid.
-        type: of the numbers: int, or float, of four bits and symmetric in groups of `GROUPS`.
+        type: of the numbers: int, or float, of four bits and symmetric in groups of `GROUPS`; or k: integers as of
+            `TWO_LEVELS`.
     """
 
     num_bits: int = FULL
@@ -39,13 +44,28 @@ class QuantizationArgs:
         """In the format `name`: int, or one of `GROUPS`, which has bits, group and symmetry of its own."""
         if name == "int" or num_bits == FULL:
             return cls(num_bits, group_size, symmetric)
-        return cls(4, GROUPS[name], True, "float")
+        return cls(*TWO_LEVELS[name], "k") if name in TWO_LEVELS else cls(4, GROUPS[name], True, "float")
+
+    @property
+    def in_words(self) -> str:
+        """What the format of the numbers says by itself, of `format` other than int."""
+        if self.type == "k":
+            point = "no zero point" if self.symmetric else "a zero point"
+            return f"{self.num_bits} bits, groups of {self.group_size} in {SUPER} and {point}"
+        return f"4 bits, groups of {self.group_size} and no zero point"
+
+    @property
+    def unit(self) -> int:
+        """Weights of a row that are stored together: a width is a multiple of it."""
+        return SUPER if self.type == "k" else self.group_size or 1
 
     @property
     def format(self) -> str:
-        """The name of the format of the numbers: int, nvfp4 or mxfp4."""
+        """The name of the format of the numbers: int, nvfp4, mxfp4, or one of `TWO_LEVELS`."""
         if self.type == "int" or not self.quantizes:
             return "int"
+        if self.type == "k":
+            return next(name for name, (bits, _, _) in TWO_LEVELS.items() if bits == self.num_bits)
         return next(name for name, size in GROUPS.items() if size == self.group_size)
 
     def wrong(self) -> str:
@@ -55,6 +75,7 @@ class QuantizationArgs:
             "group_size": self.group_size is None or (type(self.group_size) is int and self.group_size > 0),
             "symmetric": isinstance(self.symmetric, bool),
             "type": self.type == "int"
+            or (self.type == "k" and (self.num_bits, self.group_size, self.symmetric) in TWO_LEVELS.values())
             or (self.type == "float" and (self.num_bits, self.symmetric) == (4, True) and self.group_size in _SIZES),
         }
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

@@ -115,7 +115,5 @@ def test_stock_transformers_emulates_the_run_with_quantized_inputs(
 
 @pytest.mark.parametrize("writer", [gptq, mlx, gguf])
 def test_formats_of_integers_say_so(writer: Any, opened_run: Opened) -> None:
-    with pytest.raises(
-        InputError, match="written with integers, and this run has weights in nvfp4: use --format compr"
-    ):
+    with pytest.raises(InputError, match="not written with weights in nvfp4, which this run has: use --format compr"):
         writer.check(opened_run("nvfp4a16"))
