@@ -12,6 +12,10 @@ GROUPS = {"nvfp4": 16, "mxfp4": 32}
 """The group sizes of the formats of four-bit floating point: see `stored_scales`."""
 FLOATS: dict[str, tuple[int, int | None]] = {**{name: (4, size) for name, size in GROUPS.items()}, "fp8": (8, None)}
 """Bits and group of each format of floating point, by which they are told apart."""
+SUPER = 256
+"""Weights of a row that share the scales of scales, in the formats of `TWO_LEVELS`."""
+TWO_LEVELS = {"q4_k": (4, 32, False), "q5_k": (5, 32, False), "q6_k": (6, 16, True)}
+"""Bits, groups and symmetry of integers whose scales have scales: see `super_scales`."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class QuantizationArgs:
         num_bits: 2 to 8; 16 is no quantization.
         group_size: channels that share a scale; None: all of an output channel, or of a token.
         symmetric: there is no zero point, or it is fixed at the middle of the grid.
-        type: of the numbers: int, or float, of bits and groups of `FLOATS` and symmetric.
+        type: of the numbers: int, or float, of bits and groups of `FLOATS` and symmetric; or k: integers as of
+            `TWO_LEVELS`.
     """
 
     num_bits: int = FULL
@@ -40,13 +45,29 @@ class QuantizationArgs:
         """In the format `name`: int, or one of `FLOATS`, which has bits, group and symmetry of its own."""
         if name == "int" or num_bits == FULL:
             return cls(num_bits, group_size, symmetric)
-        return cls(*FLOATS[name], True, "float")
+        return cls(*TWO_LEVELS[name], "k") if name in TWO_LEVELS else cls(*FLOATS[name], True, "float")
+
+    @property
+    def in_words(self) -> str:
+        """What the format of the numbers says by itself, of `format` other than int."""
+        if self.type == "k":
+            point = "no zero point" if self.symmetric else "a zero point"
+            return f"{self.num_bits} bits, groups of {self.group_size} in {SUPER} and {point}"
+        groups = f"groups of {self.group_size}" if self.group_size else "no groups"
+        return f"{self.num_bits} bits, {groups} and no zero point"
+
+    @property
+    def unit(self) -> int:
+        """Weights of a row that are stored together: a width is a multiple of it."""
+        return SUPER if self.type == "k" else self.group_size or 1
 
     @property
     def format(self) -> str:
-        """The name of the format of the numbers: int, nvfp4, mxfp4 or fp8."""
+        """The name of the format of the numbers: int, one of `FLOATS`, or one of `TWO_LEVELS`."""
         if self.type == "int" or not self.quantizes:
             return "int"
+        if self.type == "k":
+            return next(name for name, (bits, _, _) in TWO_LEVELS.items() if bits == self.num_bits)
         return next(name for name, own in FLOATS.items() if own == (self.num_bits, self.group_size))
 
     def wrong(self) -> str:
@@ -56,6 +77,7 @@ class QuantizationArgs:
             "group_size": self.group_size is None or (type(self.group_size) is int and self.group_size > 0),
             "symmetric": isinstance(self.symmetric, bool),
             "type": self.type == "int"
+            or (self.type == "k" and (self.num_bits, self.group_size, self.symmetric) in TWO_LEVELS.values())
             or (self.type == "float" and self.symmetric and (self.num_bits, self.group_size) in FLOATS.values()),
         }
         return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..boa.kernels.levels import E2M1, E2M1_ZERO, E4M3, UNITS
-from ..boa.scheme import QuantizationArgs, QuantizationScheme
+from ..boa import super_scales
+from ..boa.kernels.levels import E2M1, E2M1_ZERO, E4M3, UNITS, middle_of
+from ..boa.scheme import SUPER, QuantizationArgs, QuantizationScheme
 from ..boa.solver.rounding import Quantized
 from ..boa.stored_scales import decode, encode
 
@@ -29,8 +30,9 @@ _CHUNK = 1 << 20  # values at a time
 _DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)  # what the codes of E2M1 without a sign mean, times two
 PARTS = ("qweight", "scale", "zero")
 """The tensors of a packed weight of integers."""
-ALL_PARTS = (*PARTS, "global_scale")
-"""Those of a packed weight of any format: floating point has no zero point, and MXFP4 no global scale."""
+SUPER_PARTS = ("super_scale", "super_zero")
+ALL_PARTS = (*PARTS, "global_scale", *SUPER_PARTS)
+"""Those of any format: floating point has no zero point, MXFP4 no global scale; scales of two levels are bytes."""
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -198,6 +200,10 @@ def packed_bytes(rows: int, columns: int, args: QuantizationArgs, itemsize: int)
     if not args.quantizes:
         return rows * columns * itemsize
     groups = columns // (args.group_size or columns)
+    if args.type == "k":  # of a group its bytes, of a super-block float16 for each
+        of_each = 1 if args.symmetric else 2
+        supers = columns // SUPER
+        return rows * (4 * packed_width(columns, args.num_bits) + of_each * (groups + 2 * supers))
     of_group, of_tensor = {"int": (3, 0), "nvfp4": (1, 4), "mxfp4": (1, 0), "fp8": (2, 0)}[args.format]
     return rows * (4 * packed_width(columns, args.num_bits) + of_group * groups) + of_tensor
 
@@ -229,6 +235,10 @@ def packed_parts(result: Quantized, args: QuantizationArgs) -> dict[str, Tensor]
     if args.format == "int":
         scale, zero = result.scale.to(torch.float16).contiguous(), result.zero.to(torch.uint8).contiguous()
         return {"qweight": pack(result.integers, args.num_bits), "scale": scale, "zero": zero}
+    if args.type == "k":
+        d, sc, dmin, m = super_scales.parts_of(result.scale, result.zero, args.format)
+        found = {"qweight": pack(result.integers, args.num_bits), "scale": sc.to(torch.uint8), "super_scale": d.half()}
+        return found if dmin is None or m is None else found | {"zero": m.to(torch.uint8), "super_zero": dmin.half()}
     scale = encode(2 * result.scale, args.format, result.global_scale).contiguous()
     parts = {"qweight": pack(to_codes(result.integers), args.num_bits), "scale": scale}
     return parts | ({"global_scale": torch.tensor([result.global_scale])} if args.format == "nvfp4" else {})
@@ -243,6 +253,9 @@ def unpacked(parts: Mapping[str, Tensor], args: QuantizationArgs, columns: int) 
         scale = decode(parts["scale"], args.format) / UNITS["fp8"]
         whole = (integers.view(torch.float8_e4m3fn).float() * UNITS["fp8"]).to(torch.int32) + E4M3 // 2
         return Quantized(whole, scale, torch.full_like(scale, E4M3 // 2))
+    if args.type == "k":
+        two = parts["super_scale"], parts["scale"], parts.get("super_zero"), parts.get("zero")
+        return Quantized(integers, *super_scales.grid(*two, middle_of(2**args.num_bits - 1)))
     factor = float(parts["global_scale"]) if args.format == "nvfp4" else 1.0
     scale = decode(parts["scale"], args.format, factor) / 2
     return Quantized(from_codes(integers), scale, torch.full_like(scale, E2M1_ZERO), global_scale=factor)

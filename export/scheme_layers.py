@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..boa.scheme import QuantizationArgs, QuantizationScheme
+from ..boa.scheme import GROUPS, TWO_LEVELS, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
 from ..models.families import Family
 from .finished import Finished
@@ -37,15 +37,15 @@ def by_scheme(run: Finished) -> dict[QuantizationScheme, list[str]]:
 
 
 def by_weights(
-    run: Finished, name: str, *, floats: bool = False
+    run: Finished, name: str, *, floats: bool = False, levels: bool = False
 ) -> tuple[dict[QuantizationArgs, list[str]], list[str]]:
     """Of `by_scheme`, what the weights have, and the layers whose weights are in 16 bits; `name` is of the format.
 
     Raises:
-        InputError: these are all, or some are floating point, where the format has no `floats`.
+        InputError: these are all, or some are floating point or have scales of two levels, where the format has no
+            `floats` or `levels`.
     """
-    if not floats:
-        refuse_floats(run, name)
+    refuse_others(run, name, *(() if floats else GROUPS), *(() if levels else TWO_LEVELS))
     found: dict[QuantizationArgs, list[str]] = {}
     for scheme, layers in by_scheme(run).items():
         found.setdefault(scheme.weights, []).extend(layers)
@@ -125,17 +125,18 @@ def refuse_ends(run: Finished, name: str) -> None:
             )
 
 
-def refuse_floats(run: Finished, name: str) -> None:
-    """Refuse a run with floating-point weights, in a format that has integers alone.
+def refuse_others(run: Finished, name: str, *others: str) -> None:
+    """Refuse a run with weights in one of these formats of numbers.
 
     Raises:
         InputError: there are some.
     """
     for scheme in (run.spec.scheme, *run.spec.layers.values()):
-        if scheme.weights.format != "int":
+        found = scheme.weights.format
+        if found in others:
+            fits = "gguf" if found in TWO_LEVELS else "compressed-tensors"
             raise InputError(
-                f"{name} is written with integers, and this run has weights in {scheme.weights.format}: use --format "
-                "compressed-tensors, or native."
+                f"{name} is not written with weights in {found}, which this run has: use --format {fits}, or native."
             )
 
 

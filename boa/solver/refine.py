@@ -54,6 +54,7 @@ def refine(
     grid: GridSettings,
     *,
     rounds: int,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rounds` of scales and one sweep over all columns, and the scales once more.
 
@@ -65,6 +66,8 @@ def refine(
         integers, scale, zero: as in `rounding.Quantized`.
         objective: damped, in float64 or float32.
         grid: says which integers and scales there are.
+        rounds: at most; 0: nothing is done.
+        fixed: scales stay, and zero points may be any numbers.
 
     Returns:
         integers, scale, zero; the objective at them is at most what it was.
@@ -82,9 +85,9 @@ def refine(
     whole = _State(q, scale.clone(), zero, (dequantize(q, scale, zero) - target) @ h_in, targets)
     rows, alive = whole, torch.arange(q.shape[1], device=q.device)
     for _ in range(rounds):
-        scaled = _update_scales(rows, h_in, h_out, grid)
+        scaled = None if fixed else _update_scales(rows, h_in, h_out, grid)
         moved = sweep(rows.inner, rows.q, rows.scale, h_in, h_out, grid.levels)
-        changes = scaled | moved
+        changes = moved if scaled is None else scaled | moved
         if not changes.any():
             break
         if independent and len(changed := changes[0].nonzero()[:, 0]) < _ALIVE * rows.q.shape[1]:
@@ -93,7 +96,8 @@ def refine(
             rows, alive = rows.rows(changed), alive[changed]
     if rows is not whole:
         whole.put(alive, rows)
-    _update_scales(whole, h_in, h_out, grid)
+    if not fixed:
+        _update_scales(whole, h_in, h_out, grid)
     shape = (heads, -1)
     q, scale, zero = (part.flatten(0, 1).unflatten(0, shape) for part in (whole.q, whole.scale, whole.zero))
     return q.to(dtype_of(grid.levels)), scale, zero

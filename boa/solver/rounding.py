@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.levels import dtype_of
 from ..kernels.squares import round_to
 from ..objective.objective import Objective, inverse_factor
+from ..scheme import TWO_LEVELS
 from ..stopwatch import stage
 from . import tabu
 from .columns import descending, permute, round_columns
@@ -21,6 +22,7 @@ from .grid import search, snap
 from .learned import improve
 from .refine import refine
 from .rounding_settings import LAYERWISE, Settings
+from .two_levels import rounded, two_levels
 
 
 @dataclass
@@ -74,7 +76,8 @@ def quantize(
         levels = settings.grid_settings.levels
         integers = round_to(grids, scale[..., None], zero[..., None], levels).to(dtype_of(levels))
         shape = (heads, -1, columns // group)
-        return Quantized(integers.view_as(weight), scale.view(shape), zero.view(shape))
+        plain = Quantized(integers.view_as(weight), scale.view(shape), zero.view(shape))
+        return _on_two_levels(plain, weight, None, settings) if settings.format in TWO_LEVELS else plain
 
     if settings.method in LAYERWISE:
         objective = replace(objective, h_out=None)
@@ -94,6 +97,8 @@ def quantize(
         start = (target, best.integers, best.scale, best.zero)
         found = improve(*start, objective, settings.grid_settings, settings.learning, rounds=settings.refine)
         best = _best((best, objective, target), (Quantized(*found), objective, target))
+    if settings.format in TWO_LEVELS:
+        best = _on_two_levels(best, target, objective, settings)
     best.loss = float(objective.loss(best.dequantize() - target).sum())
     best.damping = objective.damping
     return best
@@ -109,6 +114,20 @@ def _round_and_refine(
     return Quantized(*refine(*start, objective, settings.grid_settings, rounds=settings.refine))
 
 
+def _on_two_levels(found: Quantized, target: Tensor, objective: Objective | None, settings: Settings) -> Quantized:
+    """With scales of scales, and the integers again on that grid: rounded anew, or moved, whichever is better."""
+    scale, zero = two_levels(found.integers, found.scale, found.zero, objective, settings.format, settings.bits)
+    levels = settings.grid_settings.levels
+    if objective is None:
+        return Quantized(rounded(target, scale, zero, levels), scale, zero)
+    results = []
+    for integers in (found.integers, _compensate(target, objective, settings, (scale, zero)).integers):
+        start = (target, integers, scale, zero)
+        moved = refine(*start, objective, settings.grid_settings, rounds=max(1, settings.refine), fixed=True)
+        results.append((Quantized(*moved), objective, target))
+    return _best(*results)
+
+
 @stage("starts", whole=True)
 def _restart(first: Quantized, target: Tensor, objective: Objective, settings: Settings) -> Quantized:
     """Round again from grids a little wider and narrower than the refined one; every row keeps its best.
@@ -120,7 +139,7 @@ def _restart(first: Quantized, target: Tensor, objective: Objective, settings: S
     factors = torch.tensor([_factor(i) for i in range(count)], dtype=target.dtype, device=target.device)
     factors = factors.repeat_interleave(heads)[:, None, None]
     middle, grid = (2**settings.bits - 1) / 2, settings.grid_settings
-    if settings.format == "int":
+    if grid.format == "int":
         scale = snap(first.scale.repeat(count, 1, 1) * factors)
     else:  # whose storable scales are farther apart
         steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], device=target.device)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from ..scheme import QuantizationArgs
+from ..scheme import TWO_LEVELS, QuantizationArgs
 
 if TYPE_CHECKING:  # a recipe is read without torch
     from .grid import GridSettings
@@ -41,11 +41,12 @@ class Settings(BaseModel):
         description="Input channels that share a scale and zero point; none: all of an output channel.",
     )
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
-    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = Field(
+    format: Literal["int", "nvfp4", "mxfp4", "fp8", "q4_k", "q5_k", "q6_k"] = Field(
         default="int",
         description="The numbers of weights. int: integers; nvfp4: four-bit floating point in groups of 16, scales in "
         "eight bits (E4M3); mxfp4: the same in groups of 32, scales powers of two (E8M0); fp8: floating point of eight "
-        "bits (E4M3), a scale for each output channel.",
+        "bits (E4M3), a scale for each output channel; q4_k, q5_k, q6_k: integers whose scales have scales, as GGUF's "
+        "K types have them.",
     )
     method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
         default="boa",
@@ -127,6 +128,8 @@ class Settings(BaseModel):
         """The part that chooses scales."""
         from .grid import GridSettings
 
+        if self.format in TWO_LEVELS:  # whose scales are found as those of integers, and have theirs then
+            return GridSettings(self.bits, self.symmetric, self.grid)
         return GridSettings(
             self.bits, self.symmetric or self.format != "int", self.grid, self.format, self._global_scale
         )

@@ -29,7 +29,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from ...boa.scheme import QuantizationArgs
+from ...boa.scheme import TWO_LEVELS, QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
@@ -37,6 +37,7 @@ from ...models.matrices import Matrix, spans
 from ..finished import Finished, refuse_online
 from ..ggml.gguf_blocks import Array, block_of, to_blocks
 from ..ggml.gguf_types import check_types, file_kind, file_name, file_type, padded_ffn, stored_in, type_of
+from ..ggml.k_blocks import to_super_blocks
 from ..packing import PackedMatrix, unpack
 from ..writing import SHARD_BYTES, fresh_folder, write_extras
 from . import gguf_tokenizer
@@ -161,7 +162,10 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
 
 
 def _packed(result: Quantized, kind: GGMLQuantizationType, *, dense: bool) -> tuple[Array, GGMLQuantizationType]:
-    return (result.dequantize().numpy(), GGMLQuantizationType.F32) if dense else (to_blocks(result, kind), kind)
+    if dense:
+        return result.dequantize().numpy(), GGMLQuantizationType.F32
+    name = kind.name.lower()
+    return (to_super_blocks(result, name) if name in TWO_LEVELS else to_blocks(result, kind)), kind
 
 
 def _end(

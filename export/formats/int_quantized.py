@@ -35,7 +35,7 @@ def stored_as(schemes: Iterable[ours.QuantizationScheme]) -> CompressionFormat:
     quantized = [scheme for scheme in schemes if scheme.weights.quantizes]
     if quantized and all(map(in_integers, quantized)):
         return CompressionFormat.int_quantized
-    return FORMATS[quantized[0].weights.format if quantized else "int"]
+    return FORMATS.get(quantized[0].weights.format if quantized else "int", FORMATS["int"])
 
 
 def as_int8(result: Quantized, bits: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ...models.families import Family
 from ..finished import Finished
 from ..scheme_layers import by_weights
 from .gguf_blocks import TYPES, block_of
+from .k_blocks import NAMES
 
 FILE_TYPES = {"Q2_0": 41, "Q4_K": LlamaFileType.MOSTLY_Q4_K_M}
 """What a file is by most of its tensors, where that is not `MOSTLY_` and the type's name in the gguf package."""
@@ -29,6 +30,8 @@ def type_of(args: QuantizationArgs, change: str = "quantize with --weights.", la
     Raises:
         InputError: there is none for its weights.
     """
+    if args.type == "k":
+        return NAMES[args.format]
     key = (args.num_bits, args.symmetric)
     if key not in TYPES:
         grid = {True: "symmetric", False: "asymmetric"}
@@ -55,7 +58,7 @@ def check_types(run: Finished) -> None:
     """
     f, s, whole = run.family, run.shape, run.spec.scheme.weights
     sites = {"output": ("attention width", s.query_width)}
-    for args, layers in by_weights(run, "GGUF")[0].items():
+    for args, layers in by_weights(run, "GGUF", levels=True)[0].items():
         given = () if args == whole else ("override it with weights.", layers[0])
         kind = type_of(args, *given)
         for layer in layers:
@@ -102,7 +105,7 @@ def padded_ffn(run: Finished) -> int:
 
 def file_kind(run: Finished) -> Type:
     """The type of most layers, by which the file is called."""
-    return type_of(next(iter(by_weights(run, "GGUF")[0])))
+    return type_of(next(iter(by_weights(run, "GGUF", levels=True)[0])))
 
 
 def file_type(kind: Type) -> int:

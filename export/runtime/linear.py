@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...boa.online.activations import UNCALIBRATED, DynamicQuantizer
 from ...boa.online.transforms import INPUT_SCALE, InputTransform
-from ...boa.scheme import QuantizationArgs
+from ...boa.scheme import GROUPS, QuantizationArgs
 from ..packing import from_codes, planes, unpack
 from .gradient import with_gradient
 from .packed_weight import PackedWeight
@@ -144,7 +144,11 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         for rows in self._parts(x.device):
             integers, (scale, zero) = self._integers(rows, groups), (part[..., None] for part in self.grid(rows))
             # Below 8 bits the difference fits int8, whose bits are those of the uint8 one.
-            weight = integers.sub_(zero).view(torch.int8).to(wide) if self.bits < 8 else integers.to(wide).sub_(zero)
+            if zero.is_floating_point():  # of two levels: any number
+                weight = integers.float().sub_(zero)
+            else:
+                less = self.bits < 8
+                weight = integers.sub_(zero).view(torch.int8).to(wide) if less else integers.to(wide).sub_(zero)
             if not late:
                 weight = weight.mul_(scale).to(dtype)
             part = x @ weight.flatten(1).T
@@ -178,7 +182,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
             found = planes(words.reshape(len(words) * groups, -1), self.bits).view(len(words), groups, -1)
         if self.format == "fp8":
             return found.view(torch.float8_e4m3fn)
-        return found if self.format == "int" else from_codes(found)
+        return found if self.format not in GROUPS else from_codes(found)
 
     def _parts(self, device: torch.device) -> Iterator[slice]:
         step = max(8, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // self.in_features // 8 * 8)

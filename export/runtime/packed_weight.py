@@ -8,12 +8,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ...boa.kernels.levels import E2M1_ZERO
+from ...boa import super_scales
+from ...boa.kernels.levels import E2M1_ZERO, middle_of
 from ...boa.online.transforms import INPUT_SCALE
+from ...boa.scheme import SUPER, TWO_LEVELS
 from ...boa.stored_scales import E4M3, decode
-from ..packing import packed_width
+from ..packing import SUPER_PARTS, packed_width
 
-_KEPT = ("scale", "global_scale", INPUT_SCALE)
+_KEPT = ("scale", "global_scale", *SUPER_PARTS, INPUT_SCALE)
 
 
 class PackedWeight(nn.Module):
@@ -21,6 +23,7 @@ class PackedWeight(nn.Module):
     uint8; a value is `scale * (integer - zero)`. What others read of `weight`, its device and whether it learns, is
     that of the packed words.
 
+    Of two levels, `scale` and `zero` are bytes, and `super_scale` and `super_zero` float16: see `super_scales`.
     Floating point has `scale` as `stored_scales` has it and no `zero`; NVFP4 has a `global_scale` (1,) float32, and FP8
     its numbers themselves in the words.
     """
@@ -29,21 +32,26 @@ class PackedWeight(nn.Module):
     scale: Tensor
     zero: Tensor
     global_scale: Tensor
+    super_scale: Tensor
     weight = property(lambda self: self.qweight)
 
     def make_room(self, rows: int, columns: int, bits: int, group_size: int | None, format: str = "int") -> None:
         """Register the buffers, without data; `group_size` None is one group for all columns."""
         self.bits, self.format, groups = bits, format, columns // (group_size or columns)
-        scale_type = {"int": torch.float16, "nvfp4": E4M3, "mxfp4": torch.uint8, "fp8": torch.bfloat16}[format]
+        scale_type = {"int": torch.float16, "nvfp4": E4M3, "fp8": torch.bfloat16}.get(format, torch.uint8)
         self.register_buffer("qweight", torch.zeros(rows, packed_width(columns, bits), dtype=torch.int32))
         self.register_buffer("scale", torch.ones(rows, groups).to(scale_type))
-        if format == "int":
+        offsets = format in TWO_LEVELS and super_scales.TOPS[format][1] > 0
+        if format == "int" or offsets:
             self.register_buffer("zero", torch.zeros(rows, groups, dtype=torch.uint8))
+        for part in SUPER_PARTS[: 1 + offsets] if format in TWO_LEVELS else ():
+            self.register_buffer(part, torch.ones(rows, columns // SUPER, dtype=torch.float16))
         if format == "nvfp4":
             self.register_buffer("global_scale", torch.ones(1))
 
     def grid(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Scales, float16 or float32, and zero points, uint8, of integers as of `kernels.levels`; (rows, groups).
+        """Scales, float16 or float32, and zero points, uint8, or float32 of two levels, of integers as of
+        `kernels.levels`; (rows, groups).
 
         Of FP8 the scales and zeros of its numbers themselves.
         """
@@ -51,6 +59,10 @@ class PackedWeight(nn.Module):
             return self.scale[rows], self.zero[rows]
         if self.format == "fp8":
             return self.scale[rows].float(), torch.zeros_like(self.scale[rows], dtype=torch.uint8)
+        if self.format in TWO_LEVELS:
+            names = ("super_scale", "scale", "super_zero", "zero")
+            parts = [self._buffers[name][rows] if name in self._buffers else None for name in names]  # type: ignore[index]
+            return super_scales.grid(*parts, middle_of(2**self.bits - 1))  # type: ignore[arg-type, call-arg]
         scale = decode(self.scale[rows], self.format, self.global_scale if self.format == "nvfp4" else 1.0) / 2
         return scale, torch.full_like(scale, E2M1_ZERO, dtype=torch.uint8)
 

@@ -7,14 +7,14 @@ from itertools import product
 from transformers import PreTrainedTokenizerBase
 
 from ...boa.online.served_cache import BITS, BLOCK, OWN
-from ...boa.scheme import FULL, GROUPS
+from ...boa.scheme import FULL
 from ...errors import InputError
 from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
-from ..recipe.layers import groups_of, whole_scheme
+from ..recipe.layers import whole_scheme
 from ..recipe.recipe import Recipe
 from ..recipe.settings import is_r1_online, rotations_of, serving
 from ..recipe.values import BLOCKS
@@ -40,11 +40,11 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         "activations.group_size": (recipe.activations.group_size, "token"),
     }
     scheme = whole_scheme(recipe)
-    formats = {"weights": scheme.weights.format, "activations": scheme.input_activations.format}
-    for (section, found), (name, width) in product(formats.items(), widths.items()):
-        if width % GROUPS.get(found, 1):
+    formats = {"weights": scheme.weights, "activations": scheme.input_activations}
+    for (section, args), (name, width) in product(formats.items(), widths.items()):
+        if args.format != "int" and width % args.unit:
             raise InputError(
-                f"{section}.format {found} has groups of {GROUPS[found]}, which do not divide the {name} {width} of "
+                f"{section}.format {args.format} has groups of {args.unit}, which do not divide the {name} {width} of "
                 f"{model.name}: give --{section}.format int."
             )
     for (field, (group, whole)), (name, width) in product(groups.items(), widths.items()):
@@ -114,14 +114,13 @@ def check_formats(recipe: Recipe) -> None:
         wrong = {
             "bits": part.bits != args.num_bits,
             "group_size": part.group_size not in (None, args.group_size),
-            "symmetric": not part.symmetric and f"{section}.symmetric" in given_fields(recipe),
+            "symmetric": part.symmetric != args.symmetric and f"{section}.symmetric" in given_fields(recipe),
         }
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
+            out = "leave it out" if args.num_bits == 4 or field != "bits" else f"give --{section}.bits {args.num_bits}"
             raise InputError(
-                f"{section}.format {args.format} has {args.num_bits} bits, {groups_of(args)} and no zero point, and "
-                f"{section}.{field} is {str(getattr(part, field)).lower()}: "
-                f"{f'give --{section}.bits 8' if (args.format, field) == ('fp8', 'bits') else 'leave it out'}, or give "
-                f"--{section}.format int."
+                f"{section}.format {args.format} has {args.in_words}, and {section}.{field} is "
+                f"{str(getattr(part, field)).lower()}: {out}, or give --{section}.format int."
             )
     if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {
@@ -130,7 +129,7 @@ def check_formats(recipe: Recipe) -> None:
             "weights.budget or weights.size": weights.budget is not None or weights.size is not None,
         }
         if what := next((what for what, is_on in refused.items() if is_on), ""):
-            raise InputError(f"{what} is for integers alone, and weights are floating point: leave one of both out.")
+            raise InputError(f"{what} is for format int alone, and weights have another: leave one of both out.")
 
 
 def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:

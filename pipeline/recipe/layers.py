@@ -54,11 +54,6 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
     return found
 
 
-def groups_of(args: QuantizationArgs) -> str:
-    """What shares a scale, in words."""
-    return f"groups of {args.group_size}" if args.group_size else "no groups"
-
-
 def overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> QuantizationArgs:
     """With what is given changed.
 
@@ -74,7 +69,7 @@ def overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> Qu
     wrong = {field: value for field, value in given.items() if value != getattr(found, field)}
     if wrong:
         raise InputError(
-            f"overrides: the {what} are {name}, which has {found.num_bits} bits, {groups_of(found)} and no zero point: "
+            f"overrides: the {what} are {name}, which has {found.in_words}: "
             f"leave {' and '.join(_WORDS.get(field, field) for field in wrong)} out, or give format=int too."
         )
     return found
@@ -106,9 +101,9 @@ def _check(found: dict[str, QuantizationScheme], whole: QuantizationScheme, deco
     for name, scheme in found.items():
         width = columns[_inside(name, decoder)]
         for field, args in (("weights", scheme.weights), ("activations", scheme.input_activations)):
-            if args.group_size and width % args.group_size:
+            if args.quantizes and width % args.unit:
                 raise InputError(
-                    f"overrides: {field}.group_size {args.group_size} does not divide the {width} inputs of {name}: "
+                    f"overrides: {field}.group_size {args.unit} does not divide the {width} inputs of {name}: "
                     "give one that does, or none."
                 )
     for index in range(decoder.shape.blocks):

@@ -150,7 +150,5 @@ def test_online_blocks_go_along(name: str, cheap_run: Callable[..., Path], tmp_p
 
 @pytest.mark.parametrize("writer", [gptq, mlx, gguf])
 def test_formats_of_integers_say_so(writer: Any, opened_run: Opened) -> None:
-    with pytest.raises(
-        InputError, match="written with integers, and this run has weights in nvfp4: use --format compr"
-    ):
+    with pytest.raises(InputError, match="not written with weights in nvfp4, which this run has: use --format compr"):
         writer.check(opened_run("nvfp4a16"))

@@ -58,9 +58,9 @@ def test_eight_bits() -> None:
         ({"weights": {"group_size": 32}}, "weights.group_size is 32: leave it out, or give --weights.format int"),
         ({"weights": {"symmetric": False}}, "weights.symmetric is false"),
         ({"activations": {"bits": 8, "format": "mxfp4"}}, "activations.bits is 8: leave it out"),
-        ({"weights": {"method": "aespa"}}, "weights.method aespa is for integers alone"),
-        ({"weights": {"zfold": True}}, "weights.zfold is for integers alone"),
-        ({"weights": {"budget": 3}}, "weights.budget or weights.size is for integers alone"),
+        ({"weights": {"method": "aespa"}}, "weights.method aespa is for format int alone"),
+        ({"weights": {"zfold": True}}, "weights.zfold is for format int alone"),
+        ({"weights": {"budget": 3}}, "weights.budget or weights.size is for format int alone"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(sections: dict[str, Any], words: str) -> None:
