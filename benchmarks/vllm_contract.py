@@ -30,10 +30,12 @@ PREFIX = "model.layers.0."
 class Linear(torch.nn.Module):
     """Stands for a linear layer of vLLM: its class is matched by name."""
 
+    logical_widths: list[int]
+
 
 def shapes(folder: Path) -> dict[str, list[int]]:
     """Of all tensors of the export's first block, by their names."""
-    found = {}
+    found: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), "pt") as tensors:
             found |= {k: tensors.get_slice(k).get_shape() for k in tensors.keys() if k.startswith(PREFIX)}  # noqa: SIM118
@@ -53,8 +55,8 @@ def wrong_tensors(layer: torch.nn.Module, parts: list[str], found: dict[str, lis
     if wanted.get("weight") == wanted.get("weight_packed"):
         wanted.pop("weight_packed", None)  # one tensor by two names
     for name, size in wanted.items():
-        each = [found.get(f"{part}.{name}") for part in parts]
-        if None in each:
+        each = [found[key] for part in parts if (key := f"{part}.{name}") in found]
+        if len(each) < len(parts):
             wrong.append(f"no {name}")
             continue
         whole = each[0] if name == "weight_shape" else [sum(shape[0] for shape in each), *each[0][1:]]
