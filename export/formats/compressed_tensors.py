@@ -20,7 +20,8 @@ integers were chosen for exactly these values.
 | `weight` | (out, in) int8 |
 | `weight_scale` | (out, groups) float16 |
 
-A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored.
+A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored. A
+quantized head is a group by its name.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from ...models.families import Family
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
 from ..finished import Finished, refuse_layout, refuse_online
-from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
+from ..scheme_layers import by_scheme, by_weights, divided, patterns, quantized_ends, refuse_ends
 from ..spec import Spec
 from ..vllm_inputs import served_inputs
 from ..writing import SHARD_BYTES, write_checkpoint
@@ -86,7 +87,7 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, NAME)
-    refuse_ends(run, NAME)
+    refuse_ends(run, NAME, head=True)  # transformers 5.24.0 starts a packed embedding anew, and finds no weight
     refuse_online(spec, NAME, activations=True, inputs=True, server="vllm")
     online, split = transforms(spec, run.family, run.shape), divided(run)
     if online is not None and split:
@@ -95,13 +96,24 @@ def check(run: Finished) -> None:
             "several schemes: override all of them, or use --format native."
         )
     weights, _ = by_weights(run, NAME, floats=True)
-    refuse_mixed(weights, NAME)
+    kinds = [*weights, *(args for args in quantized_ends(run).values() if args not in weights)]
+    refuse_mixed(kinds, NAME)
     whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
+    if whole and quantized_ends(run):
+        raise InputError(
+            f"{NAME} is written in one layout, int-quantized for this run, and its head is in few bits: use --format "
+            "native, or quantize with --head.bits 16."
+        )
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
             _check_inputs(spec, scheme, layers[0], whole)
-    if len(weights) > 1 and not all(args.symmetric for args in weights):
-        first, second, *_ = (ours.QuantizationScheme(args).shown for args in weights)
+    if not all(args.symmetric for args in quantized_ends(run).values()):
+        raise InputError(
+            f"{NAME} is written with a head without zero points, and this run has them: quantize with "
+            "--head.symmetric, or use --format native."
+        )
+    if len(kinds) > 1 and not all(args.symmetric for args in kinds):
+        first, second, *_ = (ours.QuantizationScheme(args).shown for args in kinds)
         raise InputError(
             f"{NAME} with zero points is unpacked by transformers as if all layers had one scheme, and this run has "
             f"{first} and {second}: quantize with --weights.symmetric, or use --format native."
@@ -177,7 +189,7 @@ def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamar
 
 
 def quantization_config(run: Finished) -> dict[str, Any]:
-    """`quantization_config` of config.json; the head is left as it is, and so are layers with 16-bit weights.
+    """`quantization_config` of config.json; layers with 16-bit weights are left as they are, mostly the head too.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
     checkpoint, and takes them only where it unpacks all weights at once; so do floating-point weights alone, which it
@@ -189,17 +201,21 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     stored = stored_as(layers)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
     quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
+    ends = quantized_ends(run)
     groups = {}
     for index, (scheme, names) in enumerate(quantized.items()):
         # No layer is in two groups, so that no reader must choose.
-        targets = [f"re:{pattern}" for pattern in patterns(names, run)] if len(quantized) > 1 else ["Linear"]
+        several = len(quantized) > 1 or bool(ends)
+        targets = [f"re:{pattern}" for pattern in patterns(names, run)] if several else ["Linear"]
         parts = {"weights": _weights(scheme.weights), "input_activations": _inputs(scheme.input_activations)}
         groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=stored, **parts)
+    for module, args in ends.items():
+        groups[f"group_{len(groups)}"] = QuantizationScheme(targets=[module], format=stored, weights=_weights(args))
     config = QuantizationConfig(
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[run.family.head, *(f"re:{pattern}" for pattern in patterns(ignored, run))],
+        ignore=[*({run.family.head} - set(ends)), *(f"re:{pattern}" for pattern in patterns(ignored, run))],
     )
     data: dict[str, Any] = config.model_dump(mode="json")
     online = transforms(run.spec, run.family, run.shape)

@@ -142,8 +142,10 @@ _BY_LAYER = _of_method(*LAYERWISE)
 
 IDLE: dict[str, _Why] = {
     "embedding.group_size": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
+    "embedding.symmetric": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
     "head.bits": _tied,
     "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
+    "head.symmetric": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
     "rotation.r3": _served,
     "rotation.r4_blocks": lambda case: None if case.recipe.rotation.r4 else "rotation.r4 is off",
     "rotation.seed": _seed,

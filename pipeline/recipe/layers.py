@@ -92,7 +92,7 @@ def outer_schemes(recipe: Recipe, decoder: Decoder, *, tied: bool) -> dict[str, 
                 "give one that does, or none."
             )
         if wanted.bits < FULL:
-            found[name] = QuantizationScheme(QuantizationArgs(wanted.bits, wanted.group_size))
+            found[name] = QuantizationScheme(QuantizationArgs(wanted.bits, wanted.group_size, wanted.symmetric))
     return found
 
 

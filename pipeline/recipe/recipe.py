@@ -120,19 +120,19 @@ class Embedding(_Section):
     group_size: int | None = Field(
         default=None, ge=8, description="Channels of a token that share a scale and zero point; none: all of them."
     )
+    symmetric: bool = Field(default=False, description="A grid of the embedding without a zero point.")
 
 
 class Head(_Section):
     """Head (the output layer, rounded as the layers of the blocks are, by what it reads)."""
 
     bits: Bits = Field(
-        default=16,
-        description="Bits of a weight of the output layer; where it is the embedding and stays so, those of the "
-        "embedding count.",
+        default=16, description="Bits of a weight of the output layer; where it stays the embedding, those of that."
     )
     group_size: int | None = Field(
         default=None, ge=8, description="Input channels that share a scale and zero point; none: all of them."
     )
+    symmetric: bool = Field(default=False, description="A grid of the output layer without a zero point.")
 
 
 class Activations(_Section):
