@@ -83,6 +83,11 @@ class Finished:
         """What is outside the blocks, as the run computed with it."""
         return read_outer_layers(self.folder, self.family)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding, with nothing before it; `config` denies it of a packed one."""
+        return self.outer_layers().untied().tied
+
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` by their names inside the block: `qweight`, `scale`, `zero`, and the others.
 

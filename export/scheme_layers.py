@@ -110,18 +110,19 @@ def quantized_ends(run: Finished) -> dict[str, QuantizationArgs]:
     return {module: args for module, args in ends.items() if args.quantizes}
 
 
-def refuse_ends(run: Finished, name: str) -> None:
-    """Refuse a run with a quantized embedding or head, in a format that has them in full precision.
+def refuse_ends(run: Finished, name: str, *, head: bool = False) -> None:
+    """Refuse a run with a quantized embedding or head, in a format that has them in full precision; with `head` it
+    holds a quantized head.
 
     Raises:
         InputError: one is.
     """
-    for what, module in {"embedding": run.family.embedding, "head": run.family.head}.items():
-        args = run.spec.outer(module)
-        if args.quantizes:
+    called = {run.family.embedding: "embedding", run.family.head: "head"}
+    for module, args in quantized_ends(run).items():
+        if not (head and module == run.family.head):
             raise InputError(
-                f"{name} is written with the {what} in 16 bits, and this run has it in {args.num_bits}: use --format "
-                f"native, or quantize with --{what}.bits 16."
+                f"{name} is written with the {called[module]} in 16 bits, and this run has it in {args.num_bits}: use "
+                f"--format native, or quantize with --{called[module]}.bits 16."
             )
 
 

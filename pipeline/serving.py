@@ -158,5 +158,5 @@ def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], pyth
             for group in run.groups(lambda result, _: {"weight": result.dequantize()})
         )
         config = {key: value for key, value in run.config.items() if key != "torch_dtype"}
-        write_checkpoint(folder, run.folder, {**config, "dtype": dtype}, groups)
+        write_checkpoint(folder, run.folder, {**config, "dtype": dtype, "tie_word_embeddings": run.tied}, groups)
         return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))

@@ -15,11 +15,11 @@ from jinja2 import Environment, StrictUndefined
 
 from ...boa.online.activations import OWN, stock_clip
 from ...boa.scheme import FULL, QuantizationArgs, QuantizationScheme
+from ..compressed_inputs import NAME
 from ..scheme_layers import SchemeLayers
 from ..spec import Spec
 from ..vllm_inputs import BACKEND, served_inputs
 from .card_facts import Base, Figures
-from .compressed_tensors import NAME
 from .gptq import refused_by_vllm
 from .int_quantized import stored_as
 

@@ -20,7 +20,8 @@ integers were chosen for exactly these values.
 | `weight` | (out, in) int8 |
 | `weight_scale` | (out, groups) float16 |
 
-A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored.
+A scheme is a group of the config, with patterns on the names of its layers; layers in 16 bits are ignored. A
+quantized head is a group by its name.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from torch import Tensor
 
 from ...boa import scheme as ours
-from ...boa.online.activations import OWN, SEARCHED, stock_clip
 from ...boa.online.transforms import INPUT_SCALE
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
@@ -53,15 +53,15 @@ from ...models.families import Family
 from ...models.seeing.whole_model import linears_beside
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
+from ..compressed_inputs import NAME, check_inputs
 from ..finished import Finished, refuse_layout, refuse_online
-from ..scheme_layers import by_scheme, by_weights, divided, patterns, refuse_ends
+from ..scheme_layers import by_scheme, by_weights, divided, patterns, quantized_ends, refuse_ends
 from ..spec import Spec
 from ..vllm_inputs import served_inputs
 from ..writing import SHARD_BYTES, write_checkpoint
 from .compressed_floats import compress_floats, float_args, refuse_mixed
 from .int_quantized import as_int8, stored_as
 
-NAME = "compressed-tensors"
 PROCESSORS = (
     "vLLM computes 4-bit weights of this layout in integers on processors, and its kernels on GPUs do not read it: for "
     "these quantize with --recipe w4a8."
@@ -87,7 +87,7 @@ def check(run: Finished) -> None:
     """
     spec = run.spec
     refuse_layout(run.family, NAME)
-    refuse_ends(run, NAME)
+    refuse_ends(run, NAME, head=True)  # transformers 5.24.0 starts a packed embedding anew, and finds no weight
     # What vLLM runs online is found by the ends of names, which what sees has too.
     refuse_online(spec, NAME, activations=True, inputs=run.family.sight is None, server="vllm")
     online, split = transforms(spec, run.family, run.shape), divided(run)
@@ -97,56 +97,27 @@ def check(run: Finished) -> None:
             "several schemes: override all of them, or use --format native."
         )
     weights, _ = by_weights(run, NAME, floats=True)
-    refuse_mixed(weights, NAME)
+    kinds = [*weights, *(args for args in quantized_ends(run).values() if args not in weights)]
+    refuse_mixed(kinds, NAME)
     whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
+    if whole and quantized_ends(run):
+        raise InputError(
+            f"{NAME} is written in one layout, int-quantized for this run, and its head is in few bits: use --format "
+            "native, or quantize with --head.bits 16."
+        )
     for scheme, layers in by_scheme(run).items():
         if scheme.input_activations.quantizes:
-            _check_inputs(spec, scheme, layers[0], whole)
-    if len(weights) > 1 and not all(args.symmetric for args in weights):
-        first, second, *_ = (ours.QuantizationScheme(args).shown for args in weights)
+            check_inputs(spec, scheme, layers[0], whole)
+    if not all(args.symmetric for args in quantized_ends(run).values()):
+        raise InputError(
+            f"{NAME} is written with a head without zero points, and this run has them: quantize with "
+            "--head.symmetric, or use --format native."
+        )
+    if len(kinds) > 1 and not all(args.symmetric for args in kinds):
+        first, second, *_ = (ours.QuantizationScheme(args).shown for args in kinds)
         raise InputError(
             f"{NAME} with zero points is unpacked by transformers as if all layers had one scheme, and this run has "
             f"{first} and {second}: quantize with --weights.symmetric, or use --format native."
-        )
-
-
-def _check_inputs(spec: Spec, scheme: ours.QuantizationScheme, layer: str, whole: bool) -> None:
-    """Check a scheme that quantizes inputs, which `layer` has; `whole`: weights are stored in bytes."""
-    inputs = scheme.input_activations
-    if scheme.weights.quantizes and inputs.format != scheme.weights.format:
-        raise InputError(
-            f"{NAME} has weights and inputs of one format, and {layer} has {scheme.weights.format} and "
-            f"{inputs.format}: use --format native."
-        )
-    if not scheme.weights.quantizes:
-        raise InputError(
-            f"{NAME} leaves layers with 16-bit weights as they are, and {layer} has its inputs in {inputs.num_bits} "
-            "bits: override activations.bits=16 for it too, or use --format native."
-        )
-    if not scheme.weights.symmetric:
-        raise InputError(
-            f"{NAME} with quantized activations needs symmetric weights, and this run has zero points: quantize with "
-            "--weights.symmetric, or use --format native."
-        )
-    if not inputs.symmetric and not whole:
-        raise InputError(
-            f"{NAME} takes symmetric dynamic activations, zero points in W8A8 and W4A8 alone, and {layer} has "
-            f"{scheme.shown} with them: quantize with --activations.symmetric, or use --format native."
-        )
-    if (spec.r4 or spec.online_r1) and inputs.group_size and inputs.format == "int":
-        raise InputError(
-            f"{NAME} with online rotations is for vLLM alone, which takes activations per token and not in groups of "
-            f"{inputs.group_size}: quantize with --activations.group_size none, or use --format native."
-        )
-    if inputs.format != "int":
-        return
-    clip = stock_clip(inputs.num_bits, symmetric=inputs.symmetric)
-    wide = spec.activation_search and inputs.num_bits > SEARCHED  # which clips nothing
-    same = clip == 1 if wide else not spec.activation_search and abs(spec.activation_clip - clip) <= 1e-6
-    if spec.activation_convention == OWN and not same:
-        raise InputError(
-            f"{NAME} cannot hold clip ratios of activations, and its readers use {clip:.7f} at "
-            f"{inputs.num_bits} bits: quantize with --activations.convention {NAME}, or use --format native."
         )
 
 
@@ -179,7 +150,7 @@ def _online(spec: Spec, family: Family, shape: Shape) -> dict[str, tuple[Hadamar
 
 
 def quantization_config(run: Finished) -> dict[str, Any]:
-    """`quantization_config` of config.json; left as they are: the head, what sees, and layers with 16-bit weights.
+    """`quantization_config` of config.json; left as they are: what sees, layers in 16 bits, mostly the head too.
 
     Asymmetric weights carry `dequantize`: transformers 5.23 makes room for unpacked zero points while it loads a packed
     checkpoint, and takes them only where it unpacks all weights at once; so do floating-point weights alone, which it
@@ -191,18 +162,22 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     stored = stored_as(layers)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
     quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
+    ends = quantized_ends(run)
     groups = {}
     for index, (scheme, names) in enumerate(quantized.items()):
         # No layer is in two groups, so that no reader must choose.
-        targets = [f"re:{pattern}" for pattern in patterns(names, run)] if len(quantized) > 1 else ["Linear"]
+        several = len(quantized) > 1 or bool(ends)
+        targets = [f"re:{pattern}" for pattern in patterns(names, run)] if several else ["Linear"]
         parts = {"weights": _weights(scheme.weights), "input_activations": _inputs(scheme.input_activations)}
         groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=stored, **parts)
+    for module, args in ends.items():
+        groups[f"group_{len(groups)}"] = QuantizationScheme(targets=[module], format=stored, weights=_weights(args))
     config = QuantizationConfig(
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[
-            run.family.head,
+            *({run.family.head} - set(ends)),
             *linears_beside(run.transformers_config(), run.family),
             *(f"re:{pattern}" for pattern in patterns(ignored, run)),
         ],

@@ -14,10 +14,11 @@ from torch import nn
 from ...errors import InputError
 from ...models.families import family_of
 from ...models.shape import Shape
+from ..compressed_inputs import NAME
 from ..finished import projection_columns, projection_rows
 from ..reading import check_shape, read_config, read_shapes
 from .compressed_floats import FORMATS, float_shapes
-from .compressed_tensors import NAME, VLLM_ALONE
+from .compressed_tensors import VLLM_ALONE
 
 
 def inspect(folder: Path) -> None:
@@ -39,7 +40,10 @@ def inspect(folder: Path) -> None:
             raise ValueError(f"format {quantization.get('format')}, where {wanted} is read")
         family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
         names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
-        layers = {name: _args_of(name, groups) for name in names}
+        layers = {name: _args_of(name, nn.Linear(1, 1), groups) for name in names}
+        ends = {family.embedding: _args_of(family.embedding, nn.Embedding(1, 1), groups)}
+        if not config.get("tie_word_embeddings"):
+            ends[family.head] = _args_of(family.head, nn.Linear(1, 1), groups)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{folder / 'config.json'} cannot be used ({what}): export the model again.") from error
@@ -49,21 +53,20 @@ def inspect(folder: Path) -> None:
         inside = name.removeprefix(f"{family.layers}.").partition(".")[2]
         for part, size in _shapes(args, stored, rows[inside], columns[inside]).items():
             check_shape(folder, f"{name}.{part}", size, found)
-    check_shape(folder, f"{family.embedding}.weight", (shape.vocabulary, shape.hidden), found)
-    if not config.get("tie_word_embeddings"):
-        check_shape(folder, f"{family.head}.weight", (shape.vocabulary, shape.hidden), found)
+    for name, args in ends.items():
+        for part, size in _shapes(args, stored, shape.vocabulary, shape.hidden).items():
+            check_shape(folder, f"{name}.{part}", size, found)
     check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
     if any(name.startswith(f"{family.layers}.{shape.blocks}.") for name in found):
         raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")
 
 
-def _args_of(layer: str, config: QuantizationConfig) -> QuantizationArgs | None:
+def _args_of(layer: str, module: nn.Module, config: QuantizationConfig) -> QuantizationArgs | None:
     """What the weights of a layer have, as the format's library finds it; None where it is left as it is."""
-    linear = nn.Linear(1, 1)
-    if match.is_match(layer, linear, config.ignore or []):
+    if match.is_match(layer, module, config.ignore or []):
         return None
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    found = match.match_targets(layer, linear, schemes)
+    found = match.match_targets(layer, module, schemes)
     return schemes[found[0]].weights if found else None
 
 

@@ -53,7 +53,7 @@ def check(run: Finished) -> None:
         raise InputError(
             f"MLX is written for {', '.join(FAMILIES)}, and this is a '{run.family.model_type}': use --format native."
         )
-    if run.family.model_type in TIED and not _is_tied(run):
+    if run.family.model_type in TIED and not run.tied:
         raise InputError(
             f"mlx-lm's '{run.family.model_type}' has its embedding for a head, and this run has a head of its own: use "
             "--format native, or quantize with --rotation.r1 online or none, --weights.head 0 and --head.bits 16."
@@ -139,14 +139,9 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
     """
     check(run)
     sizes = group_sizes(run)
-    config = {**run.config, "tie_word_embeddings": _is_tied(run), "quantization": quantization(run)}
+    config = {**run.config, "tie_word_embeddings": run.tied, "quantization": quantization(run)}
     groups = run.groups(lambda result, args: to_mlx(result, args.num_bits, sizes[args]))
     write_checkpoint(folder, run.folder, config, groups, shard_bytes=shard_bytes)
-
-
-def _is_tied(run: Finished) -> bool:
-    """Whether the head is the embedding, with nothing before it."""
-    return run.outer_layers().untied().tied
 
 
 def read(folder: Path) -> nn.Module:

@@ -7,6 +7,7 @@ at once where most is (`footprint`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from ...models.shape import Shape
 from ...rotation import hadamard_matrices
 from ...rotation.hadamard import Hadamard
 from ...rotation.rotate import Rotations
+from ..console.human import human_size
 from ..console.sizes import bits_of_file, parameter_count, part_sizes, was_tied
 from ..job.checks import bos_of, check_sizes, length_of
 from ..job.notices import early_notices
@@ -35,6 +37,7 @@ from ..recipe.recipe import Recipe
 from ..recipe.settings import changed_outer_layers, rotations_of, serving, spec_of, stays_tied
 from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
+from .budgets import budgeted_files
 from .counting import whole
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import calibrated, measured
@@ -79,6 +82,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
+    files = budgeted_files(recipe, spec, decoder, itemsize, tied=tied)
     return {
         "model": {
             "name": model.name,
@@ -109,17 +113,19 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         },
         "memory": _memory(counted, run, min(sum(activations.values()), budget), itemsize, target),
         "time": _time(counted, run, target),
-        "notices": [*_of_budget(recipe), *checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
+        **({} if files is None else {"budget": files}),
+        "notices": [*_of_budget(files), *checkpoint.notices(decoder.shapes), *early_notices(recipe, decoder, length)],
     }
 
 
-def _of_budget(recipe: Recipe) -> list[str]:
+def _of_budget(files: Mapping[str, int] | None) -> list[str]:
     """A sentence where the bits of layers are not known yet."""
-    if recipe.weights.budget is recipe.weights.size is None:
+    if files is None:
         return []
+    least, most = (human_size(files[end]) for end in ("least", "most"))
     return [
-        "A run with a budget measures what each layer's bits cost before it chooses them, which takes longer than is "
-        f"said here; the sizes here are those of weights.bits {recipe.weights.bits}."
+        "The bits of each layer are found by measurement, before it is quantized, which takes longer than is said "
+        f"here: the file will take {least} to {most}, in place of the size above."
     ]
 
 

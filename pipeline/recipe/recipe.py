@@ -109,9 +109,7 @@ class Head(Section):
     """Head (the output layer, rounded as the layers of the blocks are, by what it reads)."""
 
     bits: Bits = Field(
-        default=16,
-        description="Bits of a weight of the output layer; where it is the embedding and stays so, those of the "
-        "embedding count.",
+        default=16, description="Bits of a weight of the output layer; where it stays the embedding, those of that."
     )
     group_size: int | None = Field(
         default=None, ge=8, description="Input channels that share a scale and zero point; none: all of them."

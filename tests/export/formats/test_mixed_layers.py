@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rotoboa.boa.scheme import QuantizationArgs
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import compressed_tensors, gptq, mlx
@@ -137,6 +138,23 @@ def test_gptq(mixed_run: Mixed, ids: Tensor, tmp_path: Path, version: str) -> No
             gptq.read(folder)
 
 
+PLAIN = {"weights.symmetric": True, "weights.group_size": 32}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_head_in_gptq(opened_run: Mixed, ids: Tensor, tmp_path: Path, bits: int) -> None:
+    run, folder = opened_run("w4a16", {**PLAIN, "head.bits": bits, "head.group_size": 32}), tmp_path / "export"
+    gptq.write(run, folder)
+    data = json.loads((folder / "quantize_config.json").read_text())
+    assert data["lm_head"] is True and run.spec.outer("lm_head") == QuantizationArgs(bits, 32)
+    assert data["dynamic"] == {r"+:lm_head$": {"bits": bits, "group_size": 32, "sym": False}}
+    with torch.no_grad():
+        found = gptq.read(folder)(ids).logits
+    assert (found - run_logits(run, ids)).abs().max() < 1e-4
+    with pytest.raises(InputError, match="this run is asymmetric: use --format gptq"):
+        gptq.check(run, gptq.V1)
+
+
 def test_mlx(mixed_run: Mixed, ids: Tensor, tmp_path: Path) -> None:
     run, folder = mixed_run(), tmp_path / "export"
     mlx.write(run, folder)
@@ -184,6 +202,22 @@ def test_mlx(mixed_run: Mixed, ids: Tensor, tmp_path: Path) -> None:
             gptq.check,
             {"embedding.bits": 8},
             "GPTQ is written with the embedding in 16 bits, and this run has it in 8",
+        ),
+        (
+            compressed_tensors.check,
+            {"head.bits": 8},
+            "and this run has them: quantize with --head.symmetric",
+        ),
+        (
+            compressed_tensors.check,
+            {
+                **STOCK,
+                "overrides": "*.o_proj: weights.bits=8",
+                "weights.bits": 8,
+                "weights.group_size": None,
+                "head.bits": 8,
+            },
+            "in one layout, int-quantized for this run, and its head is in few bits",
         ),
     ],
 )

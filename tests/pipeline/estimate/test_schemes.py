@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from rotoboa.boa.scheme import QuantizationArgs, QuantizationScheme
+from rotoboa.errors import InputError
 from rotoboa.export.spec import Spec
 from rotoboa.models.families import FAMILIES
 from rotoboa.pipeline.cli.app import app
 from rotoboa.pipeline.console.plan_table import scheme_table
+from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.estimate.schemes import planned_schemes, schemes_of_run
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.storage.files import read_manifest
@@ -73,6 +76,36 @@ def test_a_plan_with_a_budget_says_what_is_chosen_later() -> None:
         ("W8A16", "1", "down_proj in block 3"),
     ]
     assert found is not None and found["layers"][0]["weights"]["choices"] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("changes", [{"weights.budget": 3.4}, {"weights.size": 0}, {"weights.budget": 8}])
+def test_what_the_file_of_a_budget_can_take(llama: Path, changes: dict[str, Any]) -> None:
+    """Held against uniform runs: 2 and 4 bits everywhere, and what the budget says."""
+    fields = {"model": str(llama), "weights.choices": "2,4", "head.bits": 8}
+    sizes = {}
+    for bits in (2, 4):
+        found = plan(build_recipe(load_recipe("w2a16"), {**fields, "weights.bits": bits}))["sizes"]
+        sizes[bits] = found["quantized"]
+    if "weights.size" in changes:
+        changes = {"weights.size": (sizes[2] + sizes[4]) // 2}
+    found = plan(build_recipe(load_recipe("w2a16"), {**fields, **changes}))
+    least, most = found["budget"]["least"], found["budget"]["most"]
+    assert least == sizes[2]
+    if "weights.size" in changes:
+        assert most == changes["weights.size"]
+    elif changes["weights.budget"] == 8:
+        assert most == sizes[4]
+    else:
+        numbers = found["model"]["quantized_parameters"]
+        assert most == pytest.approx(least + (3.4 - plan_bits(llama, fields)) * numbers / 8, abs=2)
+    assert "found by measurement" in found["notices"][0] and "the file will take" in found["notices"][0]
+    with pytest.raises(InputError, match="with 2 bits everywhere: give more, fewer bits"):
+        plan(build_recipe(load_recipe("w2a16"), {**fields, "weights.size": "30KB"}))
+
+
+def plan_bits(model: Path, fields: dict[str, Any]) -> float:
+    """Bits a weight of the blocks at 2 bits everywhere."""
+    return float(plan(build_recipe(load_recipe("w2a16"), fields))["sizes"]["bits_per_weight"])
 
 
 def test_eighty_blocks_stay_short() -> None:
