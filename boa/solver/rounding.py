@@ -74,8 +74,8 @@ def quantize(
         scale, zero = search(grids, None, settings.grid_settings)
         integers = round_to(grids, scale[..., None], zero[..., None], settings.grid_settings.levels)
         shape = (heads, -1, columns // group)
-        found = Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
-        return _on_two_levels(found, weight, None, settings) if settings.format in TWO_LEVELS else found
+        plain = Quantized(integers.to(torch.uint8).view_as(weight), scale.view(shape), zero.view(shape))
+        return _on_two_levels(plain, weight, None, settings) if settings.format in TWO_LEVELS else plain
 
     if settings.method in LAYERWISE:
         objective = replace(objective, h_out=None)

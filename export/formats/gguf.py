@@ -87,9 +87,9 @@ def _padded(result: Quantized, rows: int, columns: int, block: int) -> Quantized
     if (r, c) == (rows, columns):
         return result
     groups = result.scale.shape[1]
-    parts = result.scale, result.zero
+    parts = [result.scale, result.zero]
     if groups > 1 and c != columns:
-        parts = tuple(part.repeat_interleave(c // groups // block, 1) for part in parts)
+        parts = [part.repeat_interleave(c // groups // block, 1) for part in parts]
         groups = columns // block
     scale, zero = torch.zeros(2, rows, groups)
     for whole, part in zip((scale, zero), parts, strict=True):
@@ -134,8 +134,8 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
             if name in quantized:
                 result = quantized[name]
                 if name in heads:
-                    parts = (permute(part, heads[name]) for part in (result.integers, result.scale, result.zero))
-                    result = Quantized(*parts)
+                    h = heads[name]
+                    result = Quantized(permute(result.integers, h), permute(result.scale, h), permute(result.zero, h))
                 kind = type_of(scheme.weights)
                 data, kinds[where] = _packed(_padded(result, *size, block_of(kind)), kind, dense=dense)
             else:
