@@ -134,10 +134,8 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
             if name in quantized:
                 result = quantized[name]
                 if name in heads:
-                    integers, scale, zero = (
-                        permute(part, heads[name]) for part in (result.integers, result.scale, result.zero)
-                    )
-                    result = Quantized(integers, scale, zero)
+                    h = heads[name]
+                    result = Quantized(permute(result.integers, h), permute(result.scale, h), permute(result.zero, h))
                 kind = type_of(scheme.weights)
                 data, kinds[where] = _packed(_padded(result, *size, block_of(kind)), kind, dense=dense)
             else:

@@ -60,9 +60,10 @@ class PackedWeight(nn.Module):
         if self.format == "fp8":
             return self.scale[rows].float(), torch.zeros_like(self.scale[rows], dtype=torch.uint8)
         if self.format in TWO_LEVELS:
-            names = ("super_scale", "scale", "super_zero", "zero")
-            parts = [self._buffers[name][rows] if name in self._buffers else None for name in names]  # type: ignore[index]
-            return super_scales.grid(*parts, middle_of(2**self.bits - 1))  # type: ignore[arg-type, call-arg]
+            d, dmin = (None if part is None else part[rows] for part in map(self._buffers.get, SUPER_PARTS))
+            m = None if dmin is None else self.zero[rows]
+            assert d is not None
+            return super_scales.grid(d, self.scale[rows], dmin, m, middle_of(2**self.bits - 1))
         scale = decode(self.scale[rows], self.format, self.global_scale if self.format == "nvfp4" else 1.0) / 2
         return scale, torch.full_like(scale, E2M1_ZERO, dtype=torch.uint8)
 

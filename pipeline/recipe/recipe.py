@@ -97,12 +97,8 @@ class Embedding(Section):
     """Embedding (rounded to nearest, on scales that are searched)."""
 
     bits: Bits = Field(default=16, description="Bits of a weight of the embedding.")
-    group_size: int | None = Field(
-        default=None, ge=8, description="Channels of a token that share a scale and zero point; none: all of them."
-    )
-    symmetric: bool = Field(
-        default=False, description="Fix the zero point at the middle of the grid, as GGUF's 8 bits have it."
-    )
+    group_size: int | None = Field(default=None, ge=8, description="Channels that share a scale; none: all of them.")
+    symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
 
 
 class Head(Section):
@@ -111,12 +107,8 @@ class Head(Section):
     bits: Bits = Field(
         default=16, description="Bits of a weight of the output layer; where it stays the embedding, those of that."
     )
-    group_size: int | None = Field(
-        default=None, ge=8, description="Input channels that share a scale and zero point; none: all of them."
-    )
-    symmetric: bool = Field(
-        default=False, description="Fix the zero point at the middle of the grid, as GGUF's 8 bits have it."
-    )
+    group_size: int | None = Field(default=None, ge=8, description="Channels that share a scale; none: all of them.")
+    symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
 
 
 class Activations(Section):

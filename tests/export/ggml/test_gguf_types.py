@@ -1,6 +1,7 @@
 """Runs of several bits, and with few bits outside the blocks, in GGUF: each tensor in its own type, exactly."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,13 @@ def test_each_tensor_in_its_own_type(
     gguf.write(run, tmp_path / "dense", dense=True)
     assert not {"Q4_0", "Q4_1", "Q8_0", "Q2_0", "Q5_0"} & set(types(tmp_path / "dense").values())
     assert (read(tmp_path / "dense")(ids).logits - logits).abs().max() < 1e-4 * logits.std()
+
+
+def test_a_head_that_has_no_place_is_said(opened_run: Opened) -> None:
+    run = opened_run("w4a16", {"weights.symmetric": True})
+    assert gguf.warning(run) is None
+    tied = replace(run, spec=replace(run.spec, r1=True, tied_head=True))
+    assert "--head.bits 8" in str(gguf.warning(tied))
 
 
 def test_what_a_type_cannot_hold_is_refused(mixed_run: Opened, tmp_path: Path) -> None:
