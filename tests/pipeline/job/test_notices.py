@@ -135,7 +135,9 @@ def test_what_is_not_named_has_an_effect(
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
     setting |= {"weights.budget": 3} if name == "weights.choices" else {}
     setting |= {"cache.key_bits": 4, "cache.value_bits": 4} if name == "cache.served_by" else {}
-    setting |= {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group")) else {}
+    setting |= (
+        {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group", "head.symmetric")) else {}
+    )
     value = True if name.endswith(".search") else OTHER[name]
     recipe = make_recipe("w4a16", {"model": str(small), **setting, name: value})
     assert name not in idle_fields(recipe, decoder_of(small))
