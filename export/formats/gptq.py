@@ -15,7 +15,7 @@ and 8 bits lie: one rule for all.
 
 `bits`, `group_size` and `sym` of the config are of all layers but those that a key of `dynamic` matches from the start
 of their names: the first that does counts. `+:` before a regular expression is for other values, `-:` for layers that
-are not quantized. `lm_head` says that the head is quantized, which is then a layer like these.
+are not quantized.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ...models.families import Family, family_of
 from ..finished import Finished, refuse_layout, refuse_online, refuse_sight
 from ..packing import pack, unpack
 from ..reading import read_config, read_tensors, stock_model
-from ..scheme_layers import by_weights, patterns, quantized_ends, refuse_ends
+from ..scheme_layers import by_weights, patterns, refuse_ends
 from ..writing import SHARD_BYTES, write_checkpoint, write_json
 
 V2, V1 = "gptq_v2", "gptq"
@@ -52,9 +52,9 @@ def check(run: Finished, version: str = V2) -> None:
     """
     refuse_layout(run.family, "GPTQ")
     refuse_sight(run.family, "GPTQ")
-    refuse_ends(run, "GPTQ", head=True)
+    refuse_ends(run, "GPTQ")
     refuse_online(run.spec, "GPTQ", server="vllm")
-    for args, layers in _layers(run).items():
+    for args, layers in by_weights(run, "GPTQ")[0].items():
         if args.num_bits not in BITS:
             raise InputError(
                 f"GPTQ has 2, 3, 4 and 8 bits, and the run has {args.num_bits}: use --format compressed-tensors."
@@ -65,23 +65,13 @@ def check(run: Finished, version: str = V2) -> None:
                 "asymmetric: use --format gptq, or quantize with --weights.symmetric."
             )
         whole = 32 if args.num_bits == 3 else 32 // args.num_bits
-        head = {run.family.head: (run.shape.hidden, run.shape.vocabulary)}
-        sizes = {name: (run.columns[name], run.rows[name]) for name in run.family.projections} | head
-        for name in (name for name in sizes if any(layer.endswith(name) for layer in layers)):
-            for what, size in zip(("inputs", "outputs"), sizes[name], strict=True):
+        for name in (name for name in run.family.projections if any(layer.endswith(name) for layer in layers)):
+            for what, size in (("inputs", run.columns[name]), ("outputs", run.rows[name])):
                 if size % whole:
                     raise InputError(
                         f"GPTQ packs {whole} values of {args.num_bits} bits together, and the {size} {what} of {name} "
                         f"are no multiple of {whole}: use --format compressed-tensors."
                     )
-
-
-def _layers(run: Finished) -> dict[QuantizationArgs, list[str]]:
-    """Full names of the quantized layers, the head among them, by what their weights have."""
-    layers, _ = by_weights(run, "GPTQ")
-    for module, args in quantized_ends(run).items():
-        layers.setdefault(args, []).append(module)
-    return layers
 
 
 def refused_by_vllm(weights: Iterable[QuantizationArgs]) -> str:
@@ -103,25 +93,23 @@ def refused_by_vllm(weights: Iterable[QuantizationArgs]) -> str:
 
 def warning(run: Finished) -> str | None:
     """What a user should know of an export before serving it; None where there is nothing."""
-    return refused_by_vllm(_layers(run)) or None
+    return refused_by_vllm(by_weights(run, "GPTQ")[0]) or None
 
 
 def quantize_config(run: Finished, version: str) -> dict[str, Any]:
     """The content of quantize_config.json, and `quantization_config` of config.json."""
     layers, full = by_weights(run, "GPTQ")
     first, *others = layers
-    head = quantized_ends(run)
     dynamic: dict[str, dict[str, Any]] = {}
     for args in others:
         dynamic |= {f"+:{pattern}": _fields(args) for pattern in patterns(layers[args], run, fused=True)}
     dynamic |= {f"-:{pattern}": {} for pattern in patterns(full, run, fused=True)}
-    dynamic |= {f"+:{re.escape(name)}$": _fields(args) for name, args in head.items() if args != first}
     return {
         "quant_method": "gptq",
         "checkpoint_format": version,
         **_fields(first),
         "desc_act": False,  # the columns were rounded in another order, and are stored in their own
-        "lm_head": bool(head),
+        "lm_head": False,
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
     }

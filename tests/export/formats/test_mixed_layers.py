@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rotoboa.boa.scheme import QuantizationArgs
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import compressed_tensors, gptq, mlx
@@ -136,23 +135,6 @@ def test_gptq(mixed_run: Mixed, ids: Tensor, tmp_path: Path, version: str) -> No
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match=words):
             gptq.read(folder)
-
-
-PLAIN = {"weights.symmetric": True, "weights.group_size": 32}
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_head_in_gptq(opened_run: Mixed, ids: Tensor, tmp_path: Path, bits: int) -> None:
-    run, folder = opened_run("w4a16", {**PLAIN, "head.bits": bits, "head.group_size": 32}), tmp_path / "export"
-    gptq.write(run, folder)
-    data = json.loads((folder / "quantize_config.json").read_text())
-    assert data["lm_head"] is True and run.spec.outer("lm_head") == QuantizationArgs(bits, 32)
-    assert data["dynamic"] == {r"+:lm_head$": {"bits": bits, "group_size": 32, "sym": False}}
-    with torch.no_grad():
-        found = gptq.read(folder)(ids).logits
-    assert (found - run_logits(run, ids)).abs().max() < 1e-4
-    with pytest.raises(InputError, match="this run is asymmetric: use --format gptq"):
-        gptq.check(run, gptq.V1)
 
 
 def test_mlx(mixed_run: Mixed, ids: Tensor, tmp_path: Path) -> None:
