@@ -14,7 +14,10 @@ FLOATS: dict[str, tuple[int, int | None]] = {**{name: (4, size) for name, size i
 """Bits and group of each format of floating point, by which they are told apart."""
 SUPER = 256
 """Weights of a row that share the scales of scales, in the formats of `TWO_LEVELS`."""
-TWO_LEVELS = {"q4_k": (4, 32, False), "q5_k": (5, 32, False), "q6_k": (6, 16, True)}
+TWO_LEVELS = {
+    "q2_k": (2, 16, False), "q3_k": (3, 16, True), "q4_k": (4, 32, False), "q5_k": (5, 32, False),
+    "q6_k": (6, 16, True),
+}  # fmt: skip
 """Bits, groups and symmetry of integers whose scales have scales: see `super_scales`."""
 
 

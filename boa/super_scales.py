@@ -2,6 +2,8 @@
 
 | format | a weight | group | d, dmin | sc | m |
 |---|---|---|---|---|---|
+| q2_k | d * sc * q - dmin * m, q of 2 bits | 16 | float16 | 1 to 15 | 0 to 15 |
+| q3_k | d * sc * (q - 4), q of 3 bits | 16 | float16 | 1 to 31 | none |
 | q4_k | d * sc * q - dmin * m, q of 4 bits | 32 | float16 | 1 to 63 | 0 to 63 |
 | q5_k | the same, q of 5 bits | 32 | float16 | 1 to 63 | 0 to 63 |
 | q6_k | d * sc * (q - 32), q of 6 bits | 16 | float16 | 1 to 127 | none |
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from .scheme import SUPER, TWO_LEVELS
 
-TOPS = {"q4_k": (63, 63), "q5_k": (63, 63), "q6_k": (127, 0)}
+TOPS = {"q2_k": (15, 15), "q3_k": (31, 0), "q4_k": (63, 63), "q5_k": (63, 63), "q6_k": (127, 0)}
 """The largest sc and the largest m; 0: there are no m."""
 _SHRINKS = 24
 _SMALLEST = 2.0**-24

@@ -41,12 +41,12 @@ class Settings(BaseModel):
         description="Input channels that share a scale and zero point; none: all of an output channel.",
     )
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
-    format: Literal["int", "nvfp4", "mxfp4", "fp8", "q4_k", "q5_k", "q6_k"] = Field(
+    format: Literal["int", "nvfp4", "mxfp4", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"] = Field(
         default="int",
         description="The numbers of weights. int: integers; nvfp4: four-bit floating point in groups of 16, scales in "
         "eight bits (E4M3); mxfp4: the same in groups of 32, scales powers of two (E8M0); fp8: floating point of eight "
-        "bits (E4M3), a scale for each output channel; q4_k, q5_k, q6_k: integers whose scales have scales, as GGUF's "
-        "K types have them.",
+        "bits (E4M3), a scale for each output channel; q2_k to q6_k: integers whose scales have scales, as GGUF's K "
+        "types have them.",
     )
     method: Literal["rtn", "gptq", "boa", "adaround", "aespa", "brecq"] = Field(
         default="boa",

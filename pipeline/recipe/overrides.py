@@ -25,7 +25,7 @@ class OverriddenArgs(BaseModel):
     bits: Bits | None = None
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool | None = None
-    format: Literal["int", "nvfp4", "mxfp4", "fp8", "q4_k", "q5_k", "q6_k"] | None = None
+    format: Literal["int", "nvfp4", "mxfp4", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"] | None = None
 
     @field_validator("*", mode="before")
     @classmethod

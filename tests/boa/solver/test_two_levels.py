@@ -55,11 +55,13 @@ def test_a_solved_layer_is_on_the_stored_grid(name: str) -> None:
     settings = Settings(bits=4, method="gptq", starts=1, tabu=0).of(args)
     found = quantize(weight, goal, settings)
     d, sc, dmin, m = super_scales.parts_of(found.scale, found.zero, name)
-    scale, zero = super_scales.grid(d, sc, dmin, m, 32)
+    scale, zero = super_scales.grid(d, sc, dmin, m, 2 ** (args.num_bits - 1))
     assert torch.equal(scale, found.scale) and torch.allclose(zero, found.zero, atol=1e-5)
     assert found.integers.max() < 2**args.num_bits
     free = quantize(weight, goal, settings.but(format="int"))
     nearest = quantize(weight, None, settings)
     error = nearest.dequantize() - weight
     assert found.loss is not None and free.loss is not None
-    assert found.loss < 1.15 * free.loss and found.loss < 0.7 * float(goal.loss(error).sum())
+    assert found.loss < (1.15 if args.num_bits > 3 else 1.5) * free.loss and found.loss < 0.7 * float(
+        goal.loss(error).sum()
+    )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 import rotoboa
+from rotoboa.boa.scheme import QuantizationArgs, QuantizationScheme
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import gguf, gguf_reader
 from rotoboa.export.formats.gguf_architectures import ARCHITECTURES, context
+from rotoboa.export.ggml.gguf_types import stored_in
 from rotoboa.export.runtimes.in_transformers import load
 from rotoboa.models.aliases import TINY_FOLDER
 from rotoboa.pipeline.verifying import run_logits
@@ -124,3 +127,21 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
     with pytest.raises(InputError, match=words):
         gguf.write(run, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "phi3"])
+def test_parts_of_one_tensor_have_one_type(make_run: Callable[..., Finished], tmp_path: Path, name: str) -> None:
+    """Experts and merged projections: blocks in 16 bits beside others are right, parts that differ are refused."""
+    run = make_run(name, SYMMETRIC | {"overrides": "blocks 0: weights.bits=16"})
+    gguf.write(run, tmp_path / "export")
+    ids = torch.randint(3, 2048, (1, 40), generator=torch.Generator().manual_seed(1))
+    expected = run_logits(run, ids, plain=True)
+    difference = (gguf_reader.read(tmp_path / "export")(ids).logits - expected).abs().max()
+    assert difference < 1e-4 * expected.std()
+    part = next(part for part in run.family.projections if stored_in(run.family, part) != part)
+    scheme = QuantizationScheme(QuantizationArgs(4, None, True))
+    layers = {**run.spec.layers, f"{run.family.layers}.1.{part}": scheme}
+    mixed = replace(run, spec=replace(run.spec, layers=layers))
+    with pytest.raises(InputError, match="of block 1 in one tensor, of one type"):
+        gguf.check(mixed)
