@@ -218,4 +218,5 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, dense:
     for _, data, _ in tensors(run, dense=dense):
         writer.write_tensor_data(data)
     writer.close()
-    write_extras(folder, run.folder, config_of(run, ffn))
+    tied = run.outer_layers().untied().tied  # of a packed embedding too, which a native config does not say
+    write_extras(folder, run.folder, config_of(run, ffn) | {"tie_word_embeddings": tied})

@@ -83,6 +83,18 @@ def test_each_tensor_in_its_own_type(
     assert (read(tmp_path / "dense")(ids).logits - logits).abs().max() < 1e-4 * logits.std()
 
 
+@torch.no_grad()
+def test_a_packed_embedding_that_is_the_head(opened_run: Opened, ids: Tensor, tmp_path: Path) -> None:
+    ends = {"embedding.bits": 8, "embedding.symmetric": True, "rotation.r1": "none"}
+    run = opened_run("w4a16", {"weights.symmetric": True, **ends}, {"tie_word_embeddings": True})
+    assert run.spec.tied_head
+    gguf.write(run, tmp_path)
+    found = types(tmp_path)
+    assert found["token_embd.weight"] == "Q8_0" and "output.weight" not in found
+    logits = run_logits(run, ids, plain=True)
+    assert (read(tmp_path)(ids).logits - logits).abs().max() < 1e-4 * logits.std()
+
+
 def test_a_head_that_has_no_place_is_said(opened_run: Opened) -> None:
     run = opened_run("w4a16", {"weights.symmetric": True})
     assert gguf.warning(run) is None
