@@ -152,6 +152,7 @@ def _row(config: Any, name: str, found: dict[str, list[int]], capability: tuple[
             row["inputs"] = "int8"
         elif row["kernel"] == "HummingLinearKernel":
             row["inputs"] = humming_inputs(scheme, capability)
+    # By these vLLM says that it does not take a scheme, or misses a package: an answer, printed in its own words.
     except (ValueError, NotImplementedError, AssertionError, RuntimeError, ImportError) as error:
         row["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return row

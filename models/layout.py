@@ -132,8 +132,8 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
     if family.fused:
         both, down = (result.pop(f"{family.experts}.{part}_proj") for part in ("gate_up", "down"))
         # The hub's are (experts, in, out), and those that transformers saves anew (experts, out, in), as it computes.
-        both = both if both.shape[1:] == (2 * shape.ffn, shape.hidden) else both.mT
-        down = down if down.shape[1:] == (shape.hidden, shape.ffn) else down.mT
+        if _turned(both.shape, down.shape, shape):
+            both, down = both.mT, down.mT
         for i in range(shape.experts):
             parts = (*both[i].split(shape.ffn), down[i])
             names = (f"{projection}.weight" for projection in family.expert(i))
@@ -185,11 +185,21 @@ def on_disk(
     result = {name: size for name, size in expected.items() if f".{family.experts}." not in name}
     for block in range(shape.blocks):
         stem = f"{family.layers}.{block}.{family.experts}"
-        for part, size in {"gate_up": (2 * shape.ffn, shape.hidden), "down": (shape.hidden, shape.ffn)}.items():
-            turned = (shape.experts, *reversed(size))
-            name = f"{stem}.{part}_proj"
-            result[name] = torch.Size(turned if found(name) == turned else (shape.experts, *size))
+        names = both, down = f"{stem}.gate_up_proj", f"{stem}.down_proj"
+        turned = _turned(found(both), found(down), shape)
+        for name, (rows, columns) in zip(names, _fused_sizes(shape), strict=True):
+            result[name] = torch.Size((shape.experts, columns, rows) if turned else (shape.experts, rows, columns))
     return result
+
+
+def _fused_sizes(shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Outputs and inputs of gate and up together, and of down."""
+    return (2 * shape.ffn, shape.hidden), (shape.hidden, shape.ffn)
+
+
+def _turned(both: tuple[int, ...], down: tuple[int, ...], shape: Shape) -> bool:
+    """Whether fused experts are (experts, in, out): both tensors say it together, since one of them may be square."""
+    return (tuple(both[:0:-1]), tuple(down[:0:-1])) == _fused_sizes(shape)
 
 
 def give_norm_bias(module: nn.Module, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from rotoboa.export.formats.compressed_tensors_reader import inspect
 from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import family_for
+from rotoboa.models.families import FAMILIES, family_for
+from rotoboa.models.layout import split_tensors
+from rotoboa.models.shape import Shape
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import export
 from rotoboa.tests.seen import AT, LENGTH, inputs
@@ -125,6 +128,19 @@ def test_fused_experts_are_read_either_way_round(
     change_tensors(folder, lambda tensors: tensors.update({f"{stem}.down_proj": torch.zeros(4, 32, 47)}))
     with pytest.raises(InputError, match=r"down_proj has shape \(4, 32, 47\), and config.json asks for \(4, 32, 48\)"):
         Checkpoint(folder).check(shapes)
+
+
+def test_fused_experts_of_which_one_tensor_is_square() -> None:
+    """Its shape says nothing of which way round it is; that of the other one does."""
+    family, shape = FAMILIES["qwen3_vl_moe"], Shape(1, 8, 4, 2, 2, 4, 16, experts=2)
+    family = replace(family, expert_count=shape.experts)
+    draw = torch.Generator().manual_seed(0)
+    both, down = torch.randn(2, 8, 8, generator=draw), torch.randn(2, 8, 4, generator=draw)
+    names = [f"{family.experts}.{part}_proj" for part in ("gate_up", "down")]
+    upright = split_tensors(dict(zip(names, (both, down), strict=True)), family, shape)
+    turned = split_tensors(dict(zip(names, (both.mT, down.mT), strict=True)), family, shape)
+    assert torch.equal(upright[f"{family.expert(1)[0]}.weight"], both[1, :4])
+    assert all(torch.equal(turned[name], tensor) for name, tensor in upright.items())
 
 
 @pytest.mark.parametrize("flat", [False, True])
