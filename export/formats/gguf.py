@@ -218,5 +218,4 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES, dense:
     for _, data, _ in tensors(run, dense=dense):
         writer.write_tensor_data(data)
     writer.close()
-    tied = run.outer_layers().untied().tied  # of a packed embedding too, which a native config does not say
-    write_extras(folder, run.folder, config_of(run, ffn) | {"tie_word_embeddings": tied})
+    write_extras(folder, run.folder, config_of(run, ffn) | {"tie_word_embeddings": run.tied})

@@ -86,7 +86,7 @@ def architecture(run: Finished) -> Architecture:
             f"llama.cpp's {name} has queries as wide as the hidden size {run.shape.hidden}, and these have "
             f"{run.shape.query_width}: {use}."
         )
-    if found.tied and not run.outer_layers().untied().tied:
+    if found.tied and not run.tied:
         raise InputError(f"llama.cpp's {name} takes the embedding for the head, and this model has another: {use}.")
     return found
 
