@@ -22,7 +22,6 @@ _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
     "gpt_oss": "its attention has sinks",
-    "qwen2_moe": "its experts are joined by a shared one",
     "qwen3_next": "its attention is linear in most layers",
     "deepseek_v2": "its attention compresses keys and values",
     "deepseek_v3": "its attention compresses keys and values",
@@ -107,5 +106,15 @@ def family_for(config: Any, source: str) -> Family:
             f"{source} has {field} {value} in its config.json, and '{family.model_type}' models are supported "
             f"with {wanted} alone: choose another model of the family."
         )
-    count = int(getattr(config, family.experts_field)) if family.experts_field else 0
-    return replace(family, expert_count=count)
+    if not family.experts_field:
+        return family
+    return replace(
+        family, expert_count=int(getattr(config, family.experts_field)), dense_blocks=dense_blocks(family, config)
+    )
+
+
+def dense_blocks(family: Family, config: Any) -> frozenset[int]:
+    """The blocks of a mixture that have one MLP in place of experts."""
+    if family.dense is None:
+        return frozenset()
+    return frozenset(index for index in range(config.num_hidden_layers) if family.dense(config, index))
