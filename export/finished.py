@@ -190,7 +190,7 @@ def projection_rows(family: Family, shape: Shape, index: int = 0) -> dict[str, i
     return {name: sizes[site] for name, site in family.sites.items()} | others
 
 
-def projection_numbers(family: Family, shape: Shape) -> int:
+def numbers_in_blocks(family: Family, shape: Shape) -> int:
     """How many weights the projections of all blocks have."""
     found = 0
     for index in range(shape.blocks):

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from .family import SITES, Family, Merged
+from .family import SITES, Family
 from .rows import layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .rows.row_parts import Merged
 from .rows.seeing_rows import rows_that_see
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
@@ -108,9 +109,14 @@ def family_for(config: Any, source: str) -> Family:
         )
     if not family.experts_field:
         return family
-    return replace(
-        family, expert_count=int(getattr(config, family.experts_field)), dense_blocks=dense_blocks(family, config)
-    )
+    family = replace(family, expert_count=int(getattr(config, family.experts_field)))
+    return replace(family, blocks=_blocks(family, config))
+
+
+def _blocks(family: Family, config: Any) -> tuple[Family, ...]:
+    """That of each block, where there are several kinds."""
+    dense, alone = dense_blocks(family, config), family.without_experts
+    return tuple(alone if index in dense else family for index in range(config.num_hidden_layers)) if dense else ()
 
 
 def dense_blocks(family: Family, config: Any) -> frozenset[int]:

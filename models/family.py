@@ -7,67 +7,15 @@ each branch before it is added. Names are relative to the model (`embedding`, `l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from .rows.row_parts import Merged, Sight, Variant
+
 SITES = ("qkv", "output", "gate_up", "down")
 """The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
-CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (False, None)}
-"""`Family.legal` of models that may be made to look ahead."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each.
-
-    `groups`: the `Shape` field that says in how many equal groups the rows come, each with a piece of every projection;
-    "" where a projection is whole.
-    """
-
-    name: str
-    parts: Mapping[str, str]
-    groups: str = ""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Fields that a row has instead, where the config has these values; True and False are taken of any value."""
-
-    config: Mapping[str, Any]
-    fields: Mapping[str, Any]
-
-    def holds(self, config: Any) -> bool:
-        """Whether the config is one of this variant."""
-        found = {name: getattr(config, name, None) for name in self.config}
-        return all((bool(found[k]) if isinstance(v, bool) else found[k]) == v for k, v in self.config.items())
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What a model that sees has beside its decoder.
-
-    Attributes:
-        texts: the `model_type`s that its config may have in `text_config`.
-        towers: modules that make embeddings of images; they stay as they are.
-        writers: patterns of the linear layers in them whose output is added to the residual stream, or put in place of
-            embeddings: they are rotated where the stream is.
-    """
-
-    texts: tuple[str, ...]
-    towers: tuple[str, ...]
-    writers: tuple[str, ...]
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """How the names of what the towers hold begin."""
-        return tuple(f"{tower}." for tower in self.towers)
-
-    def writes(self, name: str) -> bool:
-        """Whether a tensor is of one of the writers."""
-        return any(re.fullmatch(writer, name.rpartition(".")[0]) for writer in self.writers)
 
 
 @dataclass(frozen=True)
@@ -108,7 +56,8 @@ class Family:
         shared, shared_gate: the MLP that every token goes to beside its experts, and the layer whose sigmoid weighs it;
             "" where there is none, or no weight. It counts as one expert more, the last.
         dense: whether block `index` of a model with this config has one MLP in place of its mixture; None: no block
-            has. `dense_blocks`: their numbers, empty in the table, see `family_for`.
+            has.
+        blocks: of each block, where they are of several kinds; see `family_for`.
         fused: on disk the experts of a block are two tensors, gates and ups end to end; else each is by itself.
         ffn_field, experts_field, key_heads: names of these sizes in the config; `key_heads` may be the number itself.
             What is not there is 4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose
@@ -180,7 +129,7 @@ class Family:
     shared: str = ""
     shared_gate: str = ""
     dense: Callable[[Any, int], bool] | None = None
-    dense_blocks: frozenset[int] = frozenset()
+    blocks: tuple[Family, ...] = ()
     fused: bool = False
     ffn_field: str = "intermediate_size"
     experts_field: str | None = None
@@ -211,9 +160,17 @@ class Family:
         return SimpleNamespace(**found) if isinstance(found, dict) else found
 
     def at(self, index: int) -> Family:
-        """That of block `index`: a dense block of a mixture has an MLP alone."""
-        if index not in self.dense_blocks or not self.experts:
-            return self
+        """The family of block `index`: this one, where all blocks are of one kind."""
+        return self.blocks[index] if self.blocks else self
+
+    @property
+    def all_kinds(self) -> tuple[Family, ...]:
+        """One of each kind of block."""
+        return tuple({id(block): block for block in self.blocks}.values()) or (self,)
+
+    @property
+    def without_experts(self) -> Family:
+        """That of a dense block of a mixture, which has an MLP alone."""
         names = {part: getattr(self, part).replace(".experts.{}", "") for part in ("gate", "up", "down")}
         none: dict[str, Any] = {"experts": None, "router": None, "shared": "", "shared_gate": "", "expert_count": 0}
         return replace(self, **none, **names)

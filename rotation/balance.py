@@ -137,7 +137,7 @@ def moments(
     centered: bool,
 ) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
-    seen = Moments(decoder.family.at(decoder.index_of(block)), block, names, record, centered=centered)
+    seen = Moments(decoder.family_of(block), block, names, record, centered=centered)
     for part in hidden.split(batch):
         decoder.run(block, part.to(decoder.device, decoder.dtype))
     return seen.value()

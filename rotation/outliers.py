@@ -49,7 +49,7 @@ def site_inputs(
         rotations: those of a rotated block, whose online ones (R1 behind the norm, heads, R4) turn the inputs as it
             runs. R3 is left out: it changes nothing but queries and keys.
     """
-    family = decoder.family.at(decoder.index_of(block))
+    family = decoder.family_of(block)
     read = {family.query: "qkv", family.output: "output", family.gate or family.up: "gate_up", family.down: "down"}
     online: dict[str, Hadamard | None] = {}
     if rotations is not None:

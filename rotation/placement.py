@@ -45,7 +45,7 @@ def noise_figures(decoder: Decoder, tensors: Mapping[str, Tensor], block: nn.Mod
 
     They are averages over one run of it on the stream (sequences, length, hidden), which is not changed.
     """
-    family, streams = decoder.family.at(decoder.index_of(block)), dict[str, Tensor]()
+    family, streams = decoder.family_of(block), dict[str, Tensor]()
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

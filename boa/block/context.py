@@ -141,7 +141,7 @@ class BlockContext:
     @cached_property
     def family(self) -> Family:
         """Where the block keeps its layers."""
-        return self.decoder.family.at(self.decoder.index_of(self.full))
+        return self.decoder.family_of(self.full)
 
     @cached_property
     def shape(self) -> Shape:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...boa.scheme import QuantizationArgs
 from ...errors import InputError
-from ...export.finished import projection_columns, projection_numbers, projection_rows
+from ...export.finished import numbers_in_blocks, projection_columns, projection_rows
 from ...export.packing import packed_bytes
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.outer_layers import OuterLayers
@@ -51,7 +51,7 @@ def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
     itemsize = job.checkpoint.dtype.itemsize
     taken = projection_bytes(job.decoder, job.spec, itemsize)
     free = {f"{family.layers}.{unit.block}.{name}" for unit in units for name in unit.layers}
-    numbers, shape = projection_numbers(family, job.decoder.shape), job.decoder.shape
+    numbers, shape = numbers_in_blocks(family, job.decoder.shape), job.decoder.shape
     if weights.size is not None:
         tied = stays_tied(job.recipe, job.rotations, job.decoder)
         whole = sum(stored_bytes(job.decoder, job.spec, itemsize, tied=tied).values())

@@ -16,7 +16,7 @@ import torch
 from ...boa.online.attention import NAME
 from ...boa.online.served_cache import OWN
 from ...errors import InputError
-from ...export.finished import projection_numbers
+from ...export.finished import numbers_in_blocks
 from ...export.spec import Spec
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.aliases import resolve_model
@@ -76,7 +76,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     tied, changed = stays_tied(recipe, rotations, decoder), changed_outer_layers(recipe, rotations, decoder)
     spec = spec_of(recipe, rotations, decoder)
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
-    quantized = projection_numbers(decoder.family, shape)
+    quantized = numbers_in_blocks(decoder.family, shape)
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)

@@ -151,7 +151,7 @@ def forward(
 ) -> Tensor:
     """As transformers runs it, the transforms put beside its layers; `exact` leaves the quantizers out."""
     handles = []
-    family = decoder.family.at(decoder.index_of(block))
+    family = decoder.family_of(block)
     for name, site in transforms.by_projection(family).items():
         function = site.rotate if exact else site
         hook = lambda _, args, function=function: function(args[0])  # noqa: E731

@@ -19,7 +19,7 @@ from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.boa.stopwatch import STAGES, Stopwatch
-from rotoboa.export.finished import projection_numbers
+from rotoboa.export.finished import numbers_in_blocks
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.estimate import counting
@@ -171,7 +171,7 @@ def test_every_family(name: str, family_model: Callable[..., nn.Module]) -> None
     by_problems = [sum(p.all_rows * p.columns * p.count for p in problems(kind)) for kind in sizes.kinds()]
     assert max(by_problems) == sizes.block_weights
     counts = [kind.shape.blocks for kind in sizes.kinds()]
-    assert sum(map(math.prod, zip(counts, by_problems, strict=True))) == projection_numbers(decoder.family, sizes.shape)
+    assert sum(map(math.prod, zip(counts, by_problems, strict=True))) == numbers_in_blocks(decoder.family, sizes.shape)
     found = counting.whole(sizes, Plan(Settings(bits=4), 4, 16, 2, 6, 6, references=True, windows=2))
     assert all(work.operations > 0 or work.bytes > 0 for work in found.values())
 
