@@ -90,8 +90,8 @@ class Spec:
 
     def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
         """Those of the projections of block `index`, by their names inside the block."""
-        whole = self.scheme
-        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in family.projections}
+        whole, inside = self.scheme, family.at(index).projections
+        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in inside}
 
     def outer(self, module: str) -> QuantizationArgs:
         """That of the weights of embedding or head, which are in full precision where `layers` does not name them."""
@@ -122,7 +122,7 @@ class Spec:
 
     def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this family and shape."""
-        schemes = self.schemes(family, index)
+        family, shape, schemes = family.at(index), shape.at(index), self.schemes(family, index)
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
         rotations = {"qkv": r1, "output": self.heads_of(shape), "gate_up": r1, "down": self.r4_of(shape)}
@@ -141,6 +141,7 @@ class Spec:
                 sink=self.cache_sink,
                 centered=self.cache_center and self.key_bits < 16,
             ),
+            shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
     def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from .family import SITES, Family, Merged
+from .family import SITES, Family
 from .rows import layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .rows.row_parts import Merged
 from .rows.seeing_rows import rows_that_see
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
@@ -22,7 +23,6 @@ _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
     "gpt_oss": "its attention has sinks",
-    "qwen2_moe": "its experts are joined by a shared one",
     "qwen3_next": "its attention is linear in most layers",
     "deepseek_v2": "its attention compresses keys and values",
     "deepseek_v3": "its attention compresses keys and values",
@@ -107,5 +107,20 @@ def family_for(config: Any, source: str) -> Family:
             f"{source} has {field} {value} in its config.json, and '{family.model_type}' models are supported "
             f"with {wanted} alone: choose another model of the family."
         )
-    count = int(getattr(config, family.experts_field)) if family.experts_field else 0
-    return replace(family, expert_count=count)
+    if not family.experts_field:
+        return family
+    family = replace(family, expert_count=int(getattr(config, family.experts_field)))
+    return replace(family, blocks=_blocks(family, config))
+
+
+def _blocks(family: Family, config: Any) -> tuple[Family, ...]:
+    """That of each block, where there are several kinds."""
+    dense, alone = dense_blocks(family, config), family.without_experts
+    return tuple(alone if index in dense else family for index in range(config.num_hidden_layers)) if dense else ()
+
+
+def dense_blocks(family: Family, config: Any) -> frozenset[int]:
+    """The blocks of a mixture that have one MLP in place of experts."""
+    if family.dense is None:
+        return frozenset()
+    return frozenset(index for index in range(config.num_hidden_layers) if family.dense(config, index))

@@ -49,13 +49,14 @@ def site_inputs(
         rotations: those of a rotated block, whose online ones (R1 behind the norm, heads, R4) turn the inputs as it
             runs. R3 is left out: it changes nothing but queries and keys.
     """
-    family = decoder.family
+    family = decoder.family_of(block)
     read = {family.query: "qkv", family.output: "output", family.gate or family.up: "gate_up", family.down: "down"}
     online: dict[str, Hadamard | None] = {}
     if rotations is not None:
         r1 = rotations.r1 if rotations.online_r1 else None
-        by_site = {"qkv": r1, "output": rotations.heads, "gate_up": r1, "down": rotations.r4}
+        by_site = {"qkv": r1, "output": rotations.heads, "gate_up": r1}
         online = {name: by_site.get(site) for name, site in family.sites.items()}
+        online |= {name: rotations.r4_of(block.get_parameter(f"{name}.weight").shape[1]) for name in family.downs}
     found: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:

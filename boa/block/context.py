@@ -138,15 +138,15 @@ class BlockContext:
     follows_full: bool = True
     schemes: Mapping[str, QuantizationScheme] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """Where the block keeps its layers."""
-        return self.decoder.family
+        return self.decoder.family_of(self.full)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """Sizes of the block."""
-        return self.decoder.shape
+        return self.decoder.shape.at(self.decoder.index_of(self.full))
 
     def settings_of(self, name: str) -> Settings | None:
         """How a projection is rounded; None: it is left as it is."""
