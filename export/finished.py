@@ -168,20 +168,29 @@ class Finished:
 
 
 def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
-    """How many inputs each projection of a block has."""
-    if family.sizes is not None:
-        return {name: columns for name, (_, columns) in family.sizes.items()}
+    """How many inputs each projection of a block has, of blocks of all kinds."""
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
-    return {name: widths[site] for name, site in family.sites.items()}
+    found = {name: widths[site] for kind in family.all_kinds for name, site in kind.sites.items()}
+    return found | {name: columns for name, (_, columns) in (family.sizes or {}).items() if name in found}
 
 
 def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
-    """How many outputs each projection of a block has."""
-    if family.sizes is not None:
-        return {name: rows for name, (rows, _) in family.sizes.items()}
-    heads = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
-    sizes = {"qkv": 0, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
-    return {name: sizes[site] for name, site in family.sites.items()} | heads
+    """How many outputs each projection of a block has, of blocks of all kinds."""
+    heads = {family.key: shape.key_width, family.value: shape.key_width}
+    sizes = {"qkv": shape.query_width, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
+    found = {name: sizes[site] for kind in family.all_kinds for name, site in kind.sites.items()}
+    return (
+        found
+        | {name: rows for name, rows in heads.items() if name in found}
+        | {name: rows for name, (rows, _) in (family.sizes or {}).items() if name in found}
+    )
+
+
+def numbers_in_blocks(family: Family, shape: Shape) -> int:
+    """Quantized weights of all blocks."""
+    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
+    names = (name for index in range(shape.blocks) for name in family.at(index).projections)
+    return sum(rows[name] * columns[name] for name in names)
 
 
 def refuse_layout(family: Family, name: str) -> None:
@@ -217,7 +226,7 @@ def refuse_sight(family: Family, name: str) -> None:
 
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
-    return not (family.merged or family.experts or family.layer_norm or family.generic)
+    return not (family.merged or family.experts or family.layer_norm or family.generic or family.kinds)
 
 
 def refuse_online(

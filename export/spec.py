@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
+from ..rotation.rotate import before_output
 
 METHOD = "rotoboa"  # quant_method in config.json
 FORMAT_VERSION = 3
@@ -91,7 +92,8 @@ class Spec:
     def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
         """Those of the projections of block `index`, by their names inside the block."""
         whole = self.scheme
-        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in family.projections}
+        names = family.at(index).projections
+        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in names}
 
     def outer(self, module: str) -> QuantizationArgs:
         """That of the weights of embedding or head, which are in full precision where `layers` does not name them."""
@@ -122,16 +124,19 @@ class Spec:
 
     def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this family and shape."""
-        schemes = self.schemes(family, index)
+        schemes, family = self.schemes(family, index), family.at(index)
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
-        rotations = {"qkv": r1, "output": self.heads_of(shape), "gate_up": r1, "down": self.r4_of(shape)}
+        heads = before_output(family, shape) if self.heads else None
+        rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape)}
         inputs = {
             site: InputTransform(
                 rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
             )
             for name, site in family.sites.items()  # projections of one site have one input
         }
+        if family.mixed:  # there is no attention
+            return OnlineTransforms(**inputs, attention=AttentionTransform())
         return OnlineTransforms(
             **inputs,
             attention=AttentionTransform(
@@ -197,10 +202,6 @@ class Spec:
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
         return Hadamard.of(shape.ffn, powers=self.r4_blocks, block=self.blocks) if self.r4 else None
-
-    def heads_of(self, shape: Shape) -> Hadamard | None:
-        """The online Hadamard of O's input."""
-        return Hadamard.across(shape.query_heads, shape.head_dim) if self.heads else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""

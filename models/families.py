@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
 from .family import SITES, Family, Merged
-from .rows import layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .rows import hybrid_rows, layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
 from .rows.seeing_rows import rows_that_see
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
 
-_TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows)
+_TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows, hybrid_rows)
 FAMILIES: dict[str, Family] = {row.model_type: row for table in _TABLES for row in table.ROWS}
 FAMILIES |= rows_that_see(FAMILIES)
 
@@ -108,4 +108,13 @@ def family_for(config: Any, source: str) -> Family:
             f"with {wanted} alone: choose another model of the family."
         )
     count = int(getattr(config, family.experts_field)) if family.experts_field else 0
-    return replace(family, expert_count=count)
+    sizes = None if family.measured is None else family.measured(config)
+    family = replace(family, expert_count=count, sizes=sizes)
+    return replace(family, blocks=_blocks(family, config.layer_types)) if family.kinds else family
+
+
+def _blocks(family: Family, kinds: Iterable[str]) -> tuple[Family, ...]:
+    """That of each block, by its kind."""
+    alone = replace(family, kinds=None)
+    of_kind = {kind: replace(alone, **fields) for kind, fields in (family.kinds or {}).items()}
+    return tuple(of_kind.get(kind, alone) for kind in kinds)

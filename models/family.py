@@ -8,7 +8,7 @@ each branch before it is added. Names are relative to the model (`embedding`, `l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -111,11 +111,20 @@ class Family:
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
         variants: what is another where the config says so, in order; `families.variant_of` has them in place.
+        attention_gate: layer whose sigmoid attention's output is multiplied by, a number a channel, before `output`.
+        kinds: by the values of the config's `layer_types`, what blocks of that kind have instead; see `at`.
+        mixed: of a kind without attention: the quantized layers of what stands in its place that read the norm.
+            `attention` is then that module, and `query`, `key` and `value` are "".
+        kept: further layers that read attention's norm, and stay as they are, as a router does: they decide for how
+            long something is remembered.
+        measured: rows and columns of layers by the config, where `Shape` does not tell them.
+        blocks: of each block, where they are of several kinds; see `family_for`.
         legal: config field -> the values that are supported; a str is the name of another field that it must equal.
         otherwise_generic: a model that is not so is taken as one without a row, and not refused.
-        others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
-            blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
-            in which they run; rows and columns of each.
+        others, groups: of families without a row, see `generic.generic_family`: further tensors outside the blocks, by
+            their full names; the linear layers of a block, those that read one tensor together, in the order in which
+            they run.
+        sizes: rows and columns of layers whose names say too little: what `measured` has, or of families without a row.
         note: what is special, for `rotoboa models` and docs/models.md.
         sight: of models that see: what they have beside the decoder that this row is of. The names of modules are those
             in the whole model, and the fields of a config those of its `text_config`.
@@ -175,6 +184,12 @@ class Family:
     key_heads: str | int = "num_key_value_heads"
     head_bias: bool = False
     expert_count: int = 0
+    attention_gate: str = ""
+    kinds: Mapping[str, Mapping[str, Any]] | None = None
+    mixed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    measured: Callable[[Any], Mapping[str, tuple[int, int]]] | None = None
+    blocks: tuple[Family, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     variants: tuple[Variant, ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
@@ -196,6 +211,15 @@ class Family:
         found = config if self.sight is None else getattr(config, "text_config", None) or config  # older ones are flat
         return SimpleNamespace(**found) if isinstance(found, dict) else found
 
+    def at(self, index: int) -> Family:
+        """The family of block `index`: this one, where all blocks are of one kind."""
+        return self.blocks[index] if self.blocks else self
+
+    @property
+    def all_kinds(self) -> tuple[Family, ...]:
+        """One of each kind of block."""
+        return tuple({id(block): block for block in self.blocks}.values()) or (self,)
+
     def expert(self, index: int) -> tuple[str, str, str]:
         """Gate, up and down of one expert."""
         return self.gate.format(index), self.up.format(index), self.down.format(index)
@@ -208,9 +232,24 @@ class Family:
         return (self.gate, self.up) if self.gate else (self.up,)
 
     @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """The quantized layers that read the norm of attention, or of what stands in its place."""
+        gate = (self.attention_gate,) if self.attention_gate else ()
+        return self.mixed or (self.query, self.key, self.value, *gate)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether what `output` reads is, channel by channel, an average of values: rotations of heads pass it then."""
+        return not self.mixed and not self.attention_gate
+
+    def stays(self, reader: str) -> bool:
+        """Whether a layer that reads a norm is not quantized, and reads what the norm puts out."""
+        return reader == self.router or reader in self.kept
+
+    @property
     def norm_readers(self) -> dict[str, tuple[str, ...]]:
         """The linear layers that read each norm of a block; a mixture's router reads what its experts read."""
-        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (self.query, self.key, self.value)}
+        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (*self.attention_inputs, *self.kept)}
         router = (self.router,) if self.router else ()
         readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *router, *self.mlp_inputs)
         return readers
@@ -228,7 +267,7 @@ class Family:
     @property
     def sites(self) -> dict[str, str]:
         """Each quantized projection of a block, in the order they compute, and the site whose transform it reads."""
-        names = {self.query: "qkv", self.key: "qkv", self.value: "qkv", self.output: "output"}
+        names = {**dict.fromkeys(self.attention_inputs, "qkv"), self.output: "output"}
         if not self.experts:
             return names | dict.fromkeys(self.mlp_inputs, "gate_up") | {self.down: "down"}
         for i in range(self.expert_count):

@@ -167,8 +167,9 @@ def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Sha
         result[name] = size
     wide, tall = torch.Size((shape.ffn, shape.hidden)), torch.Size((shape.hidden, shape.ffn))
     for block in range(shape.blocks):
-        for i in range(family.expert_count):
-            for projection, size in zip(family.expert(i), (wide, wide, tall), strict=True):
+        own = family.at(block)
+        for i in range(own.expert_count if own.experts else 0):
+            for projection, size in zip(own.expert(i), (wide, wide, tall), strict=True):
                 result[f"{family.layers}.{block}.{projection}.weight"] = size
     return result
 

@@ -8,6 +8,9 @@
 | R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
 | heads | input of the output projection, over all heads | a Hadamard transform of the number of heads |
 
+Where no average of values is what the output projection reads, behind a gate or in a block without attention, there is
+no R2, and `heads` is a Hadamard transform of all channels.
+
 R1, R2 and R4 can be of diagonal blocks of some channels (`blocks`): where neighbours share a scale, outliers then stay
 where they are but for their neighbours.
 
@@ -114,6 +117,7 @@ class Rotations:
 
         Where the residual stream is not turned, the norms stay but for their scales.
         """
+        family = family.at(index)
         block = {name: tensor.to(torch.float64) for name, tensor in block.items()}
         for site, scale in ({} if self.scales is None else self.scales[index]).items():
             block |= scale_channels(block, family, self.shape, site, scale)
@@ -121,7 +125,7 @@ class Rotations:
             fold_norms(block, family)
         if self.r1 is not None:
             for name in (name for names in family.norm_readers.values() for name in names):
-                if self.turned or name != family.router:  # a router reads the norm's output before it is turned
+                if self.turned or not family.stays(name):  # what stays reads the norm's output before it is turned
                     _rotate_inputs(block, name, self.r1)
         if self.r1 is not None and self.turned:
             if family.layer_norm:
@@ -129,11 +133,11 @@ class Rotations:
             for name in (family.output, *family.downs):
                 _rotate_outputs(block, name, self.r1)
         r2 = self.values(index)
-        if r2 is not None:
+        if r2 is not None and family.has_values:
             _rotate_outputs(block, family.value, r2)
             _rotate_inputs(block, family.output, r2)
         if self.heads is not None:
-            _rotate_inputs(block, family.output, self.heads)
+            _rotate_inputs(block, family.output, before_output(family, self.shape))
         if self.r4 is not None:
             for name in family.downs:
                 _rotate_inputs(block, name, self.r4)
@@ -201,6 +205,17 @@ class Rotations:
         assert self.turned and self.r1 is not None
         half = self.r1.apply(torch.diag(norm.to(torch.float64) + family.norm_offset))
         return self.r1.apply(half.T.contiguous())
+
+
+def before_output(family: Family, shape: Shape) -> Hadamard:
+    """What `heads` is in a block of this family.
+
+    Over all heads where R2 has mixed the channels of each. Where it cannot, since a gate stands between the values and
+    the output projection, or there are none, over all channels.
+    """
+    if family.has_values:
+        return Hadamard.across(shape.query_heads, shape.head_dim)
+    return Hadamard.of((family.sizes or {}).get(family.output, (0, shape.query_width))[1])
 
 
 def _sum(*parts: Tensor | None) -> Tensor | None:

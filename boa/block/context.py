@@ -138,10 +138,10 @@ class BlockContext:
     follows_full: bool = True
     schemes: Mapping[str, QuantizationScheme] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """Where the block keeps its layers."""
-        return self.decoder.family
+        return self.decoder.family_of(self.full)
 
     @property
     def shape(self) -> Shape:

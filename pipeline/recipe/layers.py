@@ -31,7 +31,7 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
             are to have it quantized in two ways.
     """
     family, blocks = decoder.family, decoder.shape.blocks
-    names = [f"{family.layers}.{index}.{name}" for index in range(blocks) for name in family.projections]
+    names = [f"{family.layers}.{index}.{name}" for index in range(blocks) for name in family.at(index).projections]
     outer = {family.embedding: "--embedding.bits", family.head: "--head.bits"}  # which have sections of their own
     whole = whole_scheme(recipe)
     found: dict[str, QuantizationScheme] = {}
@@ -108,7 +108,7 @@ def _check(found: dict[str, QuantizationScheme], whole: QuantizationScheme, deco
                 )
     for index in range(decoder.shape.blocks):
         by_site: dict[str, tuple[str, QuantizationArgs]] = {}
-        for name, site in family.sites.items():
+        for name, site in family.at(index).sites.items():
             inputs = found.get(f"{family.layers}.{index}.{name}", whole).input_activations
             first, expected = by_site.setdefault(site, (name, inputs))
             if inputs != expected:
