@@ -161,7 +161,7 @@ def _by_blocks(names: Iterable[str], family: Family) -> list[tuple[tuple[int, ..
 def _in_words(names: Iterable[str], run: Finished) -> str:
     """Such as "down_proj; all of blocks 0, 2-4"."""
     names, words = list(names), []
-    if len(names) == sum(len(run.family.at(index).projections) for index in range(run.shape.blocks)):
+    if len(names) == len(run.family.layer_names(run.shape.blocks)):
         return "all"
     for blocks, inside in _by_blocks(names, run.family):
         whole = len(inside) == len(run.family.at(blocks[0]).projections)

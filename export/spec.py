@@ -91,9 +91,8 @@ class Spec:
 
     def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
         """Those of the projections of block `index`, by their names inside the block."""
-        whole = self.scheme
-        names = family.at(index).projections
-        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in names}
+        whole, inside = self.scheme, family.at(index).projections
+        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in inside}
 
     def outer(self, module: str) -> QuantizationArgs:
         """That of the weights of embedding or head, which are in full precision where `layers` does not name them."""
@@ -124,7 +123,7 @@ class Spec:
 
     def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this family and shape."""
-        schemes, family = self.schemes(family, index), family.at(index)
+        family, shape, schemes = family.at(index), shape.at(index), self.schemes(family, index)
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
         heads = before_output(family, shape) if self.heads else None
@@ -135,17 +134,17 @@ class Spec:
             )
             for name, site in family.sites.items()  # projections of one site have one input
         }
-        if family.mixed:  # there is no attention
-            return OnlineTransforms(**inputs, attention=AttentionTransform())
+        attention = AttentionTransform(
+            Hadamard.of(shape.head_dim) if self.r3 else None,
+            key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
+            value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
+            sink=self.cache_sink,
+            centered=self.cache_center and self.key_bits < 16,
+        )
         return OnlineTransforms(
             **inputs,
-            attention=AttentionTransform(
-                Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
-                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
-                sink=self.cache_sink,
-                centered=self.cache_center and self.key_bits < 16,
-            ),
+            attention=AttentionTransform() if family.mixed else attention,
+            shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
     def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:

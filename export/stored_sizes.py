@@ -13,12 +13,13 @@ from .spec import Spec
 def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, int]:
     """Of each projection of all blocks, by its full name; `itemsize` is that of the checkpoint's dtype."""
     family, shape = decoder.family, decoder.shape
-    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
-    return {
-        f"{family.layers}.{index}.{name}": packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
-        for index in range(shape.blocks)
-        for name, scheme in spec.schemes(family, index).items()
-    }
+    found = {}
+    for index in range(shape.blocks):
+        rows, columns = projection_rows(family, shape, index), projection_columns(family, shape, index)
+        for name, scheme in spec.schemes(family, index).items():
+            size = packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
+            found[f"{family.layers}.{index}.{name}"] = size
+    return found
 
 
 def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> dict[str, int]:

@@ -243,7 +243,7 @@ class Checkpoint:
         prefix = f"{self.family.layers}.{index}."
         inside = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
-        return split_tensors(tensors, self.family.at(index), Shape.of(self.config))
+        return split_tensors(tensors, self.family.at(index), Shape.of(self.config).at(index))
 
     def towers(self) -> Iterator[tuple[str, Tensor]]:
         """What a model that sees has beside its decoder, by full names, a tensor at a time."""

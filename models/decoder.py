@@ -80,7 +80,7 @@ class Decoder:
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device, a module of its own, with one linear layer a projection."""
         block = copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
-        return split_modules(block, self.family.at(index), self.shape, self.attention)
+        return split_modules(block, self.family.at(index), self.shape.at(index), self.attention)
 
     def block(self, index: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> nn.Module:
         """Block `index` with the weights `tensors` (names inside the block), ready to compute.

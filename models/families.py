@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from .family import SITES, Family, Merged
+from .family import SITES, Family
 from .rows import hybrid_rows, layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .rows.row_parts import Merged
 from .rows.seeing_rows import rows_that_see
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
@@ -22,7 +23,6 @@ _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
     "gpt_oss": "its attention has sinks",
-    "qwen2_moe": "its experts are joined by a shared one",
     "qwen3_next": "its attention is linear in most layers",
     "deepseek_v2": "its attention compresses keys and values",
     "deepseek_v3": "its attention compresses keys and values",
@@ -110,11 +110,24 @@ def family_for(config: Any, source: str) -> Family:
     count = int(getattr(config, family.experts_field)) if family.experts_field else 0
     sizes = None if family.measured is None else family.measured(config)
     family = replace(family, expert_count=count, sizes=sizes)
-    return replace(family, blocks=_blocks(family, config.layer_types)) if family.kinds else family
+    return replace(family, blocks=_blocks(family, config))
 
 
-def _blocks(family: Family, kinds: Iterable[str]) -> tuple[Family, ...]:
-    """That of each block, by its kind."""
-    alone = replace(family, kinds=None)
-    of_kind = {kind: replace(alone, **fields) for kind, fields in (family.kinds or {}).items()}
-    return tuple(of_kind.get(kind, alone) for kind in kinds)
+def _blocks(family: Family, config: Any) -> tuple[Family, ...]:
+    """That of each block, where there are several kinds."""
+    dense, made = dense_blocks(family, config), dict[tuple[str, bool], Family]()
+    if not dense and not family.kinds:
+        return ()
+    kinds = config.layer_types if family.kinds else [""] * config.num_hidden_layers
+    keys = [(kind, index in dense) for index, kind in enumerate(kinds)]
+    for kind, is_dense in dict.fromkeys(keys):
+        block = replace(family, kinds=None, **(family.kinds or {}).get(kind, {}))
+        made[kind, is_dense] = block.without_experts if is_dense else block
+    return tuple(made[key] for key in keys)
+
+
+def dense_blocks(family: Family, config: Any) -> frozenset[int]:
+    """The blocks of a mixture that have one MLP in place of experts."""
+    if family.dense is None:
+        return frozenset()
+    return frozenset(index for index in range(config.num_hidden_layers) if family.dense(config, index))

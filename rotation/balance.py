@@ -151,7 +151,7 @@ def scales(
     """The scales t of a block's sites, positive, in float64; those of `output` are one a value channel.
 
     Args:
-        tensors: of the block, as in the checkpoint.
+        tensors: of the block, as in the checkpoint; `family` and `shape` are its own too.
         found: E x_j^2 by site, from `moments`.
         rotary: channels of a head that RoPE turns.
     """
@@ -160,7 +160,7 @@ def scales(
     for site, moment in found.items():
         if site in HEADS:
             continue
-        weights = [tensors[f"{name}.weight"].double() for name in readers(family, site) if not family.stays(name)]
+        weights = [tensors[f"{name}.weight"].double() for name in readers(family, site) if name not in family.deciders]
         energy = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).cpu()
         tie = ties(shape, site)
         if tie is not None:

@@ -65,7 +65,7 @@ def _short(family: Family, site: str) -> str:
 
 
 def readers(family: Family, site: str) -> tuple[str, ...]:
-    """The layers whose input channels `site` scales; of a mixture's norm its router is one too, the last.
+    """The layers whose input channels `site` scales; of a mixture's norm what decides is among them, at the end.
 
     Where attention and MLP share a norm, what reads it in the MLP is a reader of `qkv`.
 
@@ -73,11 +73,10 @@ def readers(family: Family, site: str) -> tuple[str, ...]:
     """
     if site in family.downs:
         return (site,)
-    router = [family.router] if family.router else []
     return {
         "qkv": family.norm_readers[family.attention_norm],
         "output": (family.output,),
-        "gate_up": () if family.shared_norm else (*family.mlp_inputs, *router),
+        "gate_up": () if family.shared_norm else (*family.mlp_inputs, *family.weighing),
         "down": family.downs,
         "keys": (),
         "queries": (),

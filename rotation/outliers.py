@@ -50,22 +50,15 @@ def site_inputs(
             runs. R3 is left out: it changes nothing but queries and keys.
     """
     family = decoder.family_of(block)
-    read = {
-        family.attention_inputs[0]: "qkv",
-        family.output: "output",
-        family.gate or family.up: "gate_up",
-        family.down: "down",
-    }
+    read = {family.attention_inputs[0]: "qkv", family.output: "output"}
+    read |= {family.gate or family.up: "gate_up", family.down: "down"}
     online: dict[str, Hadamard | None] = {}
     if rotations is not None:
         r1 = rotations.r1 if rotations.online_r1 else None
-        by_site = {
-            "qkv": r1,
-            "output": before_output(family, decoder.shape) if rotations.heads else None,
-            "gate_up": r1,
-            "down": rotations.r4,
-        }
+        heads = before_output(family, decoder.shape) if rotations.heads else None
+        by_site = {"qkv": r1, "output": heads, "gate_up": r1}
         online = {name: by_site.get(site) for name, site in family.sites.items()}
+        online |= {name: rotations.r4_of(block.get_parameter(f"{name}.weight").shape[1]) for name in family.downs}
     found: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:

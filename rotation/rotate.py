@@ -51,7 +51,8 @@ class Rotations:
 
     `online_r1`: R1 turns the inputs of q, k, v, gate and up as the model runs, as families with post norms need it.
     `heads` mixes the heads before the output projection, online. `scales` of each block by site, from `balance`.
-    `blocks`: the channels of a diagonal block of R1, R2 and R4; None: all.
+    `blocks`: the channels of a diagonal block of R1, R2 and R4; None: all. `r4_blocks`: those of R4 are the largest
+    power of two that divides its width.
     """
 
     shape: Shape
@@ -64,6 +65,7 @@ class Rotations:
     heads: Hadamard | None = None
     scales: Sequence[Mapping[str, Tensor]] | None = None
     blocks: int | None = None
+    r4_blocks: bool = False
 
     @classmethod
     def of(
@@ -95,7 +97,14 @@ class Rotations:
             online_r1=online_r1 and r1,
             heads=Hadamard.across(shape.query_heads, shape.head_dim) if heads else None,
             blocks=blocks,
+            r4_blocks=r4_blocks,
         )
+
+    def r4_of(self, width: int) -> Hadamard | None:
+        """R4 of a down projection with so many inputs: those of a block need not all be alike."""
+        if self.r4 is None or self.r4.size == width:
+            return self.r4
+        return Hadamard.of(width, powers=self.r4_blocks, block=self.blocks)
 
     @property
     def turned(self) -> bool:
@@ -117,15 +126,15 @@ class Rotations:
 
         Where the residual stream is not turned, the norms stay but for their scales.
         """
-        family = family.at(index)
+        family, shape = family.at(index), self.shape.at(index)
         block = {name: tensor.to(torch.float64) for name, tensor in block.items()}
         for site, scale in ({} if self.scales is None else self.scales[index]).items():
-            block |= scale_channels(block, family, self.shape, site, scale)
+            block |= scale_channels(block, family, shape, site, scale)
         if self.turned:
             fold_norms(block, family)
         if self.r1 is not None:
             for name in (name for names in family.norm_readers.values() for name in names):
-                if self.turned or not family.stays(name):  # what stays reads the norm's output before it is turned
+                if self.turned or name not in family.deciders:  # these read the norm's output before it is turned
                     _rotate_inputs(block, name, self.r1)
         if self.r1 is not None and self.turned:
             if family.layer_norm:
@@ -137,10 +146,10 @@ class Rotations:
             _rotate_outputs(block, family.value, r2)
             _rotate_inputs(block, family.output, r2)
         if self.heads is not None:
-            _rotate_inputs(block, family.output, before_output(family, self.shape))
-        if self.r4 is not None:
-            for name in family.downs:
-                _rotate_inputs(block, name, self.r4)
+            _rotate_inputs(block, family.output, before_output(family, shape))
+        for name in family.downs:
+            if (r4 := self.r4_of(block[f"{name}.weight"].shape[1])) is not None:
+                _rotate_inputs(block, name, r4)
         return block
 
     def rotate_outer_layers(self, outer: OuterLayers, family: Family) -> OuterLayers:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models.families import SITES
 from ..online.attention import AttentionTransform
-from ..online.transforms import INPUT_SCALE, InputTransform, OnlineTransforms
+from ..online.transforms import INPUT_SCALE, InputTransform
 from ..stored_scales import global_scale_of
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
@@ -41,7 +41,7 @@ def scale_inputs(context: BlockContext, streams: Streams) -> tuple[BlockContext,
     peaks = {site: _Peak() for site in SITES}
     # In the place of quantizers, so that rotations are those that the block is run with.
     seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in SITES}  # type: ignore[arg-type]
-    looking = OnlineTransforms(**seen, attention=AttentionTransform(transforms.attention.rotation))
+    looking = replace(transforms, **seen, attention=AttentionTransform(transforms.attention.rotation))  # type: ignore[arg-type]
     with transformed(context.decoder, context.full, looking):
         for batch in context.batches(streams):
             context.decoder.run(context.full, batch.full)

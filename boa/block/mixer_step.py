@@ -10,8 +10,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ...models.families import SITES
 from ..objective.statistics import InputStatistics
-from ..online.attention import AttentionTransform
 from ..online.transforms import InputTransform, OnlineTransforms
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
@@ -52,6 +52,6 @@ def _mixed(context: BlockContext, block: nn.Module, transforms: OnlineTransforms
 
 def _exact(transforms: OnlineTransforms) -> OnlineTransforms:
     """The same without quantizers."""
-    sites = ("qkv", "output", "gate_up", "down")
-    exact = {site: InputTransform(getattr(transforms, site).rotation) for site in sites}
-    return OnlineTransforms(**exact, attention=AttentionTransform(transforms.attention.rotation))
+    for site in SITES:
+        transforms = transforms.with_input(site, InputTransform(getattr(transforms, site).rotation))
+    return transforms

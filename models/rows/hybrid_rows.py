@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..family import Family, Merged
+from ..family import Family
+from .row_parts import Merged
 
 Sizes = dict[str, tuple[int, int]]
 _NO_ATTENTION: dict[str, Any] = {"query": "", "key": "", "value": "", "query_norm": None, "key_norm": None}

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..family import Family
+
+
+def _by_steps(config: Any, index: int) -> bool:
+    """Dense where Qwen's list has the block, and where the step to the next mixture passes it."""
+    named = index in (getattr(config, "mlp_only_layers", None) or ())
+    return named or config.num_experts == 0 or (index + 1) % config.decoder_sparse_step != 0
+
 
 _EXPERTS = Family(
     "",
@@ -36,7 +44,19 @@ ROWS = (
         key_norm="self_attn.k_norm",
         ffn_field="moe_intermediate_size",
         experts_field="num_experts",
-        legal={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        dense=_by_steps,
+    ),
+    replace(
+        _EXPERTS,
+        model_type="qwen2_moe",
+        note=f"a shared expert with a gate of its own; dense blocks where the config has them; {_EXPERTS.note}",
+        shared="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+        shared_fields=("shared_expert_intermediate_size",),
+        ffn_field="moe_intermediate_size",
+        experts_field="num_experts",
+        window="layers",
+        dense=_by_steps,
     ),
     replace(
         _EXPERTS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..family import Family, Sight
+from ..family import Family
+from .row_parts import Sight
 
 INSIDE = "model.language_model"
 """Where all of them keep their decoder."""

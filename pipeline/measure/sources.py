@@ -175,8 +175,8 @@ def exact_block(job: Job, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     """Block `index`, of the checkpoint's `tensors`, rotated and in full precision; `switch` says what runs online."""
     compute = job.decoder
     near = for_rotation(tensors, compute.device)
-    family = compute.family.at(index)
-    return _hooked(compute.block(index, job.rotations.rotate_block(near, family, index)), family)
+    rotated = job.rotations.rotate_block(near, compute.family, index)
+    return _hooked(compute.block(index, rotated), compute.family.at(index))
 
 
 def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module:

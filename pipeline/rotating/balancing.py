@@ -36,11 +36,11 @@ class Balance:
     def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
         """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
         compute, batch = self.job.decoder, self.job.recipe.calibration.batch
-        family = compute.family.at(index)
+        family, shape = compute.family.at(index), compute.shape.at(index)
         sites = balanced_sites(family, compute.config, folded=self.job.rotations.turned, keys=self.keys)
         seen = moments(compute, block, hidden[: self.sequences], sites, batch, set_attention, centered=self.centered)
         rotary = compute.position_embeddings(1, index)[0].shape[-1]
-        self.found.append(scales(tensors, family, compute.shape, seen, rotary))
+        self.found.append(scales(tensors, family, shape, seen, rotary))
 
     def write(self, folder: Path) -> None:
         """Keep them in the folder of the run."""

@@ -89,7 +89,7 @@ def make_streams() -> tuple[Tensor, Tensor]:
 
 def block_tensors(model: nn.Module, decoder: Decoder, index: int) -> dict[str, Tensor]:
     """Those of a block of a model of transformers, one linear layer a projection."""
-    family, shape = decoder.family.at(index), decoder.shape
+    family, shape = decoder.family.at(index), decoder.shape.at(index)
     prefix = f"{family.layers}.{index}."
     tensors = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -150,7 +150,8 @@ def forward(
     decoder: Decoder, block: nn.Module, hidden: Tensor, transforms: OnlineTransforms, *, exact: bool, batch: int = 2
 ) -> Tensor:
     """As transformers runs it, the transforms put beside its layers; `exact` leaves the quantizers out."""
-    handles, family = [], decoder.family_of(block)
+    handles = []
+    family = decoder.family_of(block)
     for name, site in transforms.by_projection(family).items():
         function = site.rotate if exact else site
         hook = lambda _, args, function=function: function(args[0])  # noqa: E731

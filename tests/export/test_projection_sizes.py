@@ -12,9 +12,9 @@ from rotoboa.tests.small_families import FAMILIES, family_config
 def test_they_are_those_of_the_modules(name: str) -> None:
     decoder = Decoder(family_config(name), attention=NAME)
     family, shape = decoder.family, decoder.shape
-    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
     numbers = 0
     for index in range(shape.blocks):
+        rows, columns = projection_rows(family, shape, index), projection_columns(family, shape, index)
         block = decoder.empty_block(index)
         for layer in family.at(index).projections:
             weight = block.get_parameter(f"{layer}.weight")

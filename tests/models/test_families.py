@@ -38,8 +38,6 @@ def _config(model_type: str, **fields: Any) -> Any:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers \\[1\\]"),
     ],
 )
 def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: str) -> None:
@@ -70,7 +68,6 @@ def test_a_variant_without_a_row_is_taken_layer_by_layer(family_model: Callable[
     [
         ("llama4", "its router scales what its experts read, and attention is by chunks"),
         ("gpt_oss", "its attention has sinks"),
-        ("qwen2_moe", "its experts are joined by a shared one"),
         ("deepseek_v3", "its attention compresses keys and values"),
     ],
 )
@@ -88,7 +85,7 @@ def test_a_variant_is_refused_as_the_folder_is_opened(save_family: Callable[...,
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe", "opt", "gemma3_text"])
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe", "qwen2_moe", "opt", "gemma3_text"])
 def test_names_on_disk(save_family: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """The names are those of the hub's checkpoints, every tensor is asked for, and each block has what it needs."""
     folder = save_family(tmp_path, name)
@@ -103,13 +100,15 @@ def test_names_on_disk(save_family: Callable[..., Path], tmp_path: Path, name: s
         "phi3": "model.layers.0.self_attn.qkv_proj.weight",
         "mixtral": "model.layers.0.block_sparse_moe.experts.3.w2.weight",
         "qwen3_moe": "model.layers.0.mlp.experts.3.down_proj.weight",
+        "qwen2_moe": "model.layers.1.mlp.shared_expert_gate.weight",
         "opt": "model.decoder.layers.0.fc2.bias",
         "gemma3_text": "model.layers.0.pre_feedforward_layernorm.weight",
     }
     assert typical[name] in stored
-    block = decoder.block(0, checkpoint.block(0))
-    for projection in decoder.family.projections:
-        assert isinstance(block.get_submodule(projection), torch.nn.Linear)
+    for index in range(decoder.shape.blocks):
+        block = decoder.block(index, checkpoint.block(index))
+        for projection in decoder.family.at(index).projections:
+            assert isinstance(block.get_submodule(projection), torch.nn.Linear)
 
 
 def test_an_expert_that_is_missing_is_named(save_family: Callable[..., Path], tmp_path: Path) -> None:

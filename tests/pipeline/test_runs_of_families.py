@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Weights alone are rounded in the same way whatever attention does; norms, biases, fused layers and experts differ.
 WEIGHTS_ALONE = (
-    *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "olmo2", "glm4"),
+    *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe", "olmo2", "glm4"),
     *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe"),
     *("qwen3_5_text", "lfm2"),
 )

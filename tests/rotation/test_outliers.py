@@ -108,7 +108,7 @@ def test_every_family_is_looked_at_as_it_runs(family_model: Callable[..., nn.Mod
     """Q and gate see the plain norm rotated, behind R1 online the whole norm; O's heads R2, down R4."""
     model: Any = family_model(name)
     decoder = Decoder(model.config, attention="eager", dtype=torch.float64)
-    family, shape = decoder.family.at(index), decoder.shape
+    family, shape = decoder.family.at(index), decoder.shape.at(index)
     prefix = f"{family.layers}.{index}."
     state = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
     if family.experts and not family.fused:  # by expert on disk

@@ -76,18 +76,19 @@ def _logits(
         names = balanced_sites(own, config, folded=rotations.turned, keys=True)
         rotary = decoder.position_embeddings(1, index)[0].shape[-1]
         seen = moments(decoder, original, plain, names, 1, set_attention, centered=True)
-        found.append(scales(tensors, own, shape, seen, rotary))
+        found.append(scales(tensors, own, shape.at(index), seen, rotary))
         assert all(float((t - 1).abs().max()) > 0.05 for t in found[-1].values()) and set(found[-1]) <= set(names)
         plain = decoder.run(original, plain)
         block = decoder.block(index, fold(rotations.rotate_block(tensors, family, index), index))
         if online:
             set_attention(block.get_submodule(own.attention), AttentionTransform(rotations.r3))
-            sites = {"down": rotations.r4, "output": before_output(own, shape) if rotations.heads else None}
+            sites = {"output": before_output(own, shape) if rotations.heads else None}
             if rotations.online_r1:
                 sites |= {"qkv": rotations.r1, "gate_up": rotations.r1}
             for name, site in own.sites.items():
-                if (r := sites.get(site)) is not None:
-                    block.get_submodule(name).register_forward_pre_hook(lambda _, args, r=r: r.apply(args[0]))
+                layer, width = block.get_submodule(name), block.get_parameter(f"{name}.weight").shape[1]
+                if (r := rotations.r4_of(width) if site == "down" else sites.get(site)) is not None:
+                    layer.register_forward_pre_hook(lambda _, args, r=r: r.apply(args[0]))
         hidden = decoder.run(block, hidden)
     return decoder.logits(outer)(hidden)
 
@@ -242,8 +243,9 @@ def test_channel_scales_change_nothing(
             zeta = torch.randn(widths[site], generator=generator, dtype=torch.float64).mul(0.5).exp()
             zeta = absorbable(tensors, family, site, zeta)
             assert zeta.log().std() > 0.3
-            changed = scale_channels(tensors, family, shape, site, zeta)
-            keep = {f"{reader}.weight" for reader in readers(family, site)}
+            own = family.at(index)
+            changed = scale_channels(tensors, own, shape, site, zeta)
+            keep = {f"{reader}.weight" for reader in readers(own, site)}
             assert keep < set(changed)
             tensors = tensors | {name: t for name, t in changed.items() if not halves or name in keep}
         return tensors
@@ -255,7 +257,7 @@ def test_channel_scales_change_nothing(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe", "qwen2_moe"])
 def test_split_blocks_compute_the_same(family_model: Callable[..., nn.Module], name: str) -> None:
     model = _model(family_model, name)
     decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
