@@ -170,24 +170,28 @@ class Finished:
 
 def projection_columns(family: Family, shape: Shape, index: int = 0) -> dict[str, int]:
     """How many inputs each projection of block `index` has."""
-    if family.sizes is not None:
-        return {name: columns for name, (_, columns) in family.sizes.items()}
+    own = family.sizes or {}
     family, shape = family.at(index), shape.at(index)
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
     shared = {family.shared_down: shape.shared_ffn} if family.shared else {}
-    return {name: widths[site] for name, site in family.sites.items()} | shared
+    found = {name: widths[site] for name, site in family.sites.items()} | shared
+    return found | {name: own[name][1] for name in found if name in own}
 
 
 def projection_rows(family: Family, shape: Shape, index: int = 0) -> dict[str, int]:
     """How many outputs each projection of block `index` has."""
-    if family.sizes is not None:
-        return {name: rows for name, (rows, _) in family.sizes.items()}
+    own = family.sizes or {}
     family, shape = family.at(index), shape.at(index)
-    sizes = {"qkv": 0, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
-    others = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
+    sizes = {"qkv": shape.query_width, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
+    others = {} if family.mixed else {family.key: shape.key_width, family.value: shape.key_width}
     if family.shared:
         others |= dict.fromkeys(family.expert(family.expert_count)[:2], shape.shared_ffn)
-    return {name: sizes[site] for name, site in family.sites.items()} | others
+    found = {name: sizes[site] for name, site in family.sites.items()}
+    return (
+        found
+        | {name: rows for name, rows in others.items() if name in found}
+        | {name: own[name][0] for name in found if name in own}
+    )
 
 
 def numbers_in_blocks(family: Family, shape: Shape) -> int:
@@ -232,7 +236,7 @@ def refuse_sight(family: Family, name: str) -> None:
 
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
-    return not (family.merged or family.experts or family.layer_norm or family.generic)
+    return not (family.merged or family.experts or family.layer_norm or family.generic or family.kinds)
 
 
 def refuse_online(

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
+from ..rotation.rotate import before_output
 
 METHOD = "rotoboa"  # quant_method in config.json
 FORMAT_VERSION = 3
@@ -125,22 +126,24 @@ class Spec:
         family, shape, schemes = family.at(index), shape.at(index), self.schemes(family, index)
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
-        rotations = {"qkv": r1, "output": self.heads_of(shape), "gate_up": r1, "down": self.r4_of(shape)}
+        heads = before_output(family, shape) if self.heads else None
+        rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape)}
         inputs = {
             site: InputTransform(
                 rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
             )
             for name, site in family.sites.items()  # projections of one site have one input
         }
+        attention = AttentionTransform(
+            Hadamard.of(shape.head_dim) if self.r3 else None,
+            key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
+            value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
+            sink=self.cache_sink,
+            centered=self.cache_center and self.key_bits < 16,
+        )
         return OnlineTransforms(
             **inputs,
-            attention=AttentionTransform(
-                Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
-                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
-                sink=self.cache_sink,
-                centered=self.cache_center and self.key_bits < 16,
-            ),
+            attention=AttentionTransform() if family.mixed else attention,
             shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
@@ -198,10 +201,6 @@ class Spec:
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
         return Hadamard.of(shape.ffn, powers=self.r4_blocks, block=self.blocks) if self.r4 else None
-
-    def heads_of(self, shape: Shape) -> Hadamard | None:
-        """The online Hadamard of O's input."""
-        return Hadamard.across(shape.query_heads, shape.head_dim) if self.heads else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""

@@ -168,6 +168,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "stablelm": {"partial_rotary_factor": 0.5},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 2, 1],
+        },
+    },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "conv_bias": True,
+        "block_multiple_of": 16,
+        "intermediate_size": 56,
+        "tie_word_embeddings": True,
+    },
     "stablelm-parallel": {
         "model_type": "stablelm",
         "partial_rotary_factor": 0.5,

@@ -97,7 +97,7 @@ def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
-    family = decoder.family
+    family = decoder.family.at(index)
     schemes, transforms = spec.schemes(family, index), spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family.at(index), schemes, transforms)
     return decoder.block(index, tensors, module)

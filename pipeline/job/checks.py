@@ -28,11 +28,9 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     """
     shape = decoder.shape
     widths = {f"{name}'s inputs": columns for name, (_, columns) in (decoder.family.sizes or {}).items()}
-    widths = widths or {
-        "hidden size": shape.hidden,
-        "attention width": shape.query_heads * shape.head_dim,
-        **shape.ffn_sizes,
-    }
+    if not decoder.family.generic:
+        attention = {"hidden size": shape.hidden, "attention width": shape.query_width}
+        widths = {**attention, **shape.ffn_sizes, **widths}
     check_formats(recipe)
     check_cache(recipe, shape.head_dim, model)
     groups = {

@@ -198,10 +198,10 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
 
 def own_transforms(job: Job, index: int, packed: Mapping[str, Tensor]) -> OnlineTransforms:
     """The transforms of block `index`, with the tensors `packed`, whose keys have a center of their own."""
-    compute = job.decoder
-    transforms = job.spec.transforms(compute.shape, compute.family, index)
-    center = packed.get(f"{compute.family.attention}.{CENTER}")
-    for name, site in compute.family.at(index).sites.items():
+    compute, family = job.decoder, job.decoder.family.at(index)
+    transforms = job.spec.transforms(compute.shape, family, index)
+    center = packed.get(f"{family.attention}.{CENTER}")
+    for name, site in family.sites.items():
         scale = packed.get(f"{name}.{INPUT_SCALE}")
         transforms = transforms.with_input(site, getattr(transforms, site).scaled(scale))
     near = None if center is None else center.to(compute.device, compute.dtype)

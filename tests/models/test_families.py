@@ -146,16 +146,23 @@ def test_sizes_and_windows() -> None:
     )
 
 
+def test_blocks_are_of_their_kind() -> None:
+    family = family_for(family_config("lfm2"), "it")
+    assert [family.at(i).mixed for i in range(2)] == [("conv.in_proj",), ()]
+    assert family.at(1).query and not family.at(0).query and len(family.all_kinds) == 2
+    assert family.at(0).at(1) is family.at(0)
+
+
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
         fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3", "hunyuan")) else {}
         fields |= {"num_hidden_layers": 1, "word_embed_proj_dim": 32, "pad_token_id": 0}
-        decoder = Decoder(family_config(model_type) if row.sight else _config(model_type, **fields), attention=NAME)
-        block, family = decoder.empty_block(0), decoder.family
-        for name in (*family.projections, family.attention_norm, family.mlp_norm, family.attention):
-            block.get_submodule(name)
-        optional = (row.attention_post_norm, row.mlp_post_norm, row.query_norm, row.key_norm, row.router, row.experts)
-        for part in filter(None, optional):
-            block.get_submodule(part)
+        config = family_config(model_type) if row.sight or row.kinds else _config(model_type, **fields)
+        decoder = Decoder(config, attention=NAME)
+        for index in range(decoder.shape.blocks):
+            block, f = decoder.empty_block(index), decoder.family.at(index)
+            optional = (f.attention_post_norm, f.mlp_post_norm, f.query_norm, f.key_norm, f.router, f.experts)
+            for part in filter(None, (*f.projections, *f.kept, f.attention_norm, f.mlp_norm, f.attention, *optional)):
+                block.get_submodule(part)
         for part in filter(None, (row.embedding, row.final_norm, row.head, row.positions, row.rotary)):
             decoder.skeleton.get_submodule(part)

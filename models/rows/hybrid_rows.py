@@ -1,0 +1,83 @@
+"""Decoders with something else than attention in most blocks: linear recurrences, convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..family import Family
+from .row_parts import Merged
+
+Sizes = dict[str, tuple[int, int]]
+_NO_ATTENTION: dict[str, Any] = {"query": "", "key": "", "value": "", "query_norm": None, "key_norm": None}
+
+
+def _delta_net(config: Any) -> Sizes:
+    """Of a gated delta net, whose values may have more heads than its keys."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return {
+        "linear_attn.in_proj_qkv": (2 * keys + values, config.hidden_size),
+        "linear_attn.in_proj_z": (values, config.hidden_size),
+        "linear_attn.out_proj": (config.hidden_size, values),
+    }
+
+
+def _short_convolution(config: Any) -> Sizes:
+    """Of LFM2, whose config has its MLP's size before it is adjusted."""
+    ffn, hidden = config.intermediate_size, config.hidden_size
+    if config.block_auto_adjust_ff_dim:
+        ffn, unit = int(2 * ffn / 3), config.block_multiple_of
+        if config.block_ffn_dim_multiplier is not None:
+            ffn = -(-int(config.block_ffn_dim_multiplier * ffn) // unit) * unit
+    return {"conv.in_proj": (3 * hidden, hidden), "conv.out_proj": (hidden, hidden), "feed_forward.w2": (hidden, ffn)}
+
+
+ROWS = (
+    Family(
+        "qwen3_5_text",
+        note="gated delta nets in most blocks, which remember in full precision, the two layers that decide how long "
+        "too; attention with a gate, in the objectives too; QK-norm; partial RoPE",
+        norm_offset=1.0,
+        query="self_attn.q_proj.query",
+        attention_gate="self_attn.q_proj.gate",
+        query_norm="self_attn.q_norm",
+        key_norm="self_attn.k_norm",
+        merged=(Merged("self_attn.q_proj", {"query": "query_width", "gate": "query_width"}, groups="query_heads"),),
+        kinds={
+            "linear_attention": {
+                **_NO_ATTENTION,
+                "attention": "linear_attn",
+                "mixed": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+                "kept": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+                "output": "linear_attn.out_proj",
+                "attention_gate": "",
+                "merged": (),
+            }
+        },
+        measured=_delta_net,
+        renamed=((r"^model\.language_model\.", "model."),),
+    ),
+    Family(
+        "lfm2",
+        note="short convolutions in most blocks; QK-norm",
+        final_norm="model.embedding_norm",
+        attention_norm="operator_norm",
+        output="self_attn.out_proj",
+        query_norm="self_attn.q_layernorm",
+        key_norm="self_attn.k_layernorm",
+        mlp_norm="ffn_norm",
+        mlp="feed_forward",
+        gate="feed_forward.w1",
+        up="feed_forward.w3",
+        down="feed_forward.w2",
+        kinds={
+            "conv": {
+                **_NO_ATTENTION,
+                "attention": "conv",
+                "mixed": ("conv.in_proj",),
+                "output": "conv.out_proj",
+            }
+        },
+        measured=_short_convolution,
+    ),
+)
