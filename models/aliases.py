@@ -139,6 +139,7 @@ ALIASES = (
     Alias("exaone4-1.2b", "LGAI-EXAONE/EXAONE-4.0-1.2B"),
     Alias("exaone4-32b", "LGAI-EXAONE/EXAONE-4.0-32B"),
     Alias("ernie4.5-0.3b", "baidu/ERNIE-4.5-0.3B-PT"),
+    Alias("ernie4.5-21b-a3b", "baidu/ERNIE-4.5-21B-A3B-PT"),
     Alias("hunyuan-7b-instruct", "tencent/Hunyuan-7B-Instruct"),
     Alias("glm4-9b", "zai-org/GLM-4-9B-0414"),
     Alias("glm4.5-air", "zai-org/GLM-4.5-Air-Base"),

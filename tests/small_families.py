@@ -246,6 +246,8 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
             if "norm" in key and key.endswith("weight"):
                 start = 1.0 - row.norm_offset * ("language_model" in key or row.sight is None)
                 parameter.copy_(start + 0.3 * noise)
+            elif key.endswith(row.exact):  # a bias by which experts are chosen, to their scores of 0 to 1
+                parameter.copy_(0.1 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
             elif "embed" in key:

@@ -74,6 +74,7 @@ SMALL_MIXTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "moe_num_shared_experts": 0,
         "moe_layer_start_index": 0,
+        "head_dim": 16,
     },
     "minimax_m2": {
         "num_local_experts": 4,

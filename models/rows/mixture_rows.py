@@ -110,8 +110,8 @@ ROWS = (
     replace(
         _EXPERTS,
         model_type="ernie4_5_moe",
-        note="a shared expert, whose attention and dense blocks may have biases; a bias chooses experts; RoPE of "
-        f"neighbouring channels; {_EXPERTS.note}",
+        note="shared experts, merged in one; a bias chooses experts; dense first blocks; biases; RoPE of neighbouring "
+        f"channels; {_EXPERTS.note}",
         shared="mlp.shared_experts",
         shared_fields=("moe_intermediate_size", "moe_num_shared_experts"),
         ffn_field="moe_intermediate_size",
@@ -120,7 +120,10 @@ ROWS = (
         rope_neighbours=True,
         dense=_between,
         exact=("e_score_correction_bias",),
-        variants=(Variant({"moe_num_shared_experts": 0}, {"shared": ""}),),
+        variants=(
+            Variant({"moe_num_shared_experts": 0}, {"shared": ""}),
+            Variant({"use_bias": True}, {"head_bias": True}),
+        ),
         renamed=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
     ),
     replace(
