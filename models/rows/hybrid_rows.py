@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..family import Family
+from .mixture_rows import by_steps
 from .row_parts import Merged
 
 Sizes = dict[str, tuple[int, int]]
@@ -22,6 +24,12 @@ def _delta_net(config: Any) -> Sizes:
     }
 
 
+def _merged_delta_net(config: Any) -> Sizes:
+    """The same with one layer for all that is mixed."""
+    (mixed, hidden), (gate, _), output = _delta_net(config).values()
+    return {"linear_attn.in_proj_qkvz": (mixed + gate, hidden), "linear_attn.out_proj": output}
+
+
 def _short_convolution(config: Any) -> Sizes:
     """Of LFM2, whose config has its MLP's size before it is adjusted."""
     ffn, hidden = config.intermediate_size, config.hidden_size
@@ -32,30 +40,55 @@ def _short_convolution(config: Any) -> Sizes:
     return {"conv.in_proj": (3 * hidden, hidden), "conv.out_proj": (hidden, hidden), "feed_forward.w2": (hidden, ffn)}
 
 
+def _linear(*mixed: str, kept: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The kind of block that Qwen's have in place of attention."""
+    fields = {"attention": "linear_attn", "output": "linear_attn.out_proj", "mixed": mixed, "kept": kept}
+    return {"linear_attention": {**_NO_ATTENTION, **fields, "attention_gate": "", "merged": ()}}
+
+
+_NOTE = (
+    "gated delta nets in most blocks, which remember in full precision, as do the layers that decide how long; "
+    "attention with a gate, in the objectives too; QK-norm; partial RoPE"
+)
+_QWEN = Family(
+    "qwen3_5_text",
+    note=_NOTE,
+    norm_offset=1.0,
+    query="self_attn.q_proj.query",
+    attention_gate="self_attn.q_proj.gate",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    merged=(Merged("self_attn.q_proj", {"query": "query_width", "gate": "query_width"}, groups="query_heads"),),
+    kinds=_linear(
+        *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    ),
+    measured=_delta_net,
+    renamed=((r"^model\.language_model\.", "model."),),
+)
+_MIXTURE: dict[str, Any] = {
+    "gate": "mlp.experts.{}.gate_proj",
+    "up": "mlp.experts.{}.up_proj",
+    "down": "mlp.experts.{}.down_proj",
+    "experts": "mlp.experts",
+    "router": "mlp.gate",
+    "shared": "mlp.shared_expert",
+    "shared_gate": "mlp.shared_expert_gate",
+    "shared_fields": ("shared_expert_intermediate_size",),
+    "ffn_field": "moe_intermediate_size",
+    "experts_field": "num_experts",
+}
 ROWS = (
-    Family(
-        "qwen3_5_text",
-        note="gated delta nets in most blocks, which remember in full precision, the two layers that decide how long "
-        "too; attention with a gate, in the objectives too; QK-norm; partial RoPE",
-        norm_offset=1.0,
-        query="self_attn.q_proj.query",
-        attention_gate="self_attn.q_proj.gate",
-        query_norm="self_attn.q_norm",
-        key_norm="self_attn.k_norm",
-        merged=(Merged("self_attn.q_proj", {"query": "query_width", "gate": "query_width"}, groups="query_heads"),),
-        kinds={
-            "linear_attention": {
-                **_NO_ATTENTION,
-                "attention": "linear_attn",
-                "mixed": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
-                "kept": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
-                "output": "linear_attn.out_proj",
-                "attention_gate": "",
-                "merged": (),
-            }
-        },
-        measured=_delta_net,
-        renamed=((r"^model\.language_model\.", "model."),),
+    _QWEN,
+    replace(
+        _QWEN,
+        model_type="qwen3_next",
+        note=f"{_NOTE}; experts as of qwen2_moe",
+        kinds=_linear("linear_attn.in_proj_qkvz", kept=("linear_attn.in_proj_ba",)),
+        measured=_merged_delta_net,
+        renamed=(),
+        dense=by_steps,
+        **_MIXTURE,
     ),
     Family(
         "lfm2",

@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe", "olmo2", "glm4"),
     *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe", "glm4_moe"),
-    *("qwen3_5_text", "lfm2"),
+    *("qwen3_5_text", "qwen3_next", "lfm2"),
 )
 CASES = [(name, "w4a4kv4") for name in NAMES] + [(name, "w2a16") for name in WEIGHTS_ALONE]
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
@@ -132,7 +132,7 @@ def test_run_save_and_load(
     "name",
     [
         *("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"),
-        *("qwen3_5_text", "lfm2"),
+        *("qwen3_5_text", "qwen3_next", "lfm2"),
     ],
 )
 def test_loaded_model_generates_and_is_saved_again(
