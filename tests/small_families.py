@@ -10,6 +10,26 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from rotoboa.models.families import FAMILIES as ROWS
 from rotoboa.models.seeing.whole_model import attention_in, auto_class
 
+_HYBRID: dict[str, Any] = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 12,
+}
+_THREE_AXES: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [1, 2, 1],
+}
+_SHARED: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 64,
+}
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -168,35 +188,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "stablelm": {"partial_rotary_factor": 0.5},
-    "qwen3_5_text": {
-        "head_dim": 16,
-        "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_num_value_heads": 4,
-        "linear_value_head_dim": 12,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [1, 2, 1],
-        },
-    },
-    "qwen3_next": {
-        "head_dim": 16,
-        "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_num_value_heads": 4,
-        "linear_value_head_dim": 12,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 64,
-        "partial_rotary_factor": 0.5,
-    },
+    "qwen3_5_text": {**_HYBRID, "rope_parameters": _THREE_AXES},
+    "qwen3_5_moe_text": {**_HYBRID, **_SHARED, "rope_parameters": _THREE_AXES},
+    "qwen3_next": {**_HYBRID, **_SHARED, "partial_rotary_factor": 0.5},
     "lfm2": {
         "layer_types": ["conv", "full_attention"],
         "conv_bias": True,
@@ -267,6 +261,13 @@ SEEING["qwen3_vl_moe"] = (
     {**SEEING["qwen3_vl"][0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     SEEING["qwen3_vl"][1],
 )
+SEEING |= {
+    name: (
+        {**FAMILIES[f"{name}_text"], "pad_token_id": 0},
+        {"vision_config": {"num_position_embeddings": 16, **_OF_QWEN}, "image_token_id": IMAGE},
+    )
+    for name in ("qwen3_5", "qwen3_5_moe")
+}
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
