@@ -26,7 +26,11 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
     """Of all weights, by the names that they have in full precision; `tied`: there is no head of its own."""
     f, shape = decoder.family, decoder.shape
     merged = tuple(f".{merged.name}.weight" for merged in f.merged)  # which are there as their parts
-    stored = {n: tensor.numel() * itemsize for n, tensor in decoder.shapes.items() if not n.endswith(merged)}
+    stored = {
+        name: size.numel() * (4 if name.endswith(f.exact) else itemsize)
+        for name, size in decoder.shapes.items()
+        if not name.endswith(merged)
+    }
     stored |= {f"{name}.weight": size for name, size in projection_bytes(decoder, spec, itemsize).items()}
     for module in (f.embedding, f.head):
         rows, columns = decoder.shapes[f"{module}.weight"]

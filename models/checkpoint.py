@@ -196,7 +196,8 @@ class Checkpoint:
             raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {give_causal(self.family)}.")
         count, layers = Shape.of(self.config).blocks, re.escape(self.family.layers)
         indices = [int(found[1]) for name in self._stored if (found := re.match(rf"{layers}\.(\d+)\.", name))]
-        if max(indices, default=0) >= count:
+        further = getattr(self.config, self.family.further_blocks, None) if self.family.further_blocks else 0
+        if max(indices, default=0) >= count + int(further or 0):
             raise InputError(
                 f"{self.folder} holds block {max(indices)}, and num_hidden_layers of its config.json is {count}: "
                 "they do not belong together."

@@ -82,6 +82,8 @@ class Family:
         note: what is special, for `rotoboa models` and docs/models.md.
         sight: of models that see: what they have beside the decoder that this row is of. The names of modules are those
             in the whole model, and the fields of a config those of its `text_config`.
+        further_blocks: name in the config of how many blocks a checkpoint has behind the last one, which predict
+            further tokens; they are left out.
         exact: how the names of tensors end that are stored in float32, whatever the dtype of the weights.
         ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
@@ -159,6 +161,7 @@ class Family:
     groups: tuple[tuple[str, ...], ...] = ()
     sizes: Mapping[str, tuple[int, int]] | None = None
     sight: Sight | None = None
+    further_blocks: str = ""
     exact: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 

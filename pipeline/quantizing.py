@@ -79,7 +79,7 @@ def quantize_blocks(
             others |= found.folded | found.centers
             left = [f"{name}.weight" for name, scheme in schemes.items() if not scheme.weights.quantizes]
             others |= {name: block.get_parameter(name).data for name in left}
-            pack = partial(pack_block, found.results, others, schemes, job.checkpoint.dtype)
+            pack = partial(pack_block, found.results, others, schemes, job.checkpoint.dtype, family.exact)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = BlockEntry.model_validate({"index": index, **spent, **_told(found)})
             prefetcher.write(

@@ -10,26 +10,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from rotoboa.models.families import FAMILIES as ROWS
 from rotoboa.models.seeing.whole_model import attention_in, auto_class
 
-_HYBRID: dict[str, Any] = {
-    "head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_num_value_heads": 4,
-    "linear_value_head_dim": 12,
-}
-_THREE_AXES: dict[str, Any] = {
-    "rope_type": "default",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "mrope_section": [1, 2, 1],
-}
-_SHARED: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 64,
-}
+from .small_hybrids import SMALL_HYBRIDS
+from .small_mixtures import SMALL_MIXTURES
+
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -80,37 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "intermediate_size": 40,
-        "norm_topk_prob": False,
-        "head_dim": 16,
-    },
-    "qwen3_moe-dense": {
-        "model_type": "qwen3_moe",
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "intermediate_size": 40,
-        "mlp_only_layers": [0],
-        "head_dim": 16,
-    },
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 3,
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 64,
-        "intermediate_size": 80,
-        "mlp_only_layers": [2],
-        "use_sliding_window": True,
-        "sliding_window": 9,
-        "max_window_layers": 1,
-    },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None},
+    **SMALL_MIXTURES,
+    **SMALL_HYBRIDS,
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
     "ministral3": {
@@ -188,16 +142,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "stablelm": {"partial_rotary_factor": 0.5},
-    "qwen3_5_text": {**_HYBRID, "rope_parameters": _THREE_AXES},
-    "qwen3_5_moe_text": {**_HYBRID, **_SHARED, "rope_parameters": _THREE_AXES},
-    "qwen3_next": {**_HYBRID, **_SHARED, "partial_rotary_factor": 0.5},
-    "lfm2": {
-        "layer_types": ["conv", "full_attention"],
-        "conv_bias": True,
-        "block_multiple_of": 16,
-        "intermediate_size": 56,
-        "tie_word_embeddings": True,
-    },
     "stablelm-parallel": {
         "model_type": "stablelm",
         "partial_rotary_factor": 0.5,
@@ -311,12 +255,17 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
             if "norm" in key and key.endswith("weight"):
                 start = 1.0 - row.norm_offset * ("language_model" in key or row.sight is None)
                 parameter.copy_(start + 0.3 * noise)
+            elif key.endswith(row.exact):  # a bias by which experts are chosen, to their scores of 0 to 1
+                parameter.copy_(0.1 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
             elif "embed" in key:
                 parameter.copy_(noise + 0.3)  # with a mean over channels, which only LayerNorm takes out
             else:
                 parameter.copy_(noise * 1.3 / parameter.shape[-1] ** 0.5)
+        for key, buffer in model.named_buffers():
+            if key.endswith(row.exact):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from rotoboa.boa.online.attention import NAME
@@ -155,14 +156,31 @@ def test_blocks_are_of_their_kind() -> None:
 
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
-        fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3", "hunyuan")) else {}
-        fields |= {"num_hidden_layers": 1, "word_embed_proj_dim": 32, "pad_token_id": 0}
-        config = family_config(model_type) if row.sight or row.kinds else _config(model_type, **fields)
-        decoder = Decoder(config, attention=NAME)
+        decoder = Decoder(family_config(model_type), attention=NAME)
         for index in range(decoder.shape.blocks):
-            block, f = decoder.empty_block(index), decoder.family.at(index)
-            optional = (f.attention_post_norm, f.mlp_post_norm, f.query_norm, f.key_norm, f.router, f.experts)
-            for part in filter(None, (*f.projections, *f.kept, f.attention_norm, f.mlp_norm, f.attention, *optional)):
+            block, own = decoder.empty_block(index), decoder.family.at(index)
+            for name in (*own.projections, own.attention_norm, own.mlp_norm, own.attention):
+                block.get_submodule(name)
+            norms = (own.attention_post_norm, own.mlp_post_norm, own.query_norm, own.key_norm)
+            for part in filter(None, (*norms, *own.deciders, own.experts)):
                 block.get_submodule(part)
         for part in filter(None, (row.embedding, row.final_norm, row.head, row.positions, row.rotary)):
             decoder.skeleton.get_submodule(part)
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(save_family: Callable[..., Path], tmp_path: Path) -> None:
+    """GLM's checkpoints have one behind the last; what chooses experts is read as it is stored."""
+    folder = save_family(tmp_path, "glm4_moe")
+    tensors = load_file(folder / "model.safetensors")
+    more = {"model.layers.2.eh_proj.weight": torch.ones(2, 2), "model.layers.2.mlp.gate.weight": torch.ones(2, 2)}
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(folder)
+    decoder = Decoder(checkpoint.config, attention=NAME)
+    checkpoint.check(decoder.shapes)
+    (notice,) = checkpoint.notices(decoder.shapes)
+    assert notice.startswith("Left out: 2 tensors") and "model.layers.*.eh_proj.weight" in notice
+    assert "mlp.gate.e_score_correction_bias" in checkpoint.block(1)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(InputError, match="holds block 2, and num_hidden_layers"):
+        Checkpoint(folder).check(decoder.shapes)

@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Weights alone are rounded in the same way whatever attention does; norms, biases, fused layers and experts differ.
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe", "olmo2", "glm4"),
-    *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe"),
+    *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe", "glm4_moe"),
     *("qwen3_5_text", "qwen3_next", "lfm2"),
 )
 CASES = [(name, "w4a4kv4") for name in NAMES] + [(name, "w2a16") for name in WEIGHTS_ALONE]
