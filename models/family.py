@@ -58,7 +58,7 @@ class Family:
         dense: whether block `index` of a model with this config has one MLP in place of its mixture; None: no block
             has.
         blocks: of each block, where they are of several kinds; see `family_for`.
-        fused: on disk the experts of a block are two tensors, gates and ups end to end; else each is by itself.
+        fused: on disk the experts of a block may be two tensors, gates and ups end to end; else each is by itself.
         ffn_field, experts_field, key_heads: names of these sizes in the config; `key_heads` may be the number itself.
             What is not there is 4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose
             product is the width of the shared expert; a dense block's is `intermediate_size`.

@@ -139,7 +139,7 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
                 pieces = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
                 names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
                 result.update(zip(names, (piece.flatten(0, 1) for piece in pieces), strict=True))
-    if family.fused:
+    if family.fused and f"{family.experts}.gate_up_proj" in result:
         both, down = (result.pop(f"{family.experts}.{part}_proj") for part in ("gate_up", "down"))
         # The hub's are (experts, in, out), and those that transformers saves anew (experts, out, in), as it computes.
         if _turned(both.shape, down.shape, shape):
@@ -190,10 +190,11 @@ def on_disk(
 
     `found` gives the shape of a tensor in the files, () where there is none.
     """
-    if not family.fused:
+    mixtures = [index for index in range(shape.blocks) if family.at(index).experts]
+    if not family.fused or not any(found(f"{family.layers}.{i}.{family.experts}.gate_up_proj") for i in mixtures):
         return expected
     result = {name: size for name, size in expected.items() if f".{family.experts}." not in name}
-    for block in (index for index in range(shape.blocks) if family.at(index).experts):
+    for block in mixtures:
         stem = f"{family.layers}.{block}.{family.experts}"
         names = both, down = f"{stem}.gate_up_proj", f"{stem}.down_proj"
         turned = _turned(found(both), found(down), shape)

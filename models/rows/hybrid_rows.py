@@ -90,6 +90,7 @@ ROWS = (
         dense=by_steps,
         **_MIXTURE,
     ),
+    replace(_QWEN, model_type="qwen3_5_moe_text", note=f"{_NOTE}; experts as of qwen2_moe", **_MIXTURE),
     Family(
         "lfm2",
         note="short convolutions in most blocks; QK-norm",

@@ -174,7 +174,7 @@ def test_an_expert_is_calibrated_on_its_tokens(
     assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
     for i in range(shape.experts):
         p = (weights * (index == i)).sum(-1, keepdim=True)
-        goal = solved[3 + bool(context.family.attention_gate) + 2 * i][1]
+        goal = solved[3 + bool(family.attention_gate) + 2 * i][1]
         torch.testing.assert_close(goal.h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
     assert family.expert_count == shape.experts == 4
     if family.shared:  # every token goes there
