@@ -32,7 +32,8 @@ class Served:
         difference: the largest difference of the log-probability of a token of the prompt.
         control: that of a dense model of the run's weights, in the same runtime and dtype, with its own computation in
             float32; None where online rotations or the format leave none to make.
-        unquantized: the difference to the run with activations in 16 bits, where it has fewer.
+        cache: bits of keys and of values, where the run follows the runtime's own cache, and it was asked for.
+        unquantized: the difference to the run with activations and cache in 16 bits, where it has fewer.
         agreement: share of positions with the same most likely token.
         greedy: share of the tokens it generated that the run finds most likely after the same ones.
         tolerance: the difference that is allowed.
@@ -49,11 +50,13 @@ class Served:
     agreement: float
     greedy: float
     tolerance: float
+    cache: tuple[int, int] | None = None
 
     @property
     def in_16_bits(self) -> bool:
-        """Whether it is the run with activations in 16 bits, as near as a dense model is to its own computation: the
-        runtime then leaves their quantizers out. Without a dense model, whether it is nearer to that than to the run.
+        """Whether it is the run with activations and cache in 16 bits, as near as a dense model is to its own
+        computation: the runtime then leaves their quantizers out. Without a dense model, whether it is nearer to that
+        than to the run.
         """
         if self.unquantized is None:
             return False
@@ -74,6 +77,7 @@ def serve(
     python: Path | None = None,
     dtype: str | None = None,
     tolerance: float | None = None,
+    cache: bool = True,
 ) -> Served:
     """Run an export in a runtime, and compare its log-probabilities with those of its run.
 
@@ -85,7 +89,8 @@ def serve(
         dtype: in which the runtime computes; None is its usual one.
         tolerance: the largest difference allowed; None is three times the control's, at least that of `DTYPES`;
             with quantized activations, in llama.cpp, which rounds its inputs to 8 bits, and without a control, 20 % of
-            the standard deviation of the run's logits.
+            the standard deviation of the run's logits; with its cache the larger of both.
+        cache: with the runtime's own cache in few bits, where the run follows it.
 
     Raises:
         InputError: the export is damaged, its run is not found, or the runtime does not read the format.
@@ -105,19 +110,28 @@ def serve(
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
-    finished = replace(finished, spec=finished.spec.without_cache)  # of which they are asked nothing here
+    follows = cache and finished.spec.quantizes_cache and finished.spec.cache_served_by == runtime
+    bits = (finished.spec.key_bits, finished.spec.value_bits) if follows else None
+    if not follows:  # they are asked nothing of it
+        finished = replace(finished, spec=finished.spec.without_cache)
     ids = sample(finished)
     prompt = ids[0].tolist()
-    answer = ask(runtime, export, prompt, python=where, dtype=dtype)
-    reduced = finished.spec.quantizes_inputs
-    wide = replace(finished, spec=finished.spec.without_inputs)
+    answer = ask(runtime, export, prompt, python=where, dtype=dtype, cache=bits)
+    reduced = finished.spec.quantizes_inputs or follows
+    wide = replace(finished, spec=finished.spec.without_inputs.without_cache)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
-    control = _control(runtime, wide, in_16_bits, prompt, where, dtype)
+    if follows:
+        wide = replace(finished, spec=finished.spec.without_inputs)
+        control = _control(runtime, wide, run_logits(wide, ids, plain=True)[0], prompt, where, dtype, bits)
+    else:
+        control = _control(runtime, wide, in_16_bits, prompt, where, dtype, None)
     difference = _difference(answer, expected, ids)
     limit = tolerance if tolerance is not None else float(0.2 * expected.std())
     if tolerance is None and control is not None and not reduced and runtime != "llama.cpp":  # which rounds its inputs
         limit = max(CONTROLS * control, DTYPES[dtype])
+    elif tolerance is None and control is not None and follows:  # deep models carry a rounding that falls elsewhere far
+        limit = max(CONTROLS * control, limit)
     top = expected.argmax(-1).tolist()[: len(answer.top)]
     after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
     follows = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()
@@ -133,6 +147,7 @@ def serve(
         sum(a == b for a, b in zip(answer.top, top, strict=True)) / len(top),
         sum(a == b for a, b in zip(answer.greedy, follows, strict=True)) / len(follows),
         limit,
+        bits,
     )
 
 
@@ -142,7 +157,15 @@ def _difference(answer: Answer, logits: Tensor, ids: Tensor) -> float:
     return float((torch.tensor(answer.log_probabilities) - expected).abs().max())
 
 
-def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], python: Path, dtype: str) -> float | None:
+def _control(
+    runtime: str,
+    run: Finished,
+    expected: Tensor,
+    ids: list[int],
+    python: Path,
+    dtype: str,
+    cache: tuple[int, int] | None,
+) -> float | None:
     """How far the runtime is off with the run's weights as a dense model of `dtype`; None where none can be made."""
     spec = run.spec
     if spec.r3 or spec.r4 or spec.online_r1 or spec.heads:
@@ -152,11 +175,15 @@ def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], pyth
         folder = Path(directory) / "dense"
         if runtime == "llama.cpp":
             gguf.write(run, folder, dense=True)
-            return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))
+            return _difference(
+                ask(runtime, folder, ids, python=python, dtype=dtype, cache=cache), expected, torch.tensor([ids])
+            )
         groups = (
             {name: tensor.to(kind) for name, tensor in group.items()}
             for group in run.groups(lambda result, _: {"weight": result.dequantize()})
         )
         config = {key: value for key, value in run.config.items() if key != "torch_dtype"}
         write_checkpoint(folder, run.folder, {**config, "dtype": dtype, "tie_word_embeddings": run.tied}, groups)
-        return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))
+        return _difference(
+            ask(runtime, folder, ids, python=python, dtype=dtype, cache=cache), expected, torch.tensor([ids])
+        )
