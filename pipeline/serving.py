@@ -19,6 +19,8 @@ from .verifying import run_logits, run_of, sample
 
 CONTROLS = 3.0  # times a dense model's difference: integers and their scales are rounded in other places
 
+WORST = 0.5  # of the logits' standard deviation: what a cache may be off by, though dense weights are off by it too
+
 
 @dataclass(frozen=True)
 class Served:
@@ -89,7 +91,7 @@ def serve(
         dtype: in which the runtime computes; None is its usual one.
         tolerance: the largest difference allowed; None is three times the control's, at least that of `DTYPES`;
             with quantized activations, in llama.cpp, which rounds its inputs to 8 bits, and without a control, 20 % of
-            the standard deviation of the run's logits; with its cache the larger of both.
+            the standard deviation of the run's logits; with its cache the larger of both, at most 50 %.
         cache: with the runtime's own cache in few bits, where the run follows it.
 
     Raises:
@@ -130,8 +132,8 @@ def serve(
     limit = tolerance if tolerance is not None else float(0.2 * expected.std())
     if tolerance is None and control is not None and not reduced and runtime != "llama.cpp":  # which rounds its inputs
         limit = max(CONTROLS * control, DTYPES[dtype])
-    elif tolerance is None and control is not None and follows:  # deep models carry a rounding that falls elsewhere far
-        limit = max(CONTROLS * control, limit)
+    elif tolerance is None and control is not None and follows:  # in deep models roundings that fall elsewhere add up
+        limit = min(max(CONTROLS * control, limit), WORST * float(expected.std()))
     top = expected.argmax(-1).tolist()[: len(answer.top)]
     after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
     follows = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()

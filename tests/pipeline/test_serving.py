@@ -134,6 +134,14 @@ def test_the_cache_that_a_run_follows_is_asked_for(
     assert found.difference == found.control == 0 and found.unquantized is not None and found.unquantized > 0
     monkeypatch.setattr(serving, "ask", asking(lambda run: replace(run, spec=run.spec.without_cache)))
     assert serve(target, "llama.cpp", python=Path(sys.executable)).unquantized == 0
+
+    def nonsense(*given: Any, **options: Any) -> Answer:
+        answer = asking(lambda run: run)(*given, **options)
+        return replace(answer, log_probabilities=[value - 20 for value in answer.log_probabilities])
+
+    monkeypatch.setattr(serving, "ask", nonsense)  # of dense weights too, as by vLLM on processors
+    assert not serve(target, "llama.cpp", python=Path(sys.executable)).passed
+    monkeypatch.setattr(serving, "ask", asking(lambda run: replace(run, spec=run.spec.without_cache)))
     found = serve(target, "llama.cpp", python=Path(sys.executable), cache=False)
     assert asked[-1] is None and found.cache is None and found.difference == 0
 
