@@ -59,7 +59,7 @@ class Family:
         dense: whether block `index` of a model with this config has one MLP in place of its mixture; None: no block
             has.
         blocks: of each block, where they are of several kinds; see `family_for`.
-        fused: on disk the experts of a block are two tensors, gates and ups end to end; else each is by itself.
+        fused: on disk the experts of a block may be two tensors, gates and ups end to end; else each is by itself.
             `interleaved`: gates and ups alternate in them. `expert_bias`: each projection of an expert has a bias.
         packed: what a checkpoint's `quant_method` may be: its weights are read as the numbers that they mean.
         linear_up: what `down` reads is linear in what `up` puts out, where there is a gate.
@@ -70,11 +70,19 @@ class Family:
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
         variants: what is another where the config says so, in order; `families.variant_of` has them in place.
+        attention_gate: layer whose sigmoid attention's output is multiplied by, a number a channel, before `output`.
+        kinds: by the values of the config's `layer_types`, what blocks of that kind have instead; see `at`.
+        mixed: of a kind without attention: the quantized layers of what stands in its place that read the norm.
+            `attention` is then that module, and `query`, `key` and `value` are "".
+        kept: further layers that read attention's norm, and stay as they are, as a router does: they decide for how
+            long something is remembered.
+        measured: rows and columns of layers by the config, where `Shape` does not tell them.
         legal: config field -> the values that are supported; a str is the name of another field that it must equal.
         otherwise_generic: a model that is not so is taken as one without a row, and not refused.
-        others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
-            blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
-            in which they run; rows and columns of each.
+        others, groups: of families without a row, see `generic.generic_family`: further tensors outside the blocks, by
+            their full names; the linear layers of a block, those that read one tensor together, in the order in which
+            they run.
+        sizes: rows and columns of layers whose names say too little: what `measured` has, or of families without a row.
         note: what is special, for `rotoboa models` and docs/models.md.
         sight: of models that see: what they have beside the decoder that this row is of. The names of modules are those
             in the whole model, and the fields of a config those of its `text_config`.
@@ -148,6 +156,11 @@ class Family:
     key_heads: str | int = "num_key_value_heads"
     head_bias: bool = False
     expert_count: int = 0
+    attention_gate: str = ""
+    kinds: Mapping[str, Mapping[str, Any]] | None = None
+    mixed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    measured: Callable[[Any], Mapping[str, tuple[int, int]]] | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     variants: tuple[Variant, ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
@@ -208,9 +221,14 @@ class Family:
         return self.expert(self.expert_count)[2] if self.shared else ""
 
     @property
-    def deciders(self) -> tuple[str, ...]:
-        """The layers that read the MLP's norm and weigh experts: they are never quantized, nor turned behind a norm."""
+    def weighing(self) -> tuple[str, ...]:
+        """The layers that read the MLP's norm and weigh experts."""
         return tuple(name for name in (self.router, self.shared_gate) if name)
+
+    @property
+    def deciders(self) -> tuple[str, ...]:
+        """The layers that read a norm and are never quantized, nor turned behind it: these, and what is `kept`."""
+        return (*self.kept, *self.weighing)
 
     @property
     def mlp_inputs(self) -> tuple[str, ...]:
@@ -220,10 +238,21 @@ class Family:
         return (self.gate, self.up) if self.gate else (self.up,)
 
     @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """The quantized layers that read the norm of attention, or of what stands in its place."""
+        gate = (self.attention_gate,) if self.attention_gate else ()
+        return self.mixed or (self.query, self.key, self.value, *gate)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether what `output` reads is, channel by channel, an average of values: rotations of heads pass it then."""
+        return not self.mixed and not self.attention_gate
+
+    @property
     def norm_readers(self) -> dict[str, tuple[str, ...]]:
-        """The linear layers that read each norm of a block; a mixture's `deciders` read what its experts read."""
-        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (self.query, self.key, self.value)}
-        readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *self.deciders, *self.mlp_inputs)
+        """The linear layers that read each norm of a block; `deciders` read what those beside them read."""
+        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (*self.attention_inputs, *self.kept)}
+        readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *self.weighing, *self.mlp_inputs)
         return readers
 
     @property
@@ -239,7 +268,7 @@ class Family:
     @property
     def sites(self) -> dict[str, str]:
         """Each quantized projection of a block, in the order they compute, and the site whose transform it reads."""
-        names = {self.query: "qkv", self.key: "qkv", self.value: "qkv", self.output: "output"}
+        names = {**dict.fromkeys(self.attention_inputs, "qkv"), self.output: "output"}
         if not self.experts:
             return names | dict.fromkeys(self.mlp_inputs, "gate_up") | {self.down: "down"}
         for i in self.all_experts:

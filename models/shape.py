@@ -66,10 +66,11 @@ class Shape:
         row = variant_of(row, config)
         key_heads = row.key_heads if isinstance(row.key_heads, int) else getattr(config, row.key_heads, None)
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        sizes = row.measured(config) if row.measured else {}
         return cls(
             blocks=int(config.num_hidden_layers),
             hidden=hidden,
-            ffn=int(getattr(config, row.ffn_field, None) or 4 * hidden),
+            ffn=int(sizes[row.down][1] if row.down in sizes else getattr(config, row.ffn_field, None) or 4 * hidden),
             query_heads=heads,
             key_heads=int(key_heads or heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),

@@ -45,6 +45,8 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     through = family.linear_up if family.gate else activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
     before = () if folded or not family.pre_norms else ("qkv",) if family.shared_norm else ("qkv", "gate_up")
+    if family.mixed:
+        return (*before, *downs)
     sites = (*before[:1], "output", *before[1:], *downs)
     return (*sites, *HEADS) if keys else sites
 

@@ -8,6 +8,9 @@
 | R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
 | heads | input of the output projection, over all heads | a Hadamard transform of the number of heads |
 
+Where no average of values is what the output projection reads, behind a gate or in a block without attention, there is
+no R2, and `heads` is a Hadamard transform of all channels.
+
 R1, R2 and R4 can be of diagonal blocks of some channels (`blocks`): where neighbours share a scale, outliers then stay
 where they are but for their neighbours.
 
@@ -139,11 +142,11 @@ class Rotations:
             for name in (family.output, *family.downs):
                 _rotate_outputs(block, name, self.r1)
         r2 = self.values(index)
-        if r2 is not None:
+        if r2 is not None and family.has_values:
             _rotate_outputs(block, family.value, r2)
             _rotate_inputs(block, family.output, r2)
         if self.heads is not None:
-            _rotate_inputs(block, family.output, self.heads)
+            _rotate_inputs(block, family.output, before_output(family, shape))
         for name in family.downs:
             if (r4 := self.r4_of(block[f"{name}.weight"].shape[1])) is not None:
                 _rotate_inputs(block, name, r4)
@@ -211,6 +214,17 @@ class Rotations:
         assert self.turned and self.r1 is not None
         half = self.r1.apply(torch.diag(norm.to(torch.float64) + family.norm_offset))
         return self.r1.apply(half.T.contiguous())
+
+
+def before_output(family: Family, shape: Shape) -> Hadamard:
+    """What `heads` is in a block of this family.
+
+    Over all heads where R2 has mixed the channels of each. Where it cannot, since a gate stands between the values and
+    the output projection, or there are none, over all channels.
+    """
+    if family.has_values:
+        return Hadamard.across(shape.query_heads, shape.head_dim)
+    return Hadamard.of((family.sizes or {}).get(family.output, (0, shape.query_width))[1])
 
 
 def _sum(*parts: Tensor | None) -> Tensor | None:

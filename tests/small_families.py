@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from rotoboa.models.families import FAMILIES as ROWS
 from rotoboa.models.seeing.whole_model import attention_in, auto_class
 
+from .small_hybrids import SMALL_HYBRIDS
 from .small_mixtures import SMALL_MIXTURES
 
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
@@ -63,6 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     **SMALL_MIXTURES,
+    **SMALL_HYBRIDS,
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
     "ministral3": {
@@ -203,7 +205,14 @@ SEEING["qwen3_vl_moe"] = (
     {**SEEING["qwen3_vl"][0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     SEEING["qwen3_vl"][1],
 )
-MIXTURES = list(SMALL_MIXTURES)
+SEEING |= {
+    name: (
+        {**FAMILIES[f"{name}_text"], "pad_token_id": 0},
+        {"vision_config": {"num_position_embeddings": 16, **_OF_QWEN}, "image_token_id": IMAGE},
+    )
+    for name in ("qwen3_5", "qwen3_5_moe")
+}
+MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
 SIZES: dict[str, Any] = {

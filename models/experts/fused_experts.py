@@ -15,8 +15,13 @@ _BOTH, _DOWN = "gate_up_proj", "down_proj"
 
 
 def split_fused(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -> dict[str, Tensor]:
-    """The tensors of a block by their names inside it, with weight and bias of every expert's projections apart."""
+    """The tensors of a block by their names inside it, with weight and bias of every expert's projections apart.
+
+    Where each expert is by itself already, they are as they were.
+    """
     result, whole = dict(tensors), dict[str, Tensor]()
+    if not any(f"{family.experts}.{_DOWN}{end}" in result for end in ("", BLOCKS)):
+        return result
     for name in (_BOTH, _DOWN):
         stem = f"{family.experts}.{name}"
         if stem + BLOCKS in result:  # (experts, out, in)
@@ -45,11 +50,13 @@ def on_disk(
 
     `found` gives the shape of a tensor in the files, () where there is none.
     """
-    if not family.fused:
+    stems = [f"{family.layers}.{i}.{family.experts}" for i in range(shape.blocks) if family.at(i).experts]
+    ends = ("", BLOCKS)
+    if not family.fused or not any(found(f"{stem}.{_DOWN}{end}") for stem in stems for end in ends):
         return expected
     result = {name: size for name, size in expected.items() if f".{family.experts}." not in name}
-    for block in (index for index in range(shape.blocks) if family.at(index).experts):
-        result.update(_of_block(f"{family.layers}.{block}.{family.experts}", family, shape, found))
+    for stem in stems:
+        result.update(_of_block(stem, family, shape, found))
     return result
 
 

@@ -9,7 +9,7 @@ from ..family import Family
 from .row_parts import Variant
 
 
-def _by_steps(config: Any, index: int) -> bool:
+def by_steps(config: Any, index: int) -> bool:
     """Dense where Qwen's list has the block, and where the step to the next mixture passes it."""
     named = index in (getattr(config, "mlp_only_layers", None) or ())
     return named or config.num_experts == 0 or (index + 1) % config.decoder_sparse_step != 0
@@ -72,7 +72,7 @@ ROWS = (
         key_norm="self_attn.k_norm",
         ffn_field="moe_intermediate_size",
         experts_field="num_experts",
-        dense=_by_steps,
+        dense=by_steps,
     ),
     replace(
         _EXPERTS,
@@ -84,7 +84,7 @@ ROWS = (
         ffn_field="moe_intermediate_size",
         experts_field="num_experts",
         window="layers",
-        dense=_by_steps,
+        dense=by_steps,
     ),
     replace(
         _EXPERTS,

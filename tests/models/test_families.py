@@ -146,6 +146,13 @@ def test_sizes_and_windows() -> None:
     )
 
 
+def test_blocks_are_of_their_kind() -> None:
+    family = family_for(family_config("lfm2"), "it")
+    assert [family.at(i).mixed for i in range(2)] == [("conv.in_proj",), ()]
+    assert family.at(1).query and not family.at(0).query and len(family.all_kinds) == 2
+    assert family.at(0).at(1) is family.at(0)
+
+
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
         decoder = Decoder(family_config(model_type), attention=NAME)

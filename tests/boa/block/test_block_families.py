@@ -16,7 +16,7 @@ from rotoboa.boa.online.attention import NAME, AttentionTransform
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
-from rotoboa.rotation.rotate import Rotations
+from rotoboa.rotation.rotate import Rotations, before_output
 from rotoboa.tests.small_families import FAMILIES, MIXTURES
 
 from ..small_block import Ran, Solved, block_tensors, forward, run_block
@@ -29,21 +29,21 @@ ROTATIONS = {"plain": {}, "rotated": EVERYTHING, "behind the norms": {**EVERYTHI
 
 
 class Setup:
-    """Block 1 of a family, rotated or not, its transforms, and two streams."""
+    """A block of a family, rotated or not, its transforms, and two streams."""
 
-    def __init__(self, model: nn.Module, bits: int = 16, **rotations: bool) -> None:
+    def __init__(self, model: nn.Module, bits: int = 16, index: int = 1, **rotations: bool) -> None:
         self.decoder = Decoder(model.config, attention=NAME)
-        family, shape = self.decoder.family.at(1), self.decoder.shape.at(1)
-        tensors = block_tensors(model, self.decoder, 1)
+        family, shape = self.decoder.family.at(index), self.decoder.shape.at(index)
+        tensors = block_tensors(model, self.decoder, index)
         chosen = {name: rotations.get(name, False) for name in EVERYTHING}
         online = rotations.get("online_r1", False) or family.post_norms
         self.rotations = Rotations.of(shape, **chosen, online_r1=online, heads=rotations.get("heads", False))
-        self.block = self.decoder.block(1, self.rotations.rotate_block(tensors, family, 1))
+        self.block = self.decoder.block(index, self.rotations.rotate_block(tensors, family, index))
         quantizer = DynamicQuantizer.of(bits, True, 0.9)
         read = InputTransform(self.rotations.r1 if self.rotations.online_r1 else None, quantizer)
         self.transforms = OnlineTransforms(
             read,
-            InputTransform(self.rotations.heads, quantizer),
+            InputTransform(before_output(family, shape) if self.rotations.heads else None, quantizer),
             read,
             InputTransform(self.rotations.r4, quantizer),
             AttentionTransform(
@@ -96,7 +96,12 @@ def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solve
     setup = Setup(family_model(name))
     _run(setup)
     s, f = setup.decoder.shape.at(1), setup.decoder.family.at(1)
-    query_key, value, output, *mlp = solved
+    query_key, value, *rest = solved
+    if f.attention_gate:
+        (weight, goal), *rest = rest
+        assert weight.shape == (s.query_heads, s.head_dim, HIDDEN) and goal.h_in.shape == (1, HIDDEN, HIDDEN)
+        assert goal.h_out is not None and goal.h_out.shape == (s.query_heads, s.head_dim, s.head_dim)
+    output, *mlp = rest
     d, both = s.head_dim, s.query_heads + s.key_heads
     assert query_key[0].shape == (both, d, HIDDEN)
     assert query_key[1].h_in.shape == (1, HIDDEN, HIDDEN)
@@ -169,7 +174,7 @@ def test_an_expert_is_calibrated_on_its_tokens(
     assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
     for i in range(shape.experts):
         p = (weights * (index == i)).sum(-1, keepdim=True)
-        goal = solved[3 + 2 * i][1]
+        goal = solved[3 + bool(family.attention_gate) + 2 * i][1]
         torch.testing.assert_close(goal.h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
     assert family.expert_count == shape.experts == 4
     if family.shared:  # every token goes there
@@ -213,7 +218,9 @@ def test_an_expert_with_few_tokens_falls_back(
     family = context.family
     assert found.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
     for i in range(4):
-        torch.testing.assert_close(solved[3 + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            solved[3 + bool(context.family.attention_gate) + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3
+        )
     assert torch.isfinite(quantized).all() and max(found.losses.values()) < 0.2
 
 
