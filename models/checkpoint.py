@@ -8,43 +8,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
-from .families import Family, check_type, family_for
-from .layout import on_disk, split_tensors
+from .experts.fused_experts import on_disk
+from .experts.mxfp4 import BLOCKS, SCALES
+from .families import Family, family_for
+from .layout import split_tensors
 from .matrices import Matrix, NormedMatrix, StoredMatrix, check_finite, check_slice, spans
 from .names import give_causal, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
-from .running import forget_running
+from .running import read_config
 from .shape import Shape
 from .tokenizer import is_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a checkpoint folder.
-
-    Raises:
-        InputError: it cannot be read, or is that of a quantized or unsupported model.
-    """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it holds no JSON object")
-        check_type(str(raw.get("model_type")), str(folder))
-        if raw.get("quantization_config"):
-            raise InputError(f"{folder} is quantized already: give the full-precision checkpoint.")
-        return forget_running(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
-        what = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{folder / 'config.json'} cannot be read ({what}): download it again.") from error
 
 
 class Checkpoint:
@@ -212,7 +193,8 @@ class Checkpoint:
                             f"{file} has no tensor {name}, which the index says it has: download it again."
                         )
                     if name in expected:
-                        check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name])
+                        bytes_of = name.endswith((BLOCKS, SCALES)) and bool(self.family.packed)
+                        check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name], bytes_of)
                     elif name.startswith(blocks) and not name.endswith(self.family.ignored):
                         what = f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture"
                         if TENSOR.search(name):

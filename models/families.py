@@ -22,7 +22,6 @@ FAMILIES |= rows_that_see(FAMILIES)
 _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
-    "gpt_oss": "its attention has sinks",
     "deepseek_v2": "its attention compresses keys and values",
     "deepseek_v3": "its attention compresses keys and values",
 }

@@ -14,7 +14,7 @@ from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back, turned
 from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
-from ..online.attention import AttentionInputs
+from ..online.attention import AttentionInputs, seen_mass
 from ..solver.rounding_settings import LAYERWISE
 from .context import BlockContext
 
@@ -127,10 +127,15 @@ def _read_by_output(context: BlockContext) -> Tensor:
     return parts @ parts.transpose(-1, -2)
 
 
-def without_bias(context: BlockContext, attended: Tensor) -> Tensor:
-    """Attention's output (batch, length, heads * head_dim) without what the bias of the values adds to it."""
+def without_bias(context: BlockContext, attended: Tensor, seen: AttentionInputs) -> Tensor:
+    """Attention's output (batch, length, heads * head_dim) without what the bias of the values adds to it.
+
+    Probabilities sum to 1, so it comes out as it went in; beside sinks they do not, and it comes out as what attention
+    computes with (`seen`) lets it.
+    """
     bias, shape = context.full.get_submodule(context.family.value).bias, context.shape
     if not isinstance(bias, Tensor):
         return attended
-    heads = bias.unflatten(0, (shape.key_heads, -1))
-    return attended - heads.repeat_interleave(shape.query_heads // shape.key_heads, 0).flatten()
+    heads = bias.unflatten(0, (shape.key_heads, -1)).repeat_interleave(shape.query_heads // shape.key_heads, 0)
+    added = heads if seen.sinks is None else seen_mass(seen)[..., None] * heads
+    return attended - added.flatten(-2)

@@ -35,9 +35,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe", "olmo2", "glm4"),
     *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe", "glm4_moe"),
-    *("qwen3_5_text", "qwen3_next", "lfm2"),
+    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2"),
 )
 CASES = [(name, "w4a4kv4") for name in NAMES] + [(name, "w2a16") for name in WEIGHTS_ALONE]
+GENERATING = (
+    *("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"),
+    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2"),
+)
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
 WITH_PAGE = (*DRAWN, "phi3", "opt", "gemma2", "qwen3_moe", "olmo2")  # a page takes longer than the rest of a run
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
@@ -127,13 +131,7 @@ def test_run_save_and_load(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"),
-        *("qwen3_5_text", "qwen3_next", "lfm2"),
-    ],
-)
+@pytest.mark.parametrize("name", GENERATING)
 def test_loaded_model_generates_and_is_saved_again(
     checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
