@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...models.families import SITES
+from ...models.families import ALL_SITES
 from ..online.attention import AttentionTransform
 from ..online.transforms import INPUT_SCALE, InputTransform
 from ..stored_scales import global_scale_of
@@ -35,12 +35,12 @@ def scale_inputs(context: BlockContext, streams: Streams) -> tuple[BlockContext,
         is.
     """
     transforms, family = context.transforms, context.family
-    wanted = [site for site in SITES if getattr(transforms, site).needs_scale]
+    wanted = [site for site in ALL_SITES if getattr(transforms, site).needs_scale]
     if not wanted:
         return context, BlockResult()
-    peaks = {site: _Peak() for site in SITES}
+    peaks = {site: _Peak() for site in ALL_SITES}
     # In the place of quantizers, so that rotations are those that the block is run with.
-    seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in SITES}  # type: ignore[arg-type]
+    seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in ALL_SITES}  # type: ignore[arg-type]
     looking = replace(transforms, **seen, attention=AttentionTransform(transforms.attention.rotation))  # type: ignore[arg-type]
     with transformed(context.decoder, context.full, looking):
         for batch in context.batches(streams):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ...models.families import Family
+from ...models.families import ALL_SITES, Family
 from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 from .attention import AttentionTransform
@@ -45,7 +45,7 @@ class InputTransform:
 
 @dataclass(frozen=True)
 class OnlineTransforms:
-    """One decoder block's sites: `qkv`, `output`, `gate_up` and `down` are inputs of linear layers.
+    """One decoder block's sites: `qkv`, `output`, `gate_up`, `down` and `latent` are inputs of linear layers.
 
     The `down` of an expert that all tokens go to may be of another width: it has a rotation of its own.
     """
@@ -56,6 +56,7 @@ class OnlineTransforms:
     down: InputTransform = InputTransform()
     attention: AttentionTransform = field(default_factory=AttentionTransform)
     shared_rotation: Hadamard | None = None
+    latent: InputTransform = InputTransform()
 
     @property
     def shared_down(self) -> InputTransform:
@@ -66,6 +67,14 @@ class OnlineTransforms:
         """The transform of each projection's input."""
         found = {name: getattr(self, site) for name, site in family.sites.items()}
         return found | {family.shared_down: self.shared_down} if family.shared else found
+
+    @property
+    def without_quantizers(self) -> OnlineTransforms:
+        """The rotations alone."""
+        exact = self
+        for site in ALL_SITES:
+            exact = exact.with_input(site, InputTransform(getattr(self, site).rotation))
+        return replace(exact, attention=AttentionTransform(self.attention.rotation))
 
     def with_input(self, site: str, transform: InputTransform) -> OnlineTransforms:
         """The same but for the input of one site."""
