@@ -61,6 +61,7 @@ class Family:
             has.
         blocks: of each block, where they are of several kinds; see `family_for`.
         fused: on disk the experts of a block may be two tensors, gates and ups end to end; else each is by itself.
+        packed: what a checkpoint's `quant_method` may be: its weights are read as the numbers that they mean.
         ffn_field, experts_field, key_heads, head_field: names of these sizes in the config; `key_heads` may be the
             number itself, `head_field` is of values where queries and keys are of another width. What is not there is
             4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose product is the width of
@@ -146,6 +147,7 @@ class Family:
     dense: Callable[[Any, int], bool] | None = None
     blocks: tuple[Family, ...] = ()
     fused: bool = False
+    packed: str = ""
     ffn_field: str = "intermediate_size"
     experts_field: str | None = None
     shared_fields: tuple[str, ...] = ()

@@ -43,6 +43,7 @@ _DEEPSEEK = replace(
     latents=("self_attn.q_b_proj", "self_attn.kv_b_proj.key", "self_attn.kv_b_proj.value"),
     merged=(Merged("self_attn.kv_b_proj", {"key": "", "value": ""}, groups="query_heads"),),
     head_field="v_head_dim",
+    packed="fp8",
     measured=_sizes,
     variants=(Variant({"q_lora_rank": None}, _PLAIN_QUERY),),
 )

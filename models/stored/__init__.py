@@ -1,0 +1,1 @@
+"""How checkpoints hold a config, and weights that are packed."""
