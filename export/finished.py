@@ -240,12 +240,19 @@ def has_plain_layout(family: Family) -> bool:
 
 
 def refuse_online(
-    spec: Spec, name: str, *, activations: bool = False, inputs: bool = False, server: str | None = None
+    spec: Spec,
+    name: str,
+    *,
+    activations: bool = False,
+    inputs: bool = False,
+    server: str | None = None,
+    scales: bool = False,
 ) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
 
     `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers;
-    `server`, whose own cache the run may have followed, since that reads the format.
+    `server`, whose own cache the run may have followed, since that reads the format; `scales`, that it holds those of
+    a cache in FP8.
 
     Raises:
         InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
@@ -264,10 +271,12 @@ def refuse_online(
     if args is not None and not activations:
         groups = f" in groups of {args.group_size}" if args.group_size else ""
         online.append(f"{args.num_bits}-bit activations{groups}")
-    if spec.quantizes_cache and spec.cache_served_by != server:
+    floats = spec.cache_format == "fp8"
+    if spec.quantizes_cache and (spec.cache_served_by != server or (floats and not scales)):
         sink = f", its {spec.sink} in 16 bits" if spec.sink else ""
         whose = "" if spec.cache_served_by == OWN else f", as {spec.cache_served_by} keeps it"
-        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}{whose}")
+        kind = f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values"
+        online.append(f"{kind}{' in FP8' if floats else ''}{sink}{whose}")
     if online:
         raise InputError(
             f"the run needs {' and '.join(online)}, which {name} cannot hold and its readers would leave out: "

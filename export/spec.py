@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..boa.online.activations import CONVENTIONS, OWN, DynamicQuantizer, stock_clip
-from ..boa.online.attention import AttentionTransform
-from ..boa.online.served_cache import SERVERS, ServedQuantizer
+from ..boa.online.activations import OWN, DynamicQuantizer, stock_clip
+from ..boa.online.attention import AttentionTransform, CacheQuantizer
+from ..boa.online.float8 import StaticFloat8
+from ..boa.online.served_cache import ServedQuantizer
 from ..boa.online.transforms import InputTransform, OnlineTransforms
 from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
@@ -16,6 +17,7 @@ from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
 from ..rotation.rotate import before_output
+from .spec_fields import without_meaning
 
 METHOD = "rotoboa"  # quant_method in config.json
 FORMAT_VERSION = 3
@@ -38,8 +40,10 @@ class Spec:
         cache_sink: how many positions of the cache, from the first, are not quantized.
         cache_center: keys are quantized without the center that each block has for them.
         cache_served_by: of `SERVERS`: a runtime's cache, which turns and rounds by itself, in place of the above.
+        cache_format: int, or fp8: keys and values in E4M3, on a scale for those of a block, which it has itself.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
+        activation_dynamic: inputs in FP8 have a scale for each token; if not, a layer has one for its input.
         activation_convention: whose scales inputs have, of `CONVENTIONS`: a reader's in place of clip and search.
         type, activation_type: int, or float: in four bits and groups that say which format, see `boa.scheme`.
         layers: by the names of modules, the schemes of those that differ from the above; embedding and head are in full
@@ -71,6 +75,8 @@ class Spec:
     cache_search: bool = False
     cache_center: bool = False
     cache_served_by: str = OWN
+    cache_format: str = "int"
+    activation_dynamic: bool = True
     tied_head: bool = False
     type: str = "int"
     activation_type: str = "int"
@@ -147,8 +153,10 @@ class Spec:
             shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
-    def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:
+    def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | StaticFloat8 | None:
         search = self.activation_search
+        if args.format == "fp8" and not self.activation_dynamic:
+            return StaticFloat8()
         if args.format != "int":
             return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
         if self.activation_convention != OWN:
@@ -156,9 +164,9 @@ class Spec:
             search = False
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
 
-    def _cache_quantizer(
-        self, bits: int, clip: float, shape: Shape, *, of_keys: bool
-    ) -> DynamicQuantizer | ServedQuantizer | None:
+    def _cache_quantizer(self, bits: int, clip: float, shape: Shape, *, of_keys: bool) -> CacheQuantizer | None:
+        if self.cache_format == "fp8":
+            return StaticFloat8() if bits < FULL else None
         if self.cache_served_by != OWN:
             served = ServedQuantizer(self.cache_served_by, bits, shape.head_dim, of_keys)
             return served if bits < FULL else None
@@ -191,8 +199,11 @@ class Spec:
 
     @property
     def unrotated(self) -> Spec:
-        """The same quantizers, with nothing else that runs online: the model rounded to nearest, to compare with."""
-        return replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
+        """The same quantizers, with nothing else that runs online and no scales of inputs that calibration would have
+        to find: the model rounded to nearest, to compare with.
+        """
+        plain = replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
+        return replace(plain, activation_dynamic=True)
 
     def r1_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of the inputs of q, k, v, gate and up."""
@@ -211,9 +222,11 @@ class Spec:
         for name in ("activation_convention", "cache_served_by"):
             if plain[name] == OWN:
                 del plain[name]
-        for name in ("type", "activation_type"):
+        for name in ("type", "activation_type", "cache_format"):
             if plain[name] == "int":
                 del plain[name]
+        if plain["activation_dynamic"]:
+            del plain["activation_dynamic"]
         return plain
 
     @classmethod
@@ -240,58 +253,7 @@ class Spec:
                     f"the layers in the quantization_config of this checkpoint are damaged: {error}."
                 ) from error
             spec = cls(**{**data, "layers": layers, "format_version": FORMAT_VERSION})
-            wrong = spec._wrong()
+            wrong = without_meaning(spec)
         if wrong:
             raise InputError(f"the quantization_config of this checkpoint is damaged: {wrong}; export it again.")
         return spec
-
-    def _wrong(self) -> str:
-        """The first field whose value has no meaning, in words; empty where all have."""
-        legal = {
-            "bits": self.bits in range(2, 9),
-            **{
-                name: getattr(self, name) is None or (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
-                for name in ("group_size", "activation_group")
-            },
-            **{
-                name: getattr(self, name) in (*range(2, 9), 16)
-                for name in ("activation_bits", "key_bits", "value_bits")
-            },
-            **{
-                name: isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) <= 1
-                for name in ("activation_clip", "cache_clip")
-            },
-            **{
-                name: isinstance(getattr(self, name), bool)
-                for name in (
-                    "symmetric",
-                    "r1",
-                    "r2",
-                    "r3",
-                    "r4",
-                    "activation_symmetric",
-                    "activation_search",
-                    "cache_search",
-                    "cache_center",
-                    "online_r1",
-                    "r4_blocks",
-                    "heads",
-                    "tied_head",
-                )
-            },
-        }
-        legal["clips"] = self.clips is None or (
-            isinstance(self.clips, list)
-            and all(isinstance(block, dict) for block in self.clips)
-            and all(isinstance(clip, int | float) and 0 < clip <= 1 for block in self.clips for clip in block.values())
-        )
-        for layer, scheme in self.layers.items():
-            if what := scheme.weights.wrong() or scheme.input_activations.wrong():
-                return f"of {layer} {what}"
-        legal["activation_convention"] = self.activation_convention in CONVENTIONS
-        legal["cache_served_by"] = self.cache_served_by in SERVERS
-        for field_name, args in (("type", self.scheme.weights), ("activation_type", self.scheme.input_activations)):
-            legal[field_name] = args.type == "int" or not args.wrong()
-        legal["blocks"] = self.blocks is None or (type(self.blocks) is int and self.blocks.bit_count() == 1)
-        legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
-        return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

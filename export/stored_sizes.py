@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..boa.online.attention import CENTER
 from ..models.decoder import Decoder
 from ..models.layout import given_biases
 from ..models.outer_layers import TURN
@@ -35,6 +36,8 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
     for module in (f.embedding, f.head):
         rows, columns = decoder.shapes[f"{module}.weight"]
         stored[f"{module}.weight"] = packed_bytes(rows, columns, spec.outer(module), itemsize)
+    for index in range(shape.blocks):
+        stored |= {f"{f.layers}.{index}.{name}": size * itemsize for name, size in _found(decoder, spec, index).items()}
     if f.embedding_norm is not None:
         stored = {name: size for name, size in stored.items() if not name.startswith(f"{f.embedding_norm}.")}
     if f.layer_norm:
@@ -48,6 +51,13 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
     if spec.turns_head:
         stored[f"{f.head}.{TURN}"] = shape.hidden**2 * itemsize
     return stored
+
+
+def _found(decoder: Decoder, spec: Spec, index: int) -> dict[str, int]:
+    """Numbers of what calibration finds for the quantizers of a block, by the names of tensors inside it."""
+    transforms = spec.transforms(decoder.shape, decoder.family, index)
+    center = {f"{decoder.family.attention}.{CENTER}": decoder.shape.key_width} if transforms.attention.centered else {}
+    return {name: scale.numel() for name, scale in transforms.scales(decoder.family).items()} | center
 
 
 def _given_biases(decoder: Decoder, itemsize: int) -> dict[str, int]:

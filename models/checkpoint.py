@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ..errors import InputError
 from .adapters import MERGE, TENSOR, refuse_adapter
+from .experts.fused_experts import on_disk
+from .experts.mxfp4 import BLOCKS, SCALES
 from .families import Family, family_for
-from .layout import on_disk, split_tensors
+from .layout import split_tensors
 from .matrices import Matrix, NormedMatrix, StoredMatrix, check_finite, check_slice, spans
 from .names import give_causal, left_out, left_out_notice, listed, misfit, renamed, task_of
 from .outer_layers import OuterLayers
+from .running import read_config
 from .shape import Shape
 from .stored import block_fp8
-from .stored.config_file import read_config
 from .tokenizer import is_pointer
 
 INDEX = "model.safetensors.index.json"
@@ -209,7 +211,8 @@ class Checkpoint:
 
     def _check_slice(self, name: str, found: Any, expected: torch.Size) -> None:
         what = f"{self._stored[name][0]}: tensor {name}"
-        check_slice(what, found, expected, block_fp8.DTYPE if name in self._scales else "")
+        bytes_of = "U8" if self.family.packed and name.endswith((BLOCKS, SCALES)) else ""
+        check_slice(what, found, expected, block_fp8.DTYPE if name in self._scales else bytes_of)
         if name in self._scales:
             file, stored = self._scales[name]
             with self._open(file) as reader:

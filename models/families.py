@@ -33,7 +33,6 @@ FAMILIES |= rows_that_see(FAMILIES)
 _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
-    "gpt_oss": "its attention has sinks",
 }
 
 

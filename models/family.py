@@ -28,6 +28,7 @@ class Family:
         rotary: module that gives cosine and sine; None where positions are learned. `rope_by_layer`: it has one set
             of frequencies a kind of layer. `rope_layers`: the config field that says by layer whether it turns queries
             and keys at all, by 1 or "sliding_attention"; "" where every layer does, "none" where none does.
+            `rope_halves`: it gives each angle once, where Llama's gives it for both channels that it turns.
             `rope_neighbours`: it turns channel 2 j with 2 j + 1, where Llama's turns j with j + half.
         positions: learned positions; position i is row i + `position_offset`.
         scaled_embedding: the embedding is multiplied by the square root of the hidden size.
@@ -61,7 +62,9 @@ class Family:
             has.
         blocks: of each block, where they are of several kinds; see `family_for`.
         fused: on disk the experts of a block may be two tensors, gates and ups end to end; else each is by itself.
+            `interleaved`: gates and ups alternate in them. `expert_bias`: each projection of an expert has a bias.
         packed: what a checkpoint's `quant_method` may be: its weights are read as the numbers that they mean.
+        linear_up: what `down` reads is linear in what `up` puts out, where there is a gate.
         ffn_field, experts_field, key_heads, head_field: names of these sizes in the config; `key_heads` may be the
             number itself, `head_field` is of values where queries and keys are of another width. What is not there is
             4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose product is the width of
@@ -135,6 +138,7 @@ class Family:
     head_norms_whole: bool = False
     rope_by_layer: bool = False
     rope_layers: str = ""
+    rope_halves: bool = False
     rope_neighbours: bool = False
     bos: bool = False
     window: str | None = None
@@ -147,7 +151,10 @@ class Family:
     dense: Callable[[Any, int], bool] | None = None
     blocks: tuple[Family, ...] = ()
     fused: bool = False
+    interleaved: bool = False
+    expert_bias: bool = False
     packed: str = ""
+    linear_up: bool = True
     ffn_field: str = "intermediate_size"
     experts_field: str | None = None
     shared_fields: tuple[str, ...] = ()

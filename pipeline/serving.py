@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..boa.online.transforms import FOUND
 from ..errors import InputError
 from ..export.finished import Finished
 from ..export.formats import gguf
@@ -32,7 +33,7 @@ class Served:
         difference: the largest difference of the log-probability of a token of the prompt.
         control: that of a dense model of the run's weights, in the same runtime and dtype, with its own computation in
             float32; None where online rotations or the format leave none to make.
-        unquantized: the difference to the run with activations in 16 bits, where it has fewer.
+        unquantized: the difference to the run with activations and cache in 16 bits, where it has fewer.
         agreement: share of positions with the same most likely token.
         greedy: share of the tokens it generated that the run finds most likely after the same ones.
         tolerance: the difference that is allowed.
@@ -105,12 +106,13 @@ def serve(
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
-    finished = replace(finished, spec=finished.spec.without_cache)  # of which they are asked nothing here
+    if finished.spec.cache_format == "int":  # of FP8 alone the file tells them to quantize it
+        finished = replace(finished, spec=finished.spec.without_cache)
     ids = sample(finished)
     prompt = ids[0].tolist()
     answer = ask(runtime, export, prompt, python=where, dtype=dtype)
-    reduced = finished.spec.quantizes_inputs
-    wide = replace(finished, spec=finished.spec.without_inputs)
+    reduced = finished.spec.quantizes_inputs or finished.spec.quantizes_cache
+    wide = replace(finished, spec=finished.spec.without_inputs.without_cache)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
     control = _control(runtime, wide, in_16_bits, prompt, where, dtype)
@@ -154,7 +156,7 @@ def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], pyth
             gguf.write(run, folder, dense=True)
             return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))
         groups = (
-            {name: tensor.to(kind) for name, tensor in group.items()}
+            {name: tensor.to(kind) for name, tensor in group.items() if name.rpartition(".")[2] not in FOUND}
             for group in run.groups(lambda result, _: {"weight": result.dequantize()})
         )
         config = {key: value for key, value in run.config.items() if key != "torch_dtype"}

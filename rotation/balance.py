@@ -42,7 +42,7 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     norms are `folded` into their readers for R1, the inputs of these are rotated without them, and have nothing to take
     a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded.
     """
-    through = family.gate or activation_of(config) == "relu"
+    through = family.linear_up if family.gate else activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
     before = () if folded or not family.pre_norms else ("qkv",) if family.shared_norm else ("qkv", "gate_up")
     if family.mixed:

@@ -104,4 +104,15 @@ SMALL_MIXTURES: dict[str, dict[str, Any]] = {
         "rotary_dim": 8,
         "pad_token_id": None,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "swiglu_limit": 1.5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "pad_token_id": None,
+    },
 }

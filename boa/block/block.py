@@ -14,7 +14,7 @@ from .block_output import learn_output
 from .context import BlockContext, BlockResult, Streams
 from .experts_step import quantize_experts
 from .fold_step import fold_channels
-from .input_scales import scale_inputs
+from .input_scales import find_scales
 from .latent_step import quantize_latents
 from .mixer_step import quantize_mixer
 from .mlp_step import quantize_mlp
@@ -41,7 +41,7 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
         found = fold_channels(context, streams.full)
         context, centers = center_keys(context, streams)
         found |= centers
-        context, scales = scale_inputs(context, streams)
+        context, scales = find_scales(context, streams)
         found |= scales
         if context.settings.method != "brecq" or context.previous is not None:
             return found | _quantize_layers(context, streams)

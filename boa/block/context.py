@@ -198,7 +198,7 @@ class BlockResult:
         fallbacks: the projections of experts that saw too few tokens, with the number of these.
         channel_scales: what Z-Fold found, by site.
         folded: the norms and biases that it changed, by their names inside the block.
-        centers: that of the keys, and the global scales of inputs, by their names inside the block.
+        centers: that of the keys, and what `find_scales` finds, by their names inside the block.
         output_error: where the method is brecq, the error of the block's output at the solution that it starts from,
             which `losses` and `objectives` are of, and at the end.
     """

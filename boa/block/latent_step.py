@@ -22,7 +22,7 @@ from ..objective.totals import Total
 from ..online.attention import AttentionInputs, set_attention
 from ..online.transforms import InputTransform, OnlineTransforms
 from ..solver.rounding_settings import LAYERWISE
-from .attention_objectives import add_heads, value_objective
+from .attention_objectives import add_heads, angles, value_objective
 from .attention_step import add_values
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
@@ -136,12 +136,12 @@ def _query_objective(
 ) -> Objective:
     """H_out is what logits make of errors of a query, before RoPE turns its last channels."""
     keys, _ = grams.value().grams()
-    cos, sin, neighbours, halves = _angles(context, length)
+    cos, sin = angles(context, length)
     turned, plain = cos.shape[-1], keys.shape[-1] - cos.shape[-1]
     first = torch.arange(keys.shape[-1], device=keys.device).roll(turned)  # RoPE's channels before the others
     back = first.argsort()
-    pulled = positions_pull_back(keys[:, first][..., first], cos, sin, neighbours=neighbours)
-    if halves:  # neighbours are laid out as halves on the way
+    pulled = positions_pull_back(keys[:, first][..., first], cos, sin, neighbours=context.family.rope_neighbours)
+    if getattr(context.decoder.config, "rope_interleave", False):  # neighbours are laid out as halves on the way
         order = torch.arange(turned, device=keys.device).view(-1, 2).T.flatten().argsort()
         order = torch.cat([order, torch.arange(turned, turned + plain, device=keys.device)])
         pulled = pulled[:, order][..., order]
@@ -155,15 +155,3 @@ def _key_objective(
     _, queries = grams.value().grams()
     size = len(context.weight(context.family.key)) // context.shape.query_heads
     return replace(inputs.value().objective(), h_out=queries[:, :size, :size])
-
-
-def _angles(context: BlockContext, length: int) -> tuple[Tensor, Tensor, bool, bool]:
-    """Cosine and sine (length, turned channels), whether what is turned is laid out in neighbours, as it comes out of
-    RoPE, and whether it is in halves there but in neighbours before.
-    """
-    angles: object = context.decoder.position_embeddings(length, context.decoder.index_of(context.full))
-    if isinstance(angles, Tensor):  # complex numbers, one for two neighbours
-        cos, sin = (torch.cat([part, part], -1)[0] for part in (angles.real, angles.imag))
-        return cos, sin, True, False
-    cos, sin = (part[0] for part in angles)  # type: ignore[attr-defined]
-    return cos, sin, False, bool(getattr(context.decoder.config, "rope_interleave", False))

@@ -54,6 +54,7 @@ ROWS = (
         model_type="deepseek_v2",
         note="as deepseek_v3, without the bias that chooses experts; Lite: queries are not compressed",
         exact=(),
+        rope_neighbours=True,
         further_blocks="",
     ),
 )

@@ -137,4 +137,19 @@ ROWS = (
         window=None,
         exact=("e_score_correction_bias",),
     ),
+    replace(
+        _EXPERTS,
+        model_type="gpt_oss",
+        note="attention sinks, in the objectives too; biases; a clamped gate; MXFP4 checkpoints are read as what they "
+        f"mean; {_EXPERTS.note}",
+        router="mlp.router",
+        fused=True,
+        interleaved=True,
+        expert_bias=True,
+        linear_up=False,
+        packed="mxfp4",
+        rope_halves=True,
+        experts_field="num_local_experts",
+        window="layers",
+    ),
 )

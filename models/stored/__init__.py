@@ -1,1 +1,1 @@
-"""How checkpoints hold a config, and weights that are packed."""
+"""How checkpoints hold weights that are packed."""

@@ -82,6 +82,9 @@ def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
         InputError: it does not.
     """
     server, found = serving(recipe), (recipe.cache.key_bits, recipe.cache.value_bits)
+    if recipe.cache.format == "fp8" and min(found) < FULL:
+        _check_float_cache(server, found)
+        return
     if server == OWN:
         return
     if any(bits not in (*BITS[server], FULL) for bits in found) or (server == "vllm" and found[0] != found[1]):
@@ -111,6 +114,16 @@ def check_latents(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> Non
         raise InputError(
             f"{what} is not for {model.name}, whose cache holds what its keys and values are compressed to: give "
             "--cache.key_bits 16 --cache.value_bits 16 --rotation.r3 false, or a recipe such as w4a4 or w4a16."
+        )
+
+
+def _check_float_cache(server: str, found: tuple[int, int]) -> None:
+    if server == "llama.cpp":
+        raise InputError("cache.format fp8 is not in llama.cpp: give --cache.served_by vllm, or --cache.format int.")
+    if found != (8, 8):
+        raise InputError(
+            f"cache.format fp8 has keys and values in 8 bits, and cache.key_bits and cache.value_bits are {found[0]} "
+            f"and {found[1]}: give 8 for both, or --cache.format int."
         )
 
 

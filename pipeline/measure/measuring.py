@@ -13,8 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.activations import UNCALIBRATED
-from ...boa.online.transforms import INPUT_SCALE
 from ...boa.precision import quick_products
 from ...boa.solver.rounding import Quantized, quantize
 from ...boa.stopwatch import STAGES
@@ -165,9 +163,8 @@ def rounded_block(job: Job, index: int) -> nn.Module:
             results[name].global_scale = settings.global_scale
     transforms = spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
-    wanted = (name for name, _ in module.named_buffers() if name.endswith(INPUT_SCALE))
-    scales = {name: torch.full((1,), UNCALIBRATED) for name in wanted}
-    return decoder.block(index, pack_block(results, {**tensors, **scales}, schemes, decoder.dtype), module)
+    others = {**tensors, **transforms.scales(family)}
+    return decoder.block(index, pack_block(results, others, schemes, decoder.dtype), module)
 
 
 def sizes(job: Job, folder: RunFolder) -> Sizes:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.attention import CENTER, set_attention
-from ...boa.online.transforms import INPUT_SCALE, OnlineTransforms
+from ...boa.online.attention import set_attention
+from ...boa.online.transforms import FOUND, OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
 from ...eval.results import Sources
 from ...export.packing import ALL_PARTS, unpack_block
@@ -190,22 +190,24 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
     results = unpack_block(packed, job.spec.schemes(family, index), columns)
     parts = {f"{name}.{part}" for name in results for part in ALL_PARTS}
-    parts |= {f"{family.attention}.{CENTER}", *(f"{name}.{INPUT_SCALE}" for name in family.sites)}
-    others = {name: tensor for name, tensor in packed.items() if name not in parts}
+    others = {n: tensor for n, tensor in packed.items() if n not in parts and n.rpartition(".")[2] not in FOUND}
     weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
     return _hooked(compute.block(index, others | weights), family)
 
 
 def own_transforms(job: Job, index: int, packed: Mapping[str, Tensor]) -> OnlineTransforms:
-    """The transforms of block `index`, with the tensors `packed`, whose keys have a center of their own."""
+    """The transforms of block `index`, with what calibration found, which is among the tensors `packed`."""
     compute, family = job.decoder, job.decoder.family.at(index)
     transforms = job.spec.transforms(compute.shape, family, index)
-    center = packed.get(f"{family.attention}.{CENTER}")
     for name, site in family.sites.items():
-        scale = packed.get(f"{name}.{INPUT_SCALE}")
-        transforms = transforms.with_input(site, getattr(transforms, site).scaled(scale))
-    near = None if center is None else center.to(compute.device, compute.dtype)
-    return replace(transforms, attention=replace(transforms.attention, center=near))
+        own = getattr(transforms, site)
+        transforms = transforms.with_input(site, own.scaled(packed.get(f"{name}.{own.scale_name}")))
+
+    def near(name: str) -> Tensor | None:
+        found = packed.get(f"{family.attention}.{name}")
+        return None if found is None else found.to(compute.device, compute.dtype)
+
+    return replace(transforms, attention=transforms.attention.calibrated(near))
 
 
 def _hooked(block: nn.Module, family: Family) -> nn.Module:

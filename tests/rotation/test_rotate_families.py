@@ -99,7 +99,15 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
     shape = decoder.shape
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     for name in list(state):
-        if name.endswith("experts.gate_up_proj"):
+        if "experts." in name and decoder.family.interleaved:  # (experts, in, out), gates and ups alternate
+            fused, (stem, _, last) = state.pop(name), name.rpartition(".")
+            kind, rows = ("bias", fused) if last.endswith("_bias") else ("weight", fused.mT)
+            for i, part in enumerate(rows):
+                if last.startswith("gate_up"):
+                    state |= {f"{stem}.{i}.gate_proj.{kind}": part[::2], f"{stem}.{i}.up_proj.{kind}": part[1::2]}
+                else:
+                    state[f"{stem}.{i}.down_proj.{kind}"] = part
+        elif name.endswith("experts.gate_up_proj"):
             fused, stem = state.pop(name), name.removesuffix("gate_up_proj")
             for i in range(shape.experts):
                 state[f"{stem}{i}.gate_proj.weight"] = fused[i, : shape.ffn]

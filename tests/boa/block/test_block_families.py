@@ -127,7 +127,7 @@ def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solve
         assert torch.isfinite(weight).all()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "opt"])
+@pytest.mark.parametrize("name", ["qwen2", "opt", "gpt_oss"])
 def test_a_bias_of_values_is_not_made_up_for(
     family_model: Callable[..., nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:

@@ -26,7 +26,7 @@ POSITION = 5
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token at the first position would not be turned."""
-    angles = Decoder.position_embeddings
+    angles = Decoder._turning
 
     def at_position(self: Decoder, length: int, index: int = 0) -> Any:
         found: Any = angles(self, length + POSITION, index)
@@ -34,7 +34,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
             return found[:, POSITION:]
         return tuple(part[:, POSITION:] for part in found)
 
-    monkeypatch.setattr(Decoder, "position_embeddings", at_position)
+    monkeypatch.setattr(Decoder, "_turning", at_position)
 
 
 def _read(setup: Setup, name: str, hidden: Tensor) -> Tensor:

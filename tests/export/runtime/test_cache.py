@@ -23,6 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kv4": {"cache.key_bits": 4, "cache.value_bits": 4},
     "k2v3": {"cache.key_bits": 2, "cache.value_bits": 3},
     "k8v16": {"cache.key_bits": 8, "cache.value_bits": 16},
+    "fp8": {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8"},
+    "fp8, as vLLM": {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8", "cache.served_by": "vllm"},
+    "fp8, sink of 2": {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8", "cache.sink": 2},
     "kv3, sink of 3": {"cache.key_bits": 3, "cache.value_bits": 3, "cache.sink": 3},
     "k4v16, sink of 15": {"cache.key_bits": 4, "cache.value_bits": 16, "cache.sink": 15},
 }
@@ -125,7 +128,8 @@ def test_generate_stores_packed_integers(load: Load, setting: str) -> None:
     assert packed(result.past_key_values) and result.past_key_values.get_seq_length() == 12 + 16 - 1
     stored = result.past_key_values.layers[0]
     words = -(-16 * SETTINGS[setting]["cache.key_bits"] // 32)
-    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27, words)
+    kind, width = (torch.uint8, 16) if setting.startswith("fp8") else (torch.int32, words)
+    assert stored.keys.dtype == kind and stored.keys.shape == (2, 2, 27, width)
 
 
 def test_four_bits_an_entry(load: Load) -> None:
