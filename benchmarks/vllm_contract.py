@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -108,10 +109,12 @@ def judged(folder: Path) -> list[dict[str, Any]]:
         for backend in ("auto", "humming"):
             whole = VllmConfig()
             whole.kernel_config.linear_backend = backend
+            whole.model_config = SimpleNamespace(dtype=torch.bfloat16, is_nvfp4_quantized=lambda: False)  # asked by FP8
             with (
                 patch.object(kind, "_enum", PlatformEnum.CUDA),
                 patch.object(kind, "get_device_capability", classmethod(says)),
                 patch.object(kind, "is_device_capability", classmethod(same)),
+                patch("vllm._custom_ops.cutlass_scaled_mm_supports_fp8", lambda capability: capability >= 89),
                 patch("vllm.model_executor.parameter.get_tensor_model_parallel_rank", lambda: 0),
                 patch("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1),
                 set_current_vllm_config(whole),
@@ -119,7 +122,31 @@ def judged(folder: Path) -> list[dict[str, Any]]:
                 read = CompressedTensorsConfig.from_config(json.loads(json.dumps(config["quantization_config"])))
                 read.packed_modules_mapping = FUSED
                 rows += [{"sm": sm, "backend": backend, **_row(read, name, found, capability)} for name in LAYERS]
-    return rows
+    return [*rows, _cache_row(read, found)]
+
+
+def _cache_row(config: Any, found: dict[str, list[int]]) -> dict[str, Any]:
+    """What vLLM makes of `kv_cache_scheme`, and of the scales of keys and values in the files."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsKVCacheMethod,
+    )
+    from vllm.model_executor.model_loader.weight_utils import maybe_remap_kv_scale_name
+
+    scheme = config.kv_cache_scheme
+    row: dict[str, Any] = {"layer": "self_attn.attn", "scheme": None if scheme is None else str(scheme["type"])}
+    layer, whole = torch.nn.Module(), torch.nn.Module()
+    layer.num_kv_heads = 2  # of which only scales by head know
+    try:
+        CompressedTensorsKVCacheMethod(config).create_weights(layer)
+    except (ValueError, NotImplementedError) as error:
+        return {**row, "refused": f"{type(error).__name__}: {error}"}
+    whole.add_module("attn", layer)
+    room = {f"{PREFIX}self_attn.{name}": list(p.shape) for name, p in whole.named_parameters()}
+    scales = {name: size for name, size in found.items() if name.endswith(("k_scale", "v_scale"))}
+    loaded = {name: maybe_remap_kv_scale_name(name, room) for name in scales}
+    row["scales"] = sorted(name for name in loaded.values() if name is not None)
+    row["wrong"] = [name for name, to in loaded.items() if to is None or room[to] != scales[name]]
+    return row
 
 
 def _row(config: Any, name: str, found: dict[str, list[int]], capability: tuple[int, int]) -> dict[str, Any]:
@@ -145,13 +172,16 @@ def _row(config: Any, name: str, found: dict[str, list[int]], capability: tuple[
             params_dtype=torch.float16,
             weight_loader=lambda *_: None,
         )
-        row["kernel"] = type(scheme.kernel).__name__
+        kernels = (getattr(scheme, name, None) for name in ("kernel", "fp8_linear", "linear_kernel"))
+        row["kernel"] = next((type(kernel).__name__ for kernel in kernels if kernel is not None), "none")
         row["wrong"] = wrong_tensors(layer, parts, found)
         row["inputs"] = "16 bits"
         if "Int8ScaledMM" in row["kernel"]:
             row["inputs"] = "int8"
         elif row["kernel"] == "HummingLinearKernel":
             row["inputs"] = humming_inputs(scheme, capability)
+        elif row["scheme"] == "CompressedTensorsW8A8Fp8":
+            row["inputs"] = "fp8, " + ("a scale in the files" if scheme.is_static_input_scheme else "a scale a token")
     # By these vLLM says that it does not take a scheme, or misses a package: an answer, printed in its own words.
     except (ValueError, NotImplementedError, AssertionError, RuntimeError, ImportError) as error:
         row["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

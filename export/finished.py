@@ -102,7 +102,8 @@ class Finished:
     def split(self, index: int) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
         """Block `index` as integers, scale and zero point of every projection, and its other tensors."""
         tensors = self.block(index)
-        quantized = unpack_block(tensors, self.spec.schemes(self.family, index), self.columns)
+        columns = projection_columns(self.family, self.shape, index)
+        quantized = unpack_block(tensors, self.spec.schemes(self.family, index), columns)
         packed = {f"{name}.{part}" for name in quantized for part in ALL_PARTS}
         return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
 
@@ -123,12 +124,12 @@ class Finished:
 
     @property
     def columns(self) -> dict[str, int]:
-        """How many inputs each projection has."""
+        """How many inputs each projection has, where all blocks are alike."""
         return projection_columns(self.family, self.shape)
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many outputs each projection has."""
+        """How many outputs each projection has, where all blocks are alike."""
         return projection_rows(self.family, self.shape)
 
     def groups(self, stored: Stored | None = None) -> Iterator[dict[str, Tensor]]:
@@ -167,21 +168,39 @@ class Finished:
         return tensors
 
 
-def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
-    """How many inputs each projection of a block has."""
-    if family.sizes is not None:
-        return {name: columns for name, (_, columns) in family.sizes.items()}
+def projection_columns(family: Family, shape: Shape, index: int = 0) -> dict[str, int]:
+    """How many inputs each projection of block `index` has."""
+    own = family.sizes or {}
+    family, shape = family.at(index), shape.at(index)
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
-    return {name: widths[site] for name, site in family.sites.items()}
+    shared = {family.shared_down: shape.shared_ffn} if family.shared else {}
+    found = {name: widths[site] for name, site in family.sites.items()} | shared
+    return found | {name: own[name][1] for name in found if name in own}
 
 
-def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
-    """How many outputs each projection of a block has."""
-    if family.sizes is not None:
-        return {name: rows for name, (rows, _) in family.sizes.items()}
-    heads = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
-    sizes = {"qkv": 0, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
-    return {name: sizes[site] for name, site in family.sites.items()} | heads
+def projection_rows(family: Family, shape: Shape, index: int = 0) -> dict[str, int]:
+    """How many outputs each projection of block `index` has."""
+    own = family.sizes or {}
+    family, shape = family.at(index), shape.at(index)
+    sizes = {"qkv": shape.query_width, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
+    others = {} if family.mixed else {family.key: shape.key_width, family.value: shape.key_width}
+    if family.shared:
+        others |= dict.fromkeys(family.expert(family.expert_count)[:2], shape.shared_ffn)
+    found = {name: sizes[site] for name, site in family.sites.items()}
+    return (
+        found
+        | {name: rows for name, rows in others.items() if name in found}
+        | {name: own[name][0] for name in found if name in own}
+    )
+
+
+def numbers_in_blocks(family: Family, shape: Shape) -> int:
+    """How many weights the projections of all blocks have."""
+    found = 0
+    for index in range(shape.blocks):
+        rows, columns = projection_rows(family, shape, index), projection_columns(family, shape, index)
+        found += sum(rows[name] * columns[name] for name in rows)
+    return found
 
 
 def refuse_layout(family: Family, name: str) -> None:
@@ -217,16 +236,23 @@ def refuse_sight(family: Family, name: str) -> None:
 
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
-    return not (family.merged or family.experts or family.layer_norm or family.generic)
+    return not (family.merged or family.experts or family.layer_norm or family.generic or family.kinds)
 
 
 def refuse_online(
-    spec: Spec, name: str, *, activations: bool = False, inputs: bool = False, server: str | None = None
+    spec: Spec,
+    name: str,
+    *,
+    activations: bool = False,
+    inputs: bool = False,
+    server: str | None = None,
+    scales: bool = False,
 ) -> None:
     """Refuse a run that computes with more than weights at run time, in a format that holds weights alone.
 
     `activations` and `inputs` say that the format holds these: quantizers of inputs, and R1 and R4 before layers;
-    `server`, whose own cache the run may have followed, since that reads the format.
+    `server`, whose own cache the run may have followed, since that reads the format; `scales`, that it holds those of
+    a cache in FP8.
 
     Raises:
         InputError: R1 online, R3, R4, or a quantizer of activations or cache is on.
@@ -245,10 +271,12 @@ def refuse_online(
     if args is not None and not activations:
         groups = f" in groups of {args.group_size}" if args.group_size else ""
         online.append(f"{args.num_bits}-bit activations{groups}")
-    if spec.quantizes_cache and spec.cache_served_by != server:
+    floats = spec.cache_format == "fp8"
+    if spec.quantizes_cache and (spec.cache_served_by != server or (floats and not scales)):
         sink = f", its {spec.sink} in 16 bits" if spec.sink else ""
         whose = "" if spec.cache_served_by == OWN else f", as {spec.cache_served_by} keeps it"
-        online.append(f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values{sink}{whose}")
+        kind = f"a cache of {spec.key_bits}-bit keys and {spec.value_bits}-bit values"
+        online.append(f"{kind}{' in FP8' if floats else ''}{sink}{whose}")
     if online:
         raise InputError(
             f"the run needs {' and '.join(online)}, which {name} cannot hold and its readers would leave out: "

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..boa.online.activations import CONVENTIONS, OWN, DynamicQuantizer, stock_clip
-from ..boa.online.attention import AttentionTransform
-from ..boa.online.served_cache import NEIGHBOURS, SERVERS, ServedQuantizer
+from ..boa.online.activations import OWN, DynamicQuantizer, stock_clip
+from ..boa.online.attention import AttentionTransform, CacheQuantizer
+from ..boa.online.float8 import StaticFloat8
+from ..boa.online.served_cache import NEIGHBOURS, ServedQuantizer
 from ..boa.online.transforms import InputTransform, OnlineTransforms
 from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
 from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
+from ..rotation.rotate import before_output
+from .spec_fields import without_meaning
 
 METHOD = "rotoboa"  # quant_method in config.json
 FORMAT_VERSION = 3
@@ -37,8 +40,10 @@ class Spec:
         cache_sink: how many positions of the cache, from the first, are not quantized.
         cache_center: keys are quantized without the center that each block has for them.
         cache_served_by: of `SERVERS`: a runtime's cache, which turns and rounds by itself, in place of the above.
+        cache_format: int, or fp8: keys and values in E4M3, on a scale for those of a block, which it has itself.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
+        activation_dynamic: inputs in FP8 have a scale for each token; if not, a layer has one for its input.
         activation_convention: whose scales inputs have, of `CONVENTIONS`: a reader's in place of clip and search.
         type, activation_type: int, or float: in four bits and groups that say which format, see `boa.scheme`.
         layers: by the names of modules, the schemes of those that differ from the above; embedding and head are in full
@@ -70,6 +75,8 @@ class Spec:
     cache_search: bool = False
     cache_center: bool = False
     cache_served_by: str = OWN
+    cache_format: str = "int"
+    activation_dynamic: bool = True
     tied_head: bool = False
     type: str = "int"
     activation_type: str = "int"
@@ -90,8 +97,8 @@ class Spec:
 
     def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
         """Those of the projections of block `index`, by their names inside the block."""
-        whole = self.scheme
-        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in family.projections}
+        whole, inside = self.scheme, family.at(index).projections
+        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in inside}
 
     def outer(self, module: str) -> QuantizationArgs:
         """That of the weights of embedding or head, which are in full precision where `layers` does not name them."""
@@ -122,29 +129,34 @@ class Spec:
 
     def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this family and shape."""
-        schemes = self.schemes(family, index)
+        family, shape, schemes = family.at(index), shape.at(index), self.schemes(family, index)
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
-        rotations = {"qkv": r1, "output": self.heads_of(shape), "gate_up": r1, "down": self.r4_of(shape)}
+        heads = before_output(family, shape) if self.heads else None
+        rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape)}
         inputs = {
             site: InputTransform(
                 rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
             )
             for name, site in family.sites.items()  # projections of one site have one input
         }
+        attention = AttentionTransform(
+            Hadamard.of(shape.head_dim) if self.r3 else None,
+            key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, family),
+            value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape),
+            sink=self.cache_sink,
+            centered=self.cache_center and self.key_bits < 16,
+        )
         return OnlineTransforms(
             **inputs,
-            attention=AttentionTransform(
-                Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, family),
-                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape),
-                sink=self.cache_sink,
-                centered=self.cache_center and self.key_bits < 16,
-            ),
+            attention=AttentionTransform() if family.mixed else attention,
+            shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
-    def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | None:
+    def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | StaticFloat8 | None:
         search = self.activation_search
+        if args.format == "fp8" and not self.activation_dynamic:
+            return StaticFloat8()
         if args.format != "int":
             return DynamicQuantizer(args.num_bits, group_size=args.group_size, format=args.format)
         if self.activation_convention != OWN:
@@ -154,7 +166,9 @@ class Spec:
 
     def _cache_quantizer(
         self, bits: int, clip: float, shape: Shape, of_keys: Family | None = None
-    ) -> DynamicQuantizer | ServedQuantizer | None:
+    ) -> CacheQuantizer | None:
+        if self.cache_format == "fp8":
+            return StaticFloat8() if bits < FULL else None
         if self.cache_served_by != OWN:
             reordered = self.cache_served_by == "llama.cpp" and of_keys is not None and of_keys.model_type in NEIGHBOURS
             served = ServedQuantizer(self.cache_served_by, bits, shape.head_dim, of_keys is not None, reordered)
@@ -188,8 +202,11 @@ class Spec:
 
     @property
     def unrotated(self) -> Spec:
-        """The same quantizers, with nothing else that runs online: the model rounded to nearest, to compare with."""
-        return replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
+        """The same quantizers, with nothing else that runs online and no scales of inputs that calibration would have
+        to find: the model rounded to nearest, to compare with.
+        """
+        plain = replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
+        return replace(plain, activation_dynamic=True)
 
     def r1_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of the inputs of q, k, v, gate and up."""
@@ -198,10 +215,6 @@ class Spec:
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
         return Hadamard.of(shape.ffn, powers=self.r4_blocks, block=self.blocks) if self.r4 else None
-
-    def heads_of(self, shape: Shape) -> Hadamard | None:
-        """The online Hadamard of O's input."""
-        return Hadamard.across(shape.query_heads, shape.head_dim) if self.heads else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
@@ -212,9 +225,11 @@ class Spec:
         for name in ("activation_convention", "cache_served_by"):
             if plain[name] == OWN:
                 del plain[name]
-        for name in ("type", "activation_type"):
+        for name in ("type", "activation_type", "cache_format"):
             if plain[name] == "int":
                 del plain[name]
+        if plain["activation_dynamic"]:
+            del plain["activation_dynamic"]
         return plain
 
     @classmethod
@@ -241,58 +256,7 @@ class Spec:
                     f"the layers in the quantization_config of this checkpoint are damaged: {error}."
                 ) from error
             spec = cls(**{**data, "layers": layers, "format_version": FORMAT_VERSION})
-            wrong = spec._wrong()
+            wrong = without_meaning(spec)
         if wrong:
             raise InputError(f"the quantization_config of this checkpoint is damaged: {wrong}; export it again.")
         return spec
-
-    def _wrong(self) -> str:
-        """The first field whose value has no meaning, in words; empty where all have."""
-        legal = {
-            "bits": self.bits in range(2, 9),
-            **{
-                name: getattr(self, name) is None or (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
-                for name in ("group_size", "activation_group")
-            },
-            **{
-                name: getattr(self, name) in (*range(2, 9), 16)
-                for name in ("activation_bits", "key_bits", "value_bits")
-            },
-            **{
-                name: isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) <= 1
-                for name in ("activation_clip", "cache_clip")
-            },
-            **{
-                name: isinstance(getattr(self, name), bool)
-                for name in (
-                    "symmetric",
-                    "r1",
-                    "r2",
-                    "r3",
-                    "r4",
-                    "activation_symmetric",
-                    "activation_search",
-                    "cache_search",
-                    "cache_center",
-                    "online_r1",
-                    "r4_blocks",
-                    "heads",
-                    "tied_head",
-                )
-            },
-        }
-        legal["clips"] = self.clips is None or (
-            isinstance(self.clips, list)
-            and all(isinstance(block, dict) for block in self.clips)
-            and all(isinstance(clip, int | float) and 0 < clip <= 1 for block in self.clips for clip in block.values())
-        )
-        for layer, scheme in self.layers.items():
-            if what := scheme.weights.wrong() or scheme.input_activations.wrong():
-                return f"of {layer} {what}"
-        legal["activation_convention"] = self.activation_convention in CONVENTIONS
-        legal["cache_served_by"] = self.cache_served_by in SERVERS
-        for field_name, args in (("type", self.scheme.weights), ("activation_type", self.scheme.input_activations)):
-            legal[field_name] = args.type == "int" or not args.wrong()
-        legal["blocks"] = self.blocks is None or (type(self.blocks) is int and self.blocks.bit_count() == 1)
-        legal["cache_sink"] = type(self.cache_sink) is int and self.cache_sink >= 0
-        return next((f"{name} is {getattr(self, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

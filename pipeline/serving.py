@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..boa.online.transforms import FOUND
 from ..errors import InputError
 from ..export.finished import Finished
 from ..export.formats import gguf
@@ -18,7 +19,6 @@ from ..export.writing import write_checkpoint
 from .verifying import run_logits, run_of, sample
 
 CONTROLS = 3.0  # times a dense model's difference: integers and their scales are rounded in other places
-
 WORST = 0.5  # of the logits' standard deviation: what a cache may be off by, though dense weights are off by it too
 
 
@@ -112,14 +112,15 @@ def serve(
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
-    follows = cache and finished.spec.quantizes_cache and finished.spec.cache_served_by == runtime
-    bits = (finished.spec.key_bits, finished.spec.value_bits) if follows else None
-    if not follows:  # they are asked nothing of it
-        finished = replace(finished, spec=finished.spec.without_cache)
+    spec = finished.spec
+    follows = cache and spec.quantizes_cache and spec.cache_format == "int" and spec.cache_served_by == runtime
+    bits = (spec.key_bits, spec.value_bits) if follows else None
+    if spec.cache_format == "int" and not follows:  # of FP8 alone the file tells them to quantize it
+        finished = replace(finished, spec=spec.without_cache)
     ids = sample(finished)
     prompt = ids[0].tolist()
     answer = ask(runtime, export, prompt, python=where, dtype=dtype, cache=bits)
-    reduced = finished.spec.quantizes_inputs or follows
+    reduced = finished.spec.quantizes_inputs or finished.spec.quantizes_cache
     wide = replace(finished, spec=finished.spec.without_inputs.without_cache)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
@@ -181,7 +182,7 @@ def _control(
                 ask(runtime, folder, ids, python=python, dtype=dtype, cache=cache), expected, torch.tensor([ids])
             )
         groups = (
-            {name: tensor.to(kind) for name, tensor in group.items()}
+            {name: tensor.to(kind) for name, tensor in group.items() if name.rpartition(".")[2] not in FOUND}
             for group in run.groups(lambda result, _: {"weight": result.dequantize()})
         )
         config = {key: value for key, value in run.config.items() if key != "torch_dtype"}

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..boa.online.attention import NAME
-from ..boa.online.transforms import INPUT_SCALE
 from ..errors import InputError, RunError
 from ..export.finished import Finished
 from ..export.formats import compressed_tensors, compressed_tensors_reader, gguf_reader, gptq, mlx
@@ -100,10 +99,9 @@ def verify(export: Path, *, run: Path | None = None, tolerance: float | None = N
         raise InputError(f"{export} is in the format {record.format}, which this release of rotoboa does not read.")
     if record.format != "native":  # the cache is the server's, and these readers keep another
         finished = replace(finished, spec=finished.spec.without_cache)
-    ids = sample(finished)
+    ids, spec = sample(finished), finished.spec
     expected = run_logits(finished, ids, plain=record.format != "native")
     deviation = float(expected.std())
-    spec = finished.spec
     online = spec.quantizes_inputs or spec.quantizes_cache
     rounded = record.format == "gguf" and spec.has_zero_points  # offsets, by up to 1.5 % of a step
     limit = tolerance if tolerance is not None else deviation * (0.2 if online else 0.03 if rounded else 0.01)
@@ -161,7 +159,7 @@ def run_logits(run: Finished, ids: Tensor, *, plain: bool = False) -> Tensor:
     hidden = decoder.embed(outer, ids)
     for index in range(run.shape.blocks):
         block = packed_block(decoder, index, run.block(index), run.spec)
-        for name in run.family.projections if plain else ():
+        for name in run.family.at(index).projections if plain else ():
             packed = block.get_submodule(name)
             if isinstance(packed, QuantizedLinear):  # a weight in 16 bits is not packed
                 block.set_submodule(name, _Plain(packed))
@@ -178,8 +176,7 @@ class _Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.packed
-        transform = layer.transform.scaled(getattr(layer, INPUT_SCALE, None))
-        return nn.functional.linear(transform(x), layer.dequantize(x.dtype), layer.bias)
+        return nn.functional.linear(layer.transform.of(layer)(x), layer.dequantize(x.dtype), layer.bias)
 
 
 def _native(export: Path, ids: Tensor) -> Tensor:

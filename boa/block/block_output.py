@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ...models.decoder import Decoder, stream_of
 from ...models.families import SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
-from ..online.served_cache import ServedQuantizer
+from ..online.float8 import StaticFloat8
 from ..online.transforms import OnlineTransforms
 from ..solver.learned import Learning, penalty_slope, rectified, side_and_variables, slope_
 from ..solver.rounding import Quantized
@@ -37,6 +38,15 @@ class StraightThrough(DynamicQuantizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         """As of `DynamicQuantizer`."""
+        plain = x.detach()
+        return x + (super().__call__(plain) - plain)
+
+
+class StraightThroughFloat8(StaticFloat8):
+    """Likewise."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As of `StaticFloat8`."""
         plain = x.detach()
         return x + (super().__call__(plain) - plain)
 
@@ -185,27 +195,27 @@ def learn_block(
 def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
     """The same transforms, with a gradient."""
 
-    def pass_through(quantizer: DynamicQuantizer | None) -> DynamicQuantizer | None:
-        if quantizer is None:
-            return None
+    def pass_through(quantizer: Any) -> Any:
+        if isinstance(quantizer, StaticFloat8):
+            return StraightThroughFloat8(quantizer.scale)
+        if not isinstance(quantizer, DynamicQuantizer):
+            return quantizer  # which attention passes by itself
         return StraightThrough(*(getattr(quantizer, field.name) for field in fields(DynamicQuantizer)))
 
     for site in SITES:
         transform = getattr(transforms, site)
         transforms = transforms.with_input(site, replace(transform, quantizer=pass_through(transform.quantizer)))
     attention = transforms.attention
-    if not isinstance(attention.key, ServedQuantizer):  # others are passed by attention itself
-        attention = replace(attention, key=pass_through(attention.key))
-    if not isinstance(attention.value, ServedQuantizer):
-        attention = replace(attention, value=pass_through(attention.value))
-    return replace(transforms, attention=attention)
+    key, value = pass_through(attention.key), pass_through(attention.value)
+    return replace(transforms, attention=replace(attention, key=key, value=value))
 
 
 @contextmanager
 def transformed(decoder: Decoder, block: nn.Module, transforms: OnlineTransforms) -> Iterator[None]:
     """Let `block` compute with `transforms` between its layers."""
-    attention, handles = block.get_submodule(decoder.family.attention), []
-    for name, site in transforms.by_projection(decoder.family).items():
+    family, handles = decoder.family_of(block), []
+    attention = block.get_submodule(family.attention)
+    for name, site in transforms.by_projection(family).items():
         hook = lambda _, args, site=site: site(args[0])  # noqa: E731
         handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
     set_attention(attention, transforms.attention)

@@ -1,4 +1,7 @@
-"""The global scales of inputs in NVFP4: what the largest number of each kind of layer's input asks for."""
+"""The scales that are one for all tokens: of inputs in NVFP4 and static FP8, of keys and values in FP8.
+
+They are what the largest number asks for, of each kind of layer's input, of a block's keys, of its values.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...models.families import SITES
-from ..online.attention import AttentionTransform
-from ..online.transforms import INPUT_SCALE, InputTransform, OnlineTransforms
+from ..online import float8
+from ..online.transforms import InputTransform
 from ..stored_scales import global_scale_of
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
@@ -27,28 +30,34 @@ class _Peak:
         return x
 
 
-def scale_inputs(context: BlockContext, streams: Streams) -> tuple[BlockContext, BlockResult]:
-    """Find the global scales of the inputs that are NVFP4, in the block of full precision.
+def find_scales(context: BlockContext, streams: Streams) -> tuple[BlockContext, BlockResult]:
+    """Find these scales, in the block of full precision.
 
     Returns:
-        The context that further steps go on in, and the scales, by projection; where none is wanted, the context as it
-        is.
+        The context that further steps go on in, and the scales, by the names of tensors; where none is wanted, the
+        context as it is.
     """
-    transforms, family = context.transforms, context.family
-    wanted = [site for site in SITES if getattr(transforms, site).needs_scale]
-    if not wanted:
+    transforms, device, ranks = context.transforms, context.decoder.device, context.share.ranks
+    wanted = [site for site in SITES if getattr(transforms, site).scale_name is not None]
+    cached = list(transforms.attention.scale_names)
+    if not wanted and not cached:
         return context, BlockResult()
-    peaks = {site: _Peak() for site in SITES}
-    # In the place of quantizers, so that rotations are those that the block is run with.
+    peaks = {name: _Peak() for name in (*SITES, *cached)}
+    # In the place of quantizers, so that rotations are those that the block is run with, and centers and sinks too.
     seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in SITES}  # type: ignore[arg-type]
-    looking = OnlineTransforms(**seen, attention=AttentionTransform(transforms.attention.rotation))
+    parts = {part: peaks.get(part) for part in ("key", "value")}
+    looking = replace(transforms, **seen, attention=replace(transforms.attention, **parts))  # type: ignore[arg-type]
     with transformed(context.decoder, context.full, looking):
         for batch in context.batches(streams):
             context.decoder.run(context.full, batch.full)
-    found: dict[str, torch.Tensor] = {}
     for site in wanted:
-        scale = global_scale_of(max(context.share.ranks.gather(peaks[site].peak)))
-        tensor = torch.tensor([min(max(scale, 2.0**-14), 2.0**15)], device=context.decoder.device)  # fits float16
-        transforms = transforms.with_input(site, getattr(transforms, site).scaled(tensor))
-        found |= {f"{name}.{INPUT_SCALE}": tensor for name, own in family.sites.items() if own == site}
-    return replace(context, transforms=transforms), BlockResult(centers=found)
+        transform, peak = getattr(transforms, site), max(ranks.gather(peaks[site].peak))
+        eight = transform.quantizer.format == "fp8"
+        scale = float8.scale_of(peak) if eight else min(max(global_scale_of(peak), 2.0**-14), 2.0**15)  # fits float16
+        transforms = transforms.with_input(site, transform.scaled(torch.tensor([scale], device=device)))
+    found = {
+        name: torch.tensor([float8.scale_of(max(ranks.gather(peaks[part].peak)))], device=device)
+        for part, name in transforms.attention.scale_names.items()
+    }
+    transforms = replace(transforms, attention=transforms.attention.calibrated(found.get))
+    return replace(context, transforms=transforms), BlockResult(centers=transforms.scales(context.family))

@@ -63,6 +63,11 @@ class DynamicQuantizer:
     format: str = "int"
     global_scale: Tensor | float = field(default=UNCALIBRATED, compare=False)
 
+    @property
+    def found(self) -> str | None:
+        """What calibration finds of it: the name of the field, or None."""
+        return "global_scale" if self.format == "nvfp4" else None
+
     @classmethod
     def of(
         cls, bits: int, symmetric: bool, clip: float, group_size: int | None = None, *, search: bool = False

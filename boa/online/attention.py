@@ -22,11 +22,15 @@ from transformers.masking_utils import sdpa_mask
 from ...errors import InputError
 from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
+from .float8 import StaticFloat8
 from .served_cache import ServedQuantizer
 
 NAME = "rotoboa"
 CENTER = "key_center"
 """Of an attention module: the tensor with the center of its keys."""
+CACHE_SCALES = {"key": "k_scale", "value": "v_scale"}
+"""Of it too: the tensors (1,) with the scales of keys and of values in FP8, as compressed-tensors calls them."""
+CacheQuantizer = DynamicQuantizer | ServedQuantizer | StaticFloat8
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class AttentionTransform:
     """
 
     rotation: Hadamard | None = None
-    key: DynamicQuantizer | ServedQuantizer | None = None
-    value: DynamicQuantizer | ServedQuantizer | None = None
+    key: CacheQuantizer | None = None
+    value: CacheQuantizer | None = None
     sink: int = 0
     centered: bool = False
     center: Tensor | None = field(default=None, compare=False)
@@ -61,7 +65,7 @@ class AttentionTransform:
     def _rounded(
         self,
         x: Tensor,
-        quantizer: DynamicQuantizer | ServedQuantizer | None,
+        quantizer: CacheQuantizer | None,
         starts: Tensor | None,
         center: Tensor | None = None,
     ) -> Tensor:
@@ -83,12 +87,25 @@ class AttentionTransform:
             return None
         return self.center.view(key.shape[1], 1, -1)
 
+    @property
+    def scale_names(self) -> dict[str, str]:
+        """Of `CACHE_SCALES`, those that calibration finds."""
+        return {part: name for part, name in CACHE_SCALES.items() if isinstance(getattr(self, part), StaticFloat8)}
+
+    def calibrated(self, found: Callable[[str], Tensor | None]) -> AttentionTransform:
+        """The same with the center and the scales that `found` has by the names of their tensors."""
+        changes: dict[str, Any] = {} if (center := found(CENTER)) is None else {"center": center}
+        for part, name in self.scale_names.items():
+            if (scale := found(name)) is not None:
+                changes[part] = StaticFloat8(scale)
+        return replace(self, **changes) if changes else self
+
     def rotate(self, x: Tensor) -> Tensor:
         """Queries or keys (..., head_dim), rotated."""
         return x if self.rotation is None else self.rotation.apply(x)
 
 
-def _beside(center: Tensor | None, quantizer: DynamicQuantizer | ServedQuantizer, x: Tensor) -> Tensor:
+def _beside(center: Tensor | None, quantizer: CacheQuantizer, x: Tensor) -> Tensor:
     """`x`, what it is without `center` rounded."""
     return quantizer(x) if center is None else quantizer(x - center) + center
 
@@ -135,10 +152,9 @@ def set_attention(module: nn.Module, transform: AttentionTransform | None, recor
 
 
 def transform_of(module: nn.Module) -> AttentionTransform | None:
-    """The transform on an attention module; with the center of its keys, where the module holds that itself."""
+    """The transform on an attention module; with what calibration has found, where the module holds that itself."""
     transform: AttentionTransform | None = getattr(module, "rotoboa_transform", None)
-    center: Tensor | None = getattr(module, CENTER, None)
-    return transform if transform is None or center is None else replace(transform, center=center)
+    return None if transform is None else transform.calibrated(lambda name: getattr(module, name, None))
 
 
 def attention_forward(

@@ -125,6 +125,12 @@ def served_cache(spec: Spec) -> str:
     """The options that keep the cache of a served model as the run followed it, in words; empty where it is ours."""
     if spec.cache_served_by == OWN or not spec.quantizes_cache:
         return ""
+    if spec.cache_format == "fp8":
+        return (
+            "The run was calibrated and measured with keys and values in FP8 (E4M3), on scales that this checkpoint "
+            "holds. vLLM reads them and keeps its cache so, without an option. transformers (5.24.0, with "
+            "compressed-tensors 0.20.1) leaves them out, and keys and values in 16 bits."
+        )
     if spec.cache_served_by == "vllm":
         flags, where = f"--kv-cache-dtype int{spec.key_bits}_per_token_head", "vLLM"
         more = "Its kernels for it run on GPUs, where they were not seen; on processors vLLM 0.32.0 computes nonsense."

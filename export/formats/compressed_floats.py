@@ -6,6 +6,8 @@
 | `weight_scale` | (out, in / 16) E4M3, or (out, in / 32) uint8, the exponent + 127 |
 | `weight_global_scale` | (1,) float32, by which NVFP4 divides its scales |
 | `input_global_scale` | (1,) float32, the same of inputs in NVFP4 |
+| `input_scale` | (1,) float32, of inputs in static FP8 |
+| `k_scale`, `v_scale` | (1,) float32, of an attention module: of keys and of values in FP8 |
 
 `float-quantized`, of FP8, has `weight` (out, in) E4M3 and `weight_scale` (out, 1) bfloat16.
 
@@ -58,6 +60,13 @@ def float_args(args: ours.QuantizationArgs, *, inputs: bool = False) -> Quantiza
     )
 
 
+def static_float8() -> QuantizationArgs:
+    """Of inputs, or of keys and values, in FP8 on a scale that the file has."""
+    return QuantizationArgs(
+        num_bits=8, type=QuantizationType.FLOAT, symmetric=True, strategy=QuantizationStrategy.TENSOR, dynamic=False
+    )
+
+
 def refuse_mixed(weights: Iterable[ours.QuantizationArgs], name: str) -> None:
     """Refuse weights of several kinds of numbers.
 
@@ -92,3 +101,11 @@ def float_shapes(args: QuantizationArgs, rows: int, columns: int) -> dict[str, t
         "weight_scale": (rows, columns // size),
     }
     return shapes | ({"weight_global_scale": (1,)} if args.strategy == QuantizationStrategy.TENSOR_GROUP else {})
+
+
+def input_shapes(args: QuantizationArgs | None) -> dict[str, tuple[int, ...]]:
+    """Likewise those of what calibration has found of its input."""
+    if args is None or args.dynamic is True:
+        return {}
+    by_tensor = args.strategy == QuantizationStrategy.TENSOR_GROUP
+    return {"input_global_scale" if by_tensor else "input_scale": (1,)}

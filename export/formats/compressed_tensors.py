@@ -46,7 +46,7 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from torch import Tensor
 
 from ...boa import scheme as ours
-from ...boa.online.transforms import INPUT_SCALE
+from ...boa.online.transforms import FOUND
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
 from ...models.families import Family
@@ -59,7 +59,7 @@ from ..scheme_layers import by_scheme, by_weights, divided, patterns, quantized_
 from ..spec import Spec
 from ..vllm_inputs import served_inputs
 from ..writing import SHARD_BYTES, write_checkpoint
-from .compressed_floats import compress_floats, float_args, refuse_mixed
+from .compressed_floats import compress_floats, float_args, refuse_mixed, static_float8
 from .int_quantized import as_int8, stored_as
 
 PROCESSORS = (
@@ -89,7 +89,7 @@ def check(run: Finished) -> None:
     refuse_layout(run.family, NAME)
     refuse_ends(run, NAME, head=True)  # transformers 5.24.0 starts a packed embedding anew, and finds no weight
     # What vLLM runs online is found by the ends of names, which what sees has too.
-    refuse_online(spec, NAME, activations=True, inputs=run.family.sight is None, server="vllm")
+    refuse_online(spec, NAME, activations=True, inputs=run.family.sight is None, server="vllm", scales=True)
     online, split = transforms(spec, run.family, run.shape), divided(run)
     if online is not None and split:
         raise InputError(
@@ -168,7 +168,8 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         # No layer is in two groups, so that no reader must choose.
         several = len(quantized) > 1 or bool(ends)
         targets = [f"re:{pattern}" for pattern in patterns(names, run)] if several else ["Linear"]
-        parts = {"weights": _weights(scheme.weights), "input_activations": _inputs(scheme.input_activations)}
+        inputs = _inputs(scheme.input_activations, dynamic=run.spec.activation_dynamic)
+        parts = {"weights": _weights(scheme.weights), "input_activations": inputs}
         groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=stored, **parts)
     for module, args in ends.items():
         groups[f"group_{len(groups)}"] = QuantizationScheme(targets=[module], format=stored, weights=_weights(args))
@@ -176,6 +177,7 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED,
+        kv_cache_scheme=static_float8() if run.spec.cache_format == "fp8" else None,
         ignore=[
             *({run.family.head} - set(ends)),
             *linears_beside(run.transformers_config(), run.family),
@@ -203,9 +205,11 @@ def _weights(args: ours.QuantizationArgs) -> QuantizationArgs:
     )
 
 
-def _inputs(args: ours.QuantizationArgs) -> QuantizationArgs | None:
+def _inputs(args: ours.QuantizationArgs, *, dynamic: bool) -> QuantizationArgs | None:
     if not args.quantizes:
         return None
+    if args.format == "fp8" and not dynamic:
+        return static_float8()
     if args.format != "int":
         return float_args(args, inputs=True)
     return QuantizationArgs(
@@ -247,7 +251,7 @@ def groups(run: Finished) -> Iterator[dict[str, Tensor]]:
     """All tensors of the checkpoint by their full names, a decoder block at a time."""
     whole = stored_as(by_scheme(run)) == CompressionFormat.int_quantized
     for group in run.groups((lambda result, args: as_int8(result, args.num_bits)) if whole else _compressed):
-        yield {name: t.float() if name.endswith(f".{INPUT_SCALE}") else t for name, t in group.items()}
+        yield {name: t.float() if name.rpartition(".")[2] in FOUND else t for name, t in group.items()}
     for name, (hadamard, (layer, *_)) in _online(run.spec, run.family, run.shape).items():
         # One matrix for all layers, which share it in vLLM; its kernel does without, its plain product does not.
         matrix = deterministic_hadamard_matrix(hadamard.order, torch.bfloat16)

@@ -7,17 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus, QuantizationType
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus, QuantizationType
 from compressed_tensors.utils import match
 from torch import nn
 
+from ...boa.online.attention import CACHE_SCALES
 from ...errors import InputError
 from ...models.families import family_of
 from ...models.shape import Shape
 from ..compressed_inputs import NAME
 from ..finished import projection_columns, projection_rows
 from ..reading import check_shape, read_config, read_shapes
-from .compressed_floats import FORMATS, float_shapes
+from .compressed_floats import FORMATS, float_shapes, input_shapes
 from .compressed_tensors import VLLM_ALONE
 
 
@@ -40,44 +41,48 @@ def inspect(folder: Path) -> None:
             raise ValueError(f"format {quantization.get('format')}, where {wanted} is read")
         family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
         names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
-        layers = {name: _args_of(name, nn.Linear(1, 1), groups) for name in names}
-        ends = {family.embedding: _args_of(family.embedding, nn.Embedding(1, 1), groups)}
+        layers = {name: _scheme_of(name, nn.Linear(1, 1), groups) for name in names}
+        ends = {family.embedding: _scheme_of(family.embedding, nn.Embedding(1, 1), groups)}
         if not config.get("tie_word_embeddings"):
-            ends[family.head] = _args_of(family.head, nn.Linear(1, 1), groups)
+            ends[family.head] = _scheme_of(family.head, nn.Linear(1, 1), groups)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{folder / 'config.json'} cannot be used ({what}): export the model again.") from error
     found = read_shapes(folder)
     rows, columns = projection_rows(family, shape), projection_columns(family, shape)
-    for name, args in layers.items():
+    for name, scheme in layers.items():
         inside = name.removeprefix(f"{family.layers}.").partition(".")[2]
-        for part, size in _shapes(args, stored, rows[inside], columns[inside]).items():
+        for part, size in _shapes(scheme, stored, rows[inside], columns[inside]).items():
             check_shape(folder, f"{name}.{part}", size, found)
-    for name, args in ends.items():
-        for part, size in _shapes(args, stored, shape.vocabulary, shape.hidden).items():
+    for index in range(shape.blocks) if groups.kv_cache_scheme else ():
+        for part in CACHE_SCALES.values():
+            check_shape(folder, f"{family.layers}.{index}.{family.attention}.{part}", (1,), found)
+    for name, scheme in ends.items():
+        for part, size in _shapes(scheme, stored, shape.vocabulary, shape.hidden).items():
             check_shape(folder, f"{name}.{part}", size, found)
     check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
     if any(name.startswith(f"{family.layers}.{shape.blocks}.") for name in found):
         raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")
 
 
-def _args_of(layer: str, module: nn.Module, config: QuantizationConfig) -> QuantizationArgs | None:
-    """What the weights of a layer have, as the format's library finds it; None where it is left as it is."""
+def _scheme_of(layer: str, module: nn.Module, config: QuantizationConfig) -> QuantizationScheme | None:
+    """That of a layer, as the format's library finds it; None where it is left as it is."""
     if match.is_match(layer, module, config.ignore or []):
         return None
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     found = match.match_targets(layer, module, schemes)
-    return schemes[found[0]].weights if found else None
+    return schemes[found[0]] if found else None
 
 
 def _shapes(
-    args: QuantizationArgs | None, stored: CompressionFormat, rows: int, columns: int
+    scheme: QuantizationScheme | None, stored: CompressionFormat, rows: int, columns: int
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's tensors by the last part of their names."""
-    if args is None:
+    args = None if scheme is None else scheme.weights
+    if scheme is None or args is None:
         return {"weight": (rows, columns)}
     if args.type == QuantizationType.FLOAT:
-        return float_shapes(args, rows, columns)
+        return float_shapes(args, rows, columns) | input_shapes(scheme.input_activations)
     groups = -(-columns // args.group_size) if args.group_size else 1
     if stored == CompressionFormat.int_quantized:
         return {"weight": (rows, columns), "weight_scale": (rows, groups)}

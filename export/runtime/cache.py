@@ -15,8 +15,10 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...boa.online.activations import DynamicQuantizer
-from ...boa.online.attention import AttentionTransform, mark_stored
+from ...boa.online.attention import AttentionTransform, CacheQuantizer, mark_stored
+from ...boa.online.float8 import StaticFloat8
 from ...boa.online.served_cache import ServedQuantizer
+from ...boa.stored_scales import E4M3
 from ..packing import pack_levels, packed_width, unpack
 from .sinks import Sinks
 
@@ -29,8 +31,9 @@ class PackedLayer(DynamicLayer):
     `keys` and `values` are (batch, heads, tokens, words) int32; `key_spans` and `value_spans` (batch, heads, tokens, 2)
     hold the smallest and the largest entry of each vector in the model's dtype, from which its scale and zero point
     follow (`DynamicQuantizer.grid`). Keys that have a center are stored without it. Without a quantizer, vectors are
-    kept as they are and have no span. Those of the transform's `sink` first positions are kept beside them as they
-    came, in `sinks`; `starts` (batch or 1,) says how much padding is before these.
+    kept as they are and have no span. FP8 is kept in bytes (batch, heads, tokens, head_dim), on the transform's own
+    scale. Those of the transform's `sink` first positions are kept beside them as they came, in `sinks`;
+    `starts` (batch or 1,) says how much padding is before these.
 
     Args:
         transform: of the attention module, whose quantizers and rotation these are.
@@ -208,7 +211,7 @@ class PackedSlidingLayer(PackedLayer):
             self._change(lambda tensor: tensor[:, :, gone:].clone())
 
 
-def _store(x: Tensor, quantizer: DynamicQuantizer | ServedQuantizer | None) -> tuple[Tensor, Tensor | None]:
+def _store(x: Tensor, quantizer: CacheQuantizer | None) -> tuple[Tensor, Tensor | None]:
     """Words and spans of x (batch, heads, tokens, head_dim); x itself without a quantizer, and rounded as another
     runtime's cache does, in its dtype: the layout of that is the runtime's own.
     """
@@ -216,6 +219,8 @@ def _store(x: Tensor, quantizer: DynamicQuantizer | ServedQuantizer | None) -> t
         return x, None
     if isinstance(quantizer, ServedQuantizer):
         return quantizer(x), None
+    if isinstance(quantizer, StaticFloat8):
+        return quantizer.codes(x).view(torch.uint8), None
     width = packed_width(x.shape[-1], quantizer.bits)
     if not x.numel():
         return x.new_empty(*x.shape[:3], width, dtype=torch.int32), x.new_empty(*x.shape[:3], 2 - quantizer.symmetric)
@@ -227,10 +232,12 @@ def _store(x: Tensor, quantizer: DynamicQuantizer | ServedQuantizer | None) -> t
 def _read(
     stored: Tensor,
     span: Tensor | None,
-    quantizer: DynamicQuantizer | ServedQuantizer | None,
+    quantizer: CacheQuantizer | None,
     size: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if isinstance(quantizer, StaticFloat8):
+        return quantizer.values(stored.view(E4M3), dtype)
     if not isinstance(quantizer, DynamicQuantizer) or span is None:
         return stored.view_as(stored)  # a tensor of its own, to be marked
     scale, zero = quantizer.grid(span)

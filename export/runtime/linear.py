@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.activations import UNCALIBRATED, DynamicQuantizer
-from ...boa.online.transforms import INPUT_SCALE, InputTransform
+from ...boa.online.activations import DynamicQuantizer
+from ...boa.online.float8 import StaticFloat8
+from ...boa.online.transforms import InputTransform
 from ...boa.scheme import GROUPS, QuantizationArgs
 from ..packing import from_codes, pack, planes, unpack
 from .gradient import with_gradient
@@ -59,8 +60,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         nn.Module.__init__(self)  # without a weight
         self.in_features, self.out_features = inputs, outputs
         self.transform = transform or InputTransform()
-        if self.transform.needs_scale:
-            self.register_buffer(INPUT_SCALE, torch.full((1,), UNCALIBRATED))
+        self.transform.make_room(self)
         self.make_room(outputs, inputs, bits, group_size, format)
         self.register_buffer("tile_grid", None, persistent=False)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None)
@@ -110,19 +110,19 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         return with_gradient(self.transform.rotate(x), self._from_rotated, self.dequantize)
 
     def _from_rotated(self, x: Tensor) -> Tensor:
-        quantizer = self.transform.scaled(getattr(self, INPUT_SCALE, None)).quantizer
+        quantizer = self.transform.of(self).quantizer
         flat = x.reshape(-1, self.in_features)
         if 0 < len(flat) <= TOKENS and flat.dtype == torch.bfloat16 and self._tile():
             y = self._from_tiles(flat if quantizer is None else quantizer(flat))
-        elif quantizer is not None and len(flat) and self.counts(quantizer, x.device):
+        elif isinstance(quantizer, DynamicQuantizer) and len(flat) and self.counts(quantizer, x.device):
             y = self._from_integers(flat, quantizer)
         else:
             y = self._from_floats(flat if quantizer is None else quantizer(flat))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def counts(self, quantizer: DynamicQuantizer | None, device: torch.device) -> bool:
+    def counts(self, quantizer: DynamicQuantizer | StaticFloat8 | None, device: torch.device) -> bool:
         """Whether products are taken of integers."""
-        if quantizer is None or {self.format, quantizer.format} != {"int"}:
+        if not isinstance(quantizer, DynamicQuantizer) or {self.format, quantizer.format} != {"int"}:
             return False
         if quantizer.bits + (not quantizer.symmetric) > 8 or not fast_integers(device.type):
             return False

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ...boa import super_scales
 from ...boa.kernels.levels import E2M1_ZERO, middle_of
-from ...boa.online.transforms import INPUT_SCALE
+from ...boa.online.transforms import INPUT_SCALES
 from ...boa.scheme import SUPER, TWO_LEVELS
 from ...boa.stored_scales import E4M3, decode
 from ..packing import SUPER_PARTS, packed_width
 
-_KEPT = ("scale", "global_scale", *SUPER_PARTS, INPUT_SCALE)
+_KEPT = ("scale", "global_scale", *SUPER_PARTS, *INPUT_SCALES)
 
 
 class PackedWeight(nn.Module):

@@ -8,9 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.activations import UNCALIBRATED
 from ...boa.online.attention import CENTER, NAME, set_attention
-from ...boa.online.transforms import INPUT_SCALE, InputTransform, OnlineTransforms
+from ...boa.online.transforms import FOUND, InputTransform, OnlineTransforms
 from ...boa.scheme import QuantizationScheme
 from ...models.decoder import Decoder
 from ...models.families import Family
@@ -31,14 +30,15 @@ def prepare_block(
     attention = block if family.generic else block.get_submodule(family.attention)
     if transforms.attention.centered:
         attention.register_buffer(CENTER, torch.zeros_like(block.get_parameter(f"{family.key}.weight")[:, 0]))
+    for name in transforms.attention.scale_names.values():
+        attention.register_buffer(name, torch.ones(1, device=block.get_parameter(f"{family.key}.weight").device))
     for name, transform in transforms.by_projection(family).items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         args = schemes[name].weights
         if not args.quantizes:
-            if transform.needs_scale:
-                with linear.weight.device:
-                    linear.register_buffer(INPUT_SCALE, torch.full((1,), UNCALIBRATED))
+            with linear.weight.device:
+                transform.make_room(linear)
             if transform != InputTransform():
                 linear.register_forward_pre_hook(partial(_transformed, transform))
             continue
@@ -48,15 +48,15 @@ def prepare_block(
 
 
 def _transformed(transform: InputTransform, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    transform = transform.scaled(getattr(module, INPUT_SCALE, None))
-    return (transform(arguments[0]), *arguments[1:])
+    return (transform.of(module)(arguments[0]), *arguments[1:])
 
 
 def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) -> None:
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
-        prepare_block(split_modules(block, family, shape, NAME), family, schemes, transforms)
+        split = split_modules(block, family.at(index), shape.at(index), NAME)
+        prepare_block(split, family.at(index), schemes, transforms)
     if family.embedding_norm is not None:
         model.set_submodule(family.embedding_norm, nn.Identity())  # the embedding has it in its rows
     if family.layer_norm:
@@ -96,7 +96,10 @@ def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
-    family = decoder.family
+    family = decoder.family.at(index)
     schemes, transforms = spec.schemes(family, index), spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
+    room = {name for name, _ in module.named_buffers()}
+    left = {name for name in tensors if name.rpartition(".")[2] in FOUND and name not in room}  # out by `spec`
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
     return decoder.block(index, tensors, module)

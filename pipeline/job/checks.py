@@ -28,11 +28,9 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     """
     shape = decoder.shape
     widths = {f"{name}'s inputs": columns for name, (_, columns) in (decoder.family.sizes or {}).items()}
-    widths = widths or {
-        "hidden size": shape.hidden,
-        "attention width": shape.query_heads * shape.head_dim,
-        "ffn size": shape.ffn,
-    }
+    if not decoder.family.generic:
+        attention = {"hidden size": shape.hidden, "attention width": shape.query_width}
+        widths = {**attention, **shape.ffn_sizes, **widths}
     check_formats(recipe)
     check_cache(recipe, shape.head_dim, model)
     groups = {
@@ -66,7 +64,7 @@ def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
     rotation, shape = recipe.rotation, decoder.shape
     blocks = rotation.blocks or 1
     turned = {"hidden size": shape.hidden} if rotations_of(recipe, decoder).r1 is not None else {}
-    turned |= {"ffn size": shape.ffn} if rotation.r4 else {}
+    turned |= shape.ffn_sizes if rotation.r4 else {}
     for name, width in turned.items():
         if width % blocks:
             fitting = [size for size in BLOCKS if all(w % size == 0 for w in turned.values())]
@@ -83,6 +81,9 @@ def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
         InputError: it does not.
     """
     server, found = serving(recipe), (recipe.cache.key_bits, recipe.cache.value_bits)
+    if recipe.cache.format == "fp8" and min(found) < FULL:
+        _check_float_cache(server, found)
+        return
     if server == OWN:
         return
     if any(bits not in (*BITS[server], FULL) for bits in found) or (server == "vllm" and found[0] != found[1]):
@@ -95,6 +96,16 @@ def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
         raise InputError(
             f"cache.served_by {server} needs heads of multiples of {BLOCK if server == 'llama.cpp' else 2}, and those "
             f"of {model.name} are {head_dim} wide: give --cache.served_by {OWN}, or 16 bits."
+        )
+
+
+def _check_float_cache(server: str, found: tuple[int, int]) -> None:
+    if server == "llama.cpp":
+        raise InputError("cache.format fp8 is not in llama.cpp: give --cache.served_by vllm, or --cache.format int.")
+    if found != (8, 8):
+        raise InputError(
+            f"cache.format fp8 has keys and values in 8 bits, and cache.key_bits and cache.value_bits are {found[0]} "
+            f"and {found[1]}: give 8 for both, or --cache.format int."
         )
 
 

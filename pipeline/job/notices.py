@@ -13,7 +13,7 @@ from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
 from ..recipe.recipe import Recipe
-from ..recipe.settings import rotations_of, serving, stays_tied
+from ..recipe.settings import finds_scales, has_inputs_in, rotations_of, serving, stays_tied
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _text(case: _Case, *, reads_some: bool = False) -> str | None:
     rotation = case.recipe.rotation
     cache = case.recipe.cache
     centered = cache.center and cache.key_bits < 16 and _served(case) is None
-    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded) or centered
+    read = rotation.scale or (rotation.seeds > 1 and case.is_seeded) or centered or finds_scales(case.recipe)
     read = read or (reads_some and rotation.r1 == "auto" and case.rotations.turned)
     return None if read else _RTN(case)
 
@@ -95,6 +95,10 @@ def _activation_search(case: _Case) -> str | None:
     other = {"format": (found.format, "int"), "convention": (found.convention, OWN)}
     changed = (f"activations.{name} is {value}" for name, (value, plain) in other.items() if value != plain)
     return _activations(case) or next(changed, None)
+
+
+def _dynamic(case: _Case) -> str | None:
+    return None if has_inputs_in("fp8", case.recipe) else _activations(case) or "no input is in fp8"
 
 
 def _convention(case: _Case) -> str | None:
@@ -121,13 +125,17 @@ def _own_cache(case: _Case) -> str | None:
     return _cache(case) or _served(case)
 
 
+def _cache_search(case: _Case) -> str | None:
+    return _own_cache(case) or ("cache.format is fp8" if case.recipe.cache.format == "fp8" else None)
+
+
 def _center(case: _Case) -> str | None:
     return "cache.key_bits is 16" if case.recipe.cache.key_bits == 16 else _served(case)
 
 
 def _cache_clip(case: _Case) -> str | None:
     found = case.recipe.cache
-    return _own_cache(case) or _searched("cache", found.search, min(found.key_bits, found.value_bits))
+    return _cache_search(case) or _searched("cache", found.search, min(found.key_bits, found.value_bits))
 
 
 def _searched(section: str, search: bool, bits: int) -> str | None:
@@ -187,11 +195,13 @@ IDLE: dict[str, _Why] = {
     "activations.search": _activation_search,
     "activations.convention": _convention,
     "activations.format": _activations,
+    "activations.dynamic": _dynamic,
     "cache.clip": _cache_clip,
-    "cache.search": _own_cache,
+    "cache.search": _cache_search,
     "cache.center": _center,
     "cache.sink": _own_cache,
     "cache.served_by": _cache,
+    "cache.format": _cache,
     "calibration.samples": _text,
     "calibration.seed": lambda case: _text(case, reads_some=True),
 }
@@ -220,7 +230,7 @@ def _too_little_text(recipe: Recipe, decoder: Decoder, length: int) -> list[str]
     """A sentence where layers have more input channels than there are calibration tokens."""
     samples, shape, family = recipe.calibration.samples, decoder.shape, decoder.family
     tokens = samples * length
-    widths = {"q, k, v, gate and up": shape.hidden, "O": shape.query_width, "down": shape.ffn}
+    widths = {"q, k, v, gate and up": shape.hidden, "O": shape.query_width, "down": max(shape.ffn_sizes.values())}
     few = {name: width for name, width in widths.items() if tokens < width}
     if recipe.weights.method == "rtn" or not few:
         return []

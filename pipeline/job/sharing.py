@@ -13,6 +13,7 @@ from ...errors import InputError
 from ...export.writing import packed_matrices, read_outer_layers
 from ...models.outer_layers import OuterLayers
 from ..ranks import launch
+from ..recipe.fields import kept_recipe
 from ..recipe.recipe import Recipe
 from ..storage.manifest import Manifest
 from ..storage.run_folder import RunFolder, recipe_of
@@ -37,7 +38,7 @@ def shared_recipe(ranks: Ranks, run: Path) -> Recipe:
     """The recipe of a run folder, which the first rank reads."""
     recipe = recipe_of(run) if ranks.rank == 0 else None
     data = ranks.broadcast_value(None if recipe is None else recipe.model_dump(mode="json"))
-    return recipe or Recipe.model_validate(data)
+    return recipe or kept_recipe(data)
 
 
 def shared_tokens(ranks: Ranks, load: Callable[[], Tensor]) -> Tensor:

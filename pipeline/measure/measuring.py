@@ -13,8 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.activations import UNCALIBRATED
-from ...boa.online.transforms import INPUT_SCALE
 from ...boa.precision import quick_products
 from ...boa.solver.rounding import Quantized, quantize
 from ...boa.stopwatch import STAGES
@@ -153,7 +151,7 @@ def _perplexities(
 
 def rounded_block(job: Job, index: int) -> nn.Module:
     """Block `index` of the original checkpoint, every projection rounded to nearest, with the quantizers of the run."""
-    decoder, family, spec = job.decoder, job.decoder.family, job.spec.unrotated
+    decoder, family, spec = job.decoder, job.decoder.family.at(index), job.spec.unrotated
     tensors, schemes, rtn = job.checkpoint.block(index), spec.schemes(family, index), job.settings.but(method="rtn")
     results = {}
     for name, scheme in schemes.items():
@@ -165,9 +163,8 @@ def rounded_block(job: Job, index: int) -> nn.Module:
             results[name].global_scale = settings.global_scale
     transforms = spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
-    wanted = (name for name, _ in module.named_buffers() if name.endswith(INPUT_SCALE))
-    scales = {name: torch.full((1,), UNCALIBRATED) for name in wanted}
-    return decoder.block(index, pack_block(results, {**tensors, **scales}, schemes, decoder.dtype), module)
+    others = {**tensors, **transforms.scales(family)}
+    return decoder.block(index, pack_block(results, others, schemes, decoder.dtype), module)
 
 
 def sizes(job: Job, folder: RunFolder) -> Sizes:
@@ -189,7 +186,7 @@ def bits_per_weight(job: Job, folder: RunFolder) -> float:
     stored = weights = 0
     for index in range(job.decoder.shape.blocks):
         sizes, block = tensor_sizes(folder.block_path(index)), job.decoder.empty_block(index)
-        for name in job.decoder.family.projections:
+        for name in job.decoder.family.at(index).projections:
             stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("weight", *ALL_PARTS))
             weights += block.get_parameter(f"{name}.weight").numel()
     return 8 * stored / weights

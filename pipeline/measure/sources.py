@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...boa.online.attention import CENTER, set_attention
-from ...boa.online.transforms import INPUT_SCALE, OnlineTransforms
+from ...boa.online.attention import set_attention
+from ...boa.online.transforms import FOUND, OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
 from ...eval.results import Sources
 from ...export.packing import ALL_PARTS, unpack_block
@@ -144,7 +144,7 @@ class _Walk:
 
     def block(self, index: int, packed: dict[str, Tensor]) -> None:
         """Move all streams through block `index`; `packed` has its quantized tensors."""
-        compute, family = self.job.decoder, self.job.decoder.family
+        compute, family = self.job.decoder, self.job.decoder.family.at(index)
         tensors = self.job.checkpoint.block(index)
         original = compute.block(index, tensors)
         for part in self.streams["original"].split(self.batch):
@@ -175,7 +175,8 @@ def exact_block(job: Job, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     """Block `index`, of the checkpoint's `tensors`, rotated and in full precision; `switch` says what runs online."""
     compute = job.decoder
     near = for_rotation(tensors, compute.device)
-    return _hooked(compute.block(index, job.rotations.rotate_block(near, compute.family, index)), compute.family)
+    rotated = job.rotations.rotate_block(near, compute.family, index)
+    return _hooked(compute.block(index, rotated), compute.family.at(index))
 
 
 def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module:
@@ -184,27 +185,29 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     Packed layers would take products of integers, which differ in the rounding of floats alone, and which a processor
     without instructions for them is many times slower at.
     """
-    compute, family = job.decoder, job.decoder.family
+    compute, family = job.decoder, job.decoder.family.at(index)
     empty = compute.empty_block(index)
     columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
     results = unpack_block(packed, job.spec.schemes(family, index), columns)
     parts = {f"{name}.{part}" for name in results for part in ALL_PARTS}
-    parts |= {f"{family.attention}.{CENTER}", *(f"{name}.{INPUT_SCALE}" for name in family.sites)}
-    others = {name: tensor for name, tensor in packed.items() if name not in parts}
+    others = {n: tensor for n, tensor in packed.items() if n not in parts and n.rpartition(".")[2] not in FOUND}
     weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
     return _hooked(compute.block(index, others | weights), family)
 
 
 def own_transforms(job: Job, index: int, packed: Mapping[str, Tensor]) -> OnlineTransforms:
-    """The transforms of block `index`, with the tensors `packed`, whose keys have a center of their own."""
-    compute = job.decoder
-    transforms = job.spec.transforms(compute.shape, compute.family, index)
-    center = packed.get(f"{compute.family.attention}.{CENTER}")
-    for name, site in compute.family.sites.items():
-        scale = packed.get(f"{name}.{INPUT_SCALE}")
-        transforms = transforms.with_input(site, getattr(transforms, site).scaled(scale))
-    near = None if center is None else center.to(compute.device, compute.dtype)
-    return replace(transforms, attention=replace(transforms.attention, center=near))
+    """The transforms of block `index`, with what calibration found, which is among the tensors `packed`."""
+    compute, family = job.decoder, job.decoder.family.at(index)
+    transforms = job.spec.transforms(compute.shape, family, index)
+    for name, site in family.sites.items():
+        own = getattr(transforms, site)
+        transforms = transforms.with_input(site, own.scaled(packed.get(f"{name}.{own.scale_name}")))
+
+    def near(name: str) -> Tensor | None:
+        found = packed.get(f"{family.attention}.{name}")
+        return None if found is None else found.to(compute.device, compute.dtype)
+
+    return replace(transforms, attention=transforms.attention.calibrated(near))
 
 
 def _hooked(block: nn.Module, family: Family) -> nn.Module:

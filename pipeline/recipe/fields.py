@@ -6,6 +6,7 @@ Legal values are derived from the annotations that validate, so what is said and
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -97,6 +98,18 @@ def forget_given(recipe: Recipe, name: str) -> None:
     """Have a leaf field, by its dotted name, count as one that nobody gave; its value stays."""
     section, _, leaf = name.rpartition(".")
     (getattr(recipe, section) if section else recipe).model_fields_set.discard(leaf)
+
+
+def kept_recipe(data: Mapping[str, Any]) -> Recipe:
+    """A recipe out of what a run has written down, which has every field, and of which nobody has given any now.
+
+    Raises:
+        InputError, ValueError: it is none.
+    """
+    recipe = Recipe.model_validate(data)
+    for name in LEAVES:
+        forget_given(recipe, name)
+    return recipe
 
 
 def unknown_field(name: str) -> str:

@@ -126,6 +126,11 @@ class Activations(Section):
         description="Channels of a token that share a scale, after online rotations; none: all of them.",
     )
     symmetric: bool = Field(default=True, description="Quantize without a zero point.")
+    dynamic: bool = Field(
+        default=True,
+        description="Find the scales of fp8 as the model runs, one for each token; if not, calibration finds one for "
+        "the input of each layer.",
+    )
     clip: float = Field(
         default=0.9, gt=0, le=1, description="Part of a token's range that the grid covers; the rest is clipped."
     )
@@ -146,6 +151,11 @@ class Cache(Section):
 
     key_bits: Bits = Field(default=16, description="Bits of a cached key.")
     value_bits: Bits = Field(default=16, description="Bits of a cached value.")
+    format: Literal["int", "fp8"] = Field(
+        default="int",
+        description="The numbers of keys and values. int: integers, with a scale for each vector; fp8: floating point "
+        "(E4M3) of 8 bits, with one scale for the keys of a layer and one for its values, found in calibration.",
+    )
     clip: float = Field(
         default=0.95, gt=0, le=1, description="Part of the range that the grid covers; the rest is clipped."
     )

@@ -52,6 +52,19 @@ def serving(recipe: Recipe) -> str:
     return recipe.cache.served_by if min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL else OWN
 
 
+def has_inputs_in(name: str, recipe: Recipe) -> bool:
+    """Whether the input of any layer is to be in this format."""
+    whole = recipe.activations.format == name and recipe.activations.bits < FULL
+    return whole or any(override.activations.format == name for override in recipe.overrides)
+
+
+def finds_scales(recipe: Recipe) -> bool:
+    """Whether calibration finds scales of inputs or of the cache, whatever rounds the weights."""
+    cached = recipe.cache.format == "fp8" and min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL
+    static = not recipe.activations.dynamic and has_inputs_in("fp8", recipe)
+    return cached or static or has_inputs_in("nvfp4", recipe)
+
+
 def moves_head(recipe: Recipe) -> bool:
     """Whether the output layer is moved to make up for errors."""
     return recipe.weights.head > 0 and recipe.weights.method != "rtn"
@@ -89,7 +102,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         symmetric=weights.symmetric,
         type=weights.type,
         r1=rotations.r1 is not None,
-        r2=rotation.r2,
+        r2=rotation.r2 and any(kind.has_values for kind in decoder.family.all_kinds),
         r3=rotation.r3 and ours,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,
@@ -102,6 +115,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         activation_group=inputs.group_size,
         activation_search=recipe.activations.search,
         activation_convention=recipe.activations.convention,
+        activation_dynamic=recipe.activations.dynamic or not has_inputs_in("fp8", recipe),
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip if ours else 1.0,
@@ -109,6 +123,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         cache_sink=recipe.cache.sink if ours else 0,
         cache_center=recipe.cache.center and recipe.cache.key_bits < 16 and ours,
         cache_served_by=server,
+        cache_format=recipe.cache.format if min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL else "int",
         online_r1=rotations.online_r1,
         layers=layer_schemes(recipe, decoder) | outer_schemes(recipe, decoder, tied=tied),
         tied_head=tied and recipe.embedding.bits < FULL,

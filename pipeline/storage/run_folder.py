@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...export.record import checksum
+from ..recipe.fields import kept_recipe
 from ..recipe.recipe import Recipe
 from .files import MANIFEST, read_manifest
 from .manifest import Manifest
@@ -94,7 +95,7 @@ def recipe_of(path: Path) -> Recipe:
     try:
         for section, name in (field for field, off in GONE.items() if recipe[field[0]].get(field[1]) == off):
             recipe = {**recipe, section: {key: value for key, value in recipe[section].items() if key != name}}
-        return Recipe.model_validate(recipe)
+        return kept_recipe(recipe)
     except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"the recipe in {path / MANIFEST} is not one that this release of rotoboa reads: "

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rotoboa.boa.online.activations import DynamicQuantizer
-from rotoboa.boa.online.transforms import INPUT_SCALE, InputTransform
+from rotoboa.boa.online.transforms import InputTransform
 from rotoboa.boa.scheme import QuantizationArgs
 from rotoboa.errors import InputError, RunError
 from rotoboa.export.record import read_record, write_record
@@ -157,9 +157,9 @@ def test_inputs_have_the_scale_that_calibration_found() -> None:
     quantizer = DynamicQuantizer(4, group_size=16, format="nvfp4")
     layer = QuantizedLinear.in_place_of(torch.nn.Linear(32, 8, bias=False), args, InputTransform(quantizer=quantizer))
     layer.qweight.random_(-(2**31), 2**31)
-    layer.get_buffer(INPUT_SCALE).fill_(512.0)
+    layer.get_buffer("input_global_scale").fill_(512.0)
     x = 20 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     plain = verifying._Plain(layer)(x)
     torch.testing.assert_close(plain, layer(x), rtol=1e-5, atol=1e-3)
-    layer.get_buffer(INPUT_SCALE).fill_(1.0)
+    layer.get_buffer("input_global_scale").fill_(1.0)
     assert (verifying._Plain(layer)(x) - plain).abs().max() > 1

@@ -45,6 +45,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
                                       "activations.convention": "compressed-tensors",
                                       "activations.group_size": 32}, 1e-5),
     "nvfp4": ("nvfp4a16", {}, 1e-5),
+    "static fp8": ("fp8", {"rotation.r1": "merged", "activations.dynamic": False}, 1e-5),
     "head": ("w4a16", {"weights.symmetric": True, "weights.group_size": 32, "head.bits": 6,
                        "head.symmetric": True}, 1e-5),
     "mxfp4": ("mxfp4a16", {"overrides": "*.o_proj: weights.bits=16"}, 1e-5),

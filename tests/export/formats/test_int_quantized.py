@@ -39,7 +39,7 @@ def quantizer(convention: str, bits: int, group: int | None = None) -> DynamicQu
         4, activation_bits=bits, activation_group=group, activation_search=True, activation_convention=convention
     )
     found = spec.transforms(SMALL, FAMILIES["llama"]).qkv.quantizer
-    assert found is not None
+    assert isinstance(found, DynamicQuantizer)
     return found
 
 

@@ -23,6 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kv4": {"cache.key_bits": 4, "cache.value_bits": 4},
     "k2v3": {"cache.key_bits": 2, "cache.value_bits": 3},
     "k8v16": {"cache.key_bits": 8, "cache.value_bits": 16},
+    "fp8": {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8"},
+    "fp8, as vLLM": {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8", "cache.served_by": "vllm"},
+    "fp8, sink of 2": {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8", "cache.sink": 2},
     "kv3, sink of 3": {"cache.key_bits": 3, "cache.value_bits": 3, "cache.sink": 3},
     "k4v16, sink of 15": {"cache.key_bits": 4, "cache.value_bits": 16, "cache.sink": 15},
 }
@@ -125,7 +128,8 @@ def test_generate_stores_packed_integers(load: Load, setting: str) -> None:
     assert packed(result.past_key_values) and result.past_key_values.get_seq_length() == 12 + 16 - 1
     stored = result.past_key_values.layers[0]
     words = -(-16 * SETTINGS[setting]["cache.key_bits"] // 32)
-    assert stored.keys.dtype == torch.int32 and stored.keys.shape == (2, 2, 27, words)
+    kind, width = (torch.uint8, 16) if setting.startswith("fp8") else (torch.int32, words)
+    assert stored.keys.dtype == kind and stored.keys.shape == (2, 2, 27, width)
 
 
 def test_four_bits_an_entry(load: Load) -> None:
@@ -214,7 +218,7 @@ def test_sliding_window(sliding: MistralForCausalLM, kept: bool, steps: list[int
     for block in sliding.model.layers:
         set_attention(block.self_attn, replace(block.self_attn.rotoboa_transform, sink=sink))
     expected = logits(sliding, tokens, use_cache=False)
-    use_packed_cache(sliding.model, "layers", "self_attn")
+    use_packed_cache(sliding.model, "layers", ["self_attn"] * len(sliding.model.layers))
     mine = DynamicCache() if kept else DynamicCache(config=sliding.config)
     found = torch.cat([logits(sliding, part, past_key_values=mine) for part in tokens.split(steps, 1)], 1)
     assert {type(layer) for layer in mine.layers} == {PackedLayer if kept else PackedSlidingLayer}
@@ -234,7 +238,7 @@ def test_tokens_are_taken_back_within_a_window(sliding: MistralForCausalLM) -> N
     """As assisted decoding does: everything is kept up to the next crop."""
     tokens = ids(1, 20) % 64
     expected = logits(sliding, tokens, use_cache=False)
-    use_packed_cache(sliding.model, "layers", "self_attn")
+    use_packed_cache(sliding.model, "layers", ["self_attn"] * len(sliding.model.layers))
     mine = DynamicCache(config=sliding.config)
     mine.activate_past_recording()
     wrong = torch.cat([tokens[:, :12], tokens[:, :3]], 1)
@@ -256,7 +260,7 @@ def test_tokens_are_taken_back_within_a_window(sliding: MistralForCausalLM) -> N
 def test_generate_with_a_sliding_window(sliding: MistralForCausalLM) -> None:
     prompt = ids(2, 9) % 64
     expected = slowly(sliding, prompt, 12)
-    use_packed_cache(sliding.model, "layers", "self_attn")
+    use_packed_cache(sliding.model, "layers", ["self_attn"] * len(sliding.model.layers))
     options = {**GREEDY, "max_new_tokens": 12, "attention_mask": torch.ones_like(prompt)}
     result = sliding.generate(prompt, **options)
     assert torch.equal(result.sequences, expected)

@@ -45,7 +45,7 @@ OTHER = {
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False,
-    "activations.convention": "vllm", "cache.clip": 0.6,
+    "activations.convention": "vllm", "activations.dynamic": False, "cache.clip": 0.6, "cache.format": "fp8",
     "cache.search": False, "cache.center": False, "cache.sink": 4, "cache.served_by": "vllm",
     "rotation.r3": True, "calibration.samples": 5, "calibration.seed": 1,
 }  # fmt: skip
@@ -56,12 +56,16 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {f"weights.{name}" for name in (*BY_LAYER, *SOLVER, *LEARNED, "grid")}
         | {f"rotation.{name}" for name in ("seed", "seeds", "r4_blocks", "blocks")}
         | {"calibration.samples", "calibration.seed"}
-        | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention")}
-        | {"cache.clip", "cache.search", "cache.center", "cache.sink", "cache.served_by"},
+        | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention", "dynamic")}
+        | {f"cache.{name}" for name in ("clip", "search", "center", "sink", "served_by", "format")},
     ),
     "a cache served by vLLM": (
         {"weights.method": "rtn", "cache.key_bits": 4, "cache.value_bits": 4, "cache.served_by": "vllm"},
         {"rotation.r3", "cache.clip", "cache.search", "cache.center", "cache.sink"},
+    ),
+    "a cache in FP8": (
+        {"cache.key_bits": 8, "cache.value_bits": 8, "cache.format": "fp8", "activations.bits": 8},
+        {"cache.clip", "cache.search", "activations.dynamic"},
     ),
     "rtn, R1 placed": ({"weights.method": "rtn"}, {"calibration.samples"}),
     "gptq": (
@@ -136,6 +140,8 @@ def test_what_is_not_named_has_an_effect(
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
     setting |= {"weights.budget": 3} if name == "weights.choices" else {}
     setting |= {"cache.key_bits": 4, "cache.value_bits": 4} if name == "cache.served_by" else {}
+    setting |= {"cache.key_bits": 8, "cache.value_bits": 8} if name == "cache.format" else {}
+    setting |= {"activations.bits": 8, "activations.format": "fp8"} if name == "activations.dynamic" else {}
     setting |= (
         {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group", "head.symmetric")) else {}
     )

@@ -27,7 +27,7 @@ def complaint(base: Any, overrides: Any = None) -> str:
     "name",
     [
         *("w4a4kv4", "w4a4", "w4a4-vllm", "w4a8", "w4a8-cpu", "w8a8", "w4a16", "w3a16", "w2a16", "w2a4kv4"),
-        *("nvfp4a16", "mxfp4a16", "nvfp4", "mxfp4", "fp8"),
+        *("nvfp4a16", "mxfp4a16", "nvfp4", "nvfp4-kv8", "mxfp4", "fp8"),
     ],
 )
 def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
@@ -37,7 +37,7 @@ def test_recipes_of_the_package_are_what_their_names_say(name: str) -> None:
     if kind != "int":
         whole = kind if recipe.activations.format == kind else f"{kind}a{recipe.activations.bits}"
     assert name.startswith(whole)
-    cache = 4 if "kv4" in name else 16
+    cache = 4 if "kv4" in name else 8 if "kv8" in name else 16
     assert (recipe.cache.key_bits, recipe.cache.value_bits) == (cache, cache)
     # Online rotations are worth their cost only where what they smooth is quantized, and other readers have none.
     own = recipe.activations.convention == "rotoboa" and recipe.activations.format != "fp8"
