@@ -19,7 +19,6 @@ from ..export.writing import write_checkpoint
 from .verifying import run_logits, run_of, sample
 
 CONTROLS = 3.0  # times a dense model's difference: integers and their scales are rounded in other places
-
 WORST = 0.5  # of the logits' standard deviation: what a cache may be off by, though dense weights are off by it too
 
 
@@ -113,11 +112,11 @@ def serve(
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
-    integers = finished.spec.cache_format == "int"  # of FP8 the file tells them to quantize it
-    follows = cache and integers and finished.spec.quantizes_cache and finished.spec.cache_served_by == runtime
-    bits = (finished.spec.key_bits, finished.spec.value_bits) if follows else None
-    if integers and not follows:  # they are asked nothing of it
-        finished = replace(finished, spec=finished.spec.without_cache)
+    spec = finished.spec
+    own_cache = cache and spec.quantizes_cache and spec.cache_format == "int" and spec.cache_served_by == runtime
+    bits = (spec.key_bits, spec.value_bits) if own_cache else None
+    if spec.cache_format == "int" and not own_cache:  # of FP8 alone the file tells them to quantize it
+        finished = replace(finished, spec=spec.without_cache)
     ids = sample(finished)
     prompt = ids[0].tolist()
     answer = ask(runtime, export, prompt, python=where, dtype=dtype, cache=bits)
@@ -125,7 +124,7 @@ def serve(
     wide = replace(finished, spec=finished.spec.without_inputs.without_cache)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
-    if follows:
+    if own_cache:
         wide = replace(finished, spec=finished.spec.without_inputs)
         control = _control(runtime, wide, run_logits(wide, ids, plain=True)[0], prompt, where, dtype, bits)
     else:
@@ -134,7 +133,7 @@ def serve(
     limit = tolerance if tolerance is not None else float(0.2 * expected.std())
     if tolerance is None and control is not None and not reduced and runtime != "llama.cpp":  # which rounds its inputs
         limit = max(CONTROLS * control, DTYPES[dtype])
-    elif tolerance is None and control is not None and follows:  # in deep models roundings that fall elsewhere add up
+    elif tolerance is None and control is not None and own_cache:  # in deep models roundings that fall elsewhere add up
         limit = min(max(CONTROLS * control, limit), WORST * float(expected.std()))
     top = expected.argmax(-1).tolist()[: len(answer.top)]
     after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
