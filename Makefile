@@ -6,6 +6,7 @@ RECIPE ?= w4a4kv4
 TEXT   ?=
 CALIBRATE ?=
 RUN    ?= runs/$(notdir $(MODEL:%/=%))-$(basename $(notdir $(RECIPE)))
+RUNS   ?=
 ARGS   ?=
 GPUS   ?= 1
 
@@ -13,7 +14,7 @@ BIN   := $(VENV)/bin
 RANKS := $(if $(filter 1,$(GPUS)),$(BIN)/rotoboa,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m rotoboa)
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real real-check \
+.PHONY: help setup quantize evaluate test quick lint bench bench-accept accuracy runtime ablation methods real real-check real-tasks \
 	verify runtimes memory ranks speed sweep clean
 .DEFAULT_GOAL := help
 
@@ -75,6 +76,9 @@ real: $(STAMP)  ## methods times recipes on MODEL, measured on TEXT, by CALIBRAT
 
 real-check: $(STAMP)  ## hold the defaults on MODEL against benchmarks/real-check.json (some minutes; ARGS: --accept)
 	$(BIN)/python benchmarks/real_check.py --model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
+
+real-tasks: $(STAMP)  ## the eight zero-shot tasks of MODEL, a folder, and of finished RUNS of it: benchmarks/real-tasks-MODEL.md
+	$(BIN)/python benchmarks/real_tasks.py --model "$(MODEL)" --runs "$(RUNS)" $(ARGS)
 
 verify: $(STAMP)  ## export the embedded model in every format and compare each with its run
 	$(BIN)/python benchmarks/verify.py

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from common import HERE, QUICK, file_name, shown, side_by_side
 from methods import METHODS, PLACEMENTS, Case, run
-from real_page import DEFAULT, RECIPES, Subject, document, picture, sources_picture
+from real_page import DEFAULT, RECIPES, Subject, document, picture, sizes_picture, sources_picture
 
 from rotoboa.errors import InputError, RunError
 from rotoboa.pipeline.job.calibration import load_texts
@@ -108,6 +108,8 @@ def judge(
         page = document(figures, subject, name, size=job.checkpoint.bytes, bos=job.bos, sources=lost)
         write_text(HERE / f"{name}.md", page)
         write_text(HERE / f"{name}.svg", picture(figures, subject.model))
+        if by_size := sizes_picture(figures, subject.model):
+            write_text(HERE / f"{name}-sizes.svg", by_size)
         if lost:
             write_text(HERE / f"{name}-sources.svg", sources_picture(lost, subject.model))
         print(f"wrote {name}.md and {name}.svg")

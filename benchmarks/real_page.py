@@ -28,8 +28,17 @@ DEFAULT: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-g64": (name, {"weights.group_size": 64}) for name in GROUPS},
 }
 """By what a table calls them, the recipe of the package and what is changed in it: those that are measured unasked."""
+ENDS = {"embedding.bits": 8, "head.bits": 8}
+BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"budget-{bits}": ("w3a16", {"weights.budget": bits}) for bits in (2.5, 3.0, 3.5)
+}
+"""Bits that differ by layer, so many a weight on average."""
+BY_SIZE: dict[str, tuple[str, dict[str, Any]]] = {**{name: DEFAULT[name] for name in GROUPS}, **BUDGETS}
+"""What a curve of KL by bytes is drawn of, each with 16-bit ends and with packed ones (`-e8`)."""
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     **DEFAULT,
+    **BUDGETS,
+    **{f"{name}-e8": (recipe, changes | ENDS) for name, (recipe, changes) in BY_SIZE.items()},
     **{name: (name, {}) for name in ("nvfp4", "mxfp4", "nvfp4a16", "mxfp4a16")},
     **{f"w4a4-g{size}": ("w4a4", dict.fromkeys(GROUPED, size)) for size in (16, 32, 64, 128)},
     **{f"w4a16-g{size}": ("w4a16", {GROUPED[0]: size}) for size in (16, 32, 128)},
@@ -148,6 +157,29 @@ def picture(results: Results, model: str) -> str:
     return standalone(chart.svg(f"KL of the methods of the field on {shown(model)}"))
 
 
+def sizes_picture(results: Results, model: str) -> str | None:
+    """KL of the default by the size of the tensor files, as an SVG document; None where fewer than three can be had."""
+    points = {}
+    for end, ends in (("", ""), ("-e8", ", ends in 8 bits")):
+        for label, names in (("one width", GROUPS), ("a budget", tuple(BUDGETS))):
+            cells = {name + end: mean(results, name + end, "default", "rotation") for name in names}
+            points[label + ends] = sorted((c["size"] / 2**20, c["kl"], name) for name, c in cells.items() if c)
+    if sum(map(len, points.values())) < 3:
+        return None
+    with Chart(height=2.8) as chart:
+        axes = chart.axes[0]
+        for number, (label, found) in enumerate(points.items()):
+            if found:
+                sizes, kl, _ = zip(*found, strict=True)
+                titles = [f"{name}: {k:.4f}, {size:.1f} MiB" for size, k, name in found]
+                chart.line(axes, sizes, kl, label, number, titles)
+        log_scale(axes.yaxis, *span([kl for found in points.values() for _, kl, _ in found]))
+        axes.set_xlabel("MiB, embedding and head included")
+        axes.set_title("KL from full precision by size", loc="left")
+        legend(chart, axes, columns=2)
+    return standalone(chart.svg(f"KL by size of the default on {shown(model)}"))
+
+
 def sources_picture(sources: Mapping[str, Mapping[str, Any]], model: str) -> str:
     """Where the default's loss comes from, as an SVG document; `sources` by the key of a case."""
     return standalone(kl_by_source(_labelled(sources), f"KL with one quantizer on alone, {shown(model)}").svg)
@@ -222,6 +254,7 @@ def document(
         f"![KL by recipe and method]({name}.svg)",
         "",
         *overview(results),
+        *([f"![KL by size]({name}-sizes.svg)", ""] if sizes_picture(results, subject.model) else []),
     ]
     for recipe in RECIPES:
         lines += table(recipe, results)

@@ -1,6 +1,7 @@
 """Runs exports where people serve them, and writes what was seen to runtimes.md.
 
-    python benchmarks/runtimes.py --runtimes mlx,vllm      makes .venv-mlx and .venv-vllm, and asks these two
+    python benchmarks/runtimes.py --runtimes mlx,vllm      makes .venv-mlx and .venv-vllm, and asks these two; the rows
+                                                           of others stay as the page has them
 
 Each runtime gets an environment of its own, `.venv-<runtime>` in this folder's parent, since what they need clashes.
 The embedded model's feed-forward width, 688, is no multiple of 32, which most kernels ask for. So a model of the same
@@ -26,6 +27,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import rotoboa
+from rotoboa.boa.scheme import TWO_LEVELS
 from rotoboa.errors import InputError, RunError
 from rotoboa.export.runtimes.ask import RUNTIMES
 from rotoboa.models.aliases import TINY_FOLDER
@@ -95,6 +97,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
             "vllm": ("compressed-tensors",),
             "gptqmodel": ("gptq",),
             "mlx": ("mlx",),
+            "llama.cpp": ("gguf",),
             "transformers": ("compressed-tensors",),
         },
     ),
@@ -139,6 +142,22 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
         {**SYMMETRIC, **STOCK},
         {"vllm": ("compressed-tensors",), "transformers": ("compressed-tensors",)},
     ),
+    **{
+        f"W{bits}A16, {grid}, groups of {group}": (
+            "w4a16",
+            {"weights.bits": bits, "weights.symmetric": grid == "symmetric", "weights.group_size": group},
+            {"llama.cpp": ("gguf",)},
+        )
+        for bits, grid, group in ((2, "symmetric", 64), (5, "symmetric", 32), (5, "asymmetric", 32))
+    },
+    **{
+        f"{name.upper()}, block 0 in 16 bits": (
+            "w4a16",
+            {"weights.format": name, "weights.bits": int(name[1]), "overrides": "blocks 0: weights.bits=16"},
+            {"llama.cpp": ("gguf",)},
+        )
+        for name in TWO_LEVELS
+    },
 }
 
 
@@ -167,7 +186,8 @@ def main(
                 )
                 console.print(*_cells(rows[-1]), sep=" | ")
     if write:
-        (HERE / "runtimes.md").write_text(page(rows), encoding="utf-8")
+        target = HERE / "runtimes.md"
+        target.write_text(page(rows, target.read_text(encoding="utf-8"), set(pythons)), encoding="utf-8")
         console.print("wrote runtimes.md")
     raise typer.Exit(int(any(row.get("passed") is False and not row["in_16_bits"] for row in rows)))
 
@@ -232,30 +252,38 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*head, *figures, "; ".join(row["kernels"]), word]
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown, with the versions of what was seen."""
+def page(rows: list[dict[str, Any]], before: str, asked: set[str]) -> str:
+    """The table as Markdown, with the versions of what was seen; rows of runtimes that were not asked as they were."""
     head = ["run", "runtime", "format", "computes in", "difference", "dense", "same tokens", "kernels", "seen"]
-    versions = {RUNTIMES[r["runtime"]].name: r["versions"] for r in rows if "versions" in r}
-    lines = [
-        "# Exports in the runtimes that serve them",
-        "",
-        "Made by `make runtimes`, of the embedded model with a feed-forward width of 768 (the same function), on the",
-        "processor. Difference: the largest one of the log-probability of a token of a prompt of 128 tokens, from what",
-        "the run computes in float32. Dense: the same of a dense model of the same weights in the same runtime and",
-        "dtype. Same tokens: share of positions with the same most likely token; share of 16 generated tokens that",
-        "the run finds most likely too.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|" + "---|" * len(head),
-        *(f"| {' | '.join(_cells(row))} |" for row in rows),
-        "",
-        *(
-            f"- {name}: {', '.join(f'{key} {value}' for key, value in found.items())}"
-            for name, found in versions.items()
-        ),
-        "",
+    names = {RUNTIMES[runtime].name for runtime in asked}
+    kept = [
+        line for line in before.splitlines() if line.startswith("| ") and line.split(" | ")[1] not in {*names, head[1]}
     ]
-    return "\n".join(lines)
+    order = [(run, known.name) for run in RUNS for known in RUNTIMES.values()]
+    lines = [*kept, *(f"| {' | '.join(_cells(row))} |" for row in rows)]
+    lines.sort(key=lambda line: order.index((line.split(" | ")[0].removeprefix("| "), line.split(" | ")[1])))
+    versions = {RUNTIMES[r["runtime"]].name: r["versions"] for r in rows if "versions" in r}
+    listed = {
+        line.removeprefix("- ").partition(":")[0]: line for line in before.splitlines() if line.startswith("- ")
+    } | {name: f"- {name}: {', '.join(map(' '.join, found.items()))}" for name, found in versions.items()}
+    return "\n".join(
+        [
+            "# Exports in the runtimes that serve them",
+            "",
+            "Made by `make runtimes`, of the embedded model with a feed-forward width of 768 (the same function), on",
+            "the processor. Difference: the largest one of the log-probability of a token of a prompt of 128 tokens,",
+            "from what the run computes in float32. Dense: the same of a dense model of the same weights in the same",
+            "runtime and dtype. Same tokens: share of positions with the same most likely token; share of 16 generated",
+            "tokens that the run finds most likely too. llama.cpp rounds the inputs of packed weights to 8 bits.",
+            "",
+            f"| {' | '.join(head)} |",
+            "|" + "---|" * len(head),
+            *lines,
+            "",
+            *(listed[known.name] for known in RUNTIMES.values() if known.name in listed),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

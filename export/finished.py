@@ -102,7 +102,8 @@ class Finished:
     def split(self, index: int) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
         """Block `index` as integers, scale and zero point of every projection, and its other tensors."""
         tensors = self.block(index)
-        quantized = unpack_block(tensors, self.spec.schemes(self.family, index), self.columns)
+        columns = projection_columns(self.family, self.shape, index)
+        quantized = unpack_block(tensors, self.spec.schemes(self.family, index), columns)
         packed = {f"{name}.{part}" for name in quantized for part in ALL_PARTS}
         return quantized, {name: tensor for name, tensor in tensors.items() if name not in packed}
 
@@ -123,12 +124,12 @@ class Finished:
 
     @property
     def columns(self) -> dict[str, int]:
-        """How many inputs each projection has."""
+        """How many inputs each projection has, where all blocks are alike."""
         return projection_columns(self.family, self.shape)
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many outputs each projection has."""
+        """How many outputs each projection has, where all blocks are alike."""
         return projection_rows(self.family, self.shape)
 
     def groups(self, stored: Stored | None = None) -> Iterator[dict[str, Tensor]]:
@@ -167,21 +168,39 @@ class Finished:
         return tensors
 
 
-def projection_columns(family: Family, shape: Shape) -> dict[str, int]:
-    """How many inputs each projection of a block has."""
-    if family.sizes is not None:
-        return {name: columns for name, (_, columns) in family.sizes.items()}
+def projection_columns(family: Family, shape: Shape, index: int = 0) -> dict[str, int]:
+    """How many inputs each projection of block `index` has."""
+    own = family.sizes or {}
+    family, shape = family.at(index), shape.at(index)
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
-    return {name: widths[site] for name, site in family.sites.items()}
+    shared = {family.shared_down: shape.shared_ffn} if family.shared else {}
+    found = {name: widths[site] for name, site in family.sites.items()} | shared
+    return found | {name: own[name][1] for name in found if name in own}
 
 
-def projection_rows(family: Family, shape: Shape) -> dict[str, int]:
-    """How many outputs each projection of a block has."""
-    if family.sizes is not None:
-        return {name: rows for name, (rows, _) in family.sizes.items()}
-    heads = {family.query: shape.query_width, family.key: shape.key_width, family.value: shape.key_width}
-    sizes = {"qkv": 0, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
-    return {name: sizes[site] for name, site in family.sites.items()} | heads
+def projection_rows(family: Family, shape: Shape, index: int = 0) -> dict[str, int]:
+    """How many outputs each projection of block `index` has."""
+    own = family.sizes or {}
+    family, shape = family.at(index), shape.at(index)
+    sizes = {"qkv": shape.query_width, "output": shape.hidden, "gate_up": shape.ffn, "down": shape.hidden}
+    others = {} if family.mixed else {family.key: shape.key_width, family.value: shape.key_width}
+    if family.shared:
+        others |= dict.fromkeys(family.expert(family.expert_count)[:2], shape.shared_ffn)
+    found = {name: sizes[site] for name, site in family.sites.items()}
+    return (
+        found
+        | {name: rows for name, rows in others.items() if name in found}
+        | {name: own[name][0] for name in found if name in own}
+    )
+
+
+def numbers_in_blocks(family: Family, shape: Shape) -> int:
+    """How many weights the projections of all blocks have."""
+    found = 0
+    for index in range(shape.blocks):
+        rows, columns = projection_rows(family, shape, index), projection_columns(family, shape, index)
+        found += sum(rows[name] * columns[name] for name in rows)
+    return found
 
 
 def refuse_layout(family: Family, name: str) -> None:
@@ -217,7 +236,7 @@ def refuse_sight(family: Family, name: str) -> None:
 
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
-    return not (family.merged or family.experts or family.layer_norm or family.generic)
+    return not (family.merged or family.experts or family.layer_norm or family.generic or family.kinds)
 
 
 def refuse_online(

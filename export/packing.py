@@ -266,6 +266,7 @@ def pack_block(
     others: Mapping[str, Tensor],
     schemes: Mapping[str, QuantizationScheme],
     dtype: torch.dtype,
+    exact: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """The tensors of a finished block by their names inside the block.
 
@@ -273,12 +274,10 @@ def pack_block(
         results: integers (r, c), scale and zero (r, groups) of each projection that is quantized.
         others: the block's tensors after rotation; those that are no quantized weight are kept, in `dtype`.
         schemes: of each projection.
+        exact: how the names of those end that are kept in float32.
     """
-    packed = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in others.items()
-        if name.removesuffix(".weight") not in results
-    }
+    kept = {name: tensor for name, tensor in others.items() if name.removesuffix(".weight") not in results}
+    packed = {n: t.to(torch.float32 if n.endswith(exact) else dtype).contiguous() for n, t in kept.items()}
     for name, result in results.items():
         parts = packed_parts(result, schemes[name].weights)
         packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}

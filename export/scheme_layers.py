@@ -87,7 +87,7 @@ def divided(run: Finished) -> str:
     """The first of vLLM's fused layers whose projections have different schemes, in words; empty where none is."""
     for index in range(run.shape.blocks):
         schemes = run.spec.schemes(run.family, index)
-        for parts in fused_layers(run.family).values():
+        for parts in fused_layers(run.family.at(index)).values():
             if len({_effective(schemes[name]) for name in parts}) > 1:
                 return f"{', '.join(dict.fromkeys(name.rpartition('.')[2] for name in parts))} of block {index}"
     return ""
@@ -160,9 +160,11 @@ def _by_blocks(names: Iterable[str], family: Family) -> list[tuple[tuple[int, ..
 
 def _in_words(names: Iterable[str], run: Finished) -> str:
     """Such as "down_proj; all of blocks 0, 2-4"."""
-    words = []
+    names, words = list(names), []
+    if len(names) == len(run.family.layer_names(run.shape.blocks)):
+        return "all"
     for blocks, inside in _by_blocks(names, run.family):
-        whole = len(inside) == len(run.family.projections)
+        whole = len(inside) == len(run.family.at(blocks[0]).projections)
         what = "all" if whole else ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in inside))
         several = "blocks" if len(blocks) > 1 else "block"
         where = "" if len(blocks) == run.shape.blocks else f" of {several} {_spans(blocks)}"

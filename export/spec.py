@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
+from ..rotation.rotate import before_output
 from .spec_fields import without_meaning
 
 METHOD = "rotoboa"  # quant_method in config.json
@@ -96,8 +97,8 @@ class Spec:
 
     def schemes(self, family: Family, index: int) -> dict[str, QuantizationScheme]:
         """Those of the projections of block `index`, by their names inside the block."""
-        whole = self.scheme
-        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in family.projections}
+        whole, inside = self.scheme, family.at(index).projections
+        return {name: self.layers.get(f"{family.layers}.{index}.{name}", whole) for name in inside}
 
     def outer(self, module: str) -> QuantizationArgs:
         """That of the weights of embedding or head, which are in full precision where `layers` does not name them."""
@@ -128,25 +129,28 @@ class Spec:
 
     def transforms(self, shape: Shape, family: Family, index: int = 0) -> OnlineTransforms:
         """The online transforms of block `index` of a decoder of this family and shape."""
-        schemes = self.schemes(family, index)
+        family, shape, schemes = family.at(index), shape.at(index), self.schemes(family, index)
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
-        rotations = {"qkv": r1, "output": self.heads_of(shape), "gate_up": r1, "down": self.r4_of(shape)}
+        heads = before_output(family, shape) if self.heads else None
+        rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape)}
         inputs = {
             site: InputTransform(
                 rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
             )
             for name, site in family.sites.items()  # projections of one site have one input
         }
+        attention = AttentionTransform(
+            Hadamard.of(shape.head_dim) if self.r3 else None,
+            key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
+            value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
+            sink=self.cache_sink,
+            centered=self.cache_center and self.key_bits < 16,
+        )
         return OnlineTransforms(
             **inputs,
-            attention=AttentionTransform(
-                Hadamard.of(shape.head_dim) if self.r3 else None,
-                key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
-                value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
-                sink=self.cache_sink,
-                centered=self.cache_center and self.key_bits < 16,
-            ),
+            attention=AttentionTransform() if family.mixed else attention,
+            shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
     def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | StaticFloat8 | None:
@@ -208,10 +212,6 @@ class Spec:
     def r4_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of down's input."""
         return Hadamard.of(shape.ffn, powers=self.r4_blocks, block=self.blocks) if self.r4 else None
-
-    def heads_of(self, shape: Shape) -> Hadamard | None:
-        """The online Hadamard of O's input."""
-        return Hadamard.across(shape.query_heads, shape.head_dim) if self.heads else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""

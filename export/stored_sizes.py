@@ -14,19 +14,24 @@ from .spec import Spec
 def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, int]:
     """Of each projection of all blocks, by its full name; `itemsize` is that of the checkpoint's dtype."""
     family, shape = decoder.family, decoder.shape
-    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
-    return {
-        f"{family.layers}.{index}.{name}": packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
-        for index in range(shape.blocks)
-        for name, scheme in spec.schemes(family, index).items()
-    }
+    found = {}
+    for index in range(shape.blocks):
+        rows, columns = projection_rows(family, shape, index), projection_columns(family, shape, index)
+        for name, scheme in spec.schemes(family, index).items():
+            size = packed_bytes(rows[name], columns[name], scheme.weights, itemsize)
+            found[f"{family.layers}.{index}.{name}"] = size
+    return found
 
 
 def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> dict[str, int]:
     """Of all weights, by the names that they have in full precision; `tied`: there is no head of its own."""
     f, shape = decoder.family, decoder.shape
     merged = tuple(f".{merged.name}.weight" for merged in f.merged)  # which are there as their parts
-    stored = {n: tensor.numel() * itemsize for n, tensor in decoder.shapes.items() if not n.endswith(merged)}
+    stored = {
+        name: size.numel() * (4 if name.endswith(f.exact) else itemsize)
+        for name, size in decoder.shapes.items()
+        if not name.endswith(merged)
+    }
     stored |= {f"{name}.weight": size for name, size in projection_bytes(decoder, spec, itemsize).items()}
     for module in (f.embedding, f.head):
         rows, columns = decoder.shapes[f"{module}.weight"]
@@ -50,9 +55,10 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
 
 def _found(decoder: Decoder, spec: Spec, index: int) -> dict[str, int]:
     """Numbers of what calibration finds for the quantizers of a block, by the names of tensors inside it."""
+    family, shape = decoder.family.at(index), decoder.shape.at(index)
     transforms = spec.transforms(decoder.shape, decoder.family, index)
-    center = {f"{decoder.family.attention}.{CENTER}": decoder.shape.key_width} if transforms.attention.centered else {}
-    return {name: scale.numel() for name, scale in transforms.scales(decoder.family).items()} | center
+    center = {f"{family.attention}.{CENTER}": shape.key_width} if transforms.attention.centered else {}
+    return {name: scale.numel() for name, scale in transforms.scales(family).items()} | center
 
 
 def _given_biases(decoder: Decoder, itemsize: int) -> dict[str, int]:

@@ -196,7 +196,8 @@ class Checkpoint:
             raise InputError(f"{self.folder} is a {task}, with {listed(extra)}: {give_causal(self.family)}.")
         count, layers = Shape.of(self.config).blocks, re.escape(self.family.layers)
         indices = [int(found[1]) for name in self._stored if (found := re.match(rf"{layers}\.(\d+)\.", name))]
-        if max(indices, default=0) >= count:
+        further = getattr(self.config, self.family.further_blocks, None) if self.family.further_blocks else 0
+        if max(indices, default=0) >= count + int(further or 0):
             raise InputError(
                 f"{self.folder} holds block {max(indices)}, and num_hidden_layers of its config.json is {count}: "
                 "they do not belong together."
@@ -243,7 +244,7 @@ class Checkpoint:
         prefix = f"{self.family.layers}.{index}."
         inside = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         tensors = {name: self.tensor(prefix + name) for name in inside if name not in self.family.ignored}
-        return split_tensors(tensors, self.family, Shape.of(self.config))
+        return split_tensors(tensors, self.family.at(index), Shape.of(self.config).at(index))
 
     def towers(self) -> Iterator[tuple[str, Tensor]]:
         """What a model that sees has beside its decoder, by full names, a tensor at a time."""

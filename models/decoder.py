@@ -80,7 +80,7 @@ class Decoder:
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` on the meta device, a module of its own, with one linear layer a projection."""
         block = copy.deepcopy(self.skeleton.get_submodule(f"{self.family.layers}.{index}"))
-        return split_modules(block, self.family, self.shape, self.attention)
+        return split_modules(block, self.family.at(index), self.shape.at(index), self.attention)
 
     def block(self, index: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> nn.Module:
         """Block `index` with the weights `tensors` (names inside the block), ready to compute.
@@ -196,7 +196,11 @@ class Decoder:
 
     def index_of(self, block: nn.Module) -> int:
         """Which block it is."""
-        return int(block.get_submodule(self.family.attention).layer_idx)  # type: ignore[arg-type]
+        return next(int(part.layer_idx) for part in block.modules() if hasattr(part, "layer_idx"))  # type: ignore[arg-type]
+
+    def family_of(self, block: nn.Module) -> Family:
+        """The family of a block, which is of one kind."""
+        return self.family.at(self.index_of(block)) if self.family.blocks else self.family
 
     def arguments(self, block: nn.Module, length: int) -> dict[str, Any]:
         """What a block, or its attention, takes beside hidden states of `length` positions from 0: causal, no cache."""

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from .family import SITES, Family, Merged
-from .rows import layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .family import SITES, Family
+from .rows import hybrid_rows, layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .rows.row_parts import Merged
 from .rows.seeing_rows import rows_that_see
 
 __all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
 
-_TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows)
+_TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows, hybrid_rows)
 FAMILIES: dict[str, Family] = {row.model_type: row for table in _TABLES for row in table.ROWS}
 FAMILIES |= rows_that_see(FAMILIES)
 
@@ -22,8 +23,6 @@ _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
     "gpt_oss": "its attention has sinks",
-    "qwen2_moe": "its experts are joined by a shared one",
-    "qwen3_next": "its attention is linear in most layers",
     "deepseek_v2": "its attention compresses keys and values",
     "deepseek_v3": "its attention compresses keys and values",
 }
@@ -108,4 +107,26 @@ def family_for(config: Any, source: str) -> Family:
             f"with {wanted} alone: choose another model of the family."
         )
     count = int(getattr(config, family.experts_field)) if family.experts_field else 0
-    return replace(family, expert_count=count)
+    sizes = None if family.measured is None else family.measured(config)
+    family = replace(family, expert_count=count, sizes=sizes)
+    return replace(family, blocks=_blocks(family, config))
+
+
+def _blocks(family: Family, config: Any) -> tuple[Family, ...]:
+    """That of each block, where there are several kinds."""
+    dense, made = dense_blocks(family, config), dict[tuple[str, bool], Family]()
+    if not dense and not family.kinds:
+        return ()
+    kinds = config.layer_types if family.kinds else [""] * config.num_hidden_layers
+    keys = [(kind, index in dense) for index, kind in enumerate(kinds)]
+    for kind, is_dense in dict.fromkeys(keys):
+        block = replace(family, kinds=None, **(family.kinds or {}).get(kind, {}))
+        made[kind, is_dense] = block.without_experts if is_dense else block
+    return tuple(made[key] for key in keys)
+
+
+def dense_blocks(family: Family, config: Any) -> frozenset[int]:
+    """The blocks of a mixture that have one MLP in place of experts."""
+    if family.dense is None:
+        return frozenset()
+    return frozenset(index for index in range(config.num_hidden_layers) if family.dense(config, index))

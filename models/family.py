@@ -7,67 +7,15 @@ each branch before it is added. Names are relative to the model (`embedding`, `l
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from .rows.row_parts import Merged, Sight, Variant
+
 SITES = ("qkv", "output", "gate_up", "down")
 """The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
-CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (False, None)}
-"""`Family.legal` of models that may be made to look ahead."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each.
-
-    `groups`: the `Shape` field that says in how many equal groups the rows come, each with a piece of every projection;
-    "" where a projection is whole.
-    """
-
-    name: str
-    parts: Mapping[str, str]
-    groups: str = ""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Fields that a row has instead, where the config has these values; True and False are taken of any value."""
-
-    config: Mapping[str, Any]
-    fields: Mapping[str, Any]
-
-    def holds(self, config: Any) -> bool:
-        """Whether the config is one of this variant."""
-        found = {name: getattr(config, name, None) for name in self.config}
-        return all((bool(found[k]) if isinstance(v, bool) else found[k]) == v for k, v in self.config.items())
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What a model that sees has beside its decoder.
-
-    Attributes:
-        texts: the `model_type`s that its config may have in `text_config`.
-        towers: modules that make embeddings of images; they stay as they are.
-        writers: patterns of the linear layers in them whose output is added to the residual stream, or put in place of
-            embeddings: they are rotated where the stream is.
-    """
-
-    texts: tuple[str, ...]
-    towers: tuple[str, ...]
-    writers: tuple[str, ...]
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """How the names of what the towers hold begin."""
-        return tuple(f"{tower}." for tower in self.towers)
-
-    def writes(self, name: str) -> bool:
-        """Whether a tensor is of one of the writers."""
-        return any(re.fullmatch(writer, name.rpartition(".")[0]) for writer in self.writers)
 
 
 @dataclass(frozen=True)
@@ -104,21 +52,39 @@ class Family:
         window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
         merged: linear layers that hold several projections.
         experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
-        fused: on disk the experts of a block are two tensors, gates and ups end to end; else each is by itself.
+            `router_bias`: a buffer that the router is given beside what it reads.
+        shared, shared_gate: the MLP that every token goes to beside its experts, and the layer whose sigmoid weighs it;
+            "" where there is none, or no weight. It counts as one expert more, the last.
+        dense: whether block `index` of a model with this config has one MLP in place of its mixture; None: no block
+            has.
+        blocks: of each block, where they are of several kinds; see `family_for`.
+        fused: on disk the experts of a block may be two tensors, gates and ups end to end; else each is by itself.
         ffn_field, experts_field, key_heads: names of these sizes in the config; `key_heads` may be the number itself.
-            What is not there is 4 * hidden, and as many key heads as there are heads.
+            What is not there is 4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose
+            product is the width of the shared expert; a dense block's is `intermediate_size`.
         head_bias: the output layer has one.
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
         variants: what is another where the config says so, in order; `families.variant_of` has them in place.
+        attention_gate: layer whose sigmoid attention's output is multiplied by, a number a channel, before `output`.
+        kinds: by the values of the config's `layer_types`, what blocks of that kind have instead; see `at`.
+        mixed: of a kind without attention: the quantized layers of what stands in its place that read the norm.
+            `attention` is then that module, and `query`, `key` and `value` are "".
+        kept: further layers that read attention's norm, and stay as they are, as a router does: they decide for how
+            long something is remembered.
+        measured: rows and columns of layers by the config, where `Shape` does not tell them.
         legal: config field -> the values that are supported; a str is the name of another field that it must equal.
         otherwise_generic: a model that is not so is taken as one without a row, and not refused.
-        others, groups, sizes: of families without a row, see `generic.generic_family`: further tensors outside the
-            blocks, by their full names; the linear layers of a block, those that read one tensor together, in the order
-            in which they run; rows and columns of each.
+        others, groups: of families without a row, see `generic.generic_family`: further tensors outside the blocks, by
+            their full names; the linear layers of a block, those that read one tensor together, in the order in which
+            they run.
+        sizes: rows and columns of layers whose names say too little: what `measured` has, or of families without a row.
         note: what is special, for `rotoboa models` and docs/models.md.
         sight: of models that see: what they have beside the decoder that this row is of. The names of modules are those
             in the whole model, and the fields of a config those of its `text_config`.
+        further_blocks: name in the config of how many blocks a checkpoint has behind the last one, which predict
+            further tokens; they are left out.
+        exact: how the names of tensors end that are stored in float32, whatever the dtype of the weights.
         ignored: tensors of a block that are in some checkpoints (Llama 1 and 2) and follow from the config.
     """
 
@@ -169,12 +135,23 @@ class Family:
     merged: tuple[Merged, ...] = ()
     experts: str | None = None
     router: str | None = None
+    router_bias: str = ""
+    shared: str = ""
+    shared_gate: str = ""
+    dense: Callable[[Any, int], bool] | None = None
+    blocks: tuple[Family, ...] = ()
     fused: bool = False
     ffn_field: str = "intermediate_size"
     experts_field: str | None = None
+    shared_fields: tuple[str, ...] = ()
     key_heads: str | int = "num_key_value_heads"
     head_bias: bool = False
     expert_count: int = 0
+    attention_gate: str = ""
+    kinds: Mapping[str, Mapping[str, Any]] | None = None
+    mixed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    measured: Callable[[Any], Mapping[str, tuple[int, int]]] | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     variants: tuple[Variant, ...] = ()
     legal: Mapping[str, tuple[Any, ...] | str] | None = None
@@ -184,6 +161,8 @@ class Family:
     groups: tuple[tuple[str, ...], ...] = ()
     sizes: Mapping[str, tuple[int, int]] | None = None
     sight: Sight | None = None
+    further_blocks: str = ""
+    exact: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
     @property
@@ -196,23 +175,75 @@ class Family:
         found = config if self.sight is None else getattr(config, "text_config", None) or config  # older ones are flat
         return SimpleNamespace(**found) if isinstance(found, dict) else found
 
+    def at(self, index: int) -> Family:
+        """The family of block `index`: this one, where all blocks are of one kind."""
+        return self.blocks[index] if self.blocks else self
+
+    @property
+    def all_kinds(self) -> tuple[Family, ...]:
+        """One of each kind of block."""
+        return tuple({id(block): block for block in self.blocks}.values()) or (self,)
+
+    @property
+    def without_experts(self) -> Family:
+        """That of a dense block of a mixture, which has an MLP alone."""
+        names = {part: getattr(self, part).replace(".experts.{}", "") for part in ("gate", "up", "down")}
+        none: dict[str, Any] = {"experts": None, "router": None, "shared": "", "shared_gate": "", "expert_count": 0}
+        return replace(self, **none, **names)
+
+    def layer_names(self, blocks: int) -> list[str]:
+        """The full names of the projections of so many blocks, all there are."""
+        return [f"{self.layers}.{index}.{name}" for index in range(blocks) for name in self.at(index).projections]
+
     def expert(self, index: int) -> tuple[str, str, str]:
-        """Gate, up and down of one expert."""
+        """Gate, up and down of one expert; the shared one comes last."""
+        if self.shared and index == self.expert_count:
+            return f"{self.shared}.gate_proj", f"{self.shared}.up_proj", f"{self.shared}.down_proj"
         return self.gate.format(index), self.up.format(index), self.down.format(index)
+
+    @property
+    def all_experts(self) -> range:
+        """The numbers of the experts, that of the shared one among them."""
+        return range(self.expert_count + bool(self.shared))
+
+    @property
+    def shared_down(self) -> str:
+        """The layer that writes what the shared expert puts out; "" where there is none."""
+        return self.expert(self.expert_count)[2] if self.shared else ""
+
+    @property
+    def weighing(self) -> tuple[str, ...]:
+        """The layers that read the MLP's norm and weigh experts."""
+        return tuple(name for name in (self.router, self.shared_gate) if name)
+
+    @property
+    def deciders(self) -> tuple[str, ...]:
+        """The layers that read a norm and are never quantized, nor turned behind it: these, and what is `kept`."""
+        return (*self.kept, *self.weighing)
 
     @property
     def mlp_inputs(self) -> tuple[str, ...]:
         """The quantized layers that read the MLP's norm."""
         if self.experts:
-            return tuple(name for i in range(self.expert_count) for name in self.expert(i)[:2])
+            return tuple(name for i in self.all_experts for name in self.expert(i)[:2])
         return (self.gate, self.up) if self.gate else (self.up,)
 
     @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """The quantized layers that read the norm of attention, or of what stands in its place."""
+        gate = (self.attention_gate,) if self.attention_gate else ()
+        return self.mixed or (self.query, self.key, self.value, *gate)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether what `output` reads is, channel by channel, an average of values: rotations of heads pass it then."""
+        return not self.mixed and not self.attention_gate
+
+    @property
     def norm_readers(self) -> dict[str, tuple[str, ...]]:
-        """The linear layers that read each norm of a block; a mixture's router reads what its experts read."""
-        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (self.query, self.key, self.value)}
-        router = (self.router,) if self.router else ()
-        readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *router, *self.mlp_inputs)
+        """The linear layers that read each norm of a block; `deciders` read what those beside them read."""
+        readers: dict[str, tuple[str, ...]] = {self.attention_norm: (*self.attention_inputs, *self.kept)}
+        readers[self.mlp_norm] = (*readers.get(self.mlp_norm, ()), *self.weighing, *self.mlp_inputs)
         return readers
 
     @property
@@ -223,15 +254,15 @@ class Family:
     @property
     def downs(self) -> tuple[str, ...]:
         """The layers that write the MLP's output: one, or one an expert."""
-        return tuple(self.expert(i)[2] for i in range(self.expert_count)) if self.experts else (self.down,)
+        return tuple(self.expert(i)[2] for i in self.all_experts) if self.experts else (self.down,)
 
     @property
     def sites(self) -> dict[str, str]:
         """Each quantized projection of a block, in the order they compute, and the site whose transform it reads."""
-        names = {self.query: "qkv", self.key: "qkv", self.value: "qkv", self.output: "output"}
+        names = {**dict.fromkeys(self.attention_inputs, "qkv"), self.output: "output"}
         if not self.experts:
             return names | dict.fromkeys(self.mlp_inputs, "gate_up") | {self.down: "down"}
-        for i in range(self.expert_count):
+        for i in self.all_experts:
             names |= dict(zip(self.expert(i), ("gate_up", "gate_up", "down"), strict=True))
         return names
 

@@ -33,11 +33,11 @@ class Stacked(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert: `down(act(gate(x)) * up(x))`."""
+    """One expert: `down(act(gate(x)) * up(x))`; `bias`: each of the three has one."""
 
-    def __init__(self, hidden: int, ffn: int, activation: nn.Module, like: Tensor) -> None:
+    def __init__(self, hidden: int, ffn: int, activation: nn.Module, like: Tensor, *, bias: bool = False) -> None:
         super().__init__()
-        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": like.dtype}
+        options: dict[str, Any] = {"bias": bias, "device": like.device, "dtype": like.dtype}
         self.gate_proj = nn.Linear(hidden, ffn, **options)
         self.up_proj = nn.Linear(hidden, ffn, **options)
         self.down_proj = nn.Linear(ffn, hidden, **options)
@@ -57,29 +57,34 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """The experts of a block; transformers keeps all of them in two tensors of three dimensions."""
 
-    def forward(
-        self, hidden: Tensor, index: Tensor, weights: Tensor, run: Callable[[Expert, Tensor], Tensor] = Expert.__call__
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Sum over a token's experts, each by its weight.
 
         Args:
             hidden: (tokens, hidden).
             index, weights: (tokens, experts per token), as the router gives them.
-            run: what an expert computes of its tokens.
         """
-        output = torch.zeros_like(hidden)
-        for i, expert in enumerate(self):
-            token, place = torch.where(index == i)
-            if len(token):
-                part = run(expert, hidden[token]) * weights[token, place, None]  # type: ignore[arg-type]
-                output.index_add_(0, token, part.to(output.dtype))
-        return output
+        return sum_of_experts(len(self), lambda i, x: self[i](x), hidden, index, weights)
+
+
+def sum_of_experts(
+    count: int, run: Callable[[int, Tensor], Tensor], hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """As of `Experts`, of so many; `run` is what an expert computes of its tokens."""
+    output = torch.zeros_like(hidden)
+    for i in range(count):
+        token, place = torch.where(index == i)
+        if len(token):
+            part = run(i, hidden[token]) * weights[token, place, None]
+            output.index_add_(0, token, part.to(output.dtype))
+    return output
 
 
 def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str = "sdpa") -> nn.Module:
     """Replace merged layers and fused experts of a block by layers of their own, in place; weights are not copied.
 
-    `attention` is the name of the function that an attention of ours calls, where the class has it inside itself.
+    `family` and `shape` are those of the block. `attention` is the name of the function that an attention of ours
+    calls, where the class has it inside itself.
     """
     if not family.pre_norms:
         block.add_module(family.attention_norm, nn.Identity())
@@ -99,6 +104,11 @@ def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str
         like = next(fused.parameters())
         experts = (Expert(shape.hidden, shape.ffn, fused.act_fn, like) for _ in range(shape.experts))  # type: ignore[arg-type]
         block.set_submodule(family.experts, Experts(experts))
+    if family.shared:
+        alone: Any = block.get_submodule(family.shared)
+        up = alone.up_proj
+        shared = Expert(shape.hidden, shape.shared_ffn, alone.act_fn, up.weight, bias=up.bias is not None)
+        block.set_submodule(family.shared, shared)
     if family.layer_norm:
         for norm, readers in family.norm_readers.items():
             give_norm_bias(block, norm)
@@ -129,7 +139,7 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
                 pieces = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
                 names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
                 result.update(zip(names, (piece.flatten(0, 1) for piece in pieces), strict=True))
-    if family.fused:
+    if family.fused and f"{family.experts}.gate_up_proj" in result:
         both, down = (result.pop(f"{family.experts}.{part}_proj") for part in ("gate_up", "down"))
         # The hub's are (experts, in, out), and those that transformers saves anew (experts, out, in), as it computes.
         if _turned(both.shape, down.shape, shape):
@@ -166,7 +176,7 @@ def expected_shapes(shapes: Mapping[str, torch.Size], family: Family, shape: Sha
             continue
         result[name] = size
     wide, tall = torch.Size((shape.ffn, shape.hidden)), torch.Size((shape.hidden, shape.ffn))
-    for block in range(shape.blocks):
+    for block in (index for index in range(shape.blocks) if family.at(index).experts):
         for i in range(family.expert_count):
             for projection, size in zip(family.expert(i), (wide, wide, tall), strict=True):
                 result[f"{family.layers}.{block}.{projection}.weight"] = size
@@ -180,10 +190,11 @@ def on_disk(
 
     `found` gives the shape of a tensor in the files, () where there is none.
     """
-    if not family.fused:
+    mixtures = [index for index in range(shape.blocks) if family.at(index).experts]
+    if not family.fused or not any(found(f"{family.layers}.{i}.{family.experts}.gate_up_proj") for i in mixtures):
         return expected
     result = {name: size for name, size in expected.items() if f".{family.experts}." not in name}
-    for block in range(shape.blocks):
+    for block in mixtures:
         stem = f"{family.layers}.{block}.{family.experts}"
         names = both, down = f"{stem}.gate_up_proj", f"{stem}.down_proj"
         turned = _turned(found(both), found(down), shape)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .families import FAMILIES, has_row, variant_of
+from .families import FAMILIES, dense_blocks, has_row, variant_of
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, all in elements; `ffn` is that of one expert where there are `experts`."""
+    """The sizes of a decoder, all in elements; `ffn` is that of one expert where there are `experts`.
+
+    `shared_ffn` is that of the expert that all tokens go to, 0 without one; `dense_ffn` that of the `dense_blocks`,
+    which have an MLP in place of experts.
+    """
 
     blocks: int
     hidden: int
@@ -20,6 +25,26 @@ class Shape:
     head_dim: int
     vocabulary: int
     experts: int = 0
+    shared_ffn: int = 0
+    dense_ffn: int = 0
+    dense_blocks: frozenset[int] = frozenset()
+
+    def at(self, index: int) -> Shape:
+        """That of block `index`, as `Family.at` has its layers."""
+        if index not in self.dense_blocks or not self.experts:
+            return self
+        return replace(self, ffn=self.dense_ffn, experts=0, shared_ffn=0)
+
+    @property
+    def ffn_sizes(self) -> dict[str, int]:
+        """The widths that inputs of down projections have, by what they are called."""
+        dense = len(self.dense_blocks)
+        sizes = {
+            "ffn size": (self.ffn, dense < self.blocks or not dense),
+            "shared expert's ffn size": (self.shared_ffn, bool(self.shared_ffn)),
+            "dense blocks' ffn size": (self.dense_ffn, bool(dense)),
+        }
+        return {name: size for name, (size, there) in sizes.items() if there}
 
     @property
     def query_width(self) -> int:
@@ -41,15 +66,19 @@ class Shape:
         row = variant_of(row, config)
         key_heads = row.key_heads if isinstance(row.key_heads, int) else getattr(config, row.key_heads, None)
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        sizes = row.measured(config) if row.measured else {}
         return cls(
             blocks=int(config.num_hidden_layers),
             hidden=hidden,
-            ffn=int(getattr(config, row.ffn_field, None) or 4 * hidden),
+            ffn=int(sizes[row.down][1] if row.down in sizes else getattr(config, row.ffn_field, None) or 4 * hidden),
             query_heads=heads,
             key_heads=int(key_heads or heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
             vocabulary=int(config.vocab_size),
             experts=int(getattr(config, row.experts_field)) if row.experts_field else 0,
+            shared_ffn=math.prod(int(getattr(config, field)) for field in row.shared_fields) if row.shared else 0,
+            dense_ffn=int(config.intermediate_size) if row.dense else 0,
+            dense_blocks=dense_blocks(row, config),
         )
 
     @classmethod

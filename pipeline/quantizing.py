@@ -45,10 +45,10 @@ def quantize_blocks(
             rotated = job.rotations.rotate_block(prefetcher.block(index), family, index)
         previous, schemes = None, job.spec.schemes(family, index)
         if index < finished:
-            columns = {name: rotated[f"{name}.weight"].shape[1] for name in family.projections}
+            columns = {name: rotated[f"{name}.weight"].shape[1] for name in schemes}
             previous = unpack_block(shared_block(job, folder, index), schemes, columns)
         block = compute.block(index, rotated)
-        projections = {f"{name}.weight" for name in family.projections}
+        projections = {f"{name}.weight" for name in schemes}
         others = {name: tensor for name, tensor in rotated.items() if name not in projections}
         del rotated  # in float64 it is twice as large as the block
         with watch, stage("forward"):
@@ -79,7 +79,7 @@ def quantize_blocks(
             others |= found.folded | found.centers
             left = [f"{name}.weight" for name, scheme in schemes.items() if not scheme.weights.quantizes]
             others |= {name: block.get_parameter(name).data for name in left}
-            pack = partial(pack_block, found.results, others, schemes, job.checkpoint.dtype)
+            pack = partial(pack_block, found.results, others, schemes, job.checkpoint.dtype, family.exact)
             spent = {"seconds": time.perf_counter() - start, "stages": watch.seconds()}
             entry = BlockEntry.model_validate({"index": index, **spent, **_told(found)})
             prefetcher.write(

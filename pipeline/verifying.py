@@ -159,7 +159,7 @@ def run_logits(run: Finished, ids: Tensor, *, plain: bool = False) -> Tensor:
     hidden = decoder.embed(outer, ids)
     for index in range(run.shape.blocks):
         block = packed_block(decoder, index, run.block(index), run.spec)
-        for name in run.family.projections if plain else ():
+        for name in run.family.at(index).projections if plain else ():
             packed = block.get_submodule(name)
             if isinstance(packed, QuantizedLinear):  # a weight in 16 bits is not packed
                 block.set_submodule(name, _Plain(packed))

@@ -45,6 +45,8 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     through = family.gate or activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
     before = () if folded or not family.pre_norms else ("qkv",) if family.shared_norm else ("qkv", "gate_up")
+    if family.mixed:
+        return (*before, *downs)
     sites = (*before[:1], "output", *before[1:], *downs)
     return (*sites, *HEADS) if keys else sites
 
@@ -137,7 +139,7 @@ def moments(
     centered: bool,
 ) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
-    seen = Moments(decoder.family, block, names, record, centered=centered)
+    seen = Moments(decoder.family_of(block), block, names, record, centered=centered)
     for part in hidden.split(batch):
         decoder.run(block, part.to(decoder.device, decoder.dtype))
     return seen.value()
@@ -149,7 +151,7 @@ def scales(
     """The scales t of a block's sites, positive, in float64; those of `output` are one a value channel.
 
     Args:
-        tensors: of the block, as in the checkpoint.
+        tensors: of the block, as in the checkpoint; `family` and `shape` are its own too.
         found: E x_j^2 by site, from `moments`.
         rotary: channels of a head that RoPE turns.
     """
@@ -158,7 +160,7 @@ def scales(
     for site, moment in found.items():
         if site in HEADS:
             continue
-        weights = [tensors[f"{name}.weight"].double() for name in readers(family, site) if name != family.router]
+        weights = [tensors[f"{name}.weight"].double() for name in readers(family, site) if name not in family.deciders]
         energy = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).cpu()
         tie = ties(shape, site)
         if tie is not None:

@@ -38,6 +38,8 @@ def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: 
         return f"R1 runs online between the norm and {_short(family, site)}"
     if site == "gate_up" and family.shared_norm:
         return f"{_short(family, site)} read the norm of attention, which takes the scales of site qkv for them too"
+    if family.kinds or not family.has_values:
+        return f"attention has a gate, or something else in its place, in '{family.model_type}' models"
     if site == "output" and heads:
         return f"a rotation over all heads runs online between {family.value} and {family.output}"
     if site in ("gate_up", "down") and family.experts:
@@ -63,7 +65,7 @@ def _short(family: Family, site: str) -> str:
 
 
 def readers(family: Family, site: str) -> tuple[str, ...]:
-    """The layers whose input channels `site` scales; of a mixture's norm its router is one too, the last.
+    """The layers whose input channels `site` scales; of a mixture's norm what decides is among them, at the end.
 
     Where attention and MLP share a norm, what reads it in the MLP is a reader of `qkv`.
 
@@ -71,11 +73,10 @@ def readers(family: Family, site: str) -> tuple[str, ...]:
     """
     if site in family.downs:
         return (site,)
-    router = [family.router] if family.router else []
     return {
         "qkv": family.norm_readers[family.attention_norm],
         "output": (family.output,),
-        "gate_up": () if family.shared_norm else (*family.mlp_inputs, *router),
+        "gate_up": () if family.shared_norm else (*family.mlp_inputs, *family.weighing),
         "down": family.downs,
         "keys": (),
         "queries": (),

@@ -23,7 +23,7 @@ from torch.nn import functional
 from ..models.decoder import Decoder
 from ..models.families import SITES
 from .hadamard import Hadamard
-from .rotate import Rotations
+from .rotate import Rotations, before_output
 
 GRID = (64, 128)  # tokens and channels of a picture, at most
 PICTURES = 8  # blocks of which pictures are kept, at most
@@ -49,13 +49,16 @@ def site_inputs(
         rotations: those of a rotated block, whose online ones (R1 behind the norm, heads, R4) turn the inputs as it
             runs. R3 is left out: it changes nothing but queries and keys.
     """
-    family = decoder.family
-    read = {family.query: "qkv", family.output: "output", family.gate or family.up: "gate_up", family.down: "down"}
+    family = decoder.family_of(block)
+    read = {family.attention_inputs[0]: "qkv", family.output: "output"}
+    read |= {family.gate or family.up: "gate_up", family.down: "down"}
     online: dict[str, Hadamard | None] = {}
     if rotations is not None:
         r1 = rotations.r1 if rotations.online_r1 else None
-        by_site = {"qkv": r1, "output": rotations.heads, "gate_up": r1, "down": rotations.r4}
+        heads = before_output(family, decoder.shape) if rotations.heads else None
+        by_site = {"qkv": r1, "output": heads, "gate_up": r1}
         online = {name: by_site.get(site) for name, site in family.sites.items()}
+        online |= {name: rotations.r4_of(block.get_parameter(f"{name}.weight").shape[1]) for name in family.downs}
     found: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:

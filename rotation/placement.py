@@ -45,7 +45,7 @@ def noise_figures(decoder: Decoder, tensors: Mapping[str, Tensor], block: nn.Mod
 
     They are averages over one run of it on the stream (sequences, length, hidden), which is not changed.
     """
-    family, streams = decoder.family, dict[str, Tensor]()
+    family, streams = decoder.family_of(block), dict[str, Tensor]()
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -65,7 +65,7 @@ def noise_figures(decoder: Decoder, tensors: Mapping[str, Tensor], block: nn.Mod
             handle.remove()
     found = []
     for norm, names in norms.items():
-        weights = [tensors[f"{name}.weight"].to(decoder.device) for name in names if name != family.router]
+        weights = [tensors[f"{name}.weight"].to(decoder.device) for name in names if name not in family.deciders]
         energy = torch.stack([weight.double().square().sum(0) for weight in weights]).sum(0)
         scale = tensors[f"{norm}.weight"].to(decoder.device).double() + family.norm_offset
         found.append(noise_figure(scale, energy, streams[norm]))

@@ -8,6 +8,9 @@
 | R4 | input of the down projection | a Hadamard transform of ffn; its inverse is folded |
 | heads | input of the output projection, over all heads | a Hadamard transform of the number of heads |
 
+Where no average of values is what the output projection reads, behind a gate or in a block without attention, there is
+no R2, and `heads` is a Hadamard transform of all channels.
+
 R1, R2 and R4 can be of diagonal blocks of some channels (`blocks`): where neighbours share a scale, outliers then stay
 where they are but for their neighbours.
 
@@ -48,7 +51,8 @@ class Rotations:
 
     `online_r1`: R1 turns the inputs of q, k, v, gate and up as the model runs, as families with post norms need it.
     `heads` mixes the heads before the output projection, online. `scales` of each block by site, from `balance`.
-    `blocks`: the channels of a diagonal block of R1, R2 and R4; None: all.
+    `blocks`: the channels of a diagonal block of R1, R2 and R4; None: all. `r4_blocks`: those of R4 are the largest
+    power of two that divides its width.
     """
 
     shape: Shape
@@ -61,6 +65,7 @@ class Rotations:
     heads: Hadamard | None = None
     scales: Sequence[Mapping[str, Tensor]] | None = None
     blocks: int | None = None
+    r4_blocks: bool = False
 
     @classmethod
     def of(
@@ -92,7 +97,14 @@ class Rotations:
             online_r1=online_r1 and r1,
             heads=Hadamard.across(shape.query_heads, shape.head_dim) if heads else None,
             blocks=blocks,
+            r4_blocks=r4_blocks,
         )
+
+    def r4_of(self, width: int) -> Hadamard | None:
+        """R4 of a down projection with so many inputs: those of a block need not all be alike."""
+        if self.r4 is None or self.r4.size == width:
+            return self.r4
+        return Hadamard.of(width, powers=self.r4_blocks, block=self.blocks)
 
     @property
     def turned(self) -> bool:
@@ -114,14 +126,15 @@ class Rotations:
 
         Where the residual stream is not turned, the norms stay but for their scales.
         """
+        family, shape = family.at(index), self.shape.at(index)
         block = {name: tensor.to(torch.float64) for name, tensor in block.items()}
         for site, scale in ({} if self.scales is None else self.scales[index]).items():
-            block |= scale_channels(block, family, self.shape, site, scale)
+            block |= scale_channels(block, family, shape, site, scale)
         if self.turned:
             fold_norms(block, family)
         if self.r1 is not None:
             for name in (name for names in family.norm_readers.values() for name in names):
-                if self.turned or name != family.router:  # a router reads the norm's output before it is turned
+                if self.turned or name not in family.deciders:  # these read the norm's output before it is turned
                     _rotate_inputs(block, name, self.r1)
         if self.r1 is not None and self.turned:
             if family.layer_norm:
@@ -129,14 +142,14 @@ class Rotations:
             for name in (family.output, *family.downs):
                 _rotate_outputs(block, name, self.r1)
         r2 = self.values(index)
-        if r2 is not None:
+        if r2 is not None and family.has_values:
             _rotate_outputs(block, family.value, r2)
             _rotate_inputs(block, family.output, r2)
         if self.heads is not None:
-            _rotate_inputs(block, family.output, self.heads)
-        if self.r4 is not None:
-            for name in family.downs:
-                _rotate_inputs(block, name, self.r4)
+            _rotate_inputs(block, family.output, before_output(family, shape))
+        for name in family.downs:
+            if (r4 := self.r4_of(block[f"{name}.weight"].shape[1])) is not None:
+                _rotate_inputs(block, name, r4)
         return block
 
     def rotate_outer_layers(self, outer: OuterLayers, family: Family) -> OuterLayers:
@@ -201,6 +214,17 @@ class Rotations:
         assert self.turned and self.r1 is not None
         half = self.r1.apply(torch.diag(norm.to(torch.float64) + family.norm_offset))
         return self.r1.apply(half.T.contiguous())
+
+
+def before_output(family: Family, shape: Shape) -> Hadamard:
+    """What `heads` is in a block of this family.
+
+    Over all heads where R2 has mixed the channels of each. Where it cannot, since a gate stands between the values and
+    the output projection, or there are none, over all channels.
+    """
+    if family.has_values:
+        return Hadamard.across(shape.query_heads, shape.head_dim)
+    return Hadamard.of((family.sizes or {}).get(family.output, (0, shape.query_width))[1])
 
 
 def _sum(*parts: Tensor | None) -> Tensor | None:

@@ -73,7 +73,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _save_llama(folder: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+def _save_llama(
+    folder: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config: Any
+) -> Path:
     """A random Llama with the embedded model's tokenizer; norms and biases are not those of a fresh model."""
     sizes: dict[str, Any] = {
         "vocab_size": 2048,
@@ -88,7 +90,7 @@ def _save_llama(folder: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.
         "eos_token_id": 1,
         "tie_word_embeddings": False,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**(sizes | config)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

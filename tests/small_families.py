@@ -10,6 +10,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from rotoboa.models.families import FAMILIES as ROWS
 from rotoboa.models.seeing.whole_model import attention_in, auto_class
 
+from .small_hybrids import SMALL_HYBRIDS
+from .small_mixtures import SMALL_MIXTURES
+
 # By name of the variant: model_type and what differs from the common sizes. Windows are shorter than any test's text.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -60,16 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "intermediate_size": 40,
-        "norm_topk_prob": False,
-        "head_dim": 16,
-    },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None},
+    **SMALL_MIXTURES,
+    **SMALL_HYBRIDS,
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "pad_token_id": None},
     "ministral3": {
@@ -210,6 +205,13 @@ SEEING["qwen3_vl_moe"] = (
     {**SEEING["qwen3_vl"][0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     SEEING["qwen3_vl"][1],
 )
+SEEING |= {
+    name: (
+        {**FAMILIES[f"{name}_text"], "pad_token_id": 0},
+        {"vision_config": {"num_position_embeddings": 16, **_OF_QWEN}, "image_token_id": IMAGE},
+    )
+    for name in ("qwen3_5", "qwen3_5_moe")
+}
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
 
 
@@ -253,12 +255,17 @@ def make_family(name: str, attention: str = "eager", **changes: Any) -> Any:
             if "norm" in key and key.endswith("weight"):
                 start = 1.0 - row.norm_offset * ("language_model" in key or row.sight is None)
                 parameter.copy_(start + 0.3 * noise)
+            elif key.endswith(row.exact):  # a bias by which experts are chosen, to their scores of 0 to 1
+                parameter.copy_(0.1 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
             elif "embed" in key:
                 parameter.copy_(noise + 0.3)  # with a mean over channels, which only LayerNorm takes out
             else:
                 parameter.copy_(noise * 1.3 / parameter.shape[-1] ** 0.5)
+        for key, buffer in model.named_buffers():
+            if key.endswith(row.exact):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

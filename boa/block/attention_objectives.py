@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objective.fisher import ROWS
+from ..objective.gate import GateStatistics
 from ..objective.objective import Objective
 from ..objective.pull_back import NormStatistics, norm_pull_back, positions_pull_back, turned
 from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
@@ -103,10 +104,27 @@ def query_key_objective(
     return replace(inputs.value().objective(), h_out=torch.cat([h_out[f.query], h_out[f.key]]))
 
 
-def value_objective(context: BlockContext, values: Total[AttentionStatistics]) -> Objective:
-    """BoA's, with W_O^T W_O, or aespa's own, without."""
+def value_objective(
+    context: BlockContext, values: Total[AttentionStatistics], gated: Total[GateStatistics] | None = None
+) -> Objective:
+    """BoA's, with W_O^T W_O, or aespa's own, without; `gated` of attention with a gate."""
     objective = values.value().value_objective(context.weight(context.family.output))
-    return objective if context.settings.value_output else replace(objective, h_out=None)
+    if not context.settings.value_output:
+        return replace(objective, h_out=None)
+    if gated is None or not context.family.attention_gate:
+        return objective
+    return replace(objective, h_out=gated.value().of_values(_read_by_output(context), context.shape.key_heads))
+
+
+def gate_objective(context: BlockContext, inputs: Total[InputStatistics], gated: Total[GateStatistics]) -> Objective:
+    """Of attention's gate."""
+    return replace(inputs.value().objective(), h_out=gated.value().of_gate(_read_by_output(context)))
+
+
+def _read_by_output(context: BlockContext) -> Tensor:
+    """W_O,h^T W_O,h of each query head, (heads, head_dim, head_dim)."""
+    parts = context.weight(context.family.output).unflatten(1, (context.shape.query_heads, -1)).permute(1, 2, 0).float()
+    return parts @ parts.transpose(-1, -2)
 
 
 def without_bias(context: BlockContext, attended: Tensor) -> Tensor:

@@ -7,14 +7,23 @@ from functools import partial
 
 from torch import Tensor
 
+from ..objective.gate import GateStatistics
 from ..objective.key_mean import KeyMean
 from ..objective.statistics import AttentionStatistics, InputStatistics, value_stride
 from ..objective.totals import Total
 from ..online.attention import CENTER, AttentionInputs, AttentionTransform
 from ..solver.rounding_settings import LAYERWISE
-from .attention_objectives import add_heads, norm_totals, query_key_objective, value_objective, weighted, without_bias
+from .attention_objectives import (
+    add_heads,
+    gate_objective,
+    norm_totals,
+    query_key_objective,
+    value_objective,
+    weighted,
+    without_bias,
+)
 from .context import Batch, BlockContext, BlockResult, Streams
-from .forward_parts import attend, attention_inputs
+from .forward_parts import attend, attend_ungated, attention_inputs
 from .residual_stream import Writer, add_given, write_full, write_quantized
 from .solving import Layers, layer_objective, solve_layers
 
@@ -55,6 +64,7 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
     f, t, shape, share = context.family, context.transforms, context.shape, context.share
     norm, layerwise = context.full.get_submodule(f.attention_norm), context.settings.method in LAYERWISE
     inputs, norms = share.total(InputStatistics), norm_totals(context)
+    gated, gate_inputs = share.total(partial(GateStatistics, shape.query_heads)), share.total(InputStatistics)
     grams, values = (share.total(partial(AttentionStatistics, t.attention.rotation)) for _ in range(2))
     for batch in context.batches(streams):
         xq = t.qkv(norm(batch.quantized))
@@ -63,11 +73,15 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
                 inputs.at(batch.number).add(None, xq)
             continue
         xf = t.qkv.rotate(norm(batch.full))
-        attended[batch.span] = wanted = attend(context.decoder, context.full, xf, AttentionTransform())
+        wanted, gate = attend_ungated(context.decoder, context.full, xf, AttentionTransform())
+        attended[batch.span] = wanted if gate is None else wanted * gate
         if context.previous is None:
             inputs.at(batch.number).add(*weighted(context, norms, batch.number, xf, xq))
             if layerwise:
                 continue
+            if gate is not None:
+                gated.at(batch.number).add(wanted, gate)
+                gate_inputs.at(batch.number).add(xf, xq)
             seen = attention_inputs(context.decoder, context.quantized, xq, t.attention)
             add_heads(context, grams, batch.number, seen, share.first + batch.span.start)
             if batch.span.stop >= share.own:
@@ -82,11 +96,15 @@ def _quantize_inputs(context: BlockContext, streams: Streams, attended: Tensor) 
         lambda: query_key_objective(context, inputs, grams, norms, streams.full.shape[1]),
         [shape.query_heads, shape.key_heads],
     )
-    value = Layers([f.value], partial(value_objective, context, values), [shape.key_heads])
+    value = Layers([f.value], partial(value_objective, context, values, gated), [shape.key_heads])
     if layerwise:
-        heads = [shape.query_heads, shape.key_heads, shape.key_heads]
-        return solve_layers(context, Layers([f.query, f.key, f.value], layer_objective(inputs), heads))
-    return solve_layers(context, queries_keys, value)
+        heads = [shape.query_heads, shape.key_heads, shape.key_heads, shape.query_heads]
+        names = list(f.attention_inputs)
+        return solve_layers(context, Layers(names, layer_objective(inputs), heads[: len(names)]))
+    if not f.attention_gate:
+        return solve_layers(context, queries_keys, value)
+    gate_layer = Layers([f.attention_gate], partial(gate_objective, context, gate_inputs, gated), [shape.query_heads])
+    return solve_layers(context, queries_keys, value, gate_layer)
 
 
 def _quantize_output(context: BlockContext, streams: Streams, attended: Tensor, given: Tensor) -> BlockResult:

@@ -213,8 +213,9 @@ def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
 @contextmanager
 def transformed(decoder: Decoder, block: nn.Module, transforms: OnlineTransforms) -> Iterator[None]:
     """Let `block` compute with `transforms` between its layers."""
-    attention, handles = block.get_submodule(decoder.family.attention), []
-    for name, site in transforms.by_projection(decoder.family).items():
+    family, handles = decoder.family_of(block), []
+    attention = block.get_submodule(family.attention)
+    for name, site in transforms.by_projection(family).items():
         hook = lambda _, args, site=site: site(args[0])  # noqa: E731
         handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
     set_attention(attention, transforms.attention)

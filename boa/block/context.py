@@ -138,15 +138,15 @@ class BlockContext:
     follows_full: bool = True
     schemes: Mapping[str, QuantizationScheme] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """Where the block keeps its layers."""
-        return self.decoder.family
+        return self.decoder.family_of(self.full)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """Sizes of the block."""
-        return self.decoder.shape
+        return self.decoder.shape.at(self.decoder.index_of(self.full))
 
     def settings_of(self, name: str) -> Settings | None:
         """How a projection is rounded; None: it is left as it is."""
@@ -223,8 +223,8 @@ class BlockResult:
 def needs_full(settings: Settings, family: Family) -> bool:
     """Whether anything that a block is solved by follows from the full-precision stream.
 
-    Shifts of targets do, the objectives of attention and Z-Fold, what experts put out together, and what post norms
-    divide errors by.
+    Shifts of targets do, which rounding to the nearest has none of, the objectives of attention and Z-Fold, what
+    experts put out together, and what post norms divide errors by.
     """
     layers_alone = (
         settings.method in LAYERWISE
@@ -232,7 +232,8 @@ def needs_full(settings: Settings, family: Family) -> bool:
         and family.attention_post_norm is None
         and not family.experts
     )
-    return settings.alpha > 0 or not layers_alone
+    shifts = settings.alpha > 0 and settings.method != "rtn"
+    return shifts or not layers_alone
 
 
 def shared_copy(block: nn.Module) -> nn.Module:

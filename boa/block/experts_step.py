@@ -1,4 +1,7 @@
-"""The experts of a block: gate and up, then down, one expert after another; the router stays as it is."""
+"""The experts of a block: gate and up, then down, one expert after another; the router stays as it is.
+
+An expert that all tokens go to is one of them, the last, with a weight of 1 or what a gate of its own gives it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ...models.families import Family
-from ...models.layout import Expert, Experts
+from ...models.layout import Expert, sum_of_experts
 from ..objective.statistics import InputStatistics
 from ..objective.totals import Total
+from ..online.transforms import InputTransform
 from .context import BlockContext, BlockResult, Streams
 from .solving import Layers, layer_objective, solve_layers
 
@@ -51,7 +55,7 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
     input channels, whose Hessian has no full rank, is calibrated on tokens of the whole layer instead, spread evenly
     over the text and alike in weight: `fallbacks` names it.
     """
-    share, found, count = context.share, BlockResult(), len(experts_of(context.family, context.full))
+    share, found, count = context.share, BlockResult(), len(context.family.all_experts)
     moved, index, weights = _route(context, streams)
     added = context.empty(*streams.full.shape, dtype=streams.full.dtype)
     for part in added.split(share.batch):
@@ -62,7 +66,7 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
     seen = counts.tolist()
     for group in torch.arange(count).split(min(share.ranks.size, GROUP)):
         routed = {i: _routed(i, index, weights) for i in group.tolist()}
-        few = {i: seen[i] for i in routed if seen[i] < context.shape.hidden}
+        few = {i: seen[i] for i in routed if seen[i] < context.shape.hidden and i < context.shape.experts}
         found |= _solve_group(context, streams, routed, few)
         for i, tokens in routed.items():
             _run_expert(context, i, added, streams, tokens)
@@ -96,22 +100,27 @@ def _solve_group(
 
 def choose(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
     """Experts of each token of x (tokens, hidden), and their routing weights; both (tokens, experts per token)."""
-    _, weights, index = context.full.get_submodule(str(context.family.router))(x)
-    return index, weights
-
-
-def experts_of(family: Family, block: nn.Module) -> Experts:
-    """The experts of a block."""
-    experts = block.get_submodule(str(family.experts))
-    assert isinstance(experts, Experts)
-    return experts
+    family, block = context.family, context.full
+    more = [block.get_buffer(family.router_bias)] if family.router_bias else []
+    _, weights, index = block.get_submodule(str(family.router))(x, *more)
+    if not family.shared:
+        return index, weights
+    gate = block.get_submodule(family.shared_gate)(x).sigmoid() if family.shared_gate else x.new_ones(len(x), 1)
+    last = index.new_full((len(x), 1), family.expert_count)
+    return torch.cat([index, last], -1), torch.cat([weights, gate.to(weights)], -1)
 
 
 def expert_of(family: Family, block: nn.Module, i: int) -> Expert:
     """Expert `i` of a block."""
-    expert = experts_of(family, block)[i]
+    expert = block.get_submodule(family.shared if i == family.expert_count else f"{family.experts}.{i}")
     assert isinstance(expert, Expert)
     return expert
+
+
+def _down(context: BlockContext, i: int) -> InputTransform:
+    """What the input of an expert's down projection goes through."""
+    t = context.transforms
+    return t.shared_down if i == context.family.expert_count else t.down
 
 
 def _route(context: BlockContext, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,16 +128,19 @@ def _route(context: BlockContext, streams: Streams) -> tuple[Tensor, Tensor, Ten
 
     The routing is experts and weights of each token, (tokens, experts per token).
     """
-    t, experts = context.transforms, experts_of(context.family, context.full)
+    t, family = context.transforms, context.family
     moved = context.empty(*streams.full.shape, dtype=streams.full.dtype)
     chosen: list[tuple[Tensor, Tensor]] = []
 
-    def run(expert: Expert, x: Tensor) -> Tensor:
-        return expert.down_proj(t.down.rotate(expert.inside(x)))
+    def run(i: int, x: Tensor) -> Tensor:
+        expert = expert_of(family, context.full, i)
+        written: Tensor = expert.down_proj(_down(context, i).rotate(expert.inside(x)))
+        return written
 
     for batch in context.batches(streams):
         x = _norm(context, batch.full).flatten(0, 1)
-        moved[batch.span] = experts(t.gate_up.rotate(x), *choose(context, x), run).view_as(batch.full)
+        written = sum_of_experts(len(family.all_experts), run, t.gate_up.rotate(x), *choose(context, x))
+        moved[batch.span] = written.view_as(batch.full)
         index, weight = choose(context, _norm(context, batch.quantized).flatten(0, 1))
         chosen.append((index.to(streams.full.device), weight.to(streams.full.device)))
     indices, weights = zip(*chosen, strict=True)
@@ -169,11 +181,11 @@ def _add_inputs(context: BlockContext, total: Total[InputStatistics], streams: S
 
 def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], streams: Streams, tokens: Tokens) -> None:
     """Statistics of the down projection of expert `i`, whose gate and up are quantized."""
-    t, family, settings = context.transforms, context.family, context.settings
+    t, down, family, settings = context.transforms, _down(context, i), context.family, context.settings
     full, quantized = expert_of(family, context.full, i), expert_of(family, context.quantized, i)
     for number, part, hf, hq in _parts(context, streams, tokens):
-        exact = t.down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf))))
-        given = t.down(quantized.inside(t.gate_up(_norm(context, hq))))
+        exact = down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf))))
+        given = down(quantized.inside(t.gate_up(_norm(context, hq))))
         wanted = full.down_proj(exact) * part.p
         if settings.drift:
             wanted += (hf - hq) * part.share
@@ -183,9 +195,10 @@ def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], str
 
 def _run_expert(context: BlockContext, i: int, added: Tensor, streams: Streams, tokens: Tokens) -> None:
     """Add what the quantized expert `i` puts out to `added`, as large as a stream."""
-    t, expert, flat = context.transforms, expert_of(context.family, context.quantized, i), added.flatten(0, 1)
+    expert, flat = expert_of(context.family, context.quantized, i), added.flatten(0, 1)
+    t, down = context.transforms, _down(context, i)
     for _, part, _, hq in _parts(context, streams, tokens):
-        y = expert.down_proj(t.down(expert.inside(t.gate_up(_norm(context, hq))))) * part.p
+        y = expert.down_proj(down(expert.inside(t.gate_up(_norm(context, hq))))) * part.p
         flat.index_add_(0, part.rows, y.to(added))
 
 

@@ -39,7 +39,23 @@ def capture(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 def attend(decoder: Decoder, block: nn.Module, x: Tensor, transform: AttentionTransform) -> Tensor:
     """The input of the output projection (batch, length, heads * head_dim), of that of queries, keys and values."""
-    return capture(block.get_submodule(decoder.family.output), _attention(decoder, block, x, transform, None))
+    return capture(block.get_submodule(decoder.family_of(block).output), _attention(decoder, block, x, transform, None))
+
+
+def attend_ungated(
+    decoder: Decoder, block: nn.Module, x: Tensor, transform: AttentionTransform
+) -> tuple[Tensor, Tensor | None]:
+    """As `attend`, before the gate; and the gate that it is multiplied by, of the same shape, where there is one.
+
+    A gate that is given zeros lets one half through.
+    """
+    name = decoder.family_of(block).attention_gate
+    if not name:
+        return attend(decoder, block, x, transform), None
+    layer = block.get_submodule(name)
+    gate = layer(x).sigmoid()
+    with nothing_of(layer):
+        return 2 * attend(decoder, block, x, transform), gate
 
 
 def attention_inputs(decoder: Decoder, block: nn.Module, x: Tensor, transform: AttentionTransform) -> AttentionInputs:
@@ -49,7 +65,7 @@ def attention_inputs(decoder: Decoder, block: nn.Module, x: Tensor, transform: A
         raise Captured(seen)
 
     try:
-        with _nothing_of(block.get_submodule(decoder.family.value)):
+        with nothing_of(block.get_submodule(decoder.family_of(block).value)):
             _attention(decoder, block, x, replace(transform, value=None), stop)()
     except Captured as captured:
         seen: AttentionInputs = captured.value
@@ -75,7 +91,7 @@ def branch_output(decoder: Decoder, block: nn.Module, post_norm: str | None, x: 
 def _attention(
     decoder: Decoder, block: nn.Module, x: Tensor, transform: AttentionTransform, recorder: Recorder | None
 ) -> Callable[[], object]:
-    attention = block.get_submodule(decoder.family.attention)
+    attention = block.get_submodule(decoder.family_of(block).attention)
 
     def run() -> object:
         set_attention(attention, transform, recorder)
@@ -88,7 +104,7 @@ def _attention(
 
 
 @contextmanager
-def _nothing_of(projection: nn.Module) -> Iterator[None]:
+def nothing_of(projection: nn.Module) -> Iterator[None]:
     """Let a linear layer put out zeros, one number seen from everywhere, and compute nothing."""
     rows = projection.get_parameter("weight").shape[0]
     projection.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models.families import SITES
 from ..online import float8
-from ..online.transforms import InputTransform, OnlineTransforms
+from ..online.transforms import InputTransform
 from ..stored_scales import global_scale_of
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
@@ -46,8 +46,8 @@ def find_scales(context: BlockContext, streams: Streams) -> tuple[BlockContext, 
     # In the place of quantizers, so that rotations are those that the block is run with, and centers and sinks too.
     seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in SITES}  # type: ignore[arg-type]
     parts = {part: peaks.get(part) for part in ("key", "value")}
-    attention = replace(transforms.attention, **parts)  # type: ignore[arg-type]
-    with transformed(context.decoder, context.full, OnlineTransforms(**seen, attention=attention)):
+    looking = replace(transforms, **seen, attention=replace(transforms.attention, **parts))  # type: ignore[arg-type]
+    with transformed(context.decoder, context.full, looking):
         for batch in context.batches(streams):
             context.decoder.run(context.full, batch.full)
     for site in wanted:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from ...models.decoder import Decoder
 from ..objective.statistics import InputStatistics
-from ..objective.totals import Total
 from .context import BlockContext, BlockResult, Streams
 from .forward_parts import capture
-from .solving import Layers, layer_objective, solve_layers
+from .solving import alike, solve_layers
 
 
 def quantize_plain(context: BlockContext, streams: Streams) -> BlockResult:
@@ -27,7 +26,7 @@ def quantize_plain(context: BlockContext, streams: Streams) -> BlockResult:
             given = _input(context.decoder, context.quantized, group[0], batch.quantized)
             wanted = _input(context.decoder, context.full, group[0], batch.full) if context.follows_full else None
             inputs.at(batch.number).add(wanted, given)
-        found |= solve_layers(context, *_alike(context, group, inputs))
+        found |= solve_layers(context, *alike(context, group, inputs))
     for batch in context.batches(streams):
         streams.quantized[batch.span] = context.decoder.run(context.quantized, batch.quantized).to(
             streams.quantized.device
@@ -35,14 +34,6 @@ def quantize_plain(context: BlockContext, streams: Streams) -> BlockResult:
         if context.follows_full:
             streams.full[batch.span] = context.decoder.run(context.full, batch.full).to(streams.full.device)
     return found
-
-
-def _alike(context: BlockContext, group: tuple[str, ...], inputs: Total[InputStatistics]) -> list[Layers]:
-    """The layers of a group, those with as many rows together: they are solved as heads of one problem."""
-    by_rows: dict[int, list[str]] = {}
-    for name in group:
-        by_rows.setdefault(len(context.weight(name)), []).append(name)
-    return [Layers(names, layer_objective(inputs), [1] * len(names)) for names in by_rows.values()]
 
 
 def _input(decoder: Decoder, block: nn.Module, layer: str, hidden: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ def layer_objective(total: Total[InputStatistics], weight: torch.Tensor | None =
     return lambda: total.value().objective(weight)
 
 
+def alike(context: BlockContext, names: Sequence[str], inputs: Total[InputStatistics]) -> list[Layers]:
+    """Layers that read one input, those with as many rows together: they are solved as heads of one problem."""
+    by_rows: dict[int, list[str]] = {}
+    for name in names:
+        by_rows.setdefault(len(context.weight(name)), []).append(name)
+    return [Layers(same, layer_objective(inputs), [1] * len(same)) for same in by_rows.values()]
+
+
 @stage("losses")
 @exact_products()
 def solve_layers(context: BlockContext, *layers: Layers) -> BlockResult:

@@ -61,17 +61,27 @@ class InputTransform:
 
 @dataclass(frozen=True)
 class OnlineTransforms:
-    """One decoder block's sites: `qkv`, `output`, `gate_up` and `down` are inputs of linear layers."""
+    """One decoder block's sites: `qkv`, `output`, `gate_up` and `down` are inputs of linear layers.
+
+    The `down` of an expert that all tokens go to may be of another width: it has a rotation of its own.
+    """
 
     qkv: InputTransform = InputTransform()
     output: InputTransform = InputTransform()
     gate_up: InputTransform = InputTransform()
     down: InputTransform = InputTransform()
     attention: AttentionTransform = field(default_factory=AttentionTransform)
+    shared_rotation: Hadamard | None = None
+
+    @property
+    def shared_down(self) -> InputTransform:
+        """Of the expert that all tokens go to."""
+        return replace(self.down, rotation=self.shared_rotation)
 
     def by_projection(self, family: Family) -> dict[str, InputTransform]:
         """The transform of each projection's input."""
-        return {name: getattr(self, site) for name, site in family.sites.items()}
+        found = {name: getattr(self, site) for name, site in family.sites.items()}
+        return found | {family.shared_down: self.shared_down} if family.shared else found
 
     def scales(self, family: Family) -> dict[str, Tensor]:
         """What calibration has found, or the quantizers have without, (1,), by the names of tensors inside a block."""

@@ -76,6 +76,8 @@ def architecture(run: Finished) -> Architecture:
         raise InputError(
             f"llama.cpp's {name} has the activation {found.activation}, and this model {activation}: {use}."
         )
+    if len(run.family.all_kinds) > 1:
+        raise InputError(f"llama.cpp's {name} has experts in every block, and this model has not: {use}.")
     for field, values in (found.legal or {}).items():
         value = getattr(config, field, None)
         legal = (getattr(config, values),) if isinstance(values, str) else values

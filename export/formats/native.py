@@ -94,7 +94,8 @@ class RotoboaQuantizer(HfQuantizer):
         spec = self.quantization_config.spec
         if spec.quantizes_cache:
             decoder, _, layers = family.layers.rpartition(".")
-            use_packed_cache(model.get_submodule(decoder), layers, family.attention)
+            names = [family.at(index).attention for index in range(Shape.of(config).blocks)]
+            use_packed_cache(model.get_submodule(decoder), layers, names)
         return model
 
     def is_serializable(self) -> bool:

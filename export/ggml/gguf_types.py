@@ -15,7 +15,7 @@ from ..scheme_layers import by_weights
 from .gguf_blocks import TYPES, block_of
 from .k_blocks import NAMES
 
-FILE_TYPES = {"Q2_0": 41, "Q4_K": LlamaFileType.MOSTLY_Q4_K_M}
+FILE_TYPES = {"Q2_0": 41} | {f"Q{bits}_K": LlamaFileType[f"MOSTLY_Q{bits}_K_M"] for bits in (3, 4, 5)}
 """What a file is by most of its tensors, where that is not `MOSTLY_` and the type's name in the gguf package."""
 
 

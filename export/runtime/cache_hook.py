@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from .cache import PackedLayer, pack_layers
 from .sinks import first_positions
 
 
-def use_packed_cache(decoder: nn.Module, layers: str, attention: str) -> None:
+def use_packed_cache(decoder: nn.Module, layers: str, attention: Sequence[str]) -> None:
     """Let `decoder` (the module whose forward takes `past_key_values`) pack what it keeps, in place.
 
     A cache that it would make, and an empty `DynamicCache` that it is given (`generate` makes one), gets packed layers.
@@ -23,7 +24,8 @@ def use_packed_cache(decoder: nn.Module, layers: str, attention: str) -> None:
 
     Args:
         layers: attribute of the decoder that lists its blocks.
-        attention: name of the attention module in a block, which carries its transform.
+        attention: name of the attention module in each block, or of what stands in its place, which carries its
+            transform.
     """
     # transformers 5.24 calls it `cache`, and still takes the older name.
     own = inspect.signature(type(decoder).forward).parameters
@@ -33,7 +35,13 @@ def use_packed_cache(decoder: nn.Module, layers: str, attention: str) -> None:
 
 
 def _give_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, layers: str, attention: str
+    decoder: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    name: str,
+    layers: str,
+    attention: Sequence[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     cache, wanted = kwargs.get(name), kwargs.get("use_cache")
     if cache is None and kwargs.get("past_key_values") is not None:
@@ -43,7 +51,8 @@ def _give_cache(
     if cache is None and wanted:
         cache = DynamicCache(config=decoder.config)
         kwargs = {**kwargs, name: cache}
-    modules = [block.get_submodule(attention) for block in decoder.get_submodule(layers).children()]
+    blocks = decoder.get_submodule(layers).children()
+    modules = [block.get_submodule(own) for block, own in zip(blocks, attention, strict=True)]
     transforms = [transform for module in modules if (transform := transform_of(module)) is not None]
     length = 0 if cache is None else int(cache.get_seq_length())
     if type(cache) is DynamicCache and not length:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, reduce
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from ...boa.online.activations import DynamicQuantizer
 from ...boa.online.float8 import StaticFloat8
 from ...boa.online.transforms import InputTransform
 from ...boa.scheme import GROUPS, QuantizationArgs
-from ..packing import from_codes, planes, unpack
+from ..packing import from_codes, pack, planes, unpack
 from .gradient import with_gradient
 from .packed_weight import PackedWeight
+from .tiles import ROWS, TOKENS, grid_of, group_of, product, tiled, untiled
 
 _CHUNK = {"cpu": 1 << 20}  # weights that are unpacked at a time: what a processor's cache holds
 _CHUNK_ELSEWHERE = 1 << 24
@@ -30,15 +32,19 @@ class QuantizedLinear(PackedWeight, nn.Linear):
 
     | activations | weights | computed |
     |---|---|---|
+    | any in bfloat16, of few tokens | 4 bits, on a processor with AVX-512 | by torch's own product: `tiles` |
     | 8 bits or fewer, 7 with a zero point | one scale a row | int8 x int8 in int32, scales applied to the sums |
     | such, in groups | one scale a row, or groups that they divide or that divide them | so by group, or as below |
     | any other | any | a part of the weight at a time becomes floats, and is dropped |
 
-    Sums of products of integers are exact, so the first two differ from the last, which is what is simulated, by the
-    rounding of floats alone. Integers are taken where they are fast (`fast_integers`), by group on processors alone and
-    of 128 columns or more, and not of groups of weights by themselves: a product for each was no faster there. What is
-    left after a call is of the size of its output.
+    Sums of products of integers are exact, so the second and third differ from the last, which is what is simulated, by
+    the rounding of floats alone; so does the first, whose scales are rounded to bfloat16. Integers are taken where they
+    are fast (`fast_integers`), by group on processors alone and of 128 columns or more, and not of groups of weights by
+    themselves: a product for each was no faster there. What is left after a call is of the size of its output, and of
+    the first kind the words in another order.
     """
+
+    tile_grid: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         self.transform = transform or InputTransform()
         self.transform.make_room(self)
         self.make_room(outputs, inputs, bits, group_size, format)
+        self.register_buffer("tile_grid", None, persistent=False)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None)
 
     @classmethod
@@ -81,6 +88,23 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         integers = self._integers(slice(None), scale.shape[1], in_order=True)
         return ((integers.float() - zero.float()[..., None]) * scale.float()[..., None]).flatten(1).to(dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._untile()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._untile()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._untile()
+        super()._load_from_state_dict(*args)
+
+    def _untile(self) -> None:
+        """Have the words as the files have them."""
+        if self.tile_grid is not None:
+            self.qweight, self.tile_grid = pack(untiled(self.qweight), self.bits), None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return with_gradient(self.transform.rotate(x), self._from_rotated, self.dequantize)
@@ -88,7 +112,9 @@ class QuantizedLinear(PackedWeight, nn.Linear):
     def _from_rotated(self, x: Tensor) -> Tensor:
         quantizer = self.transform.of(self).quantizer
         flat = x.reshape(-1, self.in_features)
-        if isinstance(quantizer, DynamicQuantizer) and len(flat) and self.counts(quantizer, x.device):
+        if 0 < len(flat) <= TOKENS and flat.dtype == torch.bfloat16 and self._tile():
+            y = self._from_tiles(flat if quantizer is None else quantizer(flat))
+        elif isinstance(quantizer, DynamicQuantizer) and len(flat) and self.counts(quantizer, x.device):
             y = self._from_integers(flat, quantizer)
         else:
             y = self._from_floats(flat if quantizer is None else quantizer(flat))
@@ -157,8 +183,25 @@ class QuantizedLinear(PackedWeight, nn.Linear):
             parts.append(part if self.bias is None else part.add_(self.bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def _from_tiles(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out), bfloat16."""
+        assert self.tile_grid is not None
+        y = product(x, self.qweight, self.tile_grid)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _tile(self) -> bool:
+        """Have the words in tiles, where they can be."""
+        if self.tile_grid is None and self.bits == 4 and self.format == "int" and self.qweight.device.type == "cpu":
+            group = group_of(self.out_features, self.in_features, self.scale.shape[1])
+            if group is not None:
+                self.qweight = tiled(self.qweight, self.in_features)
+                self.tile_grid = grid_of(self.scale, self.zero, self.in_features, group)
+        return self.tile_grid is not None
+
     def _planes(self, groups: int) -> int:
         """Values a byte where they are used in the order of `planes`, which whole words of a group have; else 1."""
+        if self.tile_grid is not None:
+            return 1
         whole_words = groups == 1 or self.in_features // groups * self.bits % 32 == 0
         return 8 // self.bits if self.bits in (2, 4) and whole_words else 1
 
@@ -175,6 +218,9 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         """Those of some rows, (rows, groups, columns) uint8, a new tensor; padding is any number. Of FP8 these are its
         numbers.
         """
+        if self.tile_grid is not None:
+            every = slice(None) if rows.stop is None else slice(rows.start // ROWS, -(-rows.stop // ROWS))
+            return untiled(self.qweight[every]).unflatten(1, (groups, -1))
         words = self.qweight[rows]
         if in_order or self._planes(groups) == 1:
             found = unpack(words, self.bits, self.in_features).unflatten(1, (groups, -1))
@@ -185,7 +231,8 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         return found if self.format not in GROUPS else from_codes(found)
 
     def _parts(self, device: torch.device) -> Iterator[slice]:
-        step = max(8, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // self.in_features // 8 * 8)
+        least = 8 if self.tile_grid is None else ROWS
+        step = max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // self.in_features // least) * least
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 

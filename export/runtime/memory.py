@@ -29,7 +29,8 @@ def memory(decoder: Decoder, spec: Spec, dtype: torch.dtype, tokens: int, *, tie
     """Bytes of the model and of the cache of one sequence, packed and as the original has them in bfloat16.
 
     The model is made as the loader makes it, but without data. The cache of a block is filled with `tokens` random
-    tokens and measured; the blocks' are alike.
+    tokens and measured; the blocks' are alike, but for those without attention, whose state does not grow and is left
+    out.
 
     Args:
         decoder: of the original model.
@@ -64,13 +65,16 @@ def _skeleton(decoder: Decoder, dtype: torch.dtype, *, tied: bool) -> nn.Module:
 
 
 def _cache_bytes(decoder: Decoder, spec: Spec | None, dtype: torch.dtype, tokens: int) -> int:
-    shape = decoder.shape
+    family, shape = decoder.family, decoder.shape
+    attending = [index for index in range(shape.blocks) if not family.at(index).mixed]
+    if not attending:
+        return 0
     packs = spec is not None and min(spec.key_bits, spec.value_bits) < 16
     cache = (
-        packed_cache([spec.transforms(shape, decoder.family).attention])
+        packed_cache([spec.transforms(shape, family, attending[0]).attention])
         if spec is not None and packs
         else DynamicCache()
     )
     states = torch.randn(1, shape.key_heads, tokens, shape.head_dim, dtype=dtype)
     cache.update(states, states, 0)
-    return cache_bytes(cache) * shape.blocks
+    return cache_bytes(cache) * len(attending)

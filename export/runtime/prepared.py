@@ -55,7 +55,8 @@ def prepare_model(model: nn.Module, family: Family, shape: Shape, spec: Spec) ->
     """Make a whole model of transformers, without weights, what a native checkpoint loads into, in place."""
     for index, block in enumerate(model.get_submodule(family.layers).children()):
         schemes, transforms = spec.schemes(family, index), spec.transforms(shape, family, index)
-        prepare_block(split_modules(block, family, shape, NAME), family, schemes, transforms)
+        split = split_modules(block, family.at(index), shape.at(index), NAME)
+        prepare_block(split, family.at(index), schemes, transforms)
     if family.embedding_norm is not None:
         model.set_submodule(family.embedding_norm, nn.Identity())  # the embedding has it in its rows
     if family.layer_norm:
@@ -95,7 +96,7 @@ def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
 
 def packed_block(decoder: Decoder, index: int, tensors: dict[str, Tensor], spec: Spec) -> nn.Module:
     """Block `index` made from the tensors of `pack_block`, ready to compute."""
-    family = decoder.family
+    family = decoder.family.at(index)
     schemes, transforms = spec.schemes(family, index), spec.transforms(decoder.shape, family, index)
     module = prepare_block(decoder.empty_block(index), family, schemes, transforms)
     room = {name for name, _ in module.named_buffers()}

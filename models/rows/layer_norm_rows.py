@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..family import Family, Merged, Variant
+from ..family import Family
+from .row_parts import Merged, Variant
 
 _BY_HEAD = {"query": "query_width", "key": "key_width", "value": "key_width"}
 _BLOOM = Family(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..family import CAUSAL, Family, Merged
+from ..family import Family
+from .row_parts import CAUSAL, Merged
 
 ROWS = (
     Family("llama", note="1 to 3.3: RoPE scaling, tied embeddings, biases of attention and MLP"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..family import CAUSAL, Family, Merged
+from ..family import Family
+from .row_parts import CAUSAL, Merged
 
 _GEMMA2 = Family(
     "gemma2",

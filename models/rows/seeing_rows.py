@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..family import Family, Sight
+from ..family import Family
+from .row_parts import Sight
 
 INSIDE = "model.language_model"
 """Where all of them keep their decoder."""
@@ -70,7 +71,18 @@ def rows_that_see(rows: Mapping[str, Family]) -> dict[str, Family]:
         sight=replace(dense.sight, texts=("qwen3_vl_moe_text",)),
         note="as qwen3_vl; the decoder is that of qwen3_moe",
     )
-    return {row.model_type: row for row in (*found, mixture)}
+    hybrids = (
+        replace(
+            _inside(rows[f"{name}_text"]),
+            model_type=name,
+            fused=name.endswith("moe"),
+            sight=Sight((f"{name}_text",), ("model.visual",), ("model.visual.merger.linear_fc2",)),
+            renamed=(),
+            note=f"sees; the decoder is that of {name}_text, RoPE has three axes",
+        )
+        for name in ("qwen3_5", "qwen3_5_moe")
+    )
+    return {row.model_type: row for row in (*found, mixture, *hybrids)}
 
 
 def _inside(row: Family) -> Family:

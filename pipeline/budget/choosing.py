@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...boa.scheme import QuantizationArgs
 from ...errors import InputError
-from ...export.finished import projection_columns, projection_rows
+from ...export.finished import numbers_in_blocks, projection_columns, projection_rows
 from ...export.packing import packed_bytes
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.outer_layers import OuterLayers
@@ -49,10 +49,9 @@ def _free(job: Job, index: int, name: str) -> bool:
 def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
     family, weights = job.decoder.family, job.recipe.weights
     itemsize = job.checkpoint.dtype.itemsize
-    rows, columns = projection_rows(family, job.decoder.shape), projection_columns(family, job.decoder.shape)
     taken = projection_bytes(job.decoder, job.spec, itemsize)
     free = {f"{family.layers}.{unit.block}.{name}" for unit in units for name in unit.layers}
-    numbers = sum(rows[name] * columns[name] for name in family.projections) * job.decoder.shape.blocks
+    numbers, shape = numbers_in_blocks(family, job.decoder.shape), job.decoder.shape
     if weights.size is not None:
         tied = stays_tied(job.recipe, job.rotations, job.decoder)
         whole = sum(stored_bytes(job.decoder, job.spec, itemsize, tied=tied).values())
@@ -64,6 +63,7 @@ def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
 
     def size(unit: Unit, bits: int) -> int:
         args = QuantizationArgs(bits, weights.group_size)
+        rows, columns = projection_rows(family, shape, unit.block), projection_columns(family, shape, unit.block)
         return sum(packed_bytes(rows[name], columns[name], args, itemsize) for name in unit.layers)
 
     sizes = [[size(unit, bits) for bits in unit.costs] for unit in units]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...boa.objective.statistics import InputStatistics
 from ...boa.solver.rounding import quantize
-from ...models.families import SITES
+from ...models.families import SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
 from ..job.job import Job
@@ -83,11 +83,12 @@ def measure_units(
     units = list[Unit]()
     for index in range(compute.shape.blocks):
         own = block(index)
-        names = [name for name in compute.family.sites if wanted(index, name)]
-        moved, seen = _observed(job, own, names, hidden)
-        learned, known = (None, seen) if learned is None else _observed(job, own, names, learned)
+        family = compute.family.at(index)
+        names = [name for name in family.sites if wanted(index, name)]
+        moved, seen = _observed(job, own, family, names, hidden)
+        learned, known = (None, seen) if learned is None else _observed(job, own, family, names, learned)
         for site in SITES:
-            layers = tuple(name for name in names if compute.family.sites[name] == site)
+            layers = tuple(name for name in names if family.sites[name] == site)
             if layers:
                 errors, weights = _rounded(job, own, layers, known, seen, bits, rtn=learned is None)
                 with _Replaced(own, weights[reference]):
@@ -110,7 +111,7 @@ def _exact(job: Job, index: int) -> nn.Module:
     """Block `index`, rotated and in full precision, with rotations that run online and no quantizer."""
     block = exact_block(job, index, job.checkpoint.block(index))
     transforms = job.spec.transforms(job.decoder.shape, job.decoder.family, index)
-    switch(block, job.decoder.family, only(transforms, None))
+    switch(block, job.decoder.family.at(index), only(transforms, None))
     return block
 
 
@@ -119,10 +120,9 @@ def _run(job: Job, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
 
 
 def _observed(
-    job: Job, block: nn.Module, names: Sequence[str], hidden: Tensor
+    job: Job, block: nn.Module, family: Family, names: Sequence[str], hidden: Tensor
 ) -> tuple[Tensor, dict[str, InputStatistics]]:
     """What a block puts out, and the inputs of its layers; those of one site share them, but for experts."""
-    family = job.decoder.family
     first = {family.sites[name]: name for name in reversed(names)}
     statistics = {name: InputStatistics() for name in (names if family.experts else first.values())}
     hooks = [block.get_submodule(name).register_forward_pre_hook(_seen(found)) for name, found in statistics.items()]

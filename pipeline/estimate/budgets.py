@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...errors import InputError
-from ...export.finished import projection_columns, projection_rows
+from ...export.finished import numbers_in_blocks
 from ...export.spec import Spec
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.decoder import Decoder
@@ -43,8 +43,7 @@ def budgeted_files(recipe: Recipe, spec: Spec, decoder: Decoder, itemsize: int, 
         allowed = int(weights.size)
     else:
         assert weights.budget is not None
-        rows, columns = (count(decoder.family, decoder.shape) for count in (projection_rows, projection_columns))
-        numbers = decoder.shape.blocks * sum(rows[name] * columns[name] for name in decoder.family.projections)
+        numbers = numbers_in_blocks(decoder.family, decoder.shape)
         allowed = least - least_of_blocks + int(weights.budget * numbers / 8)
     if allowed < least:
         field = "weights.size" if weights.size is not None else "weights.budget"

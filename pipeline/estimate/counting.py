@@ -48,15 +48,17 @@ class Work:
 
 def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
     """A whole run by stage; reading text, downloads and tasks are not in it."""
-    s, tokens, weights = sizes.shape, run.samples * run.length, sizes.shape.blocks * sizes.block_weights
+    s, tokens, kinds = sizes.shape, run.samples * run.length, sizes.kinds()
+    weights = sum(kind.shape.blocks * kind.block_weights for kind in kinds)
+    solving = sum(k.shape.blocks * p.count * factors(p, run) for k in kinds for p in problems(k))
     moved_head = 3 * tokens * s.hidden**2 + 4 * s.vocabulary * s.hidden**2 if run.head else 0.0
     stages = {
         "plain forward pass": Work(tokens * token(sizes, run.length)),
         "forward": forward(sizes, run),
-        "input statistics": Work(s.blocks * input_statistics(sizes, tokens)),
+        "input statistics": Work(sum(kind.shape.blocks * input_statistics(kind, tokens) for kind in kinds)),
         "head statistics": Work(s.blocks * head_statistics(sizes, run)),
         "value statistics": Work(value_statistics(sizes, run)),
-        "factors": Work(wide=s.blocks * sum(p.count * factors(p, run) for p in problems(sizes))),
+        "factors": Work(wide=solving),
         "rounding": rounding(sizes, run),
         "rotation, packing, head": Work(moved_head, bytes=8 * tokens * s.hidden + 24 * weights),
         "evaluation": evaluation(sizes, run),
@@ -76,15 +78,16 @@ def keys(sizes: Sizes, length: int) -> float:
 
 def token(sizes: Sizes, length: int) -> float:
     """One token in a pass through all blocks: 2 r c of each layer it meets, 4 H d for each key it sees."""
-    s = sizes.shape
-    return s.blocks * (2 * sizes.weights(sizes.routed) + 4 * s.query_width * keys(sizes, length))
+    met = 4 * sizes.shape.query_width * keys(sizes, length)
+    return sum(kind.shape.blocks * (2 * kind.weights(kind.routed) + met) for kind in sizes.kinds())
 
 
 def quantized(sizes: Sizes, run: Plan) -> float:
     """In cache, of one token in a pass of all blocks: the quantizers of inputs and of cached keys and values."""
     s = sizes.shape
-    inputs = run.activation_tries * (2 * s.hidden + s.query_width + sizes.routed * s.ffn)
-    return QUANTIZER * s.blocks * (inputs + run.cache_tries * 2 * s.key_width)
+    downs = sum(k.shape.blocks * (k.routed * k.shape.ffn + k.shape.shared_ffn) for k in sizes.kinds())
+    inputs = run.activation_tries * (s.blocks * (2 * s.hidden + s.query_width) + downs)
+    return QUANTIZER * (inputs + s.blocks * run.cache_tries * 2 * s.key_width)
 
 
 def forward(sizes: Sizes, run: Plan) -> Work:
@@ -105,7 +108,8 @@ def input_statistics(sizes: Sizes, tokens: float) -> float:
         return n * columns * (columns + 2 * s.hidden)
 
     attention = layer(tokens, s.hidden) + layer(tokens, s.query_width)
-    return attention + max(s.experts, 1) * (layer(each, s.hidden) + layer(each, s.ffn))
+    shared = layer(tokens, s.hidden) + layer(tokens, s.shared_ffn) if s.shared_ffn else 0.0
+    return attention + shared + max(s.experts, 1) * (layer(each, s.hidden) + layer(each, s.ffn))
 
 
 def head_statistics(sizes: Sizes, run: Plan) -> float:
@@ -153,10 +157,13 @@ def rounding(sizes: Sizes, run: Plan) -> Work:
         products += settings.iterations
         elements += settings.iterations * LEARNED
     tied = settings.method not in LAYERWISE
-    squares = sum(p.count * p.all_rows * p.columns * (p.columns + p.rows * (p.tied and tied)) for p in problems(sizes))
-    return Work(
-        sizes.shape.blocks * 2 * products * squares, elements=sizes.shape.blocks * elements * sizes.block_weights
+    squares = sum(
+        kind.shape.blocks * p.count * p.all_rows * p.columns * (p.columns + p.rows * (p.tied and tied))
+        for kind in sizes.kinds()
+        for p in problems(kind)
     )
+    weights = sum(kind.shape.blocks * kind.block_weights for kind in sizes.kinds())
+    return Work(2 * products * squares, elements=elements * weights)
 
 
 def evaluation(sizes: Sizes, run: Plan) -> Work:

@@ -53,7 +53,7 @@ def activation_bytes(shape: Shape, tokens: int, method: str, *, parallel: bool =
 
     Once more where the method is brecq, and where the MLP of a block reads what attention does (`parallel`).
     """
-    mlp = 2 * shape.hidden if shape.experts else shape.ffn  # what experts add to both streams; what down is given
+    mlp = max(2 * shape.hidden if shape.experts else shape.ffn, shape.dense_ffn)  # added by experts; what down is given
     streams = 2 * (1 + (method == "brecq") + parallel)
     return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * shape.query_width, mlp)}
 
@@ -109,14 +109,18 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2) -> Footprint:
     s, weights = sizes.shape, sizes.block_weights
     batch = min(run.batch, run.samples) * run.length
     both = 2 * FLOAT * weights
-    attention = [p for p in problems(sizes) if p.name in ("query and key", "value", "output")]
-    mlp = [p for p in problems(sizes) if p not in attention]
-    statistics = {p.name: sum(map(collected, half)) for half in (attention, mlp) for p in half}
-    wide = max(4 * s.ffn * sizes.routed, 3 * s.query_width + 2 * s.key_width + s.hidden)
+    solved = held = 0.0
+    for kind in sizes.kinds():
+        attention = [p for p in problems(kind) if p.name in ("query and key", "value", "output")]
+        mlp = [p for p in problems(kind) if p not in attention]
+        statistics = {p.name: sum(map(collected, half)) for half in (attention, mlp) for p in half}
+        held = max(held, *statistics.values())
+        solved = max(solved, *(statistics[p.name] + solver(p, run) for p in problems(kind)))
+    ffn = max(k.shape.ffn * k.routed + k.shape.shared_ffn for k in sizes.kinds())
+    wide = max(4 * ffn, 3 * s.query_width + 2 * s.key_width + s.hidden)
     moving = FLOAT * batch * (wide + 4 * s.hidden)
     if s.experts:
         moving = FLOAT * batch * (wide + 6 * s.hidden)
-    solved = max(statistics[p.name] + solver(p, run) for p in problems(sizes))
     outer = s.vocabulary * s.hidden
     logits = 4 * FLOAT * run.length * s.vocabulary
     window = FLOAT * min(run.batch, max(run.windows, 1)) * run.length * (wide + 2 * s.hidden)
@@ -124,7 +128,7 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2) -> Footprint:
     logits += models * FLOAT * run.windows * run.length * s.hidden  # their last hidden states
     return Footprint(
         rotation=(itemsize + 2 * DOUBLE + FLOAT) * weights,
-        forward=both + moving + max(statistics.values()),
+        forward=both + moving + held,
         solver=both + solved,
         evaluation=FLOAT * weights + outer * (FLOAT + (1 if sizes.tied else 2) * itemsize) + max(logits, window),
     )

@@ -16,7 +16,7 @@ import torch
 from ...boa.online.attention import NAME
 from ...boa.online.served_cache import OWN
 from ...errors import InputError
-from ...export.finished import projection_columns, projection_rows
+from ...export.finished import numbers_in_blocks
 from ...export.spec import Spec
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.aliases import resolve_model
@@ -72,12 +72,11 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     windows = recipe.evaluation.windows or model.windows
     tokens = recipe.calibration.samples * length
     itemsize = checkpoint.dtype.itemsize
-    rows, columns = projection_rows(decoder.family, decoder.shape), projection_columns(decoder.family, decoder.shape)
     rotations = rotations_of(recipe, decoder)
     tied, changed = stays_tied(recipe, rotations, decoder), changed_outer_layers(recipe, rotations, decoder)
     spec = spec_of(recipe, rotations, decoder)
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
-    quantized = shape.blocks * sum(rows[name] * columns[name] for name in rows)
+    quantized = numbers_in_blocks(decoder.family, shape)
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
     activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
     budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...boa.online.activations import RATIOS, SEARCHED
 from ...boa.solver.rounding_settings import Settings
@@ -38,6 +38,16 @@ class Sizes:
         routed = int(getattr(decoder.config, "num_experts_per_tok", 1)) if family.experts else 1
         return cls(shape, bool(family.gate), routed, tuple(decoder.window(index) for index in range(shape.blocks)))
 
+    def kinds(self) -> list[Sizes]:
+        """Of each kind of block, as many of it as there are: mixtures, and dense ones among them."""
+        dense = sorted(self.shape.dense_blocks)
+        if not dense:
+            return [self]
+        alone = replace(self.shape.at(dense[0]), blocks=len(dense), dense_blocks=frozenset())
+        rest = replace(self.shape, blocks=self.shape.blocks - len(dense), dense_blocks=frozenset())
+        kinds = [replace(self, shape=alone, routed=1), replace(self, shape=rest)]
+        return [kind for kind in kinds if kind.shape.blocks]
+
     @property
     def inputs(self) -> int:
         """Projections that read the MLP's norm, of one expert."""
@@ -46,12 +56,13 @@ class Sizes:
     def weights(self, experts: int) -> int:
         """Quantized weights of a block with so many experts: h (2 q + 2 k), and 3 h f (2 without a gate) of each."""
         s = self.shape
-        return 2 * s.hidden * (s.query_width + s.key_width) + (self.inputs + 1) * s.hidden * s.ffn * experts
+        ffn = s.ffn * experts + s.shared_ffn
+        return 2 * s.hidden * (s.query_width + s.key_width) + (self.inputs + 1) * s.hidden * ffn
 
     @property
     def block_weights(self) -> int:
-        """Quantized weights of a block."""
-        return self.weights(max(self.shape.experts, 1))
+        """Quantized weights of a block; where there are several kinds, of the largest."""
+        return max(kind.weights(max(kind.shape.experts, 1)) for kind in self.kinds())
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class Stack:
 
 
 def problems(sizes: Sizes) -> Iterator[Stack]:
-    """What is solved in one block, in its order."""
+    """What is solved in one block, in its order; all blocks are alike."""
     s = sizes.shape
     experts = max(s.experts, 1)
     yield Stack("query and key", s.query_heads + s.key_heads, s.head_dim, s.hidden, 1, True, "residual")
@@ -90,6 +101,9 @@ def problems(sizes: Sizes) -> Iterator[Stack]:
     yield Stack("output", 1, s.hidden, s.query_width)
     yield Stack("gate and up", sizes.inputs, s.ffn, s.hidden, shift="residual", count=experts)
     yield Stack("down", 1, s.hidden, s.ffn, count=experts)
+    if s.shared_ffn:
+        yield Stack("shared gate and up", sizes.inputs, s.shared_ffn, s.hidden, shift="residual")
+        yield Stack("shared down", 1, s.hidden, s.shared_ffn)
 
 
 @dataclass(frozen=True)

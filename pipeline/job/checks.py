@@ -28,11 +28,9 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
     """
     shape = decoder.shape
     widths = {f"{name}'s inputs": columns for name, (_, columns) in (decoder.family.sizes or {}).items()}
-    widths = widths or {
-        "hidden size": shape.hidden,
-        "attention width": shape.query_heads * shape.head_dim,
-        "ffn size": shape.ffn,
-    }
+    if not decoder.family.generic:
+        attention = {"hidden size": shape.hidden, "attention width": shape.query_width}
+        widths = {**attention, **shape.ffn_sizes, **widths}
     check_formats(recipe)
     check_cache(recipe, shape.head_dim, model)
     groups = {
@@ -66,7 +64,7 @@ def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
     rotation, shape = recipe.rotation, decoder.shape
     blocks = rotation.blocks or 1
     turned = {"hidden size": shape.hidden} if rotations_of(recipe, decoder).r1 is not None else {}
-    turned |= {"ffn size": shape.ffn} if rotation.r4 else {}
+    turned |= shape.ffn_sizes if rotation.r4 else {}
     for name, width in turned.items():
         if width % blocks:
             fitting = [size for size in BLOCKS if all(w % size == 0 for w in turned.values())]

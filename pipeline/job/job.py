@@ -76,6 +76,11 @@ class Job:
                 f"The norms after attention and MLP of {self.decoder.family.model_type} keep R1 from being folded into "
                 "the weights: it runs as a Hadamard transform at the inputs of q, k, v, gate and up."
             )
+        if self.recipe.rotation.r2 and not self.spec.r2:
+            notices.append(
+                f"R2 is left out: the attention of {self.decoder.family.model_type} has a gate between its values and "
+                "the output projection. With rotation.heads all channels of what that reads are turned, online."
+            )
         if self.recipe.rotation.scale:
             notices += self._unbalanced()
         unmoved = self.recipe.model_copy(update={"weights": self.recipe.weights.model_copy(update={"head": 0.0})})

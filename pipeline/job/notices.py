@@ -230,7 +230,7 @@ def _too_little_text(recipe: Recipe, decoder: Decoder, length: int) -> list[str]
     """A sentence where layers have more input channels than there are calibration tokens."""
     samples, shape, family = recipe.calibration.samples, decoder.shape, decoder.family
     tokens = samples * length
-    widths = {"q, k, v, gate and up": shape.hidden, "O": shape.query_width, "down": shape.ffn}
+    widths = {"q, k, v, gate and up": shape.hidden, "O": shape.query_width, "down": max(shape.ffn_sizes.values())}
     few = {name: width for name, width in widths.items() if tokens < width}
     if recipe.weights.method == "rtn" or not few:
         return []

@@ -151,7 +151,7 @@ def _perplexities(
 
 def rounded_block(job: Job, index: int) -> nn.Module:
     """Block `index` of the original checkpoint, every projection rounded to nearest, with the quantizers of the run."""
-    decoder, family, spec = job.decoder, job.decoder.family, job.spec.unrotated
+    decoder, family, spec = job.decoder, job.decoder.family.at(index), job.spec.unrotated
     tensors, schemes, rtn = job.checkpoint.block(index), spec.schemes(family, index), job.settings.but(method="rtn")
     results = {}
     for name, scheme in schemes.items():
@@ -186,7 +186,7 @@ def bits_per_weight(job: Job, folder: RunFolder) -> float:
     stored = weights = 0
     for index in range(job.decoder.shape.blocks):
         sizes, block = tensor_sizes(folder.block_path(index)), job.decoder.empty_block(index)
-        for name in job.decoder.family.projections:
+        for name in job.decoder.family.at(index).projections:
             stored += sum(sizes.get(f"{name}.{part}", 0) for part in ("weight", *ALL_PARTS))
             weights += block.get_parameter(f"{name}.weight").numel()
     return 8 * stored / weights

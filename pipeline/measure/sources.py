@@ -144,7 +144,7 @@ class _Walk:
 
     def block(self, index: int, packed: dict[str, Tensor]) -> None:
         """Move all streams through block `index`; `packed` has its quantized tensors."""
-        compute, family = self.job.decoder, self.job.decoder.family
+        compute, family = self.job.decoder, self.job.decoder.family.at(index)
         tensors = self.job.checkpoint.block(index)
         original = compute.block(index, tensors)
         for part in self.streams["original"].split(self.batch):
@@ -175,7 +175,8 @@ def exact_block(job: Job, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     """Block `index`, of the checkpoint's `tensors`, rotated and in full precision; `switch` says what runs online."""
     compute = job.decoder
     near = for_rotation(tensors, compute.device)
-    return _hooked(compute.block(index, job.rotations.rotate_block(near, compute.family, index)), compute.family)
+    rotated = job.rotations.rotate_block(near, compute.family, index)
+    return _hooked(compute.block(index, rotated), compute.family.at(index))
 
 
 def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module:
@@ -184,7 +185,7 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
     Packed layers would take products of integers, which differ in the rounding of floats alone, and which a processor
     without instructions for them is many times slower at.
     """
-    compute, family = job.decoder, job.decoder.family
+    compute, family = job.decoder, job.decoder.family.at(index)
     empty = compute.empty_block(index)
     columns = {name: empty.get_parameter(f"{name}.weight").shape[1] for name in family.projections}
     results = unpack_block(packed, job.spec.schemes(family, index), columns)
@@ -196,14 +197,14 @@ def unpacked_block(job: Job, index: int, packed: dict[str, Tensor]) -> nn.Module
 
 def own_transforms(job: Job, index: int, packed: Mapping[str, Tensor]) -> OnlineTransforms:
     """The transforms of block `index`, with what calibration found, which is among the tensors `packed`."""
-    compute = job.decoder
-    transforms = job.spec.transforms(compute.shape, compute.family, index)
-    for name, site in compute.family.sites.items():
+    compute, family = job.decoder, job.decoder.family.at(index)
+    transforms = job.spec.transforms(compute.shape, family, index)
+    for name, site in family.sites.items():
         own = getattr(transforms, site)
         transforms = transforms.with_input(site, own.scaled(packed.get(f"{name}.{own.scale_name}")))
 
     def near(name: str) -> Tensor | None:
-        found = packed.get(f"{compute.family.attention}.{name}")
+        found = packed.get(f"{family.attention}.{name}")
         return None if found is None else found.to(compute.device, compute.dtype)
 
     return replace(transforms, attention=transforms.attention.calibrated(near))

@@ -31,7 +31,7 @@ def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationSch
             are to have it quantized in two ways.
     """
     family, blocks = decoder.family, decoder.shape.blocks
-    names = [f"{family.layers}.{index}.{name}" for index in range(blocks) for name in family.projections]
+    names = family.layer_names(blocks)
     outer = {family.embedding: "--embedding.bits", family.head: "--head.bits"}  # which have sections of their own
     whole = whole_scheme(recipe)
     found: dict[str, QuantizationScheme] = {}
@@ -97,9 +97,10 @@ def outer_schemes(recipe: Recipe, decoder: Decoder, *, tied: bool) -> dict[str, 
 
 
 def _check(found: dict[str, QuantizationScheme], whole: QuantizationScheme, decoder: Decoder) -> None:
-    family, columns = decoder.family, projection_columns(decoder.family, decoder.shape)
+    family = decoder.family
     for name, scheme in found.items():
-        width = columns[_inside(name, decoder)]
+        index, inside = _inside(name, decoder)
+        width = projection_columns(family, decoder.shape, index)[inside]
         for field, args in (("weights", scheme.weights), ("activations", scheme.input_activations)):
             if args.quantizes and width % args.unit:
                 raise InputError(
@@ -108,7 +109,7 @@ def _check(found: dict[str, QuantizationScheme], whole: QuantizationScheme, deco
                 )
     for index in range(decoder.shape.blocks):
         by_site: dict[str, tuple[str, QuantizationArgs]] = {}
-        for name, site in family.sites.items():
+        for name, site in family.at(index).sites.items():
             inputs = found.get(f"{family.layers}.{index}.{name}", whole).input_activations
             first, expected = by_site.setdefault(site, (name, inputs))
             if inputs != expected:
@@ -118,6 +119,7 @@ def _check(found: dict[str, QuantizationScheme], whole: QuantizationScheme, deco
                 )
 
 
-def _inside(name: str, decoder: Decoder) -> str:
-    """The name of a projection inside its block."""
-    return name.removeprefix(f"{decoder.family.layers}.").partition(".")[2]
+def _inside(name: str, decoder: Decoder) -> tuple[int, str]:
+    """The block of a projection, and its name inside that."""
+    index, _, inside = name.removeprefix(f"{decoder.family.layers}.").partition(".")
+    return int(index), inside

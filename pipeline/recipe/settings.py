@@ -102,7 +102,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         symmetric=weights.symmetric,
         type=weights.type,
         r1=rotations.r1 is not None,
-        r2=rotation.r2,
+        r2=rotation.r2 and any(kind.has_values for kind in decoder.family.all_kinds),
         r3=rotation.r3 and ours,
         r4=rotation.r4,
         r4_blocks=rotation.r4_blocks,

@@ -26,9 +26,7 @@ class Balance:
     def __init__(self, job: Job, length: int) -> None:
         self.job, self.sequences = job, -(-TOKENS // length)
         self.found: list[dict[str, Tensor]] = []
-        keys = job.recipe.cache.key_bits < 16
-        self.centered = job.spec.cache_center
-        self.sites = balanced_sites(job.decoder.family, job.decoder.config, folded=job.rotations.turned, keys=keys)
+        self.keys, self.centered = job.recipe.cache.key_bits < 16, job.spec.cache_center
 
     @property
     def rotations(self) -> Rotations:
@@ -38,11 +36,11 @@ class Balance:
     def add(self, index: int, tensors: Mapping[str, Tensor], block: nn.Module, hidden: Tensor) -> None:
         """Block `index` of the checkpoint, its `tensors`, and the stream (sequences, length, hidden) at its start."""
         compute, batch = self.job.decoder, self.job.recipe.calibration.batch
-        seen = moments(
-            compute, block, hidden[: self.sequences], self.sites, batch, set_attention, centered=self.centered
-        )
+        family, shape = compute.family.at(index), compute.shape.at(index)
+        sites = balanced_sites(family, compute.config, folded=self.job.rotations.turned, keys=self.keys)
+        seen = moments(compute, block, hidden[: self.sequences], sites, batch, set_attention, centered=self.centered)
         rotary = compute.position_embeddings(1, index)[0].shape[-1]
-        self.found.append(scales(tensors, compute.family, compute.shape, seen, rotary))
+        self.found.append(scales(tensors, family, shape, seen, rotary))
 
     def write(self, folder: Path) -> None:
         """Keep them in the folder of the run."""

@@ -73,7 +73,8 @@ def rounding_cost(job: Job, rotations: Rotations, tokens: Tensor) -> float:
     for index in range(decoder.shape.blocks):
         block = decoder.block(index, rotations.rotate_block(job.checkpoint.block(index), family, index))
         schemes = job.spec.schemes(family, index)
-        for name, transform in job.spec.transforms(decoder.shape, family, index).by_projection(family).items():
+        transforms = job.spec.transforms(decoder.shape, family, index)
+        for name, transform in transforms.by_projection(family.at(index)).items():
             block.get_submodule(name).register_forward_pre_hook(measured(transform, schemes[name].weights))
         for part in hidden.split(job.recipe.calibration.batch):
             part.copy_(decoder.run(block, part))

@@ -71,6 +71,22 @@ def test_every_cell_is_a_recipe_of_its_own(real: Any) -> None:
     assert recipe.calibration.seed == 0 and recipe.evaluation.dataset == ("a",)
 
 
+def test_a_curve_of_sizes(real: Any) -> None:
+    subject = real.Subject("tiny", "a", "b", dict(real.REPORTED))
+    curve = [name for name in real.RECIPES if name.startswith("budget-") or name.endswith("-e8")]
+    assert (
+        len(curve) == 3 + 6 and len(set(subject.prints(real.cases(curve, ["default"], ["rotation"], 1)).values())) == 9
+    )
+    cell = {"perplexity": 20.0, "kl": 0.5, "seconds": 1.0, "memory": 1.0}
+    found = {
+        f"{name} | default | rotation | 0": cell | {"size": (index + 1) * 2**20}
+        for index, name in enumerate(("w2a16", "w3a16", "budget-2.5-e8"))
+    }
+    drawn = real.sizes_picture(found, "tiny")
+    assert all(f"{name}: 0.5000" in drawn for name in ("w2a16", "w3a16", "budget-2.5-e8"))
+    assert real.sizes_picture(dict(list(found.items())[:2]), "tiny") is None
+
+
 def test_it_measures_and_goes_on(judged: Any, llama: Path, text: Path, tmp_path: Path) -> None:
     keys, found = judged()
     assert keys == ["w2a16 | RTN | rotation | 0", "w2a16 | default | rotation | 0"]

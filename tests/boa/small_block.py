@@ -89,7 +89,7 @@ def make_streams() -> tuple[Tensor, Tensor]:
 
 def block_tensors(model: nn.Module, decoder: Decoder, index: int) -> dict[str, Tensor]:
     """Those of a block of a model of transformers, one linear layer a projection."""
-    family, shape = decoder.family, decoder.shape
+    family, shape = decoder.family.at(index), decoder.shape.at(index)
     prefix = f"{family.layers}.{index}."
     tensors = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -151,12 +151,13 @@ def forward(
 ) -> Tensor:
     """As transformers runs it, the transforms put beside its layers; `exact` leaves the quantizers out."""
     handles = []
-    for name, site in transforms.by_projection(decoder.family).items():
+    family = decoder.family_of(block)
+    for name, site in transforms.by_projection(family).items():
         function = site.rotate if exact else site
         hook = lambda _, args, function=function: function(args[0])  # noqa: E731
         handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
     attention = AttentionTransform(transforms.attention.rotation) if exact else transforms.attention
-    set_attention(block.get_submodule(decoder.family.attention), attention)
+    set_attention(block.get_submodule(family.attention), attention)
     output = torch.cat([decoder.run(block, part) for part in hidden.split(batch)])
     for handle in handles:
         handle.remove()

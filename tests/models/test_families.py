@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from rotoboa.boa.online.attention import NAME
@@ -38,8 +39,6 @@ def _config(model_type: str, **fields: Any) -> Any:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers \\[1\\]"),
     ],
 )
 def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: str) -> None:
@@ -70,7 +69,6 @@ def test_a_variant_without_a_row_is_taken_layer_by_layer(family_model: Callable[
     [
         ("llama4", "its router scales what its experts read, and attention is by chunks"),
         ("gpt_oss", "its attention has sinks"),
-        ("qwen2_moe", "its experts are joined by a shared one"),
         ("deepseek_v3", "its attention compresses keys and values"),
     ],
 )
@@ -88,7 +86,7 @@ def test_a_variant_is_refused_as_the_folder_is_opened(save_family: Callable[...,
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe", "opt", "gemma3_text"])
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe", "qwen2_moe", "opt", "gemma3_text"])
 def test_names_on_disk(save_family: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """The names are those of the hub's checkpoints, every tensor is asked for, and each block has what it needs."""
     folder = save_family(tmp_path, name)
@@ -103,13 +101,15 @@ def test_names_on_disk(save_family: Callable[..., Path], tmp_path: Path, name: s
         "phi3": "model.layers.0.self_attn.qkv_proj.weight",
         "mixtral": "model.layers.0.block_sparse_moe.experts.3.w2.weight",
         "qwen3_moe": "model.layers.0.mlp.experts.3.down_proj.weight",
+        "qwen2_moe": "model.layers.1.mlp.shared_expert_gate.weight",
         "opt": "model.decoder.layers.0.fc2.bias",
         "gemma3_text": "model.layers.0.pre_feedforward_layernorm.weight",
     }
     assert typical[name] in stored
-    block = decoder.block(0, checkpoint.block(0))
-    for projection in decoder.family.projections:
-        assert isinstance(block.get_submodule(projection), torch.nn.Linear)
+    for index in range(decoder.shape.blocks):
+        block = decoder.block(index, checkpoint.block(index))
+        for projection in decoder.family.at(index).projections:
+            assert isinstance(block.get_submodule(projection), torch.nn.Linear)
 
 
 def test_an_expert_that_is_missing_is_named(save_family: Callable[..., Path], tmp_path: Path) -> None:
@@ -147,16 +147,40 @@ def test_sizes_and_windows() -> None:
     )
 
 
+def test_blocks_are_of_their_kind() -> None:
+    family = family_for(family_config("lfm2"), "it")
+    assert [family.at(i).mixed for i in range(2)] == [("conv.in_proj",), ()]
+    assert family.at(1).query and not family.at(0).query and len(family.all_kinds) == 2
+    assert family.at(0).at(1) is family.at(0)
+
+
 def test_every_row_names_modules_of_its_class() -> None:
     for model_type, row in FAMILIES.items():
-        fields = {"head_dim": 16} if model_type.startswith(("gemma", "qwen3", "hunyuan")) else {}
-        fields |= {"num_hidden_layers": 1, "word_embed_proj_dim": 32, "pad_token_id": 0}
-        decoder = Decoder(family_config(model_type) if row.sight else _config(model_type, **fields), attention=NAME)
-        block, family = decoder.empty_block(0), decoder.family
-        for name in (*family.projections, family.attention_norm, family.mlp_norm, family.attention):
-            block.get_submodule(name)
-        optional = (row.attention_post_norm, row.mlp_post_norm, row.query_norm, row.key_norm, row.router, row.experts)
-        for part in filter(None, optional):
-            block.get_submodule(part)
+        decoder = Decoder(family_config(model_type), attention=NAME)
+        for index in range(decoder.shape.blocks):
+            block, own = decoder.empty_block(index), decoder.family.at(index)
+            for name in (*own.projections, own.attention_norm, own.mlp_norm, own.attention):
+                block.get_submodule(name)
+            norms = (own.attention_post_norm, own.mlp_post_norm, own.query_norm, own.key_norm)
+            for part in filter(None, (*norms, *own.deciders, own.experts)):
+                block.get_submodule(part)
         for part in filter(None, (row.embedding, row.final_norm, row.head, row.positions, row.rotary)):
             decoder.skeleton.get_submodule(part)
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(save_family: Callable[..., Path], tmp_path: Path) -> None:
+    """GLM's checkpoints have one behind the last; what chooses experts is read as it is stored."""
+    folder = save_family(tmp_path, "glm4_moe")
+    tensors = load_file(folder / "model.safetensors")
+    more = {"model.layers.2.eh_proj.weight": torch.ones(2, 2), "model.layers.2.mlp.gate.weight": torch.ones(2, 2)}
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(folder)
+    decoder = Decoder(checkpoint.config, attention=NAME)
+    checkpoint.check(decoder.shapes)
+    (notice,) = checkpoint.notices(decoder.shapes)
+    assert notice.startswith("Left out: 2 tensors") and "model.layers.*.eh_proj.weight" in notice
+    assert "mlp.gate.e_score_correction_bias" in checkpoint.block(1)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(InputError, match="holds block 2, and num_hidden_layers"):
+        Checkpoint(folder).check(decoder.shapes)

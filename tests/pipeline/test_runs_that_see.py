@@ -35,6 +35,8 @@ CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
 # By recipe: its fields, and how far from full precision the logits may be, as a share of them.
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
@@ -128,6 +130,28 @@ def test_fused_experts_are_read_either_way_round(
     change_tensors(folder, lambda tensors: tensors.update({f"{stem}.down_proj": torch.zeros(4, 32, 47)}))
     with pytest.raises(InputError, match=r"down_proj has shape \(4, 32, 47\), and config.json asks for \(4, 32, 48\)"):
         Checkpoint(folder).check(shapes)
+
+
+def test_experts_that_a_family_may_have_fused_are_read_both_ways(
+    save_family: Callable[..., Path], change_tensors: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save_family(tmp_path, "qwen3_5_moe")
+    checkpoint = Checkpoint(folder)
+    shapes, block = Decoder(checkpoint.config).shapes, checkpoint.block(1)
+
+    def fuse(tensors: dict[str, Tensor]) -> None:
+        for i in range(2):
+            stem = f"model.language_model.layers.{i}.mlp.experts"
+            parts = [
+                [tensors.pop(f"{stem}.{n}.{part}_proj.weight") for part in ("gate", "up", "down")] for n in range(4)
+            ]
+            tensors[f"{stem}.gate_up_proj"] = torch.stack([torch.cat(part[:2]) for part in parts])
+            tensors[f"{stem}.down_proj"] = torch.stack([part[2] for part in parts])
+
+    fused = Checkpoint(change_tensors(folder, fuse))
+    fused.check(shapes)
+    found = fused.block(1)
+    assert found.keys() == block.keys() and all(torch.equal(found[key], block[key]) for key in block)
 
 
 def test_fused_experts_of_which_one_tensor_is_square() -> None:

@@ -40,8 +40,8 @@ def test_logits_of_an_image_stay(family_model: Callable[..., nn.Module], name: s
     assert (blind - expected).abs().max() > 0.1, "the image matters"
 
     state = {key: tensor.clone() for key, tensor in split_modules_state(model, decoder).items()}
-    for block in model.get_submodule(family.layers):
-        split_modules(block, family, shape)
+    for i, block in enumerate(model.get_submodule(family.layers)):
+        split_modules(block, family.at(i), shape)
     rotations = Rotations.of(shape, r1=not family.post_norms, r2=True, r3=False, r4=False, seed=3)
     rotated = dict(state)
     rotated |= rotations.rotate_outer_layers(OuterLayers.of(family, state), family).named(family)

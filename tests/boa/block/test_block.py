@@ -170,6 +170,15 @@ def test_plain_gptq_finds_the_same_without_the_full_stream(transforms: OnlineTra
     assert torch.equal(alone.full, make_streams()[0]) and not torch.equal(both.full, alone.full)
 
 
+def test_rounding_to_nearest_finds_the_same_without_the_full_stream() -> None:
+    """Whatever part of the shift a recipe has: it takes none."""
+    settings = QUICK.but(method="rtn", alpha=0.25)
+    assert not needs_full(settings, LLAMA)
+    both, alone = (run_small(settings, QUANTIZED, follows_full=follows) for follows in (True, False))
+    assert torch.equal(alone.quantized, both.quantized)
+    assert all(torch.equal(alone.found.results[n].integers, r.integers) for n, r in both.found.results.items())
+
+
 @pytest.mark.parametrize("change", [{"alpha": 0.25}, {"method": "boa"}, {"zfold": ("down",)}])
 def test_what_needs_the_full_stream(change: dict[str, Any]) -> None:
     assert needs_full(QUICK.but(**{"method": "gptq", "alpha": 0.0, **change}), LLAMA)

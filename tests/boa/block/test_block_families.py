@@ -16,7 +16,7 @@ from rotoboa.boa.online.attention import NAME, AttentionTransform
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
-from rotoboa.rotation.rotate import Rotations
+from rotoboa.rotation.rotate import Rotations, before_output
 from rotoboa.tests.small_families import FAMILIES, MIXTURES
 
 from ..small_block import Ran, Solved, block_tensors, forward, run_block
@@ -29,26 +29,27 @@ ROTATIONS = {"plain": {}, "rotated": EVERYTHING, "behind the norms": {**EVERYTHI
 
 
 class Setup:
-    """Block 1 of a family, rotated or not, its transforms, and two streams."""
+    """A block of a family, rotated or not, its transforms, and two streams."""
 
-    def __init__(self, model: nn.Module, bits: int = 16, **rotations: bool) -> None:
+    def __init__(self, model: nn.Module, bits: int = 16, index: int = 1, **rotations: bool) -> None:
         self.decoder = Decoder(model.config, attention=NAME)
-        family, shape = self.decoder.family, self.decoder.shape
-        tensors = block_tensors(model, self.decoder, 1)
+        family, shape = self.decoder.family.at(index), self.decoder.shape.at(index)
+        tensors = block_tensors(model, self.decoder, index)
         chosen = {name: rotations.get(name, False) for name in EVERYTHING}
         online = rotations.get("online_r1", False) or family.post_norms
         self.rotations = Rotations.of(shape, **chosen, online_r1=online, heads=rotations.get("heads", False))
-        self.block = self.decoder.block(1, self.rotations.rotate_block(tensors, family, 1))
+        self.block = self.decoder.block(index, self.rotations.rotate_block(tensors, family, index))
         quantizer = DynamicQuantizer.of(bits, True, 0.9)
         read = InputTransform(self.rotations.r1 if self.rotations.online_r1 else None, quantizer)
         self.transforms = OnlineTransforms(
             read,
-            InputTransform(self.rotations.heads, quantizer),
+            InputTransform(before_output(family, shape) if self.rotations.heads else None, quantizer),
             read,
             InputTransform(self.rotations.r4, quantizer),
             AttentionTransform(
                 self.rotations.r3, DynamicQuantizer.of(bits, False, 0.95), DynamicQuantizer.of(bits, False, 0.95)
             ),
+            self.rotations.r4_of(shape.shared_ffn) if shape.shared_ffn else None,
         )
 
     def streams(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def test_streams_are_forward_passes(family_model: Callable[..., nn.Module], name
     far = ((quantized - expected).abs() > 1e-4).float().mean()
     assert far < 0.02, "a value at the edge of two levels may fall to either side, and no more"
     assert (full - quantized).abs().max() > 0.01
-    assert list(found.results) == list(found.losses) == list(setup.decoder.family.projections)
+    assert list(found.results) == list(found.losses) == list(context.family.projections)
 
 
 @pytest.mark.parametrize("name", NAMES + MIXTURES)
@@ -94,8 +95,13 @@ def test_going_on_gives_the_same(family_model: Callable[..., nn.Module], name: s
 def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solved) -> None:
     setup = Setup(family_model(name))
     _run(setup)
-    s, f = setup.decoder.shape, setup.decoder.family
-    query_key, value, output, *mlp = solved
+    s, f = setup.decoder.shape.at(1), setup.decoder.family.at(1)
+    query_key, value, *rest = solved
+    if f.attention_gate:
+        (weight, goal), *rest = rest
+        assert weight.shape == (s.query_heads, s.head_dim, HIDDEN) and goal.h_in.shape == (1, HIDDEN, HIDDEN)
+        assert goal.h_out is not None and goal.h_out.shape == (s.query_heads, s.head_dim, s.head_dim)
+    output, *mlp = rest
     d, both = s.head_dim, s.query_heads + s.key_heads
     assert query_key[0].shape == (both, d, HIDDEN)
     assert query_key[1].h_in.shape == (1, HIDDEN, HIDDEN)
@@ -105,11 +111,11 @@ def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solve
     assert value[1].h_out is not None and value[1].h_out.shape == (s.key_heads, d, d)
     assert output[0].shape == (1, HIDDEN, s.query_heads * d)
     assert output[1].h_in.shape == (1, s.query_heads * d, s.query_heads * d) and output[1].h_out is None
-    assert len(mlp) == 2 * max(s.experts, 1)
-    for (inner, inner_goal), (down, down_goal) in zip(mlp[::2], mlp[1::2], strict=True):
-        assert inner.shape == ((1, s.ffn, HIDDEN) if f.activation else (2, s.ffn, HIDDEN))
+    widths = [s.ffn] * max(s.experts, 1) + [s.shared_ffn] * bool(f.shared)
+    for ffn, (inner, inner_goal), (down, down_goal) in zip(widths, mlp[::2], mlp[1::2], strict=True):
+        assert inner.shape == ((1, ffn, HIDDEN) if f.activation else (2, ffn, HIDDEN))
         assert inner_goal.h_in.shape == (1, HIDDEN, HIDDEN) and inner_goal.h_out is None
-        assert down.shape == (1, HIDDEN, s.ffn) and down_goal.h_in.shape == (1, s.ffn, s.ffn)
+        assert down.shape == (1, HIDDEN, ffn) and down_goal.h_in.shape == (1, ffn, ffn)
     for weight, goal in solved:
         assert torch.linalg.eigvalsh(goal.h_in.double()).min() > -1e-3 * goal.h_in.abs().max()
         if goal.h_out is not None:
@@ -161,24 +167,31 @@ def test_an_expert_is_calibrated_on_its_tokens(
     monkeypatch.setattr(Setup, "streams", _many(Setup.streams))
     setup = Setup(family_model(name))
     found, *_, context = _run(setup, SETTINGS)
-    family, shape = setup.decoder.family, setup.decoder.shape
+    family, shape = context.family, setup.decoder.shape
     assert not found.fallbacks
     x, weights, index = _routed(setup, context)
     counts = torch.bincount(index.flatten(), minlength=shape.experts)
     assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
     for i in range(shape.experts):
         p = (weights * (index == i)).sum(-1, keepdim=True)
-        goal = solved[3 + 2 * i][1]
+        goal = solved[3 + bool(family.attention_gate) + 2 * i][1]
         torch.testing.assert_close(goal.h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
     assert family.expert_count == shape.experts == 4
+    if family.shared:  # every token goes there
+        p = setup.block.get_submodule(family.shared_gate)(x).sigmoid() if family.shared_gate else torch.ones(len(x), 1)
+        torch.testing.assert_close(solved[-2][1].h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
 
 
 def _routed(setup: Setup, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """What the quantized block gives to its MLP, (tokens, hidden), as transformers runs it; weights and experts."""
     block, (_, quantized) = context.quantized, setup.streams()
     x = capture(block.get_submodule("mlp"), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
-    _, weights, index = setup.block.get_submodule("mlp.gate")(x)
-    return x, weights, index
+    chosen: list[tuple[Tensor, Tensor]] = []
+    experts = setup.block.get_submodule("mlp.experts")
+    handle = experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1:]))
+    setup.block.get_submodule("mlp")(x[None])
+    handle.remove()
+    return x, chosen[0][1], chosen[0][0]
 
 
 def _many(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup], tuple[Tensor, Tensor]]:
@@ -202,10 +215,12 @@ def test_an_expert_with_few_tokens_falls_back(
     found, _, quantized, context = _run(setup, SETTINGS)
     x, _, index = _routed(setup, context)
     counts = torch.bincount(index.flatten(), minlength=4).tolist()
-    family = setup.decoder.family
+    family = context.family
     assert found.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
     for i in range(4):
-        torch.testing.assert_close(solved[3 + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            solved[3 + bool(context.family.attention_gate) + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3
+        )
     assert torch.isfinite(quantized).all() and max(found.losses.values()) < 0.2
 
 

@@ -27,11 +27,14 @@ class Mixture(NamedTuple):
         return full, full + 0.2 * torch.randn(full.shape, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.fixture
-def mixture() -> Mixture:
-    """A block of Qwen3 with two of four experts for each token, whose weights are not made to sum to 1."""
-    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "head_dim": 8, "num_experts": EXPERTS}
-    decoder = make_decoder("qwen3_moe", num_experts_per_tok=2, norm_topk_prob=False, mlp_only_layers=[], **sizes)
+@pytest.fixture(params=["qwen3_moe", "qwen2_moe"])
+def mixture(request: pytest.FixtureRequest) -> Mixture:
+    """A block of Qwen with two of four experts for each token, whose weights are not made to sum to 1; Qwen2's has a
+    shared one.
+    """
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "num_experts": EXPERTS}
+    sizes |= {"head_dim": 8} if request.param == "qwen3_moe" else {"shared_expert_intermediate_size": 2 * FFN}
+    decoder = make_decoder(request.param, num_experts_per_tok=2, norm_topk_prob=False, mlp_only_layers=[], **sizes)
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, like in decoder.empty_block(0).state_dict().items():
         noise = torch.randn(like.shape, generator=generator)
@@ -50,12 +53,13 @@ def _down_goals(mixture: Mixture, sequences: int, solved: Solved) -> list[tuple[
     )
     norm = block.get_submodule(family.mlp_norm)
     index, weights = experts_step.choose(context, norm(hq))
+    assert index.shape[1] == 2 + bool(family.shared)
     total = weights.sum(-1, keepdim=True)
     goals = []
-    for i in range(EXPERTS):
+    for i in family.all_experts:
         p = (weights * (index == i)).sum(-1, keepdim=True)
         share = torch.where(total > 0, p / total, 0)
-        if found.fallbacks:
+        if family.expert(i)[0] in found.fallbacks:
             p = share = torch.ones_like(p)
         full, quantized = (expert_of(family, part, i) for part in (block, context.quantized))
         y, x = full.down_proj(full.inside(norm(hf))), quantized.inside(norm(hq)) * p

@@ -113,6 +113,7 @@ def test_a_window_that_the_reader_lacks_ends_the_context(make_run: Callable[...,
         ("gemma2", {"tie_word_embeddings": False}, "gemma2 takes the embedding for the head"),
         ("qwen3", {"attention_bias": True}, "qwen3 computes with attention_bias False, and this model has True"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob True, and this model has False: use --format native"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "has experts in every block, and this model has not: use --format nat"),
         (
             "opt",
             {"word_embed_proj_dim": 64},

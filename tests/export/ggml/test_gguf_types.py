@@ -17,8 +17,9 @@ from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
 from rotoboa.export.formats import gguf
 from rotoboa.export.formats.gguf_reader import inspect, read
-from rotoboa.export.ggml.gguf_blocks import Q2_0, to_blocks
+from rotoboa.export.ggml.gguf_blocks import Q2_0, TYPES, to_blocks
 from rotoboa.export.ggml.gguf_types import file_type, type_of
+from rotoboa.export.ggml.k_blocks import NAMES
 from rotoboa.pipeline.verifying import run_logits
 
 Opened = Callable[..., Finished]
@@ -49,6 +50,13 @@ def test_q2_0_is_what_llama_cpp_unpacks() -> None:
             q = block[2 + c % 64 // 4] >> 2 * (c % 4) & 3
             assert float(d) * (int(q) - 1) == weight[r, c]
     assert file_type(Q2_0) == 41  # LLAMA_FTYPE_MOSTLY_Q2_0 in llama.h
+
+
+def test_every_type_names_its_file() -> None:
+    """By the numbers of llama.h."""
+    numbers = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_0": 41}
+    numbers |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
+    assert {kind.name: file_type(kind) for kind in (*TYPES.values(), *NAMES.values())} == numbers
 
 
 @torch.no_grad()

@@ -218,7 +218,7 @@ def test_sliding_window(sliding: MistralForCausalLM, kept: bool, steps: list[int
     for block in sliding.model.layers:
         set_attention(block.self_attn, replace(block.self_attn.rotoboa_transform, sink=sink))
     expected = logits(sliding, tokens, use_cache=False)
-    use_packed_cache(sliding.model, "layers", "self_attn")
+    use_packed_cache(sliding.model, "layers", ["self_attn"] * len(sliding.model.layers))
     mine = DynamicCache() if kept else DynamicCache(config=sliding.config)
     found = torch.cat([logits(sliding, part, past_key_values=mine) for part in tokens.split(steps, 1)], 1)
     assert {type(layer) for layer in mine.layers} == {PackedLayer if kept else PackedSlidingLayer}
@@ -238,7 +238,7 @@ def test_tokens_are_taken_back_within_a_window(sliding: MistralForCausalLM) -> N
     """As assisted decoding does: everything is kept up to the next crop."""
     tokens = ids(1, 20) % 64
     expected = logits(sliding, tokens, use_cache=False)
-    use_packed_cache(sliding.model, "layers", "self_attn")
+    use_packed_cache(sliding.model, "layers", ["self_attn"] * len(sliding.model.layers))
     mine = DynamicCache(config=sliding.config)
     mine.activate_past_recording()
     wrong = torch.cat([tokens[:, :12], tokens[:, :3]], 1)
@@ -260,7 +260,7 @@ def test_tokens_are_taken_back_within_a_window(sliding: MistralForCausalLM) -> N
 def test_generate_with_a_sliding_window(sliding: MistralForCausalLM) -> None:
     prompt = ids(2, 9) % 64
     expected = slowly(sliding, prompt, 12)
-    use_packed_cache(sliding.model, "layers", "self_attn")
+    use_packed_cache(sliding.model, "layers", ["self_attn"] * len(sliding.model.layers))
     options = {**GREEDY, "max_new_tokens": 12, "attention_mask": torch.ones_like(prompt)}
     result = sliding.generate(prompt, **options)
     assert torch.equal(result.sequences, expected)

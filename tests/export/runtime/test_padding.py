@@ -37,7 +37,8 @@ def models(family_model: Callable[..., nn.Module]) -> Callable[[str, int], Any]:
             module = block.get_submodule(family.attention)
             set_attention(module, AttentionTransform(Hadamard.of(module.head_dim), quantizer, quantizer, sink))
         decoder, _, layers = family.layers.rpartition(".")
-        use_packed_cache(model.get_submodule(decoder), layers, family.attention)
+        names = [family.attention] * model.config.num_hidden_layers
+        use_packed_cache(model.get_submodule(decoder), layers, names)
         return model
 
     return make

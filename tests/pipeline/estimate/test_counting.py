@@ -19,6 +19,7 @@ from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.boa.stopwatch import STAGES, Stopwatch
+from rotoboa.export.finished import numbers_in_blocks
 from rotoboa.models.decoder import Decoder
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.estimate import counting
@@ -158,7 +159,7 @@ def test_weights_of_a_large_model() -> None:
     assert counting.token(LLAMA_8B, 2048) == 2 * LLAMA_8B.block_weights * 32 + 32 * 4 * 4096 * 2049 / 2
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe"])
 def test_every_family(name: str, family_model: Callable[..., nn.Module]) -> None:
     model: Any = family_model(name)
     decoder = Decoder(copy.deepcopy(model.config), attention=NAME)  # it sets the attention of the config
@@ -167,7 +168,10 @@ def test_every_family(name: str, family_model: Callable[..., nn.Module]) -> None
     projections = [size for n, size in linears.items() if n.endswith(decoder.family.projections)]
     if not decoder.family.merged:
         assert sizes.block_weights == sum(map(math.prod, projections))
-    assert sum(p.all_rows * p.columns * p.count for p in problems(sizes)) == sizes.block_weights
+    by_problems = [sum(p.all_rows * p.columns * p.count for p in problems(kind)) for kind in sizes.kinds()]
+    assert max(by_problems) == sizes.block_weights
+    counts = [kind.shape.blocks for kind in sizes.kinds()]
+    assert sum(map(math.prod, zip(counts, by_problems, strict=True))) == numbers_in_blocks(decoder.family, sizes.shape)
     found = counting.whole(sizes, Plan(Settings(bits=4), 4, 16, 2, 6, 6, references=True, windows=2))
     assert all(work.operations > 0 or work.bytes > 0 for work in found.values())
 

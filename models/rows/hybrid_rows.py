@@ -1,0 +1,117 @@
+"""Decoders with something else than attention in most blocks: linear recurrences, convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..family import Family
+from .mixture_rows import by_steps
+from .row_parts import Merged
+
+Sizes = dict[str, tuple[int, int]]
+_NO_ATTENTION: dict[str, Any] = {"query": "", "key": "", "value": "", "query_norm": None, "key_norm": None}
+
+
+def _delta_net(config: Any) -> Sizes:
+    """Of a gated delta net, whose values may have more heads than its keys."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return {
+        "linear_attn.in_proj_qkv": (2 * keys + values, config.hidden_size),
+        "linear_attn.in_proj_z": (values, config.hidden_size),
+        "linear_attn.out_proj": (config.hidden_size, values),
+    }
+
+
+def _merged_delta_net(config: Any) -> Sizes:
+    """The same with one layer for all that is mixed."""
+    (mixed, hidden), (gate, _), output = _delta_net(config).values()
+    return {"linear_attn.in_proj_qkvz": (mixed + gate, hidden), "linear_attn.out_proj": output}
+
+
+def _short_convolution(config: Any) -> Sizes:
+    """Of LFM2, whose config has its MLP's size before it is adjusted."""
+    ffn, hidden = config.intermediate_size, config.hidden_size
+    if config.block_auto_adjust_ff_dim:
+        ffn, unit = int(2 * ffn / 3), config.block_multiple_of
+        if config.block_ffn_dim_multiplier is not None:
+            ffn = -(-int(config.block_ffn_dim_multiplier * ffn) // unit) * unit
+    return {"conv.in_proj": (3 * hidden, hidden), "conv.out_proj": (hidden, hidden), "feed_forward.w2": (hidden, ffn)}
+
+
+def _linear(*mixed: str, kept: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The kind of block that Qwen's have in place of attention."""
+    fields = {"attention": "linear_attn", "output": "linear_attn.out_proj", "mixed": mixed, "kept": kept}
+    return {"linear_attention": {**_NO_ATTENTION, **fields, "attention_gate": "", "merged": ()}}
+
+
+_NOTE = (
+    "gated delta nets in most blocks, which remember in full precision, as do the layers that decide how long; "
+    "attention with a gate, in the objectives too; QK-norm; partial RoPE"
+)
+_QWEN = Family(
+    "qwen3_5_text",
+    note=_NOTE,
+    norm_offset=1.0,
+    query="self_attn.q_proj.query",
+    attention_gate="self_attn.q_proj.gate",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    merged=(Merged("self_attn.q_proj", {"query": "query_width", "gate": "query_width"}, groups="query_heads"),),
+    kinds=_linear(
+        *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    ),
+    measured=_delta_net,
+    renamed=((r"^model\.language_model\.", "model."),),
+)
+_MIXTURE: dict[str, Any] = {
+    "gate": "mlp.experts.{}.gate_proj",
+    "up": "mlp.experts.{}.up_proj",
+    "down": "mlp.experts.{}.down_proj",
+    "experts": "mlp.experts",
+    "router": "mlp.gate",
+    "shared": "mlp.shared_expert",
+    "shared_gate": "mlp.shared_expert_gate",
+    "shared_fields": ("shared_expert_intermediate_size",),
+    "ffn_field": "moe_intermediate_size",
+    "experts_field": "num_experts",
+}
+ROWS = (
+    _QWEN,
+    replace(
+        _QWEN,
+        model_type="qwen3_next",
+        note=f"{_NOTE}; experts as of qwen2_moe",
+        kinds=_linear("linear_attn.in_proj_qkvz", kept=("linear_attn.in_proj_ba",)),
+        measured=_merged_delta_net,
+        renamed=(),
+        dense=by_steps,
+        **_MIXTURE,
+    ),
+    replace(_QWEN, model_type="qwen3_5_moe_text", note=f"{_NOTE}; experts as of qwen2_moe", **_MIXTURE),
+    Family(
+        "lfm2",
+        note="short convolutions in most blocks; QK-norm",
+        final_norm="model.embedding_norm",
+        attention_norm="operator_norm",
+        output="self_attn.out_proj",
+        query_norm="self_attn.q_layernorm",
+        key_norm="self_attn.k_layernorm",
+        mlp_norm="ffn_norm",
+        mlp="feed_forward",
+        gate="feed_forward.w1",
+        up="feed_forward.w3",
+        down="feed_forward.w2",
+        kinds={
+            "conv": {
+                **_NO_ATTENTION,
+                "attention": "conv",
+                "mixed": ("conv.in_proj",),
+                "output": "conv.out_proj",
+            }
+        },
+        measured=_short_convolution,
+    ),
+)
