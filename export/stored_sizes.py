@@ -55,9 +55,10 @@ def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> 
 
 def _found(decoder: Decoder, spec: Spec, index: int) -> dict[str, int]:
     """Numbers of what calibration finds for the quantizers of a block, by the names of tensors inside it."""
+    family, shape = decoder.family.at(index), decoder.shape.at(index)
     transforms = spec.transforms(decoder.shape, decoder.family, index)
-    center = {f"{decoder.family.attention}.{CENTER}": decoder.shape.key_width} if transforms.attention.centered else {}
-    return {name: scale.numel() for name, scale in transforms.scales(decoder.family).items()} | center
+    center = {f"{family.attention}.{CENTER}": shape.key_width} if transforms.attention.centered else {}
+    return {name: scale.numel() for name, scale in transforms.scales(family).items()} | center
 
 
 def _given_biases(decoder: Decoder, itemsize: int) -> dict[str, int]:

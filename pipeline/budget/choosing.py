@@ -6,7 +6,6 @@ from functools import partial
 
 from torch import Tensor
 
-from ...boa.scheme import QuantizationArgs
 from ...errors import InputError
 from ...export.finished import numbers_in_blocks, projection_columns, projection_rows
 from ...export.packing import packed_bytes
@@ -15,6 +14,7 @@ from ...models.outer_layers import OuterLayers
 from ..console.human import human_size
 from ..console.progress import Progress
 from ..job.job import Job
+from ..recipe.layers import choice_args
 from ..recipe.settings import stays_tied
 from ..storage.manifest import BudgetEntry, UnitEntry
 from .knapsack import cheapest
@@ -35,7 +35,7 @@ def choose_bits(job: Job, tokens: Tensor, outer: OuterLayers, progress: Progress
     found = None
     if job.ranks.rank == 0:
         with job.timed("sensitivity"):
-            units = measure_units(job, tokens, outer, partial(_free, job), weights.choices, progress)
+            units = measure_units(job, tokens, outer, partial(_free, job), choice_args(job.recipe), progress)
         found = _chosen(job, units).model_dump(mode="json")
     return BudgetEntry.model_validate(job.ranks.broadcast_value(found))
 
@@ -61,10 +61,11 @@ def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
         room = int(weights.budget * numbers / 8)
     room -= sum(size for name, size in taken.items() if name not in free)
 
+    choices = choice_args(job.recipe)
+
     def size(unit: Unit, bits: int) -> int:
-        args = QuantizationArgs(bits, weights.group_size)
         rows, columns = projection_rows(family, shape, unit.block), projection_columns(family, shape, unit.block)
-        return sum(packed_bytes(rows[name], columns[name], args, itemsize) for name in unit.layers)
+        return sum(packed_bytes(rows[name], columns[name], choices[bits], itemsize) for name in unit.layers)
 
     sizes = [[size(unit, bits) for bits in unit.costs] for unit in units]
     chosen = cheapest([list(unit.costs.values()) for unit in units], sizes, room)
@@ -73,7 +74,7 @@ def _chosen(job: Job, units: list[Unit]) -> BudgetEntry:
         field = "weights.size" if weights.size is not None else "weights.budget"
         raise InputError(
             f"{field} leaves {human_size(max(room, 0))} for layers that take {human_size(least)} in "
-            f"{min(weights.choices)} bits: give more, fewer bits in --weights.choices, or larger groups."
+            f"{min(choices)} bits: give more, fewer bits in --weights.choices, or larger groups."
         )
     entries = [
         UnitEntry(block=unit.block, site=unit.site, layers=unit.layers, bits=list(unit.costs)[i], costs=unit.costs)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.objective.statistics import InputStatistics
+from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import quantize
+from ...boa.stored_scales import global_scale_of
 from ...models.families import ALL_SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
@@ -44,7 +46,7 @@ def measure_units(
     tokens: Tensor,
     outer: OuterLayers,
     wanted: Callable[[int, str], bool],
-    bits: Sequence[int],
+    choices: Mapping[int, QuantizationArgs],
     progress: Progress,
 ) -> list[Unit]:
     """The units of a job's layers that are `wanted`, by block and name, and what they cost.
@@ -54,7 +56,7 @@ def measure_units(
         tokens: (sequences, length), of which the first are taken.
         outer: what is outside the blocks, rotated.
         wanted: which layers.
-        bits: for which costs are wanted, rising.
+        choices: by bits, rising, what costs are wanted for.
     """
     compute, batch = job.decoder, job.recipe.calibration.batch
     length = min(LENGTH, tokens.shape[1])
@@ -79,6 +81,7 @@ def measure_units(
     progress.stage("sensitivity", compute.shape.blocks)
     hidden, learned = embedded(tokens), embedded(others) if len(others) else None
     exact = _log_probabilities(logits, after(-1, hidden))
+    bits = list(choices)
     reference = bits[(len(bits) - 1) // 2]
     units = list[Unit]()
     for index in range(compute.shape.blocks):
@@ -90,7 +93,7 @@ def measure_units(
         for site in ALL_SITES:
             layers = tuple(name for name in names if family.sites[name] == site)
             if layers:
-                errors, weights = _rounded(job, own, layers, known, seen, bits, rtn=learned is None)
+                errors, weights = _rounded(job, own, layers, known, seen, choices, rtn=learned is None)
                 with _Replaced(own, weights[reference]):
                     divergence = _divergence(exact, logits, after(index, _run(job, own, hidden, batch)))
                 ratio = {b: errors[b] / max(errors[reference], 1e-30) for b in bits}
@@ -139,19 +142,19 @@ def _rounded(
     layers: Sequence[str],
     known: Mapping[str, InputStatistics],
     seen: Mapping[str, InputStatistics],
-    bits: Sequence[int],
+    choices: Mapping[int, QuantizationArgs],
     *,
     rtn: bool,
 ) -> tuple[dict[int, float], dict[int, dict[str, Tensor]]]:
     """By bits the weights of layers, rounded by what is `known` of their inputs, and their error on what is `seen`."""
-    errors, weights = dict.fromkeys(bits, 0.0), {b: dict[str, Tensor]() for b in bits}
+    errors, weights = dict.fromkeys(choices, 0.0), {b: dict[str, Tensor]() for b in choices}
     for name in layers:
         weight = block.get_parameter(f"{name}.weight").data
         if known[name].h_in is None or seen[name].h_in is None:  # an expert that saw no token
             continue
         goal, judge = known[name].objective(), seen[name].objective()
-        for b in bits:
-            settings = job.settings.but(**QUICK, bits=b)
+        for b, args in choices.items():
+            settings = job.settings.but(**QUICK).of(args, global_scale_of(float(weight.abs().amax())))
             found = quantize(weight.float()[None], goal, settings.but(method="rtn") if rtn else settings).dequantize()
             errors[b] += float(judge.loss(found - weight.float()[None]).sum())
             weights[b][name] = found[0].to(weight)

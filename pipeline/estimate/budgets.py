@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...boa.scheme import QuantizationArgs
 from ...errors import InputError
 from ...export.finished import numbers_in_blocks
 from ...export.spec import Spec
 from ...export.stored_sizes import projection_bytes, stored_bytes
 from ...models.decoder import Decoder
 from ..console.human import human_size
+from ..recipe.layers import choice_args
 from ..recipe.recipe import Recipe
 
 
@@ -25,20 +27,20 @@ def budgeted_files(recipe: Recipe, spec: Spec, decoder: Decoder, itemsize: int, 
     if weights.budget is None and weights.size is None:
         return None
 
-    def taken(bits: int) -> tuple[int, int]:
+    def taken(args: QuantizationArgs) -> tuple[int, int]:
         """Bytes of the blocks' layers, and of all tensors."""
         layers = {
-            name: replace(one, weights=replace(one.weights, num_bits=bits))
-            if one.weights == spec.scheme.weights
-            else one
+            name: replace(one, weights=args) if one.weights == spec.scheme.weights else one
             for name, one in spec.layers.items()
         }
-        uniform = replace(spec, bits=bits, layers=layers)
-        whole = sum(stored_bytes(decoder, uniform, itemsize, tied=tied).values())
-        return sum(projection_bytes(decoder, uniform, itemsize).values()), whole
+        uniform = replace(spec, bits=args.num_bits, group_size=args.group_size, symmetric=args.symmetric)
+        uniform = replace(uniform, type=args.type, layers=layers)
+        file = sum(stored_bytes(decoder, uniform, itemsize, tied=tied).values())
+        return sum(projection_bytes(decoder, uniform, itemsize).values()), file
 
-    least_of_blocks, least = taken(min(weights.choices))
-    _, most = taken(max(weights.choices))
+    sizes = {bits: taken(args) for bits, args in choice_args(recipe).items()}
+    fewest = min(sizes, key=lambda bits: sizes[bits])
+    (least_of_blocks, least), (_, most) = sizes[fewest], max(sizes.values())
     if weights.size is not None:
         allowed = int(weights.size)
     else:
@@ -49,6 +51,6 @@ def budgeted_files(recipe: Recipe, spec: Spec, decoder: Decoder, itemsize: int, 
         field = "weights.size" if weights.size is not None else "weights.budget"
         raise InputError(
             f"{field} leaves {human_size(allowed)} for a file that takes {human_size(least)} with "
-            f"{min(weights.choices)} bits everywhere: give more, fewer bits in --weights.choices, or larger groups."
+            f"{fewest} bits everywhere: give more, fewer bits in --weights.choices, or larger groups."
         )
     return {"least": least, "most": min(allowed, most)}

@@ -13,7 +13,7 @@ from ...export.finished import Finished
 from ...export.spec import Spec
 from ...models.families import Family
 from ..console.progress import short_layer
-from ..recipe.layers import whole_scheme
+from ..recipe.layers import choice_args, whole_scheme
 from ..recipe.recipe import Recipe
 from ..storage.manifest import BudgetEntry, Manifest
 from ..storage.run_folder import RunFolder, recipe_of
@@ -50,7 +50,8 @@ def schemes_of_run(run: Path, manifest: Manifest) -> dict[str, Any] | None:
         return _shown(_layers(found.spec, found.family, found.shape.blocks), found.spec, found.family, tied)
     if manifest.budget is None:
         return None
-    return {"layers": _groups(_budgeted(manifest.budget, whole_scheme(recipe_of(run))))}
+    recipe = recipe_of(run)
+    return {"layers": _groups(_budgeted(manifest.budget, whole_scheme(recipe), choice_args(recipe)))}
 
 
 def _layers(spec: Spec, family: Family, blocks: int) -> Layers:
@@ -59,14 +60,14 @@ def _layers(spec: Spec, family: Family, blocks: int) -> Layers:
             yield index, name, scheme
 
 
-def _budgeted(budget: BudgetEntry, whole: QuantizationScheme) -> Layers:
+def _budgeted(budget: BudgetEntry, whole: QuantizationScheme, choices: Mapping[int, QuantizationArgs]) -> Layers:
     for unit in budget.units:
         for name in unit.layers:
-            yield unit.block, name, replace(whole, weights=replace(whole.weights, num_bits=unit.bits))
+            yield unit.block, name, replace(whole, weights=choices[unit.bits])
 
 
 def _shown(
-    layers: Layers, spec: Spec, family: Family, tied: bool, choices: Sequence[int] = ()
+    layers: Layers, spec: Spec, family: Family, tied: bool, choices: Sequence[int | str] = ()
 ) -> dict[str, Any] | None:
     groups = _groups(layers, spec.scheme if choices else None, choices)
     embedding, head = (spec.outer(module) for module in (family.embedding, family.head))
@@ -77,7 +78,7 @@ def _shown(
 
 
 def _groups(
-    layers: Layers, free: QuantizationScheme | None = None, choices: Sequence[int] = ()
+    layers: Layers, free: QuantizationScheme | None = None, choices: Sequence[int | str] = ()
 ) -> list[dict[str, Any]]:
     """A group for each distinct scheme, the largest first: its name, how many layers, and blocks by kind of layer.
 
@@ -110,7 +111,7 @@ def _plain(scheme: QuantizationScheme) -> QuantizationScheme:
     return QuantizationScheme(*(part if part.quantizes else QuantizationArgs() for part in parts))
 
 
-def _named(scheme: QuantizationScheme, choices: Sequence[int] = ()) -> Mapping[str, Any]:
+def _named(scheme: QuantizationScheme, choices: Sequence[int | str] = ()) -> Mapping[str, Any]:
     """A scheme in a word or two, and as plain data; with `choices` its bits are one of them."""
     name, data = scheme.shown, scheme.to_dict()
     if choices:

@@ -14,7 +14,7 @@ from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
-from ..recipe.layers import whole_scheme
+from ..recipe.layers import choice_args, whole_scheme
 from ..recipe.recipe import Recipe
 from ..recipe.settings import is_r1_online, rotations_of, serving
 from ..recipe.values import BLOCKS
@@ -39,12 +39,15 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         "activations.group_size": (recipe.activations.group_size, "token"),
     }
     scheme = whole_scheme(recipe)
-    formats = {"weights": scheme.weights, "activations": scheme.input_activations}
-    for (section, args), (name, width) in product(formats.items(), widths.items()):
+    formats = [("weights.format", scheme.weights), ("activations.format", scheme.input_activations)]
+    if recipe.weights.budget is not None or recipe.weights.size is not None:
+        formats += [("weights.choices", args) for args in choice_args(recipe).values()]
+    for (field, args), (name, width) in product(formats, widths.items()):
         if args.format != "int" and width % args.unit:
+            instead = "leave it out" if field == "weights.choices" else f"give --{field} int"
             raise InputError(
-                f"{section}.format {args.format} has groups of {args.unit}, which do not divide the {name} {width} of "
-                f"{model.name}: give --{section}.format int."
+                f"{field} {args.format} has groups of {args.unit}, which do not divide the {name} {width} of "
+                f"{model.name}: {instead}."
             )
     for (field, (group, whole)), (name, width) in product(groups.items(), widths.items()):
         if group and width % group:
@@ -151,11 +154,17 @@ def check_formats(recipe: Recipe) -> None:
                 f"{section}.format {args.format} has {args.in_words}, and {section}.{field} is "
                 f"{str(getattr(part, field)).lower()}: {out}, or give --{section}.format int."
             )
-    if {weights.format, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
+    budgeted = weights.budget is not None or weights.size is not None
+    if budgeted and weights.format != "int":
+        raise InputError(
+            f"weights.budget and weights.size choose from weights.choices, and weights.format is {weights.format}: "
+            f"leave it out, and give formats as --weights.choices {weights.format}."
+        )
+    chosen = [choice for choice in weights.choices if isinstance(choice, str)] if budgeted else []
+    if {weights.format, *chosen, *(override.weights.format for override in recipe.overrides)} - {"int", None}:
         refused = {
             f"weights.method {weights.method}": weights.method in ("adaround", "aespa", "brecq"),
             "weights.zfold": bool(weights.zfold),
-            "weights.budget or weights.size": weights.budget is not None or weights.size is not None,
         }
         if what := next((what for what, is_on in refused.items() if is_on), ""):
             raise InputError(f"{what} is for format int alone, and weights have another: leave one of both out.")

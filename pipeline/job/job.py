@@ -26,6 +26,7 @@ from ...rotation.channels import activation_of
 from ...rotation.rotate import Rotations
 from ..ranks import launch
 from ..ranks.distributed import device_name
+from ..recipe.layers import choice_args
 from ..recipe.recipe import Recipe
 from ..recipe.settings import moves_head, rotations_of, settings_of, spec_of, stays_tied
 from ..storage.buffers import Buffers
@@ -123,11 +124,12 @@ class Job:
     def budgeted(self, budget: BudgetEntry | None) -> Job:
         """The same with the bits that a budget has for each layer."""
         layers, prefix, whole = dict(self.spec.layers), self.decoder.family.layers, self.spec.scheme
+        choices = choice_args(self.recipe)
         for unit in () if budget is None else budget.units:
             for name in unit.layers:
                 full = f"{prefix}.{unit.block}.{name}"
                 scheme = layers.pop(full, whole)
-                scheme = replace(scheme, weights=replace(scheme.weights, num_bits=unit.bits))
+                scheme = replace(scheme, weights=choices[unit.bits])
                 layers |= {} if scheme == whole else {full: scheme}
         return replace(self, spec=replace(self.spec, layers=layers))
 

@@ -10,6 +10,7 @@ from ...export.finished import projection_columns
 from ...models.decoder import Decoder
 from .overrides import OverriddenArgs, chosen, nearest
 from .recipe import Embedding, Head, Recipe
+from .values import bits_of
 
 _WORDS = {"num_bits": "bits"}
 
@@ -21,6 +22,17 @@ def whole_scheme(recipe: Recipe) -> QuantizationScheme:
         QuantizationArgs.of(weights.format, weights.bits, weights.group_size, weights.symmetric),
         QuantizationArgs.of(inputs.format, inputs.bits, inputs.group_size, inputs.symmetric),
     )
+
+
+def choice_args(recipe: Recipe) -> dict[int, QuantizationArgs]:
+    """By bits, rising, what a budget chooses the weights of a layer from."""
+    whole = whole_scheme(recipe).weights
+    return {
+        bits_of(choice): replace(whole, num_bits=choice)
+        if isinstance(choice, int)
+        else QuantizationArgs.of(choice, bits_of(choice), None, True)
+        for choice in recipe.weights.choices
+    }
 
 
 def layer_schemes(recipe: Recipe, decoder: Decoder) -> dict[str, QuantizationScheme]:

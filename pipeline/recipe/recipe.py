@@ -86,7 +86,9 @@ class Weights(Section, Settings):
         default=None, gt=0, description="Bytes of the whole file that the bits of layers are chosen for, likewise."
     )
     choices: Choices = Field(
-        default=(2, 3, 4, 8), description="The bits that a budget chooses from: those that the export's kernels have."
+        default=(2, 3, 4, 8),
+        description="What a budget chooses from, bits or formats (q2_k,q4_k,q6_k): those that the export's kernels "
+        "have.",
     )
     zfold: Sites = Field(  # type: ignore[assignment]
         default=None, description=Settings.model_fields["zfold"].description

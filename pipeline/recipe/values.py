@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator
 
+from ...boa.scheme import FLOATS, TWO_LEVELS
 from ...models.families import SITES
 
 
@@ -76,17 +77,29 @@ Sites = Annotated[
 ]
 
 
-def _check_choices(choices: tuple[int, ...]) -> tuple[int, ...]:
-    if not choices or any(bits not in range(2, 9) for bits in choices):
+FORMATS: dict[str, int] = {name: bits for formats in (FLOATS, TWO_LEVELS) for name, (bits, *_) in formats.items()}
+"""Bits of the formats of weights that are not plain integers."""
+
+
+def bits_of(choice: int | str) -> int:
+    """Of one of the choices of a budget."""
+    return FORMATS[choice] if isinstance(choice, str) else choice
+
+
+def _check_choices(choices: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    found = [int(choice) if str(choice).isdecimal() else choice for choice in choices]
+    if not found or any(one not in FORMATS if isinstance(one, str) else one not in range(2, 9) for one in found):
         raise ValueError("no bit widths")
-    return tuple(sorted(set(choices)))
+    if len({bits_of(one) for one in found}) < len(set(found)):
+        raise ValueError("two of one width")
+    return tuple(sorted(set(found), key=bits_of))
 
 
 Choices = Annotated[
-    tuple[int, ...],
+    tuple[int | str, ...],
     BeforeValidator(split_names),
     AfterValidator(_check_choices),
-    Legal("some of 2 to 8 with commas between them or as a list"),
+    Legal(f"some of 2 to 8 and {', '.join(FORMATS)}, of each width one, with commas between them or as a list"),
 ]
 BLOCKS = (16, 32, 64, 128)
 """Channels of a diagonal block of a rotation."""

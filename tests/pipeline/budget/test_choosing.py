@@ -10,16 +10,23 @@ import torch
 
 import rotoboa
 from rotoboa.boa.ranks import Ranks
+from rotoboa.boa.scheme import QuantizationArgs
 from rotoboa.errors import InputError
 from rotoboa.export.formats.native import load_native
+from rotoboa.export.packing import ALL_PARTS
 from rotoboa.pipeline.budget.choosing import choose_bits
 from rotoboa.pipeline.budget.sensitivity import Unit, measure_units
 from rotoboa.pipeline.console.progress import Progress
+from rotoboa.pipeline.console.sizes import exported_sizes
+from rotoboa.pipeline.estimate.plan import plan
+from rotoboa.pipeline.estimate.schemes import schemes_of_run
 from rotoboa.pipeline.job.job import Job, prepare
 from rotoboa.pipeline.measure.evaluating import evaluate
+from rotoboa.pipeline.recipe.layers import choice_args
 from rotoboa.pipeline.recipe.recipe import Recipe
 from rotoboa.pipeline.rotating.outside_blocks import rotated_outer_layers
 from rotoboa.pipeline.storage.manifest import BudgetEntry
+from rotoboa.pipeline.storage.run_folder import RunFolder, recipe_of
 
 MakeRecipe = Callable[..., Recipe]
 QUIET = Progress(quiet=True)
@@ -52,7 +59,8 @@ def chosen(job: Job, tokens: torch.Tensor) -> BudgetEntry:
 
 
 def measured(job: Job, tokens: torch.Tensor, bits: tuple[int, ...]) -> list[Unit]:
-    return measure_units(job, tokens, rotated_outer_layers(job), lambda index, name: True, bits, QUIET)
+    choices = {b: QuantizationArgs(b) for b in bits}
+    return measure_units(job, tokens, rotated_outer_layers(job), lambda index, name: True, choices, QUIET)
 
 
 def test_costs_are_divergences_of_the_model(make_job: Callable[..., Job], tokens: torch.Tensor) -> None:
@@ -114,3 +122,54 @@ def test_a_run_with_a_size(llama: Path, make_recipe: MakeRecipe, tmp_path: Path)
     (name,) = report["perplexity"]
     again = evaluate(run).to_json()
     assert again["perplexity"][name]["quantized"] == pytest.approx(report["perplexity"][name]["quantized"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("choices", "config", "budget"),
+    [("3,nvfp4,fp8", {}, 5.5), ("q2_k,q4_k,6", {"hidden_size": 256, "intermediate_size": 256}, 4.5)],
+    ids=["floating point", "K types"],
+)
+def test_formats_are_chosen_from(
+    cheap_run: Callable[..., Path], choices: str, config: dict[str, Any], budget: float
+) -> None:
+    """By their own bytes; what is chosen is stored, loaded and named."""
+    run = cheap_run("w2a16", {"weights.budget": budget, "weights.choices": choices}, config)
+    manifest = json.loads((run / "manifest.json").read_text())
+    kept, recipe = BudgetEntry.model_validate(manifest["budget"]), recipe_of(run)
+    args = choice_args(recipe)
+    assert list(args) == sorted(args) and len({unit.bits for unit in kept.units}) > 1
+    stored, taken = exported_sizes(run / "model"), 0
+    model, _ = load_native(run)
+    for unit in kept.units:
+        assert list(unit.costs) == list(args) and unit.costs[min(args)] > unit.costs[max(args)] > 0
+        for name in unit.layers:
+            full = f"model.layers.{unit.block}.{name}"
+            layer = model.get_submodule(full)
+            assert (layer.bits, layer.format) == (unit.bits, args[unit.bits].format)
+            taken += sum(stored.get(f"{full}.{part}", 0) for part in ALL_PARTS)
+    assert taken == kept.taken <= kept.room
+    planned = plan(recipe)["budget"]
+    assert planned["least"] < sum(stored.values()) <= planned["most"]
+    shown = {group["scheme"] for group in (schemes_of_run(run, RunFolder.open(run).manifest) or {})["layers"]}
+    assert any("nvfp4" in name or "q4_k" in name for name in shown), shown
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ("4,nvfp4", r"weights.choices is 4,nvfp4 but must be some of 2 to 8 and nvfp4, .*of each width one"),
+        ("3,nvfp5", "must be some of 2 to 8 and nvfp4"),
+    ],
+)
+def test_choices_that_are_none(choices: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Recipe(weights={"choices": choices})
+
+
+def test_formats_need_their_widths(make_job: Callable[..., Job]) -> None:
+    with pytest.raises(
+        InputError, match=r"weights.choices q4_k has groups of 256, which do not divide .*: leave it out"
+    ):
+        make_job(**{"weights.budget": 4, "weights.choices": "2,q4_k"})
+    with pytest.raises(InputError, match=r"weights.zfold is for format int alone"):
+        make_job(**{"weights.budget": 4, "weights.choices": "2,nvfp4", "weights.zfold": True})

@@ -60,7 +60,7 @@ def test_eight_bits() -> None:
         ({"activations": {"bits": 8, "format": "mxfp4"}}, "activations.bits is 8: leave it out"),
         ({"weights": {"method": "aespa"}}, "weights.method aespa is for format int alone"),
         ({"weights": {"zfold": True}}, "weights.zfold is for format int alone"),
-        ({"weights": {"budget": 3}}, "weights.budget or weights.size is for format int alone"),
+        ({"weights": {"budget": 3}}, "choose from weights.choices, and weights.format is nvfp4: leave it out"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(sections: dict[str, Any], words: str) -> None:
