@@ -133,7 +133,7 @@ class Spec:
         clips = {} if self.clips is None else self.clips[index]
         r1 = self.r1_of(shape)
         heads = before_output(family, shape) if self.heads else None
-        rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape)}
+        rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape), "latent": None}
         inputs = {
             site: InputTransform(
                 rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))

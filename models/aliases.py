@@ -135,6 +135,8 @@ ALIASES = (
     Alias("olmo2-13b", "allenai/OLMo-2-1124-13B"),
     Alias("olmoe-1b-7b", "allenai/OLMoE-1B-7B-0924"),
     Alias("qwen1.5-moe-a2.7b", "Qwen/Qwen1.5-MoE-A2.7B"),
+    Alias("gpt-oss-20b", "openai/gpt-oss-20b"),
+    Alias("gpt-oss-120b", "openai/gpt-oss-120b"),
     Alias("olmo3-7b", "allenai/Olmo-3-1025-7B"),
     Alias("exaone4-1.2b", "LGAI-EXAONE/EXAONE-4.0-1.2B"),
     Alias("exaone4-32b", "LGAI-EXAONE/EXAONE-4.0-32B"),

@@ -11,11 +11,11 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import InputError
 from . import adapters
-from .checkpoint import read_config
+from .experts.fused_experts import on_disk
 from .families import Family, family_for
 from .hub import WANTED, hub_errors
-from .layout import on_disk
 from .names import left_out, left_out_notice, misfit, renamed
+from .running import read_config
 from .shape import Shape
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,15 +1,22 @@
 """The fields of config.json and generation_config.json that say how somebody ran a model, not what it is.
 
 They come with checkpoints that were saved by hand or from memory. An attention, a kernel or a cache by name is right
-for one machine and one program: what is made of the checkpoint shall run elsewhere.
+for one machine and one program: what is made of the checkpoint shall run elsewhere. `read_config` leaves them out.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from ..errors import InputError
+from .families import FAMILIES, check_type
+from .stored.block_fp8 import is_readable
 
 _FIELDS = frozenset(
     {
@@ -56,3 +63,27 @@ def forget_running(config: PretrainedConfig) -> PretrainedConfig:
             part.output_hidden_states = False
             part.return_dict = True
     return config
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        InputError: it cannot be read, or is that of a quantized or unsupported model.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it holds no JSON object")
+        check_type(str(raw.get("model_type")), str(folder))
+        if packed := raw.get("quantization_config"):
+            row = FAMILIES.get(str(raw.get("model_type")))
+            if row is None or not is_readable(packed, row.packed):
+                raise InputError(f"{folder} is quantized already: give the full-precision checkpoint.")
+        config = forget_running(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        if packed:
+            del config.quantization_config  # what is made of it is read as numbers, and is stored otherwise
+        return config
+    except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{folder / 'config.json'} cannot be read ({what}): download it again.") from error

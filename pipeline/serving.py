@@ -137,7 +137,7 @@ def serve(
         limit = min(max(CONTROLS * control, limit), WORST * float(expected.std()))
     top = expected.argmax(-1).tolist()[: len(answer.top)]
     after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
-    follows = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()
+    likeliest = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()
     return Served(
         record.format,
         known.name,
@@ -148,7 +148,7 @@ def serve(
         control,
         _difference(answer, in_16_bits, ids) if reduced else None,
         sum(a == b for a, b in zip(answer.top, top, strict=True)) / len(top),
-        sum(a == b for a, b in zip(answer.greedy, follows, strict=True)) / len(follows),
+        sum(a == b for a, b in zip(answer.greedy, likeliest, strict=True)) / len(likeliest),
         limit,
         bits,
     )

@@ -42,13 +42,13 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     norms are `folded` into their readers for R1, the inputs of these are rotated without them, and have nothing to take
     a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded.
     """
-    through = family.gate or activation_of(config) == "relu"
+    through = family.linear_up if family.gate else activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
     before = () if folded or not family.pre_norms else ("qkv",) if family.shared_norm else ("qkv", "gate_up")
     if family.mixed:
         return (*before, *downs)
     sites = (*before[:1], "output", *before[1:], *downs)
-    return (*sites, *HEADS) if keys else sites
+    return (*sites, *HEADS) if keys and not family.compressions else sites
 
 
 Record = Callable[[nn.Module, None, Callable[[Any], None] | None], None]

@@ -143,7 +143,7 @@ def add_values(
         attended: what attention puts out in the full-precision one.
         seen: queries and keys of the quantized one.
     """
-    shape, wanted = context.shape, without_bias(context, attended.to(xq.device))
+    shape, wanted = context.shape, without_bias(context, attended.to(xq.device), seen)
     heads = shape.query_heads // shape.key_heads
     stride = value_stride(context.share.count * xq.shape[1], heads, shape.hidden, context.settings.value_rows)
     given = (xq, wanted, seen, context.weight(context.family.value))

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...models.experts.expert_layers import Expert, sum_of_experts
 from ...models.families import Family
-from ...models.layout import Expert, sum_of_experts
 from ..objective.statistics import InputStatistics
 from ..objective.totals import Total
 from ..online.transforms import InputTransform
@@ -186,7 +186,7 @@ def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], str
     for number, part, hf, hq in _parts(context, streams, tokens):
         exact = down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf))))
         given = down(quantized.inside(t.gate_up(_norm(context, hq))))
-        wanted = full.down_proj(exact) * part.p
+        wanted = nn.functional.linear(exact, full.down_proj.weight) * part.p
         if settings.drift:
             wanted += (hf - hq) * part.share
         total.at(number).add(None, given * part.p, wanted)

@@ -95,7 +95,7 @@ def _see(context: BlockContext, full: Tensor) -> _Seen:
             seen.inputs["qkv"].at(n).add(None, weighted(context, seen.norms, n, x, x)[0])
             add_heads(context, seen.grams, n, met, share.first + span.start)
             if context.settings.method not in LAYERWISE:
-                seen.grams.at(n).add_values(x, without_bias(context, attended), met, context.weight(f.value))
+                seen.grams.at(n).add_values(x, without_bias(context, attended, met), met, context.weight(f.value))
         written = block.get_submodule(f.output)(t.output.rotate(attended))
         if "output" in sites:
             seen.inputs["output"].at(n).add(None, _by_norm(attended, written, f.attention_post_norm))

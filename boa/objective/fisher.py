@@ -12,6 +12,8 @@ each query, and summed over j the key head's H_out is
 
 BoA bounds the softmax's Jacobian by a constant instead, which leaves K^T K and Q^T Q (arXiv 2406.13474, eq. 12 and 13):
 there a sink, which every query sees and no error moves, counts as much as it is large.
+
+A logit of a head's own that is no key's (`AttentionInputs.sinks`) is a key of zeros here: no error moves it either.
 """
 
 from __future__ import annotations
@@ -53,11 +55,14 @@ def fisher_grams(seen: AttentionInputs, room: int, stride: int = 1, first: int =
             whole = torch.stack(
                 [(near[:, h] * mass[:, h].transpose(1, 2)).transpose(1, 2) @ near[:, h] for h in range(per)], 1
             )
+            total = a.sum(-1, keepdim=True) if seen.sinks is not None else a.new_ones(1, 1, 1, 1)
+            if seen.sinks is not None:
+                whole += (1 - total).sum(2, keepdim=True) * (center.transpose(-1, -2) @ center)
             keys += whole - means.transpose(-1, -2) @ means
             # Where each query sees one key the two are the same, and their last bits must not decide.
             floor = ROUNDING * torch.finfo(k.dtype).eps * whole.diagonal(dim1=-2, dim2=-1).mean(-1)
             keys.diagonal(dim1=-2, dim2=-1).add_(floor[..., None])
             q = seen.query[i, :, start:stop:stride].unflatten(0, (groups, per))
-            spread = (1 - a.square().sum(-1, keepdim=True)).clamp_min(0)
+            spread = (total - a.square().sum(-1, keepdim=True)).clamp_min(0)
             queries += ((q * spread).flatten(1, 2)).transpose(1, 2) @ q.flatten(1, 2)
     return keys.flatten(0, 1), queries

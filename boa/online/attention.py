@@ -3,7 +3,7 @@
 It sees queries and keys after RoPE. Where a module carries an `AttentionTransform`, it rotates queries and keys (R3)
 and quantizes keys and values as the cache will hold them, unless they come from a cache that has done so; where it
 carries a recorder, the recorder sees what attention computes with. The product itself is transformers' SDPA, and
-`capped_attention` where logits have a soft cap.
+`capped_attention` where logits have a soft cap; where heads have sinks, SDPA is given one more key, `with_sink`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from ...errors import InputError
 from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 from .float8 import StaticFloat8
+from .products import capped_attention, with_sink
 from .served_cache import ServedQuantizer
 
 NAME = "rotoboa"
 CENTER = "key_center"
 """Of an attention module: the tensor with the center of its keys."""
+_ELEMENTS = 1 << 20  # of probabilities that are held at a time
 CACHE_SCALES = {"key": "k_scale", "value": "v_scale"}
 """Of it too: the tensors (1,) with the scales of keys and of values in FP8, as compressed-tensors calls them."""
 CacheQuantizer = DynamicQuantizer | ServedQuantizer | StaticFloat8
@@ -120,7 +122,8 @@ class AttentionInputs(NamedTuple):
     """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
 
     A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`. What is
-    added to them for each key is `bias`, (batch or 1, heads, 1, keys).
+    added to them for each key is `bias`, (batch or 1, heads, 1, keys). `sinks` (heads,) are the logits of a key more,
+    which has no value: probabilities of keys do not sum to 1 then.
     """
 
     query: Tensor
@@ -129,6 +132,7 @@ class AttentionInputs(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class _Ungrouped(nn.Module):
@@ -182,15 +186,17 @@ def attention_forward(
         query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
     bias = kwargs.pop("key_bias", None)  # which is in the mask
+    own, sinks = scaling if scaling is not None else query.shape[-1] ** -0.5, kwargs.pop("s_aux", None)
     if recorder is not None:
-        own = scaling if scaling is not None else query.shape[-1] ** -0.5
-        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap"), bias))
+        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap"), bias, sinks))
     if attention_mask is not None:
         attention_mask = open_rows(attention_mask, query.dtype)
     elif query.shape[2] > 1:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if kwargs.get("softcap") is not None:
         return capped_attention(query, key, value, attention_mask, scaling=scaling, softcap=kwargs["softcap"]), None
+    if sinks is not None:
+        query, key, value, attention_mask = with_sink(query, key, value, attention_mask, sinks / own)
     groups, prompt = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1
     if groups > 1 and prompt and query.is_cuda and query.dtype == torch.float32:
         # transformers would leave the groups to SDPA, whose one fused kernel for float32 on CUDA takes none: it would
@@ -220,34 +226,6 @@ def open_rows(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill((mask <= torch.finfo(dtype).min).all(-1, keepdim=True), 0.0)
 
 
-def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, softcap: float
-) -> Tensor:
-    """Attention whose logits s are `softcap * tanh(s / softcap)` (Gemma 2), which SDPA has not.
-
-    Args:
-        query, key, value: as in `attention_forward`.
-        mask: (batch or 1, 1 or heads, length, key length), true or 0 where a key is seen; None is causal, the last
-            query at the last key.
-
-    Returns:
-        (batch, length, heads, head_dim). One sequence at a time: the logits of a batch would not fit.
-    """
-    heads, length, size = query.shape[1:]
-    groups, seen = key.shape[1:3]
-    if mask is None:
-        mask = torch.ones(1, 1, length, seen, dtype=torch.bool, device=query.device).tril_(seen - length)
-    output = torch.empty_like(query).transpose(1, 2)
-    for i in range(len(query)):
-        logits = query[i].reshape(groups, -1, size) @ key[i].transpose(1, 2)
-        logits = logits.mul_(scaling if scaling is not None else size**-0.5).div_(softcap).tanh_().mul(softcap)
-        logits, own = logits.view(heads, length, seen), mask[min(i, len(mask) - 1), ..., :seen]
-        logits = logits.masked_fill_(~own, float("-inf")) if own.dtype == torch.bool else logits + own
-        part = logits.softmax(-1).view(groups, -1, seen) @ value[i]
-        output[i] = part.view(heads, length, -1).transpose(0, 1)
-    return output.contiguous()
-
-
 def causal_probabilities(seen: AttentionInputs, index: int, start: int, stop: int, step: int = 1) -> Tensor:
     """Softmax probabilities A of causal attention of one sequence, for n query positions range(start, stop, step).
 
@@ -271,7 +249,21 @@ def causal_probabilities(seen: AttentionInputs, index: int, start: int, stop: in
         rows = torch.arange(start, stop, step, device=query.device)
         gone = torch.arange(stop, device=query.device)[None] <= rows[:, None] - seen.window
         by_head.masked_fill_(gone, float("-inf"))
+    if seen.sinks is not None:
+        sinks = seen.sinks.to(by_head).view(len(key), -1, 1, 1).expand(*by_head.shape[:3], 1)
+        return torch.cat([by_head, sinks], -1).softmax(-1)[..., :-1].flatten(1, 2)
     return logits.softmax(-1)
+
+
+def seen_mass(seen: AttentionInputs) -> Tensor:
+    """What the probabilities of keys sum to for each query, (batch, length, heads), where heads have sinks."""
+    batch, heads, length = seen.query.shape[:3]
+    mass, step = seen.query.new_empty(batch, length, heads), max(1, _ELEMENTS // (heads * length))
+    for i in range(batch):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            mass[i, start:stop] = causal_probabilities(seen, i, start, stop).sum(-1).view(heads, -1).T
+    return mass
 
 
 @lru_cache(maxsize=8)

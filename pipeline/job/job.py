@@ -101,6 +101,8 @@ class Job:
             ]
         if not family.pre_norms:
             return ["The inputs of q, k, v, gate and up are not balanced: no norm stands before them."]
+        if family.experts and not family.linear_up:
+            return ["The inputs of the experts' down are not balanced: what clamps up's output lets no scale through."]
         if "down" not in balanced_sites(family, config, folded=False) and not family.experts:
             function = activation_of(config)
             return [f"The input of {family.down} is not balanced: {function} before it lets no scale through."]

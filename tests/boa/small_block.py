@@ -92,7 +92,8 @@ def block_tensors(model: nn.Module, decoder: Decoder, index: int) -> dict[str, T
     family, shape = decoder.family.at(index), decoder.shape.at(index)
     prefix = f"{family.layers}.{index}."
     tensors = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+    apart = [] if family.fused else [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    for name in apart:
         for i, fused in enumerate(tensors.pop(name)):
             gate, up, down = family.expert(i)
             parts = {down: fused} if name.endswith("down_proj") else dict(zip((gate, up), fused.chunk(2), strict=True))

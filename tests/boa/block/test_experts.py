@@ -27,18 +27,33 @@ class Mixture(NamedTuple):
         return full, full + 0.2 * torch.randn(full.shape, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.fixture(params=["qwen3_moe", "qwen2_moe"])
+_QWEN = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": []}
+_SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_QWEN, "moe_intermediate_size": FFN, "head_dim": 8},
+    "qwen2_moe": {**_QWEN, "moe_intermediate_size": FFN, "shared_expert_intermediate_size": 2 * FFN},
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS,
+        "moe_k": 2,
+        "moe_intermediate_size": FFN,
+        "moe_layer_start_index": 0,
+        "use_bias": True,
+    },
+    "gpt_oss": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": FFN, "head_dim": 8},
+}
+
+
+@pytest.fixture(params=_SIZES)
 def mixture(request: pytest.FixtureRequest) -> Mixture:
-    """A block of Qwen with two of four experts for each token, whose weights are not made to sum to 1; Qwen2's has a
-    shared one.
+    """A block with two of four experts for each token. Qwen's weights are not made to sum to 1, Qwen2 and Ernie have a
+    shared one, which has biases in Ernie, as all have in gpt-oss.
     """
-    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "num_experts": EXPERTS}
-    sizes |= {"head_dim": 8} if request.param == "qwen3_moe" else {"shared_expert_intermediate_size": 2 * FFN}
-    decoder = make_decoder(request.param, num_experts_per_tok=2, norm_topk_prob=False, mlp_only_layers=[], **sizes)
+    decoder = make_decoder(request.param, hidden_size=HIDDEN, **_SIZES[request.param])
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, like in decoder.empty_block(0).state_dict().items():
         noise = torch.randn(like.shape, generator=generator)
-        tensors[name] = 1 + 0.3 * noise if like.ndim == 1 else noise / like.shape[1] ** 0.5
+        tensors[name] = ("norm" in name) + 0.3 * noise if like.ndim == 1 else noise / like.shape[1] ** 0.5
+        if name.endswith(decoder.family.exact):
+            tensors[name] *= 0.1
     return Mixture(decoder, decoder.block(0, tensors))
 
 
@@ -62,7 +77,7 @@ def _down_goals(mixture: Mixture, sequences: int, solved: Solved) -> list[tuple[
         if family.expert(i)[0] in found.fallbacks:
             p = share = torch.ones_like(p)
         full, quantized = (expert_of(family, part, i) for part in (block, context.quantized))
-        y, x = full.down_proj(full.inside(norm(hf))), quantized.inside(norm(hq)) * p
+        y, x = full.inside(norm(hf)) @ full.down_proj.weight.T, quantized.inside(norm(hq)) * p
         weight, goal = solved[3 + 2 * i + 1]
         assert goal.drift is not None
         goals.append((goal.drift[0] + weight[0] @ goal.h_in[0], (p * y + share * (hf - hq)).T @ x))

@@ -19,7 +19,7 @@ from rotoboa.tests.small_families import FAMILIES, MIXTURES
 
 from ..small_block import Solved, block_tensors, run_block
 
-NAMES = [name for name in FAMILIES if name not in MIXTURES]
+NAMES = [name for name in FAMILIES if name not in MIXTURES] + ["gpt_oss"]
 BOUND = Settings(bits=4, refine=1, starts=1, tabu=0, attention="bound")
 POSITION = 5
 
@@ -27,12 +27,12 @@ POSITION = 5
 @pytest.fixture(autouse=True)
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token at the first position would not be turned."""
-    angles = Decoder.position_embeddings
+    angles = Decoder._turning
 
     def at_position(self: Decoder, length: int, index: int = 0) -> tuple[Tensor, ...]:
         return tuple(part[:, POSITION:] for part in angles(self, length + POSITION, index))
 
-    monkeypatch.setattr(Decoder, "position_embeddings", at_position)
+    monkeypatch.setattr(Decoder, "_turning", at_position)
 
 
 def _seen(decoder: Decoder, block: nn.Module, hidden: Tensor, moved: str, by: Tensor) -> AttentionInputs:

@@ -16,27 +16,32 @@ from ..problems import random
 SIZE, LENGTH, SEQUENCES, KEY_HEADS = 4, 9, 2, 2
 
 
-def attention(group: int, window: int | None = None) -> AttentionInputs:
+def attention(group: int, window: int | None = None, *, sinks: bool = False) -> AttentionInputs:
     query = 2 * random(SEQUENCES, KEY_HEADS * group, LENGTH, SIZE, seed=1)
-    return AttentionInputs(query, random(SEQUENCES, KEY_HEADS, LENGTH, SIZE, seed=2), 0.5, window, None)
+    own = random(KEY_HEADS * group, seed=4) if sinks else None
+    return AttentionInputs(query, random(SEQUENCES, KEY_HEADS, LENGTH, SIZE, seed=2), 0.5, window, None, sinks=own)
 
 
 def probabilities(seen: AttentionInputs, i: int, head: int, query: int) -> tuple[Tensor, slice]:
     """Of one query, and the keys that it sees."""
     near = slice(0 if seen.window is None else max(0, query + 1 - seen.window), query + 1)
     key = seen.key[i, head // (seen.query.shape[1] // KEY_HEADS), near]
-    return torch.softmax(seen.scaling * key @ seen.query[i, head, query], 0), near
+    logits = seen.scaling * key @ seen.query[i, head, query]
+    if seen.sinks is None:
+        return torch.softmax(logits, 0), near
+    return torch.softmax(torch.cat([logits, seen.sinks[head, None]]), 0)[:-1], near
 
 
 @pytest.mark.parametrize("room", [1, 1 << 20])
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("sinks", [False, True])
 def test_against_the_definition(
-    group: int, window: int | None, stride: int, room: int, monkeypatch: pytest.MonkeyPatch
+    group: int, window: int | None, stride: int, room: int, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rotoboa.boa.objective.fisher.LEAST", 2)
-    seen = attention(group, window)
+    seen = attention(group, window, sinks=sinks)
     keys = torch.zeros(KEY_HEADS * group, SIZE, SIZE, dtype=torch.float64)
     queries = torch.zeros(KEY_HEADS, SIZE, SIZE, dtype=torch.float64)
     for i in range(SEQUENCES):
@@ -50,10 +55,12 @@ def test_against_the_definition(
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_it_is_the_curvature_of_the_divergence() -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_it_is_the_curvature_of_the_divergence(sinks: bool) -> None:
     """The divergence of the probabilities that an error of every query of a head makes, to second order."""
-    seen, head = attention(1), 1
+    seen, head = attention(1, sinks=sinks), 1
     error = random(SIZE, seed=3)
+    sink = seen.sinks[head, None] if seen.sinks is not None else torch.zeros(0).double()
 
     def divergence(size: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -61,7 +68,8 @@ def test_it_is_the_curvature_of_the_divergence() -> None:
             for query in range(LENGTH):
                 key = seen.key[i, head, : query + 1]
                 exact = seen.scaling * key @ seen.query[i, head, query]
-                moved = exact + size * seen.scaling * key @ error
+                moved = torch.cat([exact + size * seen.scaling * key @ error, sink])
+                exact = torch.cat([exact, sink])
                 total = total + (exact.softmax(0) * (exact.log_softmax(0) - moved.log_softmax(0))).sum()
         return total
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import (
     AttentionInputs,
     AttentionTransform,
     attention_forward,
-    capped_attention,
     causal_probabilities,
+    seen_mass,
 )
+from rotoboa.boa.online.products import capped_attention
 from rotoboa.errors import InputError
 from rotoboa.rotation.hadamard import Hadamard
 
@@ -178,3 +180,28 @@ def test_without_a_mask_later_keys_are_room_in_a_cache(softcap: float | None) ->
 def test_a_mask_of_integers_is_refused(softcap: float | None) -> None:
     with pytest.raises(InputError, match=r"booleans or of numbers to add, and this one is of int64: give mask\.bool"):
         attention_forward(MODULE, *_inputs(), _mask(None).long(), softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_sinks_are_those_of_transformers(window: int | None) -> None:
+    """Output and probabilities of gpt-oss's own, with a mask of booleans, of numbers, and without."""
+    module, sinks = attention_module(HEADS // GROUPS, SIZE), random(HEADS, seed=3)
+    module.sinks = sinks
+    hidden = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~_mask(window), -1e300)
+    expected, a = modeling_gpt_oss.eager_attention_forward(module, *_inputs(), hidden, scaling=0.3)
+    options: dict[str, Any] = {"scaling": 0.3, "s_aux": sinks, "sliding_window": window}
+    for mask in (_mask(window), hidden, *([None] if window is None else [])):
+        found, _ = attention_forward(module, *_inputs(), mask, **options)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    query, key, value = _inputs()
+    last, _ = attention_forward(module, query[:, :, -1:], key, value, _mask(window)[:, :, -1:], **options)
+    torch.testing.assert_close(last, expected[:, -1:], rtol=0, atol=1e-12)
+    if window is None:  # one query sees every key
+        last, _ = attention_forward(module, query[:, :, -1:], key, value, None, **options)
+        torch.testing.assert_close(last, expected[:, -1:], rtol=0, atol=1e-12)
+    seen = AttentionInputs(query, key, 0.3, window, sinks=sinks)
+    for i in range(BATCH):
+        mine = causal_probabilities(seen, i, 3, LENGTH, 2).unflatten(1, (HEADS // GROUPS, -1)).flatten(0, 1)
+        torch.testing.assert_close(mine, a[i, :, 3::2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen_mass(seen), a.sum(-1).transpose(1, 2), rtol=0, atol=1e-12)
+    assert a.sum(-1).min() < 0.6

@@ -19,8 +19,8 @@ from rotoboa.models.families import family_for
 from rotoboa.rotation.hadamard import Hadamard
 
 # Without longrope: transformers lets the longest prompt of a batch choose the frequencies of all.
-NAMES = ["llama-biases", "mistral", "qwen2", "qwen3", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
-BY_KIND = {"qwen2", "gemma2", "gemma3_text"}  # that take a mask for each kind of layer
+NAMES = ["llama-biases", "mistral", "qwen2", "qwen3", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "gpt_oss"]
+BY_KIND = {"qwen2", "gemma2", "gemma3_text", "gpt_oss"}  # that take a mask for each kind of layer
 SHORT, LONG = 14, 24
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

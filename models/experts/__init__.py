@@ -1,0 +1,1 @@
+"""Experts of a mixture: their modules, and how files hold them."""

@@ -1,0 +1,78 @@
+"""The modules that take the place of transformers' experts, each with linear layers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ClampedGate(nn.Module):
+    """What gpt-oss makes of gate and up: `(up + 1) * gate * sigmoid(alpha * gate)`, both within `limit`."""
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Both (tokens, ffn) -> the same; the gate has an upper bound alone."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+
+class Expert(nn.Module):
+    """One expert: `down(act(gate(x)) * up(x))`, or with a `ClampedGate`; `bias`: each of the three has one."""
+
+    def __init__(self, hidden: int, ffn: int, activation: nn.Module, like: Tensor, *, bias: bool = False) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": bias, "device": like.device, "dtype": like.dtype}
+        self.gate_proj = nn.Linear(hidden, ffn, **options)
+        self.up_proj = nn.Linear(hidden, ffn, **options)
+        self.down_proj = nn.Linear(ffn, hidden, **options)
+        self.act_fn = activation
+
+    def inside(self, x: Tensor) -> Tensor:
+        """The input of the down projection, (tokens, ffn)."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden: Tensor = self.act_fn(gate, up) if isinstance(self.act_fn, ClampedGate) else self.act_fn(gate) * up
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) -> the same."""
+        output: Tensor = self.down_proj(self.inside(x))
+        return output
+
+
+class Experts(nn.ModuleList):
+    """The experts of a block; transformers keeps all of them in two tensors of three dimensions."""
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Sum over a token's experts, each by its weight.
+
+        Args:
+            hidden: (tokens, hidden).
+            index, weights: (tokens, experts per token), as the router gives them.
+        """
+        return sum_of_experts(len(self), lambda i, x: self[i](x), hidden, index, weights)
+
+
+def sum_of_experts(
+    count: int, run: Callable[[int, Tensor], Tensor], hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """As of `Experts`, of so many; `run` is what an expert computes of its tokens."""
+    output = torch.zeros_like(hidden)
+    for i in range(count):
+        token, place = torch.where(index == i)
+        if len(token):
+            part = run(i, hidden[token]) * weights[token, place, None]
+            output.index_add_(0, token, part.to(output.dtype))
+    return output
+
+
+def split_experts(fused: Any, hidden: int, ffn: int, *, bias: bool) -> Experts:
+    """Experts of their own in place of a module of transformers that has all in two tensors; without its weights."""
+    activation = getattr(fused, "act_fn", None) or ClampedGate(fused.alpha, fused.limit)
+    like = next(fused.parameters())
+    return Experts(Expert(hidden, ffn, activation, like, bias=bias) for _ in range(fused.num_experts))
