@@ -76,6 +76,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="The least time of so many.")] = 3,
     compiled: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
     name: Annotated[str, typer.Option(help="Of the model, in the page.")] = "",
+    only_page: Annotated[bool, typer.Option("--only-page", help="Write the page of what was timed.")] = False,
 ) -> None:
     """Quantize, export and time what is not timed yet, and write the page."""
     work.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def main(
     for case in (DENSE, *CASES):
         for runtime in runtimes.split(","):
             key = f"{runtime}: {case}"
-            if key in timed or (case != DENSE and runtime not in CASES[case].runtimes):
+            if only_page or key in timed or (case != DENSE and runtime not in CASES[case].runtimes):
                 continue
             folder = made(model, work, runtime, case)
             row = time_it(runtime, folder, {**asked, "packed": case != DENSE}, work)
