@@ -8,6 +8,7 @@ be taken is refused here, before any work.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ...errors import InputError
+from ..experts.expert_layers import Experts, is_plain, split_experts
 from ..family import Family
 from .shell import Call, Shell, fill_buffers
 
@@ -97,6 +99,7 @@ class _UnfitError(Exception):
 @torch.no_grad()
 def _found(config: PretrainedConfig) -> GenericFamily:
     model = meta_model(config)
+    renamed, experts = _renamed(model), _split(model)
     layers, blocks = _blocks(model, int(getattr(config, "num_hidden_layers", 0) or 0))
     for block in blocks:
         _check_weights(block, [name for name, part in block.named_modules() if isinstance(part, nn.Linear)])
@@ -131,6 +134,7 @@ def _found(config: PretrainedConfig) -> GenericFamily:
             groups.setdefault(id(tensor), []).append(name)
     _check_weights(blocks[0], linears)
     outer = (names[id(embedding)], end[0], end[1])
+    inside = _experts_of(blocks, experts)
     others = [name for name in model.state_dict() if not name.startswith((f"{layers}.", *(f"{m}." for m in outer)))]
     return GenericFamily(
         config.model_type,
@@ -140,7 +144,8 @@ def _found(config: PretrainedConfig) -> GenericFamily:
         final_norm=outer[1],
         head=outer[2],
         others=tuple(others),
-        renamed=_renamed(model),
+        renamed=renamed,
+        **inside,
         groups=tuple(tuple(group) for group in groups.values()),
         sizes={name: _size(blocks[0], name) for name in linears},
         outputs=outputs,
@@ -185,11 +190,54 @@ def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
 
 
 def _renamed(model: Any) -> tuple[tuple[str, str], ...]:
-    """(pattern, replacement) from names on disk to those of the modules, as transformers has them."""
-    changes = get_model_conversion_mapping(model, add_legacy=False)
-    if not all(isinstance(one, WeightRenaming) for one in changes):
+    """(pattern, replacement) from names on disk to those of the modules, as transformers has them.
+
+    Experts that are each by itself on disk have the names that `split_experts` gives them.
+    """
+    found: list[tuple[str, str]] = []
+    for one in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(one, WeightConverter):
+            found += _of_experts(one)
+        elif isinstance(one, WeightRenaming):
+            found += zip(one.source_patterns, one.target_patterns, strict=True)
+        else:
+            raise _UnfitError("its tensors are not on disk as it computes with them")
+    return tuple(found)
+
+
+def _of_experts(change: WeightConverter) -> list[tuple[str, str]]:
+    """The names of one projection of each expert, or of two that are laid end to end in one tensor of all."""
+    (target, *more), sources = change.target_patterns, change.source_patterns
+    stem, _, last = target.removesuffix("$").rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+    known = all(isinstance(step, MergeModulelist | Concatenate) for step in change.operations)
+    alone = all(source.count("*") == 1 for source in sources)
+    if more or not known or not alone or len(sources) != len(parts):
         raise _UnfitError("its tensors are not on disk as it computes with them")
-    return tuple(pair for one in changes for pair in zip(one.source_patterns, one.target_patterns, strict=True))
+    patterns = (re.escape(source.removesuffix("$")).replace(r"\*", r"(\d+)") for source in sources)
+    return [(f"{p}$", rf"{stem}.\1.{part}.weight") for p, part in zip(patterns, parts, strict=True)]
+
+
+def _split(model: nn.Module) -> list[str]:
+    """Give experts that are held together linear layers of their own, in place; the names of what had them."""
+    names = [name for name, module in model.named_modules() if is_plain(module)]
+    for name in names:
+        fused: Any = model.get_submodule(name)
+        _, hidden, ffn = fused.down_proj.shape
+        model.set_submodule(name, split_experts(fused, hidden, ffn, bias=False))
+    return names
+
+
+def _experts_of(blocks: nn.ModuleList, names: list[str]) -> dict[str, Any]:
+    """What a family says of the experts of its blocks, of which each has one mixture or none."""
+    inside = [name for name, module in blocks[0].named_modules() if isinstance(module, Experts)]
+    if len(inside) != (len(names) > 0) or len(names) not in (0, len(blocks)):
+        raise _UnfitError("its blocks have experts in several places, or not all of them have")
+    if not inside:
+        return {}
+    parts = {part: f"{inside[0]}.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+    count = len(list(blocks[0].get_submodule(inside[0]).children()))
+    return {"experts": inside[0], "fused": True, "expert_count": count, **parts}
 
 
 def _outputs(block: nn.Module, call: Call, hidden: int) -> int:
