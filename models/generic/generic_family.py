@@ -8,15 +8,12 @@ be taken is refused here, before any work.
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -24,8 +21,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ...errors import InputError
-from ..experts.expert_layers import Experts, is_plain, split_experts
 from ..family import Family
+from .generic_experts import UnfitError, experts_of_blocks, renamed_in, split_all
 from .shell import Call, Shell, fill_buffers
 
 LENGTH = 8
@@ -84,7 +81,7 @@ def generic_family(config: PretrainedConfig, source: str) -> GenericFamily:
         try:
             with torch.device("cpu"):  # transformers asks for it while it makes a model on the meta device
                 _FOUND[key] = _found(config)
-        except _UnfitError as error:
+        except UnfitError as error:
             raise InputError(
                 f"{source} is a '{config.model_type}' model, which has no row of its own, and {error}: choose another "
                 "model."
@@ -92,21 +89,17 @@ def generic_family(config: PretrainedConfig, source: str) -> GenericFamily:
     return _FOUND[key]
 
 
-class _UnfitError(Exception):
-    """Says what a model is that it should not be, or has."""
-
-
 @torch.no_grad()
 def _found(config: PretrainedConfig) -> GenericFamily:
     model = meta_model(config)
-    renamed, experts = _renamed(model), _split(model)
+    renamed, experts = renamed_in(model), split_all(model)
     layers, blocks = _blocks(model, int(getattr(config, "num_hidden_layers", 0) or 0))
     for block in blocks:
         _check_weights(block, [name for name, part in block.named_modules() if isinstance(part, nn.Linear)])
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise _UnfitError("its embedding or its output layer is no plain one")
+        raise UnfitError("its embedding or its output layer is no plain one")
     try:
         shell = Shell(model, layers, outputs=0, dtype=torch.float32, device="cpu")
         outputs = _outputs(blocks[0], shell.first_call(1, LENGTH), embedding.embedding_dim)
@@ -120,13 +113,13 @@ def _found(config: PretrainedConfig) -> GenericFamily:
         end = [places[id(module)] for module in shell.after_blocks(LENGTH)]
     except Exception as error:  # whatever its code raises: it does not run as other decoders do
         what = " ".join(str(error).split())[:200].rstrip(".")
-        raise _UnfitError(f"its blocks do not run by themselves ({type(error).__name__}: {what})") from error
+        raise UnfitError(f"its blocks do not run by themselves ({type(error).__name__}: {what})") from error
     if not chained:
-        raise _UnfitError("something is computed between its blocks, or not all of them run")
+        raise UnfitError("something is computed between its blocks, or not all of them run")
     if not told:
-        raise _UnfitError("its blocks are given more of the tokens than their hidden states")
+        raise UnfitError("its blocks are given more of the tokens than their hidden states")
     if len(end) != 2 or end[-1] != names[id(head)] or not _is_norm(shell.model.get_submodule(end[0])):
-        raise _UnfitError("between its last block and its output layer there is something else than one norm")
+        raise UnfitError("between its last block and its output layer there is something else than one norm")
     linears = _linears(config, ran, blocks)
     groups: dict[int, list[str]] = {}
     for name, tensor in ran[0]:
@@ -134,7 +127,7 @@ def _found(config: PretrainedConfig) -> GenericFamily:
             groups.setdefault(id(tensor), []).append(name)
     _check_weights(blocks[0], linears)
     outer = (names[id(embedding)], end[0], end[1])
-    inside = _experts_of(blocks, experts)
+    inside = experts_of_blocks(blocks, experts)
     others = [name for name in model.state_dict() if not name.startswith((f"{layers}.", *(f"{m}." for m in outer)))]
     return GenericFamily(
         config.model_type,
@@ -179,65 +172,14 @@ def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and count and len(m) == count]
     lists = [(name, blocks) for name, blocks in lists if any(isinstance(m, nn.Linear) for m in blocks.modules())]
     if not lists:
-        raise _UnfitError("it is no list of blocks with linear layers")
+        raise UnfitError("it is no list of blocks with linear layers")
     name, blocks = lists[0]
     kinds = sorted({type(block).__name__ for block in blocks})
     if len(kinds) > 1:
-        raise _UnfitError(f"its blocks are of several kinds ({', '.join(kinds)})")
+        raise UnfitError(f"its blocks are of several kinds ({', '.join(kinds)})")
     if len({id(p) for p in blocks.parameters()}) < sum(1 for block in blocks for _ in block.parameters()):
-        raise _UnfitError("its blocks share weights")
+        raise UnfitError("its blocks share weights")
     return name, blocks
-
-
-def _renamed(model: Any) -> tuple[tuple[str, str], ...]:
-    """(pattern, replacement) from names on disk to those of the modules, as transformers has them.
-
-    Experts that are each by itself on disk have the names that `split_experts` gives them.
-    """
-    found: list[tuple[str, str]] = []
-    for one in get_model_conversion_mapping(model, add_legacy=False):
-        if isinstance(one, WeightConverter):
-            found += _of_experts(one)
-        elif isinstance(one, WeightRenaming):
-            found += zip(one.source_patterns, one.target_patterns, strict=True)
-        else:
-            raise _UnfitError("its tensors are not on disk as it computes with them")
-    return tuple(found)
-
-
-def _of_experts(change: WeightConverter) -> list[tuple[str, str]]:
-    """The names of one projection of each expert, or of two that are laid end to end in one tensor of all."""
-    (target, *more), sources = change.target_patterns, change.source_patterns
-    stem, _, last = target.removesuffix("$").rpartition(".")
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
-    known = all(isinstance(step, MergeModulelist | Concatenate) for step in change.operations)
-    alone = all(source.count("*") == 1 for source in sources)
-    if more or not known or not alone or len(sources) != len(parts):
-        raise _UnfitError("its tensors are not on disk as it computes with them")
-    patterns = (re.escape(source.removesuffix("$")).replace(r"\*", r"(\d+)") for source in sources)
-    return [(f"{p}$", rf"{stem}.\1.{part}.weight") for p, part in zip(patterns, parts, strict=True)]
-
-
-def _split(model: nn.Module) -> list[str]:
-    """Give experts that are held together linear layers of their own, in place; the names of what had them."""
-    names = [name for name, module in model.named_modules() if is_plain(module)]
-    for name in names:
-        fused: Any = model.get_submodule(name)
-        _, hidden, ffn = fused.down_proj.shape
-        model.set_submodule(name, split_experts(fused, hidden, ffn, bias=False))
-    return names
-
-
-def _experts_of(blocks: nn.ModuleList, names: list[str]) -> dict[str, Any]:
-    """What a family says of the experts of its blocks, of which each has one mixture or none."""
-    inside = [name for name, module in blocks[0].named_modules() if isinstance(module, Experts)]
-    if len(inside) != (len(names) > 0) or len(names) not in (0, len(blocks)):
-        raise _UnfitError("its blocks have experts in several places, or not all of them have")
-    if not inside:
-        return {}
-    parts = {part: f"{inside[0]}.{{}}.{part}_proj" for part in ("gate", "up", "down")}
-    count = len(list(blocks[0].get_submodule(inside[0]).children()))
-    return {"experts": inside[0], "fused": True, "expert_count": count, **parts}
 
 
 def _outputs(block: nn.Module, call: Call, hidden: int) -> int:
@@ -304,12 +246,12 @@ def _linears(config: PretrainedConfig, ran: list[list[tuple[str, Tensor]]], bloc
     for index, inputs in enumerate(ran):
         names = [name for name, _ in inputs]
         if len(set(names)) < len(names):
-            raise _UnfitError(f"a linear layer of block {index} runs more than once")
+            raise UnfitError(f"a linear layer of block {index} runs more than once")
         sizes = [(name, _size(blocks[index], name)) for name in names]
         found.append([(name, size) for name, size in sizes if size[0] not in experts and size[0] > _FEW])
     if any(one != found[0] for one in found):
         index = next(i for i, one in enumerate(found) if one != found[0])
-        raise _UnfitError(f"its blocks 0 and {index} have other linear layers")
+        raise UnfitError(f"its blocks 0 and {index} have other linear layers")
     return [name for name, _ in found[0]]
 
 
@@ -319,4 +261,4 @@ def _check_weights(block: nn.Module, linears: list[str]) -> None:
     rest = {name: p.numel() for name, p in block.named_parameters() if name not in inside and p.ndim > 1}
     whole = sum(p.numel() for p in block.parameters())
     if sum(rest.values()) * 2 > whole:
-        raise _UnfitError(f"most weights of a block are in no linear layer ({max(rest, key=rest.__getitem__)})")
+        raise UnfitError(f"most weights of a block are in no linear layer ({max(rest, key=rest.__getitem__)})")
