@@ -174,7 +174,7 @@ def projection_columns(family: Family, shape: Shape, index: int = 0) -> dict[str
     family, shape = family.at(index), shape.at(index)
     widths = {"qkv": shape.hidden, "output": shape.query_width, "gate_up": shape.hidden, "down": shape.ffn}
     shared = {family.shared_down: shape.shared_ffn} if family.shared else {}
-    found = {name: widths[site] for name, site in family.sites.items()} | shared
+    found = {name: widths.get(site, 0) for name, site in family.sites.items()} | shared
     return found | {name: own[name][1] for name in found if name in own}
 
 
@@ -186,7 +186,7 @@ def projection_rows(family: Family, shape: Shape, index: int = 0) -> dict[str, i
     others = {} if family.mixed else {family.key: shape.key_width, family.value: shape.key_width}
     if family.shared:
         others |= dict.fromkeys(family.expert(family.expert_count)[:2], shape.shared_ffn)
-    found = {name: sizes[site] for name, site in family.sites.items()}
+    found = {name: sizes.get(site, 0) for name, site in family.sites.items()}
     return (
         found
         | {name: rows for name, rows in others.items() if name in found}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from .names import give_causal, left_out, left_out_notice, listed, misfit, renam
 from .outer_layers import OuterLayers
 from .running import read_config
 from .shape import Shape
+from .stored import block_fp8
 from .tokenizer import is_pointer
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +48,7 @@ class Checkpoint:
         self.config = read_config(folder)
         self.family: Family = family_for(self.config, str(folder))
         self._stored = {renamed(stored, self.family): (file, stored) for stored, file in self._locate().items()}
+        self._scales = block_fp8.take_scales(self._stored) if self.family.packed == block_fp8.METHOD else {}
         self._untied = self._settle_head()
 
     def _settle_head(self) -> bool:
@@ -120,10 +123,10 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The tensor files."""
-        return sorted({file for file, _ in self._stored.values()})
+        return sorted({file for file, _ in (*self._stored.values(), *self._scales.values())})
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, as stored, on the CPU.
+        """One tensor, as stored, on the CPU; in float32 where a scale for each block is beside it.
 
         Raises:
             InputError: the checkpoint has no such tensor, or its file is damaged.
@@ -132,12 +135,18 @@ class Checkpoint:
         if name not in self._stored:
             raise InputError(f"{self.folder} has no tensor {name}, which its architecture needs: download it again.")
         file, stored = self._stored[name]
+        tensor = self._read(file, stored, name)
+        if name in self._scales:
+            tensor = block_fp8.dequantized(tensor, self._read(*self._scales[name], name))
+        check_finite(file, name, tensor)
+        return tensor
+
+    def _read(self, file: Path, stored: str, name: str) -> Tensor:
         try:
             with self._open(file) as reader:
                 tensor: Tensor = reader.get_tensor(stored)
         except SafetensorError as error:
             raise InputError(f"{file}: tensor {name} cannot be read ({error}): download it again.") from error
-        check_finite(file, name, tensor)
         return tensor
 
     def matrix(self, name: str) -> StoredMatrix:
@@ -193,13 +202,21 @@ class Checkpoint:
                             f"{file} has no tensor {name}, which the index says it has: download it again."
                         )
                     if name in expected:
-                        bytes_of = name.endswith((BLOCKS, SCALES)) and bool(self.family.packed)
-                        check_slice(f"{file}: tensor {name}", reader.get_slice(original), expected[name], bytes_of)
+                        self._check_slice(name, reader.get_slice(original), expected[name])
                     elif name.startswith(blocks) and not name.endswith(self.family.ignored):
                         what = f"{file}: tensor {name} is unknown to the '{self.family.model_type}' architecture"
                         if TENSOR.search(name):
                             raise InputError(f"{what}, and is an adapter's: {MERGE}.")
                         raise InputError(f"{what}: give a full-precision checkpoint as transformers saves it.")
+
+    def _check_slice(self, name: str, found: Any, expected: torch.Size) -> None:
+        what = f"{self._stored[name][0]}: tensor {name}"
+        bytes_of = "U8" if self.family.packed and name.endswith((BLOCKS, SCALES)) else ""
+        check_slice(what, found, expected, block_fp8.DTYPE if name in self._scales else bytes_of)
+        if name in self._scales:
+            file, stored = self._scales[name]
+            with self._open(file) as reader:
+                block_fp8.check_scale(what, tuple(reader.get_slice(stored).get_shape()), expected)
 
     def notices(self, expected: Mapping[str, torch.Size]) -> list[str]:
         """A sentence on each kind of thing in the folder that has no part in the model whose tensors are `expected`."""

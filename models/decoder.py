@@ -180,15 +180,17 @@ class Decoder:
         if not self.turns(index):
             like = torch.ones(1, length, self.shape.head_dim, device=self.device, dtype=self.dtype)
             return like, torch.zeros_like(like)
-        cos, sin = self._turning(length, index)
-        return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if self.family.rope_halves else (cos, sin)
+        found = self._turning(length, index)
+        cos, sin = (found.real, found.imag) if isinstance(found, Tensor) else found
+        once = self.family.rope_halves or isinstance(found, Tensor)
+        return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if once else (cos, sin)
 
-    def _turning(self, length: int, index: int) -> tuple[Tensor, Tensor]:
-        """The same, as the module of the class gives it."""
+    def _turning(self, length: int, index: int) -> tuple[Tensor, Tensor] | Tensor:
+        """The same, as the module of the class gives it: of some they are complex numbers, one for two channels."""
         assert self._rotary is not None
         like = torch.zeros(1, device=self.device, dtype=self.dtype)
         kind = {"layer_type": self.config.layer_types[index]} if self.family.rope_by_layer else {}
-        embeddings: tuple[Tensor, Tensor] = self._rotary(
+        embeddings: tuple[Tensor, Tensor] | Tensor = self._rotary(
             like, position_ids=torch.arange(length, device=self.device)[None], **kind
         )
         return embeddings
@@ -221,7 +223,7 @@ class Decoder:
             "position_ids": torch.arange(length, device=self.device)[None],
         }
         if self._rotary is not None:
-            turning = self._turning if self.family.rope_halves else self.position_embeddings
+            turning = self._turning if self.turns(index) else self.position_embeddings
             arguments["position_embeddings"] = turning(length, index)
         if self.family.own_attention:
             arguments["alibi"] = self._alibi(length) if self.family.alibi else None

@@ -7,14 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from .family import SITES, Family
-from .rows import hybrid_rows, layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
+from .family import ALL_SITES, SITES, Family
+from .rows import hybrid_rows, latent_rows, layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
 from .rows.row_parts import Merged
 from .rows.seeing_rows import rows_that_see
 
-__all__ = ["FAMILIES", "SITES", "Family", "Merged", "check_type", "family_for", "family_of", "has_row", "variant_of"]
+__all__ = [
+    "ALL_SITES",
+    "FAMILIES",
+    "SITES",
+    "Family",
+    "Merged",
+    "check_type",
+    "family_for",
+    "family_of",
+    "has_row",
+    "variant_of",
+]
 
-_TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows, hybrid_rows)
+_TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows, hybrid_rows, latent_rows)
 FAMILIES: dict[str, Family] = {row.model_type: row for table in _TABLES for row in table.ROWS}
 FAMILIES |= rows_that_see(FAMILIES)
 
@@ -22,8 +33,6 @@ FAMILIES |= rows_that_see(FAMILIES)
 _REASONS = {
     "llama4": "its router scales what its experts read, and attention is by chunks",
     "llama4_text": "its router scales what its experts read, and attention is by chunks",
-    "deepseek_v2": "its attention compresses keys and values",
-    "deepseek_v3": "its attention compresses keys and values",
 }
 
 

@@ -16,6 +16,8 @@ from .rows.row_parts import Merged, Sight, Variant
 
 SITES = ("qkv", "output", "gate_up", "down")
 """The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
+ALL_SITES = (*SITES, "latent")
+"""With those of layers that read what is compressed, which few families have."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Family:
             `interleaved`: gates and ups alternate in them. `expert_bias`: each projection of an expert has a bias.
         packed: what a checkpoint's `quant_method` may be: its weights are read as the numbers that they mean.
         linear_up: what `down` reads is linear in what `up` puts out, where there is a gate.
-        ffn_field, experts_field, key_heads: names of these sizes in the config; `key_heads` may be the number itself.
-            What is not there is 4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose
-            product is the width of the shared expert; a dense block's is `intermediate_size`.
+        ffn_field, experts_field, key_heads, head_field: names of these sizes in the config; `key_heads` may be the
+            number itself, `head_field` is of values where queries and keys are of another width. What is not there is
+            4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose product is the width of
+            the shared expert; a dense block's is `intermediate_size`.
         head_bias: the output layer has one.
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
@@ -74,6 +77,8 @@ class Family:
         kinds: by the values of the config's `layer_types`, what blocks of that kind have instead; see `at`.
         mixed: of a kind without attention: the quantized layers of what stands in its place that read the norm.
             `attention` is then that module, and `query`, `key` and `value` are "".
+        compressions: layers that read attention's norm and put out fewer numbers, which norms follow; the last is that
+            of keys and values. `latents`: the layers, of `query`, `key` and `value`, that read those.
         kept: further layers that read attention's norm, and stay as they are, as a router does: they decide for how
             long something is remembered.
         measured: rows and columns of layers by the config, where `Shape` does not tell them.
@@ -154,12 +159,15 @@ class Family:
     experts_field: str | None = None
     shared_fields: tuple[str, ...] = ()
     key_heads: str | int = "num_key_value_heads"
+    head_field: str = "head_dim"
     head_bias: bool = False
     expert_count: int = 0
     attention_gate: str = ""
     kinds: Mapping[str, Mapping[str, Any]] | None = None
     mixed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    compressions: tuple[str, ...] = ()
+    latents: tuple[str, ...] = ()
     measured: Callable[[Any], Mapping[str, tuple[int, int]]] | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     variants: tuple[Variant, ...] = ()
@@ -241,7 +249,8 @@ class Family:
     def attention_inputs(self) -> tuple[str, ...]:
         """The quantized layers that read the norm of attention, or of what stands in its place."""
         gate = (self.attention_gate,) if self.attention_gate else ()
-        return self.mixed or (self.query, self.key, self.value, *gate)
+        plain = (name for name in (self.query, self.key, self.value) if name not in self.latents)
+        return self.mixed or (*self.compressions, *plain, *gate)
 
     @property
     def has_values(self) -> bool:
@@ -268,7 +277,8 @@ class Family:
     @property
     def sites(self) -> dict[str, str]:
         """Each quantized projection of a block, in the order they compute, and the site whose transform it reads."""
-        names = {**dict.fromkeys(self.attention_inputs, "qkv"), self.output: "output"}
+        names = {**dict.fromkeys(self.attention_inputs, "qkv"), **dict.fromkeys(self.latents, "latent")}
+        names[self.output] = "output"
         if not self.experts:
             return names | dict.fromkeys(self.mlp_inputs, "gate_up") | {self.down: "down"}
         for i in self.all_experts:

@@ -48,7 +48,7 @@ def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str
         assert isinstance(linear, nn.Linear)
         stacked = Stacked(_groups(merged, shape))
         for part, size in merged.parts.items():
-            stacked.add_module(part, _linear(linear, getattr(shape, size)))
+            stacked.add_module(part, _linear(linear, _rows(merged, part, size, family, shape)))
         block.set_submodule(merged.name, stacked)
     if family.own_attention:
         inner = block.get_submodule(family.attention)
@@ -75,6 +75,11 @@ def _groups(merged: Merged, shape: Shape) -> int:
     return int(getattr(shape, merged.groups)) if merged.groups else 1
 
 
+def _rows(merged: Merged, part: str, size: str, family: Family, shape: Shape) -> int:
+    """Of a part of a merged layer."""
+    return int(getattr(shape, size)) if size else (family.sizes or {})[f"{merged.name}.{part}"][0]
+
+
 def _linear(like: nn.Linear, outputs: int) -> nn.Linear:
     weight = like.weight
     return nn.Linear(like.in_features, outputs, like.bias is not None, device=weight.device, dtype=weight.dtype)
@@ -87,7 +92,7 @@ def split_tensors(tensors: Mapping[str, Tensor], family: Family, shape: Shape) -
         for kind in ("weight", "bias"):
             if (tensor := result.pop(f"{merged.name}.{kind}", None)) is not None:
                 groups = _groups(merged, shape)
-                sizes = [getattr(shape, size) // groups for size in merged.parts.values()]
+                sizes = [_rows(merged, *part, family, shape) // groups for part in merged.parts.items()]
                 pieces = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
                 names = (f"{merged.name}.{part}.{kind}" for part in merged.parts)
                 result.update(zip(names, (piece.flatten(0, 1) for piece in pieces), strict=True))

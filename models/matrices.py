@@ -132,10 +132,10 @@ def check_finite(file: Path, name: str, tensor: Tensor) -> None:
         raise RunError(f"{file}: tensor {name} holds NaN or Inf: download it again, or look for a sound checkpoint.")
 
 
-def check_slice(what: str, found: Any, expected: torch.Size, packed: bool = False) -> None:
+def check_slice(what: str, found: Any, expected: torch.Size, packed: str = "") -> None:
     """Check shape and dtype of a stored tensor, of which `found` is safetensors' slice; `what` names it in errors.
 
-    A `packed` one is of bytes.
+    `packed` is the dtype of what does not hold the numbers themselves.
 
     Raises:
         InputError: it has another shape, or its numbers are no floating-point ones.
@@ -145,5 +145,5 @@ def check_slice(what: str, found: Any, expected: torch.Size, packed: bool = Fals
         raise InputError(
             f"{what} has shape {shape}, and config.json asks for {tuple(expected)}: they do not belong together."
         )
-    if dtype not in (("U8",) if packed else ("F16", "BF16", "F32", "F64")):
+    if dtype not in ((packed,) if packed else ("F16", "BF16", "F32", "F64")):
         raise InputError(f"{what} is stored as {dtype}: give the full-precision checkpoint.")

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import InputError
 from .families import FAMILIES, check_type
+from .stored.block_fp8 import is_readable
 
 _FIELDS = frozenset(
     {
@@ -77,7 +78,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         check_type(str(raw.get("model_type")), str(folder))
         if packed := raw.get("quantization_config"):
             row = FAMILIES.get(str(raw.get("model_type")))
-            if row is None or not row.packed or packed.get("quant_method") != row.packed:
+            if row is None or not is_readable(packed, row.packed):
                 raise InputError(f"{folder} is quantized already: give the full-precision checkpoint.")
         config = forget_running(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         if packed:

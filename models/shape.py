@@ -73,7 +73,7 @@ class Shape:
             ffn=int(sizes[row.down][1] if row.down in sizes else getattr(config, row.ffn_field, None) or 4 * hidden),
             query_heads=heads,
             key_heads=int(key_heads or heads),
-            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+            head_dim=int(getattr(config, row.head_field, None) or hidden // heads),
             vocabulary=int(config.vocab_size),
             experts=int(getattr(config, row.experts_field)) if row.experts_field else 0,
             shared_ffn=math.prod(int(getattr(config, field)) for field in row.shared_fields) if row.shared else 0,

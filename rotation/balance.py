@@ -48,7 +48,7 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     if family.mixed:
         return (*before, *downs)
     sites = (*before[:1], "output", *before[1:], *downs)
-    return (*sites, *HEADS) if keys else sites
+    return (*sites, *HEADS) if keys and not family.compressions else sites
 
 
 Record = Callable[[nn.Module, None, Callable[[Any], None] | None], None]

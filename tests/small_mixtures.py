@@ -15,6 +15,17 @@ _GLM4: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "pad_token_id": None,
 }
+_LATENT: dict[str, Any] = {
+    **_GLM4,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_nextn_predict_layers": 0,
+}
 SMALL_MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -54,6 +65,16 @@ SMALL_MIXTURES: dict[str, dict[str, Any]] = {
         "sliding_window": 9,
         "layer_types": ["sliding_attention", "full_attention"],
         "norm_topk_prob": True,
+    },
+    "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
+    "deepseek_v3-halves": {**_LATENT, "model_type": "deepseek_v3", "rope_interleave": False, "attention_bias": True},
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy"},
+    "deepseek_v2-lite": {
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
     },
     "ernie4_5_moe": {
         "moe_num_experts": 4,

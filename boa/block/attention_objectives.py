@@ -58,12 +58,12 @@ def _normed(context: BlockContext, outputs: Tensor) -> Tensor:
     """What the norms of queries or keys read, (batch, length, heads * head_dim), of a projection's `outputs`."""
     if not context.family.head_norms_last:
         return outputs
-    cos, sin = _angles(context, outputs.shape[1])
+    cos, sin = angles(context, outputs.shape[1])
     heads = outputs.unflatten(-1, (-1, context.shape.head_dim))
     return turned(heads, cos, sin, neighbours=context.family.rope_neighbours).flatten(-2)
 
 
-def _angles(context: BlockContext, length: int) -> tuple[Tensor, Tensor]:
+def angles(context: BlockContext, length: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the block's RoPE, (length, rotated channels)."""
     cos, sin = context.decoder.position_embeddings(length, context.decoder.index_of(context.full))
     return cos[0], sin[0]
@@ -91,8 +91,8 @@ def query_key_objective(
     """Query heads, then key heads: they share H_in, so they are one problem of stacked heads."""
     f, shape = context.family, context.shape
     turn = partial(positions_pull_back, neighbours=f.rope_neighbours)
-    angles = _angles(context, length)
-    keys, queries = (gram if f.head_norms_last else turn(gram, *angles) for gram in grams.value().grams())
+    turning = angles(context, length)
+    keys, queries = (gram if f.head_norms_last else turn(gram, *turning) for gram in grams.value().grams())
     h_out = {f.query: keys.repeat_interleave(shape.query_heads // len(keys), 0), f.key: queries}
     for name, norm in ((f.query, f.query_norm), (f.key, f.key_norm)):
         if norm is not None:
@@ -100,7 +100,7 @@ def query_key_objective(
             moments = norms[name].value().moments
             h_out[name] = norm_pull_back(h_out[name], weight, moments, whole=f.head_norms_whole)
     if f.head_norms_last:
-        h_out = {name: turn(gram, *angles) for name, gram in h_out.items()}
+        h_out = {name: turn(gram, *turning) for name, gram in h_out.items()}
     return replace(inputs.value().objective(), h_out=torch.cat([h_out[f.query], h_out[f.key]]))
 
 

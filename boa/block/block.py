@@ -15,6 +15,7 @@ from .context import BlockContext, BlockResult, Streams
 from .experts_step import quantize_experts
 from .fold_step import fold_channels
 from .input_scales import find_scales
+from .latent_step import quantize_latents
 from .mixer_step import quantize_mixer
 from .mlp_step import quantize_mlp
 from .plain_step import quantize_plain
@@ -63,7 +64,8 @@ def _quantize_layers(context: BlockContext, streams: Streams) -> BlockResult:
     """Layer after layer, each given what those before it make of the quantized stream."""
     f = context.family
     before = streams.copy(context.empty) if f.parallel else None
-    found = quantize_mixer(context, streams) if f.mixed else quantize_attention(context, streams)
+    step = quantize_mixer if f.mixed else quantize_latents if f.compressions else quantize_attention
+    found = step(context, streams)
     _check_streams(context, streams, f.output)
     found |= quantize_experts(context, streams) if f.experts else quantize_mlp(context, streams, before)
     _check_streams(context, streams, f.mlp if f.experts else f.down)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.decoder import Decoder, stream_of
-from ...models.families import SITES
+from ...models.families import ALL_SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
 from ..online.float8 import StaticFloat8
@@ -202,7 +202,7 @@ def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
             return quantizer  # which attention passes by itself
         return StraightThrough(*(getattr(quantizer, field.name) for field in fields(DynamicQuantizer)))
 
-    for site in SITES:
+    for site in ALL_SITES:
         transform = getattr(transforms, site)
         transforms = transforms.with_input(site, replace(transform, quantizer=pass_through(transform.quantizer)))
     attention = transforms.attention

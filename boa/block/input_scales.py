@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...models.families import SITES
+from ...models.families import ALL_SITES
 from ..online import float8
 from ..online.transforms import InputTransform
 from ..stored_scales import global_scale_of
@@ -38,13 +38,13 @@ def find_scales(context: BlockContext, streams: Streams) -> tuple[BlockContext, 
         context as it is.
     """
     transforms, device, ranks = context.transforms, context.decoder.device, context.share.ranks
-    wanted = [site for site in SITES if getattr(transforms, site).scale_name is not None]
+    wanted = [site for site in ALL_SITES if getattr(transforms, site).scale_name is not None]
     cached = list(transforms.attention.scale_names)
     if not wanted and not cached:
         return context, BlockResult()
-    peaks = {name: _Peak() for name in (*SITES, *cached)}
+    peaks = {name: _Peak() for name in (*ALL_SITES, *cached)}
     # In the place of quantizers, so that rotations are those that the block is run with, and centers and sinks too.
-    seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in SITES}  # type: ignore[arg-type]
+    seen = {site: InputTransform(getattr(transforms, site).rotation, peaks[site]) for site in ALL_SITES}  # type: ignore[arg-type]
     parts = {part: peaks.get(part) for part in ("key", "value")}
     looking = replace(transforms, **seen, attention=replace(transforms.attention, **parts))  # type: ignore[arg-type]
     with transformed(context.decoder, context.full, looking):

@@ -10,9 +10,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ...models.families import SITES
 from ..objective.statistics import InputStatistics
-from ..online.transforms import InputTransform, OnlineTransforms
+from ..online.transforms import OnlineTransforms
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
 from .forward_parts import capture
@@ -38,7 +37,8 @@ def quantize_mixer(context: BlockContext, streams: Streams) -> BlockResult:
         if not context.follows_full:
             add_given(context, outputs, batch, x)
             continue
-        write_full(context, writer, outputs, streams, batch, _mixed(context, context.full, _exact(t), batch.full), x)
+        exact = _mixed(context, context.full, t.without_quantizers, batch.full)
+        write_full(context, writer, outputs, streams, batch, exact, x)
     found |= solve_layers(context, Layers([f.output], layer_objective(outputs, context.weight(f.output)), [1]))
     write_quantized(context, writer, streams, given)
     return found
@@ -48,10 +48,3 @@ def _mixed(context: BlockContext, block: nn.Module, transforms: OnlineTransforms
     """What the output layer computes with in a run of the block over `hidden`, (batch, length, columns)."""
     with transformed(context.decoder, block, transforms):
         return capture(block.get_submodule(context.family.output), partial(context.decoder.run, block, hidden))
-
-
-def _exact(transforms: OnlineTransforms) -> OnlineTransforms:
-    """The same without quantizers."""
-    for site in SITES:
-        transforms = transforms.with_input(site, InputTransform(getattr(transforms, site).rotation))
-    return transforms

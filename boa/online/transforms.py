@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ...models.families import Family
+from ...models.families import ALL_SITES, Family
 from ...rotation.hadamard import Hadamard
 from .activations import DynamicQuantizer
 from .attention import CACHE_SCALES, CENTER, AttentionTransform
@@ -61,7 +61,7 @@ class InputTransform:
 
 @dataclass(frozen=True)
 class OnlineTransforms:
-    """One decoder block's sites: `qkv`, `output`, `gate_up` and `down` are inputs of linear layers.
+    """One decoder block's sites: `qkv`, `output`, `gate_up`, `down` and `latent` are inputs of linear layers.
 
     The `down` of an expert that all tokens go to may be of another width: it has a rotation of its own.
     """
@@ -72,6 +72,7 @@ class OnlineTransforms:
     down: InputTransform = InputTransform()
     attention: AttentionTransform = field(default_factory=AttentionTransform)
     shared_rotation: Hadamard | None = None
+    latent: InputTransform = InputTransform()
 
     @property
     def shared_down(self) -> InputTransform:
@@ -82,6 +83,14 @@ class OnlineTransforms:
         """The transform of each projection's input."""
         found = {name: getattr(self, site) for name, site in family.sites.items()}
         return found | {family.shared_down: self.shared_down} if family.shared else found
+
+    @property
+    def without_quantizers(self) -> OnlineTransforms:
+        """The rotations alone."""
+        exact = self
+        for site in ALL_SITES:
+            exact = exact.with_input(site, InputTransform(getattr(self, site).rotation))
+        return replace(exact, attention=AttentionTransform(self.attention.rotation))
 
     def scales(self, family: Family) -> dict[str, Tensor]:
         """What calibration has found, or the quantizers have without, (1,), by the names of tensors inside a block."""

@@ -12,6 +12,7 @@ LABELS = {
     "output": "inputs of O",
     "gate_up": "inputs of gate, up",
     "down": "inputs of down",
+    "latent": "inputs of what reads latents",
     "keys": "keys",
     "values": "values",
     "all": "all together",

@@ -75,6 +75,10 @@ def _cache_bytes(decoder: Decoder, spec: Spec | None, dtype: torch.dtype, tokens
         if spec is not None and packs
         else DynamicCache()
     )
-    states = torch.randn(1, shape.key_heads, tokens, shape.head_dim, dtype=dtype)
-    cache.update(states, states, 0)
+    sizes = ((shape.key_heads, shape.head_dim),) * 2
+    if family.compressions:  # they are kept as they are, the part that RoPE turns beside them
+        (rows, _), (_, latent) = ((family.sizes or {})[name] for name in (family.compressions[-1], family.value))
+        sizes = (1, latent), (1, rows - latent)
+    keys, values = (torch.randn(1, heads, tokens, size, dtype=dtype) for heads, size in sizes)
+    cache.update(keys, values, 0)
     return cache_bytes(cache) * len(attending)

@@ -49,7 +49,7 @@ _MIXTRAL = replace(
         (r"\.block_sparse_moe\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),
     ),
 )
-_GLM4 = replace(
+GLM4 = replace(
     _EXPERTS,
     model_type="glm4_moe",
     note=f"a shared expert; a bias chooses experts; dense first blocks; partial RoPE; QK-norm in some; {_EXPERTS.note}",
@@ -97,9 +97,9 @@ ROWS = (
         window=None,
         legal={"clip_qkv": (None,)},
     ),
-    _GLM4,
+    GLM4,
     replace(
-        _GLM4,
+        GLM4,
         model_type="dots1",
         note=f"a shared expert; a bias chooses experts; dense first blocks; QK-norm; windows; {_EXPERTS.note}",
         query_norm="self_attn.q_norm",

@@ -15,6 +15,8 @@ CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (F
 class Merged:
     """One linear layer of a block whose rows are several projections, and the `Shape` field that sizes each.
 
+    A field is "" where `Family.measured` has the size.
+
     `groups`: the `Shape` field that says in how many equal groups the rows come, each with a piece of every projection;
     "" where a projection is whole.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...boa.objective.statistics import InputStatistics
 from ...boa.solver.rounding import quantize
-from ...models.families import SITES, Family
+from ...models.families import ALL_SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
 from ..job.job import Job
@@ -87,7 +87,7 @@ def measure_units(
         names = [name for name in family.sites if wanted(index, name)]
         moved, seen = _observed(job, own, family, names, hidden)
         learned, known = (None, seen) if learned is None else _observed(job, own, family, names, learned)
-        for site in SITES:
+        for site in ALL_SITES:
             layers = tuple(name for name in names if family.sites[name] == site)
             if layers:
                 errors, weights = _rounded(job, own, layers, known, seen, bits, rtn=learned is None)
@@ -122,9 +122,10 @@ def _run(job: Job, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
 def _observed(
     job: Job, block: nn.Module, family: Family, names: Sequence[str], hidden: Tensor
 ) -> tuple[Tensor, dict[str, InputStatistics]]:
-    """What a block puts out, and the inputs of its layers; those of one site share them, but for experts."""
+    """What a block puts out, and the inputs of its layers; of one site shared but for experts and latents."""
     first = {family.sites[name]: name for name in reversed(names)}
-    statistics = {name: InputStatistics() for name in (names if family.experts else first.values())}
+    apart = family.experts or family.latents
+    statistics = {name: InputStatistics() for name in (names if apart else first.values())}
     hooks = [block.get_submodule(name).register_forward_pre_hook(_seen(found)) for name, found in statistics.items()]
     moved = _run(job, block, hidden, job.recipe.calibration.batch)
     for hook in hooks:

@@ -33,6 +33,7 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
         widths = {**attention, **shape.ffn_sizes, **widths}
     check_formats(recipe)
     check_cache(recipe, shape.head_dim, model)
+    check_latents(recipe, decoder, model)
     groups = {
         "weights.group_size": (recipe.weights.group_size, "channel"),
         "activations.group_size": (recipe.activations.group_size, "token"),
@@ -96,6 +97,23 @@ def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:
         raise InputError(
             f"cache.served_by {server} needs heads of multiples of {BLOCK if server == 'llama.cpp' else 2}, and those "
             f"of {model.name} are {head_dim} wide: give --cache.served_by {OWN}, or 16 bits."
+        )
+
+
+def check_latents(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that keys and values stay as they are where a model caches what they are compressed to.
+
+    Raises:
+        InputError: they do not.
+    """
+    if not decoder.family.compressions:
+        return
+    cached = min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL
+    if cached or recipe.rotation.r3:
+        what = "a quantized cache" if cached else "R3, which is for a quantized cache,"
+        raise InputError(
+            f"{what} is not for {model.name}, whose cache holds what its keys and values are compressed to: give "
+            "--cache.key_bits 16 --cache.value_bits 16 --rotation.r3 false, or a recipe such as w4a4 or w4a16."
         )
 
 

@@ -14,7 +14,7 @@ from ...boa.online.transforms import FOUND, OnlineTransforms
 from ...eval.perplexity import States, part_sums, summary
 from ...eval.results import Sources
 from ...export.packing import ALL_PARTS, unpack_block
-from ...models.families import SITES, Family
+from ...models.families import ALL_SITES, Family
 from ...models.outer_layers import OuterLayers
 from ..console.progress import Progress
 from ..estimate.counting import SOURCE_WINDOWS
@@ -31,21 +31,21 @@ PACKED = ("weights", "all")  # sources that run the run's own weights
 def source_names(job: Job) -> list[str]:
     """The sources of the blocks of a job, `all` last.
 
-    `weights`, the inputs `qkv`, `output`, `gate_up` and `down`, `keys`, `values`: those that are quantized.
+    `weights`, the inputs `qkv`, `output`, `gate_up`, `down` and `latent`, `keys`, `values`: those that are quantized.
     """
     shape, family = job.decoder.shape, job.decoder.family
     blocks = [job.spec.transforms(shape, family, index) for index in range(shape.blocks)]
-    sites = [site for site in SITES if any(getattr(block, site).quantizer is not None for block in blocks)]
-    transforms = blocks[0]
-    cache = {"keys": transforms.attention.key, "values": transforms.attention.value}
-    return ["weights", *sites, *(name for name, quantizer in cache.items() if quantizer is not None), "all"]
+    sites = [site for site in ALL_SITES if any(getattr(block, site).quantizer is not None for block in blocks)]
+    cache = {"keys": "key", "values": "value"}
+    cached = [n for n, part in cache.items() if any(getattr(b.attention, part) is not None for b in blocks)]
+    return ["weights", *sites, *cached, "all"]
 
 
 def only(transforms: OnlineTransforms, source: str | None) -> OnlineTransforms:
     """All rotations, and the quantizers of `source` alone: none of `weights` or None, every one of `all`."""
     if source == "all":
         return transforms
-    for site in SITES:
+    for site in ALL_SITES:
         if site != source:
             transforms = transforms.with_input(site, replace(getattr(transforms, site), quantizer=None))
     key = transforms.attention.key if source == "keys" else None

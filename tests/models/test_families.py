@@ -68,7 +68,6 @@ def test_a_variant_without_a_row_is_taken_layer_by_layer(family_model: Callable[
     ("model_type", "reason"),
     [
         ("llama4", "its router scales what its experts read, and attention is by chunks"),
-        ("deepseek_v3", "its attention compresses keys and values"),
     ],
 )
 def test_near_relatives_are_refused_with_the_reason(model_type: str, reason: str) -> None:

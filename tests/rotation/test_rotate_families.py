@@ -81,7 +81,8 @@ def _logits(
         plain = decoder.run(original, plain)
         block = decoder.block(index, fold(rotations.rotate_block(tensors, family, index), index))
         if online:
-            set_attention(block.get_submodule(own.attention), AttentionTransform(rotations.r3))
+            r3 = None if own.compressions else rotations.r3  # which such a cache has no use for
+            set_attention(block.get_submodule(own.attention), AttentionTransform(r3))
             sites = {"output": before_output(own, shape) if rotations.heads else None}
             if rotations.online_r1:
                 sites |= {"qkv": rotations.r1, "gate_up": rotations.r1}
@@ -125,6 +126,10 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
         elif name.endswith("q_proj.weight") and decoder.family.attention_gate:  # of each head the query, the gate
             fused, stem = state.pop(name).unflatten(0, (shape.query_heads, 2, -1)), name.removesuffix("weight")
             state |= {f"{stem}{part}.weight": fused[:, i].flatten(0, 1) for i, part in enumerate(("query", "gate"))}
+        elif name.endswith("kv_b_proj.weight"):  # of each head the key, the value
+            fused, stem = state.pop(name).unflatten(0, (shape.query_heads, -1)), name.removesuffix("weight")
+            parts = {"key": fused[:, : -shape.head_dim], "value": fused[:, -shape.head_dim :]}
+            state |= {f"{stem}{part}.weight": tensor.flatten(0, 1) for part, tensor in parts.items()}
         elif "query_key_value." in name:  # for each key head its queries, the key, the value
             fused, (stem, _, kind) = state.pop(name), name.rpartition(".")
             heads, size = fused.chunk(shape.key_heads), shape.head_dim
@@ -235,7 +240,7 @@ def test_channel_scales_change_nothing(
     on = {"online_r1": choice["r1"] and family.post_norms, "heads": False, "r4": choice["r4"]}
     reasons = {site: obstacle(family, model.config, site, **on) for site in SITES}
     stopped = {site for site, reason in reasons.items() if reason}
-    if family.kinds:
+    if family.kinds or family.compressions:
         assert stopped == set(SITES)
         return
     online_r1 = {"qkv", "gate_up"} if (family.post_norms and choice["r1"]) or not family.pre_norms else set()

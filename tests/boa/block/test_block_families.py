@@ -1,6 +1,7 @@
 """One block of every family through the quantizer: shapes of the objectives, streams, experts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,10 @@ class Setup:
                 self.rotations.r3, DynamicQuantizer.of(bits, False, 0.95), DynamicQuantizer.of(bits, False, 0.95)
             ),
             self.rotations.r4_of(shape.shared_ffn) if shape.shared_ffn else None,
+            InputTransform(quantizer=quantizer),
         )
+        if family.compressions:  # whose cache is not quantized
+            self.transforms = replace(self.transforms, attention=AttentionTransform())
 
     def streams(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(5)
@@ -91,7 +95,7 @@ def test_going_on_gives_the_same(family_model: Callable[..., nn.Module], name: s
     assert list(again.results) == list(first.results)
 
 
-@pytest.mark.parametrize("name", NAMES + MIXTURES)
+@pytest.mark.parametrize("name", [name for name in NAMES + MIXTURES if not name.startswith("deepseek")])
 def test_shapes(family_model: Callable[..., nn.Module], name: str, solved: Solved) -> None:
     setup = Setup(family_model(name))
     _run(setup)
@@ -174,7 +178,7 @@ def test_an_expert_is_calibrated_on_its_tokens(
     assert counts.min() >= shape.hidden and int(counts.sum()) == 2 * len(x)
     for i in range(shape.experts):
         p = (weights * (index == i)).sum(-1, keepdim=True)
-        goal = solved[3 + bool(family.attention_gate) + 2 * i][1]
+        goal = solved[len(solved) - 2 * len(family.all_experts) + 2 * i][1]
         torch.testing.assert_close(goal.h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)
     assert family.expert_count == shape.experts == 4
     if family.shared:  # every token goes there
@@ -217,10 +221,9 @@ def test_an_expert_with_few_tokens_falls_back(
     counts = torch.bincount(index.flatten(), minlength=4).tolist()
     family = context.family
     assert found.fallbacks == {projection: counts[i] for i in range(4) for projection in family.expert(i)}
+    first = len(solved) - 2 * len(family.all_experts)
     for i in range(4):
-        torch.testing.assert_close(
-            solved[3 + bool(context.family.attention_gate) + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(solved[first + 2 * i][1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
     assert torch.isfinite(quantized).all() and max(found.losses.values()) < 0.2
 
 

@@ -1,9 +1,13 @@
 """What a job makes of its recipe."""
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rotoboa.errors import InputError
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 from rotoboa.pipeline.rotating.placing import settle
@@ -34,3 +38,25 @@ def test_what_a_stage_decides_makes_another_job() -> None:
     assert settled.clock is job.clock, "seconds of both are those of one run"
     with pytest.raises(FrozenInstanceError):
         job.spec = settled.spec  # type: ignore[misc]
+
+
+def test_a_cache_of_latents_is_not_quantized(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = str(save_family(tmp_path, "deepseek_v2"))
+    for changes, what in (
+        ({}, "a quantized cache is not for"),
+        ({"cache.key_bits": 16, "cache.value_bits": 16}, "R3, "),
+    ):
+        with pytest.raises(
+            InputError, match=rf"^{what}.*--cache.key_bits 16 --cache.value_bits 16 --rotation.r3 false"
+        ):
+            prepare(make_recipe("w4a4kv4", {"model": folder, **changes}))
+    assert prepare(make_recipe("w4a4", {"model": folder})).spec.r2
+
+
+def test_r2_that_a_gate_stops_is_said(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    job = prepare(make_recipe("w4a16", {"model": str(save_family(tmp_path, "qwen3_5_text"))}))
+    assert not job.spec.r2 and any(notice.startswith("R2 is left out") for notice in job.notices)

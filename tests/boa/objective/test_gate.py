@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from rotoboa.boa.block.forward_parts import attend, attend_ungated, capture
 from rotoboa.boa.online.attention import AttentionTransform
 
+from ..block.test_block_families import SETTINGS, Setup
 from ..small_block import Solved, run_block
-from .test_block_families import SETTINGS, Setup
 
 NAME = "qwen3_5_text"
 

@@ -1,0 +1,1 @@
+"""How checkpoints hold weights that are packed."""
