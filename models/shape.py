@@ -89,14 +89,18 @@ class Shape:
             value = getattr(config, field, None)
             return value if isinstance(value, int) and value > 0 else otherwise
 
-        hidden = int(config.hidden_size)
+        from .generic.generic_family import generic_family  # which needs no shape
+
+        family, hidden = generic_family(config, "the model"), int(config.hidden_size)
         heads = number("num_attention_heads", 1)
+        inside = family.sizes[family.expert(0)[2]][1] if family.experts and family.sizes else None
         return cls(
             blocks=int(config.num_hidden_layers),
             hidden=hidden,
-            ffn=number("intermediate_size", 4 * hidden),
+            ffn=inside or number("intermediate_size", 4 * hidden),
             query_heads=heads,
             key_heads=number("num_key_value_heads", heads),
             head_dim=number("head_dim", hidden // heads),
             vocabulary=int(config.vocab_size),
+            experts=family.expert_count,
         )

@@ -16,6 +16,8 @@ GENERIC: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256},
     "gpt_bigcode": {"n_positions": 256, "n_inner": 48},
     "nemotron": {"head_dim": 8},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # on disk its experts are in one tensor
     "mamba": {"state_size": 4, "time_step_rank": 16},
 }
 
@@ -35,7 +37,7 @@ def save_generic(folder: Path, name: str) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
                 parameter.add_(0.2 * noise)
-            elif parameter.ndim == 2:
+            else:
                 parameter.copy_(noise * (1.0 if "embed" in key or "wte" in key else 1.3 / parameter.shape[-1] ** 0.5))
     model.save_pretrained(folder)
     save_tokenizer(folder)

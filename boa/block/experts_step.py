@@ -55,18 +55,13 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
     input channels, whose Hessian has no full rank, is calibrated on tokens of the whole layer instead, spread evenly
     over the text and alike in weight: `fallbacks` names it.
     """
-    share, found, count = context.share, BlockResult(), len(context.family.all_experts)
+    share, found = context.share, BlockResult()
     moved, index, weights = _route(context, streams)
     added = context.empty(*streams.full.shape, dtype=streams.full.dtype)
     for part in added.split(share.batch):
         part.zero_()
         context.release()
-    counts = torch.bincount(index.flatten(), minlength=count)
-    share.ranks.sum([counts])()
-    seen = counts.tolist()
-    for group in torch.arange(count).split(min(share.ranks.size, GROUP)):
-        routed = {i: _routed(i, index, weights) for i in group.tolist()}
-        few = {i: seen[i] for i in routed if seen[i] < context.shape.hidden and i < context.shape.experts}
+    for routed, few in _groups(context, index, weights):
         found |= _solve_group(context, streams, routed, few)
         for i, tokens in routed.items():
             _run_expert(context, i, added, streams, tokens)
@@ -75,6 +70,34 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
             part += more
             context.release()
     return found
+
+
+def quantize_alone(context: BlockContext, inputs: Streams, index: Tensor, weights: Tensor) -> BlockResult:
+    """As `quantize_experts` where no more is known of a block than what its experts read.
+
+    Args:
+        context: of the block.
+        inputs: (sequences, length, hidden), what the experts read in both streams.
+        index, weights: of each token of the quantized one, (tokens, experts per token).
+    """
+    found = BlockResult()
+    for routed, few in _groups(context, index, weights):
+        found |= _solve_group(context, inputs, routed, few)
+    return found
+
+
+def _groups(
+    context: BlockContext, index: Tensor, weights: Tensor
+) -> Iterator[tuple[dict[int, Tokens], dict[int, int]]]:
+    """Experts that are solved together, with their tokens, and those of them that see too few."""
+    share, count = context.share, len(context.family.all_experts)
+    counts = torch.bincount(index.flatten(), minlength=count)
+    share.ranks.sum([counts])()
+    seen = counts.tolist()
+    for group in torch.arange(count).split(min(share.ranks.size, GROUP)):
+        routed = {i: _routed(i, index, weights) for i in group.tolist()}
+        few = {i: seen[i] for i in routed if seen[i] < context.shape.hidden and i < context.shape.experts}
+        yield routed, few
 
 
 def _solve_group(
@@ -187,7 +210,7 @@ def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], str
         exact = down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf))))
         given = down(quantized.inside(t.gate_up(_norm(context, hq))))
         wanted = nn.functional.linear(exact, full.down_proj.weight) * part.p
-        if settings.drift:
+        if settings.drift and not family.generic:
             wanted += (hf - hq) * part.share
         total.at(number).add(None, given * part.p, wanted)
     total.start()
@@ -203,6 +226,8 @@ def _run_expert(context: BlockContext, i: int, added: Tensor, streams: Streams, 
 
 
 def _norm(context: BlockContext, x: Tensor) -> Tensor:
+    if context.family.generic:  # streams are of what experts read
+        return x
     normed: Tensor = context.full.get_submodule(context.family.mlp_norm)(x)
     return normed
 

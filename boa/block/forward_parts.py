@@ -23,15 +23,21 @@ class Captured(Exception):  # noqa: N818 (a signal, not an error)
 
 def capture(module: nn.Module, run: Callable[[], object]) -> Tensor:
     """The input of `module` in `run`, which goes no further."""
+    return capture_all(module, run)[0]
+
+
+def capture_all(module: nn.Module, run: Callable[[], object]) -> tuple[Tensor, ...]:
+    """All that `module` is given in `run`, which goes no further, in order."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise Captured(args[0])
+        raise Captured(args)
 
     handle = module.register_forward_pre_hook(hook)
     try:
         run()
     except Captured as captured:
-        return captured.value
+        found: tuple[Tensor, ...] = captured.value
+        return found
     finally:
         handle.remove()
     raise RuntimeError("the captured layer did not run")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 
 class ClampedGate(nn.Module):
@@ -61,10 +62,13 @@ class Experts(nn.ModuleList):
 def sum_of_experts(
     count: int, run: Callable[[int, Tensor], Tensor], hidden: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """As of `Experts`, of so many; `run` is what an expert computes of its tokens."""
+    """As of `Experts`, of so many; `run` is what an expert computes of its tokens.
+
+    Without data, where shapes alone are computed, every expert has all tokens.
+    """
     output = torch.zeros_like(hidden)
     for i in range(count):
-        token, place = torch.where(index == i)
+        token, place = torch.where(index == i) if not index.is_meta else index.new_zeros(2, len(hidden)).unbind()
         if len(token):
             part = run(i, hidden[token]) * weights[token, place, None]
             output.index_add_(0, token, part.to(output.dtype))
@@ -76,3 +80,16 @@ def split_experts(fused: Any, hidden: int, ffn: int, *, bias: bool) -> Experts:
     activation = getattr(fused, "act_fn", None) or ClampedGate(fused.alpha, fused.limit)
     like = next(fused.parameters())
     return Experts(Expert(hidden, ffn, activation, like, bias=bias) for _ in range(fused.num_experts))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module of transformers has experts in two tensors, gates and ups end to end, and computes as `Experts`.
+
+    By what `use_experts_implementation` says of it, which any of transformers' implementations may compute.
+    """
+    told = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    told["has_post_expert_norm"] = False
+    apply_gate = getattr(type(module), "_apply_gate", None)
+    return all(getattr(module, name, None) is value for name, value in told.items()) and (
+        apply_gate is _default_apply_gate and getattr(module, "gate_up_proj", torch.empty(0)).ndim == 3
+    )

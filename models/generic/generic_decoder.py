@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from ..decoder import Decoder, stream_of
 from ..families import family_for, has_row
+from ..layout import expected_shapes
 from ..outer_layers import OuterLayers
 from ..shape import Shape
 from .generic_family import GenericFamily, meta_model
@@ -58,7 +59,8 @@ class GenericDecoder(Decoder):
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """As of `Decoder`."""
-        return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
+        return expected_shapes(shapes, self.family, self.shape)
 
     def empty_block(self, index: int) -> nn.Module:
         """As of `Decoder`."""

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -24,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ...errors import InputError
 from ..family import Family
+from .generic_experts import UnfitError, experts_of_blocks, renamed_in, split_all
 from .shell import Call, Shell, fill_buffers
 
 LENGTH = 8
@@ -82,7 +81,7 @@ def generic_family(config: PretrainedConfig, source: str) -> GenericFamily:
         try:
             with torch.device("cpu"):  # transformers asks for it while it makes a model on the meta device
                 _FOUND[key] = _found(config)
-        except _UnfitError as error:
+        except UnfitError as error:
             raise InputError(
                 f"{source} is a '{config.model_type}' model, which has no row of its own, and {error}: choose another "
                 "model."
@@ -90,20 +89,17 @@ def generic_family(config: PretrainedConfig, source: str) -> GenericFamily:
     return _FOUND[key]
 
 
-class _UnfitError(Exception):
-    """Says what a model is that it should not be, or has."""
-
-
 @torch.no_grad()
 def _found(config: PretrainedConfig) -> GenericFamily:
     model = meta_model(config)
+    renamed, experts = renamed_in(model), split_all(model)
     layers, blocks = _blocks(model, int(getattr(config, "num_hidden_layers", 0) or 0))
     for block in blocks:
         _check_weights(block, [name for name, part in block.named_modules() if isinstance(part, nn.Linear)])
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise _UnfitError("its embedding or its output layer is no plain one")
+        raise UnfitError("its embedding or its output layer is no plain one")
     try:
         shell = Shell(model, layers, outputs=0, dtype=torch.float32, device="cpu")
         outputs = _outputs(blocks[0], shell.first_call(1, LENGTH), embedding.embedding_dim)
@@ -117,13 +113,13 @@ def _found(config: PretrainedConfig) -> GenericFamily:
         end = [places[id(module)] for module in shell.after_blocks(LENGTH)]
     except Exception as error:  # whatever its code raises: it does not run as other decoders do
         what = " ".join(str(error).split())[:200].rstrip(".")
-        raise _UnfitError(f"its blocks do not run by themselves ({type(error).__name__}: {what})") from error
+        raise UnfitError(f"its blocks do not run by themselves ({type(error).__name__}: {what})") from error
     if not chained:
-        raise _UnfitError("something is computed between its blocks, or not all of them run")
+        raise UnfitError("something is computed between its blocks, or not all of them run")
     if not told:
-        raise _UnfitError("its blocks are given more of the tokens than their hidden states")
+        raise UnfitError("its blocks are given more of the tokens than their hidden states")
     if len(end) != 2 or end[-1] != names[id(head)] or not _is_norm(shell.model.get_submodule(end[0])):
-        raise _UnfitError("between its last block and its output layer there is something else than one norm")
+        raise UnfitError("between its last block and its output layer there is something else than one norm")
     linears = _linears(config, ran, blocks)
     groups: dict[int, list[str]] = {}
     for name, tensor in ran[0]:
@@ -131,6 +127,7 @@ def _found(config: PretrainedConfig) -> GenericFamily:
             groups.setdefault(id(tensor), []).append(name)
     _check_weights(blocks[0], linears)
     outer = (names[id(embedding)], end[0], end[1])
+    inside = experts_of_blocks(blocks, experts)
     others = [name for name in model.state_dict() if not name.startswith((f"{layers}.", *(f"{m}." for m in outer)))]
     return GenericFamily(
         config.model_type,
@@ -140,7 +137,8 @@ def _found(config: PretrainedConfig) -> GenericFamily:
         final_norm=outer[1],
         head=outer[2],
         others=tuple(others),
-        renamed=_renamed(model),
+        renamed=renamed,
+        **inside,
         groups=tuple(tuple(group) for group in groups.values()),
         sizes={name: _size(blocks[0], name) for name in linears},
         outputs=outputs,
@@ -174,22 +172,14 @@ def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and count and len(m) == count]
     lists = [(name, blocks) for name, blocks in lists if any(isinstance(m, nn.Linear) for m in blocks.modules())]
     if not lists:
-        raise _UnfitError("it is no list of blocks with linear layers")
+        raise UnfitError("it is no list of blocks with linear layers")
     name, blocks = lists[0]
     kinds = sorted({type(block).__name__ for block in blocks})
     if len(kinds) > 1:
-        raise _UnfitError(f"its blocks are of several kinds ({', '.join(kinds)})")
+        raise UnfitError(f"its blocks are of several kinds ({', '.join(kinds)})")
     if len({id(p) for p in blocks.parameters()}) < sum(1 for block in blocks for _ in block.parameters()):
-        raise _UnfitError("its blocks share weights")
+        raise UnfitError("its blocks share weights")
     return name, blocks
-
-
-def _renamed(model: Any) -> tuple[tuple[str, str], ...]:
-    """(pattern, replacement) from names on disk to those of the modules, as transformers has them."""
-    changes = get_model_conversion_mapping(model, add_legacy=False)
-    if not all(isinstance(one, WeightRenaming) for one in changes):
-        raise _UnfitError("its tensors are not on disk as it computes with them")
-    return tuple(pair for one in changes for pair in zip(one.source_patterns, one.target_patterns, strict=True))
 
 
 def _outputs(block: nn.Module, call: Call, hidden: int) -> int:
@@ -256,12 +246,12 @@ def _linears(config: PretrainedConfig, ran: list[list[tuple[str, Tensor]]], bloc
     for index, inputs in enumerate(ran):
         names = [name for name, _ in inputs]
         if len(set(names)) < len(names):
-            raise _UnfitError(f"a linear layer of block {index} runs more than once")
+            raise UnfitError(f"a linear layer of block {index} runs more than once")
         sizes = [(name, _size(blocks[index], name)) for name in names]
         found.append([(name, size) for name, size in sizes if size[0] not in experts and size[0] > _FEW])
     if any(one != found[0] for one in found):
         index = next(i for i, one in enumerate(found) if one != found[0])
-        raise _UnfitError(f"its blocks 0 and {index} have other linear layers")
+        raise UnfitError(f"its blocks 0 and {index} have other linear layers")
     return [name for name, _ in found[0]]
 
 
@@ -271,4 +261,4 @@ def _check_weights(block: nn.Module, linears: list[str]) -> None:
     rest = {name: p.numel() for name, p in block.named_parameters() if name not in inside and p.ndim > 1}
     whole = sum(p.numel() for p in block.parameters())
     if sum(rest.values()) * 2 > whole:
-        raise _UnfitError(f"most weights of a block are in no linear layer ({max(rest, key=rest.__getitem__)})")
+        raise UnfitError(f"most weights of a block are in no linear layer ({max(rest, key=rest.__getitem__)})")

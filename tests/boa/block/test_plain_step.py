@@ -1,6 +1,7 @@
 """A block of a model without a row: each group of layers on what those before it make of the quantized stream."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rotoboa.boa.block.block import quantize_block
 from rotoboa.boa.block.context import BlockContext, Share, Streams, shared_copy
-from rotoboa.boa.block.forward_parts import capture
+from rotoboa.boa.block.forward_parts import capture, capture_all
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding_settings import Settings
@@ -77,3 +78,25 @@ def test_streams_are_forward_passes_and_go_on(checkpoint: Checkpoint) -> None:
     again = tuple(part.clone() for part in _streams())
     quantize_block(_context(checkpoint, previous=found.results), Streams(*again))
     assert torch.equal(again[0], full) and torch.equal(again[1], quantized)
+
+
+def test_an_expert_is_calibrated_on_its_tokens(tmp_path: Path, solved: Solved) -> None:
+    """By the routing of the quantized stream, a token by the square of its weight; one with few on tokens of all."""
+    checkpoint = Checkpoint(save_generic(tmp_path / "model", "flex_olmo"))
+    decoder, generator = decoder_for(checkpoint.config), torch.Generator().manual_seed(6)
+    block, share = decoder.block(1, checkpoint.block(1)), Share.of(Ranks(), 6, 2)
+    context = BlockContext(decoder, block, shared_copy(block), GPTQ, OnlineTransforms(), share)
+    full = torch.randn(6, LENGTH, 32, generator=generator)
+    before = full + 0.05 * torch.randn(full.shape, generator=generator)
+    found = quantize_block(context, Streams(full, before.clone()))
+    assert tuple(found.results) == context.family.projections
+    with torch.no_grad():
+        experts = context.quantized.get_submodule(str(context.family.experts))
+        x, index, weights = capture_all(experts, partial(decoder.run, context.quantized, before))
+    counts = torch.bincount(index.flatten(), minlength=4)
+    few = {name for name in found.fallbacks if name.endswith("down_proj")}
+    assert few == {f"mlp.experts.{i}.down_proj" for i in range(4) if counts[i] < 32} and len(few) < 4
+    goals = [goal for weight, goal in solved if weight.shape == (2, 48, 32)]
+    for i in (i for i in range(4) if counts[i] >= 32):
+        p = (weights * (index == i)).sum(-1, keepdim=True)
+        torch.testing.assert_close(goals[i].h_in[0], (x * p).T @ (x * p), rtol=1e-3, atol=1e-3)

@@ -52,7 +52,7 @@ def test_run_save_and_load(make_recipe: Callable[..., Any], tmp_path: Path, name
     before = original.state_dict()
     packed = {f"{finished.family.layers}.{i}.{n}.weight" for i in range(2) for n in finished.family.projections}
     after = loaded.state_dict()
-    for key in before.keys() - packed:
+    for key in (key for key in before.keys() - packed if ".experts." not in key):
         torch.testing.assert_close(after[key], before[key], msg=f"{key} is untouched")
     with pytest.raises(InputError, match=f"this is a '{name}'"):
         export(tmp_path / "run", "compressed-tensors")
