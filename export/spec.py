@@ -9,7 +9,7 @@ from typing import Any
 from ..boa.online.activations import OWN, DynamicQuantizer, stock_clip
 from ..boa.online.attention import AttentionTransform, CacheQuantizer
 from ..boa.online.float8 import StaticFloat8
-from ..boa.online.served_cache import ServedQuantizer
+from ..boa.online.served_cache import NEIGHBOURS, ServedQuantizer
 from ..boa.online.transforms import InputTransform, OnlineTransforms
 from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
@@ -142,8 +142,8 @@ class Spec:
         }
         attention = AttentionTransform(
             Hadamard.of(shape.head_dim) if self.r3 else None,
-            key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, of_keys=True),
-            value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape, of_keys=False),
+            key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, family),
+            value=self._cache_quantizer(self.value_bits, clips.get("value", self.cache_clip), shape),
             sink=self.cache_sink,
             centered=self.cache_center and self.key_bits < 16,
         )
@@ -164,11 +164,14 @@ class Spec:
             search = False
         return DynamicQuantizer.of(args.num_bits, args.symmetric, clip, args.group_size, search=search)
 
-    def _cache_quantizer(self, bits: int, clip: float, shape: Shape, *, of_keys: bool) -> CacheQuantizer | None:
+    def _cache_quantizer(
+        self, bits: int, clip: float, shape: Shape, of_keys: Family | None = None
+    ) -> CacheQuantizer | None:
         if self.cache_format == "fp8":
             return StaticFloat8() if bits < FULL else None
         if self.cache_served_by != OWN:
-            served = ServedQuantizer(self.cache_served_by, bits, shape.head_dim, of_keys)
+            reordered = self.cache_served_by == "llama.cpp" and of_keys is not None and of_keys.model_type in NEIGHBOURS
+            served = ServedQuantizer(self.cache_served_by, bits, shape.head_dim, of_keys is not None, reordered)
             return served if bits < FULL else None
         return DynamicQuantizer.of(bits, False, clip, search=self.cache_search)
 

@@ -20,6 +20,8 @@ from .verifying import run_logits, run_of, sample
 
 CONTROLS = 3.0  # times a dense model's difference: integers and their scales are rounded in other places
 
+WORST = 0.5  # of the logits' standard deviation: what a cache may be off by, though dense weights are off by it too
+
 
 @dataclass(frozen=True)
 class Served:
@@ -33,6 +35,7 @@ class Served:
         difference: the largest difference of the log-probability of a token of the prompt.
         control: that of a dense model of the run's weights, in the same runtime and dtype, with its own computation in
             float32; None where online rotations or the format leave none to make.
+        cache: bits of keys and of values, where the run follows the runtime's own cache, and it was asked for.
         unquantized: the difference to the run with activations and cache in 16 bits, where it has fewer.
         agreement: share of positions with the same most likely token.
         greedy: share of the tokens it generated that the run finds most likely after the same ones.
@@ -50,11 +53,13 @@ class Served:
     agreement: float
     greedy: float
     tolerance: float
+    cache: tuple[int, int] | None = None
 
     @property
     def in_16_bits(self) -> bool:
-        """Whether it is the run with activations in 16 bits, as near as a dense model is to its own computation: the
-        runtime then leaves their quantizers out. Without a dense model, whether it is nearer to that than to the run.
+        """Whether it is the run with activations and cache in 16 bits, as near as a dense model is to its own
+        computation: the runtime then leaves their quantizers out. Without a dense model, whether it is nearer to that
+        than to the run.
         """
         if self.unquantized is None:
             return False
@@ -75,6 +80,7 @@ def serve(
     python: Path | None = None,
     dtype: str | None = None,
     tolerance: float | None = None,
+    cache: bool = True,
 ) -> Served:
     """Run an export in a runtime, and compare its log-probabilities with those of its run.
 
@@ -86,7 +92,8 @@ def serve(
         dtype: in which the runtime computes; None is its usual one.
         tolerance: the largest difference allowed; None is three times the control's, at least that of `DTYPES`;
             with quantized activations, in llama.cpp, which rounds its inputs to 8 bits, and without a control, 20 % of
-            the standard deviation of the run's logits.
+            the standard deviation of the run's logits; with its cache the larger of both, at most 50 %.
+        cache: with the runtime's own cache in few bits, where the run follows it.
 
     Raises:
         InputError: the export is damaged, its run is not found, or the runtime does not read the format.
@@ -106,23 +113,32 @@ def serve(
             f"{' or '.join(known.formats)}."
         )
     finished, where = run_of(export, record, run), interpreter(runtime, python)
-    if finished.spec.cache_format == "int":  # of FP8 alone the file tells them to quantize it
+    integers = finished.spec.cache_format == "int"  # of FP8 the file tells them to quantize it
+    follows = cache and integers and finished.spec.quantizes_cache and finished.spec.cache_served_by == runtime
+    bits = (finished.spec.key_bits, finished.spec.value_bits) if follows else None
+    if integers and not follows:  # they are asked nothing of it
         finished = replace(finished, spec=finished.spec.without_cache)
     ids = sample(finished)
     prompt = ids[0].tolist()
-    answer = ask(runtime, export, prompt, python=where, dtype=dtype)
+    answer = ask(runtime, export, prompt, python=where, dtype=dtype, cache=bits)
     reduced = finished.spec.quantizes_inputs or finished.spec.quantizes_cache
     wide = replace(finished, spec=finished.spec.without_inputs.without_cache)
     expected = run_logits(finished, ids, plain=True)[0]
     in_16_bits = run_logits(wide, ids, plain=True)[0] if reduced else expected
-    control = _control(runtime, wide, in_16_bits, prompt, where, dtype)
+    if follows:
+        wide = replace(finished, spec=finished.spec.without_inputs)
+        control = _control(runtime, wide, run_logits(wide, ids, plain=True)[0], prompt, where, dtype, bits)
+    else:
+        control = _control(runtime, wide, in_16_bits, prompt, where, dtype, None)
     difference = _difference(answer, expected, ids)
     limit = tolerance if tolerance is not None else float(0.2 * expected.std())
     if tolerance is None and control is not None and not reduced and runtime != "llama.cpp":  # which rounds its inputs
         limit = max(CONTROLS * control, DTYPES[dtype])
+    elif tolerance is None and control is not None and follows:  # in deep models roundings that fall elsewhere add up
+        limit = min(max(CONTROLS * control, limit), WORST * float(expected.std()))
     top = expected.argmax(-1).tolist()[: len(answer.top)]
     after = torch.cat([ids, torch.tensor([answer.greedy], dtype=ids.dtype)], 1)
-    follows = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()
+    likeliest = run_logits(finished, after[:, :-1], plain=True)[0, len(prompt) - 1 :].argmax(-1).tolist()
     return Served(
         record.format,
         known.name,
@@ -133,8 +149,9 @@ def serve(
         control,
         _difference(answer, in_16_bits, ids) if reduced else None,
         sum(a == b for a, b in zip(answer.top, top, strict=True)) / len(top),
-        sum(a == b for a, b in zip(answer.greedy, follows, strict=True)) / len(follows),
+        sum(a == b for a, b in zip(answer.greedy, likeliest, strict=True)) / len(likeliest),
         limit,
+        bits,
     )
 
 
@@ -144,7 +161,15 @@ def _difference(answer: Answer, logits: Tensor, ids: Tensor) -> float:
     return float((torch.tensor(answer.log_probabilities) - expected).abs().max())
 
 
-def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], python: Path, dtype: str) -> float | None:
+def _control(
+    runtime: str,
+    run: Finished,
+    expected: Tensor,
+    ids: list[int],
+    python: Path,
+    dtype: str,
+    cache: tuple[int, int] | None,
+) -> float | None:
     """How far the runtime is off with the run's weights as a dense model of `dtype`; None where none can be made."""
     spec = run.spec
     if spec.r3 or spec.r4 or spec.online_r1 or spec.heads:
@@ -154,11 +179,15 @@ def _control(runtime: str, run: Finished, expected: Tensor, ids: list[int], pyth
         folder = Path(directory) / "dense"
         if runtime == "llama.cpp":
             gguf.write(run, folder, dense=True)
-            return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))
+            return _difference(
+                ask(runtime, folder, ids, python=python, dtype=dtype, cache=cache), expected, torch.tensor([ids])
+            )
         groups = (
             {name: tensor.to(kind) for name, tensor in group.items() if name.rpartition(".")[2] not in FOUND}
             for group in run.groups(lambda result, _: {"weight": result.dequantize()})
         )
         config = {key: value for key, value in run.config.items() if key != "torch_dtype"}
         write_checkpoint(folder, run.folder, {**config, "dtype": dtype, "tie_word_embeddings": run.tied}, groups)
-        return _difference(ask(runtime, folder, ids, python=python, dtype=dtype), expected, torch.tensor([ids]))
+        return _difference(
+            ask(runtime, folder, ids, python=python, dtype=dtype, cache=cache), expected, torch.tensor([ids])
+        )

@@ -22,6 +22,9 @@ BITS = {"vllm": (4, 8), "llama.cpp": (4, 5, 8)}
 """Of keys and values. vLLM has both in one width."""
 BLOCK = 32
 """Numbers that share a scale in llama.cpp; a head's width is a multiple of it."""
+NEIGHBOURS = ("llama", "mistral", "mixtral")
+"""Types of models whose RoPE turns neighbours in llama.cpp, and halves in transformers: so its queries and keys lie in
+another order."""
 _SEED = 0x9E3779B9  # vLLM's, of the signs
 _LEAST = 1e-6  # vLLM's least scale, of vectors that are turned and not yet divided by the root of their width
 _TURNED = 64  # llama.cpp turns heads of multiples of this alone, and values in blocks of it
@@ -46,18 +49,21 @@ class ServedQuantizer:
         bits: of `BITS`.
         head_dim: width of a vector.
         of_keys: of keys; of values if not.
+        neighbours: they lie there in the order of `NEIGHBOURS`.
     """
 
     server: str
     bits: int
     head_dim: int
     of_keys: bool
+    neighbours: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` rounded and read again, in its own dtype; computed in float32 or wider."""
         wide = x if x.dtype == torch.float64 else x.float()
-        turned = self.turned(wide)
-        return self.turned_back(self._rounded(turned)).to(x.dtype)
+        there = wide.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self.neighbours else wide
+        read = self.turned_back(self._rounded(self.turned(there)))
+        return (read.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.neighbours else read).to(x.dtype)
 
     @property
     def rotation(self) -> Hadamard | None:

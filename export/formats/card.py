@@ -133,11 +133,11 @@ def served_cache(spec: Spec) -> str:
         )
     if spec.cache_served_by == "vllm":
         flags, where = f"--kv-cache-dtype int{spec.key_bits}_per_token_head", "vLLM"
-        more = "Its kernels for it run on GPUs; they were not seen serving it."
+        more = "Its kernels for it run on GPUs, where they were not seen; on processors vLLM 0.32.0 computes nonsense."
     else:
         types = {4: "q4_0", 5: "q5_0", 8: "q8_0", FULL: "f16"}
         flags = f"--flash-attn on --cache-type-k {types[spec.key_bits]} --cache-type-v {types[spec.value_bits]}"
-        where, more = "llama.cpp", "It was not seen serving it."
+        where, more = "llama.cpp", "`rotoboa verify --runtime llama.cpp` compares it with the run."
     return (
         f"The run was calibrated and measured with the cache of {where}, which turns and rounds keys and values by "
         f"itself: serve it with `{flags}`. {more} Without these options, and in transformers, keys and values stay in "

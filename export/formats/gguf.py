@@ -29,6 +29,7 @@ from gguf import (
 )
 from torch import Tensor
 
+from ...boa.online.served_cache import NEIGHBOURS
 from ...boa.scheme import TWO_LEVELS, QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
@@ -117,7 +118,7 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
     """All tensors of the file: name, data, type; `dense` unpacks the quantized ones to float32."""
     f, s, row = run.family, run.shape, ARCHITECTURES[run.family.model_type]
     names, ffn = get_tensor_name_map(row.arch, s.blocks), padded_ffn(run)
-    heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
+    heads = {f.query: s.query_heads, f.key: s.key_heads} if f.model_type in NEIGHBOURS else {}
     outer = run.outer_layers().untied()
     yield _end(MODEL_TENSOR.TOKEN_EMBD, outer.embedding, run.spec.outer(f.embedding), dense=dense)
     factors = rope_factors(run)

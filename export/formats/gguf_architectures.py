@@ -22,7 +22,6 @@ class Architecture:
     Attributes:
         arch: its name and tensors in the gguf package's tables.
         activation: of the feed-forward layers.
-        permuted: rows of queries and keys are reordered, since its RoPE turns neighbours, not halves.
         windows: layers attend within windows, as config.json has it. Elsewhere all positions are seen.
         square: queries are as wide as the hidden state.
         tied: the embedding is the head too.
@@ -33,7 +32,6 @@ class Architecture:
 
     arch: MODEL_ARCH
     activation: str = "silu"
-    permuted: bool = False
     windows: bool = False
     square: bool = False
     tied: bool = False
@@ -45,9 +43,9 @@ class Architecture:
 _GEMMA: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "windows": True}
 _SCALE: dict[str, Any] = {"query_pre_attn_scalar": "head_dim"}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, permuted=True),
-    "mistral": Architecture(MODEL_ARCH.LLAMA, permuted=True, model_type="llama"),
-    "mixtral": Architecture(MODEL_ARCH.LLAMA, permuted=True, stock=False),
+    "llama": Architecture(MODEL_ARCH.LLAMA),
+    "mistral": Architecture(MODEL_ARCH.LLAMA, model_type="llama"),
+    "mixtral": Architecture(MODEL_ARCH.LLAMA, stock=False),
     "qwen2": Architecture(MODEL_ARCH.QWEN2, square=True),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, legal={"attention_bias": (False, None)}),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, legal={"attention_bias": (False, None), "norm_topk_prob": (True,)}),

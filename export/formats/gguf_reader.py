@@ -20,6 +20,7 @@ from gguf import (
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ...boa.online.served_cache import NEIGHBOURS
 from ...errors import InputError
 from ...models.families import family_for
 from ...models.shape import Shape
@@ -158,7 +159,7 @@ def read(folder: Path) -> nn.Module:
         raise InputError(f"{folder / 'config.json'} is of no model ({what}): export it again.") from error
     names = get_tensor_name_map(row.arch, s.blocks)
     found = {t.name: torch.from_numpy(_floats(t.data, t.tensor_type).copy()) for t in GGUFReader(file).tensors}
-    heads = {f.query: s.query_heads, f.key: s.key_heads} if row.permuted else {}
+    heads = {f.query: s.query_heads, f.key: s.key_heads} if f.model_type in NEIGHBOURS else {}
     state = {f"{f.embedding}.weight": found["token_embd.weight"]}
     state[f"{f.final_norm}.weight"] = found["output_norm.weight"] - f.norm_offset
     if "output.weight" in found:

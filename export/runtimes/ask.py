@@ -79,6 +79,7 @@ def ask(
     dtype: str,
     new_tokens: int = 16,
     logits: Path | None = None,
+    cache: tuple[int, int] | None = None,
 ) -> Answer:
     """What `runtime` computes of the export in `folder` for the prompt `ids`.
 
@@ -90,12 +91,14 @@ def ask(
         dtype: one of `DTYPES`.
         new_tokens: how many follow the prompt.
         logits: the safetensors file that they are left in, (1, n, vocabulary) float32; transformers and llama.cpp.
+        cache: bits of keys and of values, rounded by the runtime itself; None is its usual cache. vLLM and llama.cpp.
 
     Raises:
         RunError: it cannot run the export.
     """
     name, program = RUNTIMES[runtime].name, Path(__file__).parent / RUNTIMES[runtime].program
     asked = {"ids": list(ids), "new_tokens": new_tokens, "dtype": dtype, "logits": str(logits or "")}
+    asked |= {"cache": cache}
     with tempfile.TemporaryDirectory() as directory:
         request, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
         request.write_text(json.dumps(asked), encoding="utf-8")

@@ -14,7 +14,12 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
 
     (file,) = Path(folder).glob("*.gguf")
     ids, new = request["ids"], request["new_tokens"]
-    model = llama_cpp.Llama(str(file), n_ctx=len(ids) + new, logits_all=True, verbose=False, n_threads=1)
+    options: dict[str, Any] = {"n_ctx": len(ids) + new, "logits_all": True, "verbose": False, "n_threads": 1}
+    if request["cache"]:
+        types = {4: llama_cpp.GGML_TYPE_Q4_0, 5: llama_cpp.GGML_TYPE_Q5_0, 8: llama_cpp.GGML_TYPE_Q8_0}
+        keys, values = (types.get(bits, llama_cpp.GGML_TYPE_F16) for bits in request["cache"])
+        options |= {"type_k": keys, "type_v": values, "flash_attn": True}
+    model = llama_cpp.Llama(str(file), **options)
     model.eval(ids)
     logits = numpy.array(model.scores[: len(ids)], dtype=numpy.float64)
     peak = logits.max(-1, keepdims=True)

@@ -29,7 +29,9 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     from vllm.inputs import TokensPrompt
 
     ids, new = request["ids"], request["new_tokens"]
-    engine = LLM(folder, dtype=request["dtype"], enforce_eager=True, max_model_len=len(ids) + new, seed=0)
+    cache = {"kv_cache_dtype": f"int{request['cache'][0]}_per_token_head"} if request["cache"] else {}
+    length = len(ids) + new
+    engine = LLM(folder, dtype=request["dtype"], enforce_eager=True, max_model_len=length, seed=0, **cache)
     sampling = SamplingParams(temperature=0, max_tokens=new, prompt_logprobs=1, ignore_eos=True, detokenize=False)
     result = engine.generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)[0]
     entries = list(zip(ids[1:], result.prompt_logprobs[1:], strict=True))

@@ -41,16 +41,25 @@ def verify(
         str | None,
         typer.Option(metavar="float32|float16|bfloat16", help="What the runtime computes in. (default its usual one)"),
     ] = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="With the runtime's own cache in few bits, if the run follows it. (default on)",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Compare what an export computes with its run.
 
     The export is loaded with its stock reader, or run where it is served (--runtime).
     """
     if runtime is not None:
-        _in_runtime(folder, runtime, run=run, tolerance=tolerance, python=python, dtype=dtype)
+        _in_runtime(folder, runtime, run=run, tolerance=tolerance, python=python, dtype=dtype, cache=cache is not False)
         return
-    if python is not None or dtype is not None:
-        raise InputError(f"{'--dtype' if python is None else '--python'} says nothing without --runtime: give both.")
+    for option, given in {"--python": python, "--dtype": dtype, "--cache": cache}.items():
+        if given is not None:
+            raise InputError(f"{option} says nothing without --runtime: give both.")
 
     from .. import verifying
 
@@ -79,8 +88,11 @@ def _in_runtime(folder: Path, runtime: str, **options: Any) -> None:
     table.add_row("kernels", "\n".join(found.kernels))
     table.add_row("computes in", found.dtype)
     table.add_row("largest difference of a log-probability", f"{found.difference:.3g} of at most {found.tolerance:.3g}")
+    if found.cache is not None:
+        table.add_row("its own cache", f"{found.cache[0]}-bit keys, {found.cache[1]}-bit values")
+    what = "activations" if found.cache is None else "activations and cache"
     if found.unquantized is not None:
-        table.add_row("to the run with 16-bit activations", f"{found.unquantized:.3g}")
+        table.add_row(f"to the run with {what} in 16 bits", f"{found.unquantized:.3g}")
     if found.control is not None:
         table.add_row("of a dense model there", f"{found.control:.3g}")
     table.add_row("same most likely token", f"{found.agreement:.1%}")
@@ -88,8 +100,8 @@ def _in_runtime(folder: Path, runtime: str, **options: Any) -> None:
     print_tables(table)
     if found.in_16_bits:
         raise RunError(
-            f"{found.runtime} computes {folder} with activations in 16 bits, which the run does not: serve it "
-            "elsewhere, or measure a run with activations in 16 bits."
+            f"{found.runtime} computes {folder} with {what} in 16 bits, which the run does not: serve it "
+            f"elsewhere, or measure a run with {what} in 16 bits."
         )
     if not found.passed:
         raise RunError(

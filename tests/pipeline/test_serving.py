@@ -110,6 +110,42 @@ def test_llama_cpp_has_a_dense_control_and_room_for_its_rounding(
     assert found.control == pytest.approx(0.001, rel=0.01) and found.tolerance > 0.1 and found.passed
 
 
+def test_the_cache_that_a_run_follows_is_asked_for(
+    cheap_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And found out where the runtime leaves it in 16 bits."""
+    four = {"weights.symmetric": True, "cache.key_bits": 4, "cache.value_bits": 8, "cache.served_by": "llama.cpp"}
+    run = cheap_run("w4a16", {**four, "model": "tiny", "weights.method": "rtn"})
+    target, finished = export(run, "gguf", output=tmp_path / "gguf"), open_finished(RunFolder.open(run))
+    asked: list[tuple[int, int] | None] = []
+
+    def asking(change: Callable[[Finished], Finished]) -> Callable[..., Answer]:
+        def ask(runtime: str, where: Path, ids: list[int], cache: tuple[int, int] | None, **options: Any) -> Answer:
+            asked.append(cache)
+            logits = run_logits(change(finished), torch.tensor([ids]), plain=True)[0].log_softmax(-1)
+            chosen = logits[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+            return Answer({}, [], chosen, logits.argmax(-1).tolist(), [int(logits[-1].argmax())])
+
+        return ask
+
+    monkeypatch.setattr(serving, "ask", asking(lambda run: run))
+    found = serve(target, "llama.cpp", python=Path(sys.executable))
+    assert asked == [(4, 8)] * 2 and found.cache == (4, 8) and found.passed
+    assert found.difference == found.control == 0 and found.unquantized is not None and found.unquantized > 0
+    monkeypatch.setattr(serving, "ask", asking(lambda run: replace(run, spec=run.spec.without_cache)))
+    assert serve(target, "llama.cpp", python=Path(sys.executable)).unquantized == 0
+
+    def nonsense(*given: Any, **options: Any) -> Answer:
+        answer = asking(lambda run: run)(*given, **options)
+        return replace(answer, log_probabilities=[value - 20 for value in answer.log_probabilities])
+
+    monkeypatch.setattr(serving, "ask", nonsense)  # of dense weights too, as by vLLM on processors
+    assert not serve(target, "llama.cpp", python=Path(sys.executable)).passed
+    monkeypatch.setattr(serving, "ask", asking(lambda run: replace(run, spec=run.spec.without_cache)))
+    found = serve(target, "llama.cpp", python=Path(sys.executable), cache=False)
+    assert asked[-1] is None and found.cache is None and found.difference == 0
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no runtime 'trt': use one of vllm, gptqmodel, mlx"):
         serve(folder, "trt")

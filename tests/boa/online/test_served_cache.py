@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotoboa.boa.online.attention import AttentionTransform
 from rotoboa.boa.online.served_cache import ServedQuantizer, _signs
+from rotoboa.export.formats import gguf
 
 ROOT = Path(__file__).parents[3]
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
@@ -93,6 +94,17 @@ def test_llama_cpp_turns_and_rounds(x: Tensor, bits: int, width: int, keys: int 
         )
         found = ServedQuantizer("llama.cpp", bits, width, of_keys)(x)
         assert (found - slow).abs().max() <= 1e-9 and (found - x).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_keys_lie_in_the_order_of_the_file(x: Tensor, width: int) -> None:
+    """Where RoPE turns neighbours in llama.cpp, rows of keys are reordered in the file, and so what is rounded."""
+    x = x[..., :width].double()
+    order = gguf.permute(torch.arange(width), 1)
+    plain = ServedQuantizer("llama.cpp", 4, width, True)(x[..., order])
+    found = ServedQuantizer("llama.cpp", 4, width, True, neighbours=True)(x)
+    assert (found[..., order] - plain).abs().max() <= 1e-12 * plain.abs().max()
+    assert (found - ServedQuantizer("llama.cpp", 4, width, True)(x)).abs().max() > 1e-3
 
 
 def test_queries_stay_and_products_are_those_of_turned_keys(x: Tensor) -> None:
