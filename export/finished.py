@@ -21,7 +21,7 @@ from ..boa.solver.rounding import Quantized
 from ..errors import InputError
 from ..models.families import Family, check_type, family_for
 from ..models.outer_layers import OuterLayers
-from ..models.running import what_it_is
+from ..models.running import floats_read, what_it_is
 from ..models.shape import Shape
 from .packing import ALL_PARTS, PARTS, unpack_block, unpacked
 from .spec import METHOD, Spec
@@ -61,7 +61,7 @@ class Finished:
             if quantization.get("quant_method") != METHOD:
                 raise ValueError(f"it is in the format {quantization.get('quant_method')}")
             check_type(config["model_type"], str(folder))
-            whole = AutoConfig.for_model(**config)
+            whole = AutoConfig.for_model(**floats_read(config))
             family, shape = family_for(whole, str(folder)), Shape.of(whole)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
             what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -77,7 +77,7 @@ class Finished:
 
     def transformers_config(self) -> PretrainedConfig:
         """The config as transformers reads it, without quantization."""
-        return AutoConfig.for_model(**self.config)
+        return AutoConfig.for_model(**floats_read(dict(self.config)))
 
     def outer_layers(self) -> OuterLayers:
         """What is outside the blocks, as the run computed with it."""

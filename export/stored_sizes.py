@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..boa.online.attention import CENTER
 from ..models.decoder import Decoder
 from ..models.layout import given_biases
@@ -26,13 +28,17 @@ def projection_bytes(decoder: Decoder, spec: Spec, itemsize: int) -> dict[str, i
 def stored_bytes(decoder: Decoder, spec: Spec, itemsize: int, *, tied: bool) -> dict[str, int]:
     """Of all weights, by the names that they have in full precision; `tied`: there is no head of its own."""
     f, shape = decoder.family, decoder.shape
-    merged = tuple(f".{merged.name}.weight" for merged in f.merged)  # which are there as their parts
+    # Which are there as their parts.
+    merged = tuple(f".{merged.name}.weight" for kind in f.all_kinds for merged in kind.merged)
     stored = {
         name: size.numel() * (4 if name.endswith(f.exact) else itemsize)
         for name, size in decoder.shapes.items()
         if not name.endswith(merged)
     }
     stored |= {f"{name}.weight": size for name, size in projection_bytes(decoder, spec, itemsize).items()}
+    for index in range(shape.blocks):
+        kept = [name for name in f.at(index).kept if name in (f.sizes or {})]  # parts of those that are no projections
+        stored |= {f"{f.layers}.{index}.{name}.weight": math.prod((f.sizes or {})[name]) * itemsize for name in kept}
     for module in (f.embedding, f.head):
         rows, columns = decoder.shapes[f"{module}.weight"]
         stored[f"{module}.weight"] = packed_bytes(rows, columns, spec.outer(module), itemsize)

@@ -87,3 +87,11 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{folder / 'config.json'} cannot be read ({what}): download it again.") from error
+
+
+def floats_read(value: Any) -> Any:
+    """What JSON holds, with the floats that it has no numbers for (infinity), which transformers writes as words."""
+    if isinstance(value, dict):
+        word = value.get("__float__") if len(value) == 1 else None
+        return float(word) if isinstance(word, str) else {name: floats_read(part) for name, part in value.items()}
+    return [floats_read(part) for part in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..family import Family
 from .mixture_rows import by_steps
-from .row_parts import Merged
+from .row_parts import Merged, Variant
 
 Sizes = dict[str, tuple[int, int]]
 _NO_ATTENTION: dict[str, Any] = {"query": "", "key": "", "value": "", "query_norm": None, "key_norm": None}
@@ -38,6 +38,17 @@ def _short_convolution(config: Any) -> Sizes:
         if config.block_ffn_dim_multiplier is not None:
             ffn = -(-int(config.block_ffn_dim_multiplier * ffn) // unit) * unit
     return {"conv.in_proj": (3 * hidden, hidden), "conv.out_proj": (hidden, hidden), "feed_forward.w2": (hidden, ffn)}
+
+
+def _mamba(config: Any) -> Sizes:
+    """Of Mamba 2, whose steps in time are put out by the layer that puts out all else."""
+    inner, hidden = int(config.mamba_expand * config.hidden_size), config.hidden_size
+    states = 2 * config.mamba_n_groups * config.mamba_d_state
+    return {
+        "mamba.in_proj.mixed": (2 * inner + states, hidden),
+        "mamba.in_proj.time": (config.mamba_n_heads, hidden),
+        "mamba.out_proj": (hidden, inner),
+    }
 
 
 def _linear(*mixed: str, kept: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -78,6 +89,7 @@ _MIXTURE: dict[str, Any] = {
     "ffn_field": "moe_intermediate_size",
     "experts_field": "num_experts",
 }
+_GRANITE_MLP = Merged("shared_mlp.input_linear", {"gate": "ffn", "up": "ffn"})
 ROWS = (
     _QWEN,
     replace(
@@ -89,6 +101,34 @@ ROWS = (
         renamed=(),
         dense=by_steps,
         **_MIXTURE,
+    ),
+    Family(
+        "granitemoehybrid",
+        note="without experts: Mamba 2 in most blocks, whose state and steps in time are in full precision; factors of "
+        "embedding, branches, attention and logits stay where they are; mostly without RoPE",
+        rotary=None,
+        mlp="shared_mlp",
+        gate="shared_mlp.input_linear.gate",
+        up="shared_mlp.input_linear.up",
+        down="shared_mlp.output_linear",
+        merged=(_GRANITE_MLP,),
+        kinds={
+            "linear_attention": {
+                **_NO_ATTENTION,
+                "attention": "mamba",
+                "mixed": ("mamba.in_proj.mixed",),
+                "kept": ("mamba.in_proj.time",),
+                "output": "mamba.out_proj",
+                "merged": (_GRANITE_MLP, Merged("mamba.in_proj", {"mixed": "", "time": ""})),
+            },
+        },
+        measured=_mamba,
+        ffn_field="shared_intermediate_size",
+        embedding_factor="embedding_multiplier",
+        branch_factor="residual_multiplier",
+        logits_divisor="logits_scaling",
+        variants=(Variant({"position_embedding_type": "rope"}, {"rotary": "model.rotary_emb"}),),
+        legal={"num_local_experts": (0,)},
     ),
     replace(_QWEN, model_type="qwen3_5_moe_text", note=f"{_NOTE}; experts as of qwen2_moe", **_MIXTURE),
     Family(

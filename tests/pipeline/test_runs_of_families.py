@@ -37,13 +37,13 @@ LATENT = [name for name in NAMES if name.startswith("deepseek")]  # whose cache 
 WEIGHTS_ALONE = (
     *("llama-biases", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe", "olmo2", "glm4"),
     *("granite", "starcoder2", "bloom", "falcon", "gpt_neox", "phi", "cohere2", "stablelm", "olmoe", "glm4_moe"),
-    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "deepseek_v3"),
+    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "deepseek_v3"),
 )
 CASES = [(name, "w4a4" if name in LATENT else "w4a4kv4") for name in NAMES]
 CASES += [(name, "w2a16") for name in WEIGHTS_ALONE]
 GENERATING = (
     *("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"),
-    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "deepseek_v3", "deepseek_v2"),
+    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "deepseek_v3", "deepseek_v2"),
 )
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
 WITH_PAGE = (*DRAWN, "phi3", "opt", "gemma2", "qwen3_moe", "olmo2")  # a page takes longer than the rest of a run

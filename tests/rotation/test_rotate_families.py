@@ -126,6 +126,12 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
         elif name.endswith("q_proj.weight") and decoder.family.attention_gate:  # of each head the query, the gate
             fused, stem = state.pop(name).unflatten(0, (shape.query_heads, 2, -1)), name.removesuffix("weight")
             state |= {f"{stem}{part}.weight": fused[:, i].flatten(0, 1) for i, part in enumerate(("query", "gate"))}
+        elif name.endswith("shared_mlp.input_linear.weight"):
+            fused, stem = state.pop(name), name.removesuffix("weight")
+            state |= {f"{stem}gate.weight": fused[: shape.ffn], f"{stem}up.weight": fused[shape.ffn :]}
+        elif name.endswith("mamba.in_proj.weight"):  # steps in time last, one a head
+            fused, stem = state.pop(name), name.removesuffix("weight")
+            state |= {f"{stem}mixed.weight": fused[:-4], f"{stem}time.weight": fused[-4:]}
         elif name.endswith("kv_b_proj.weight"):  # of each head the key, the value
             fused, stem = state.pop(name).unflatten(0, (shape.query_heads, -1)), name.removesuffix("weight")
             parts = {"key": fused[:, : -shape.head_dim], "value": fused[:, -shape.head_dim :]}

@@ -12,7 +12,7 @@ from rotoboa.boa.solver.rounding_settings import Settings
 from ..small_block import Solved, run_block
 from .test_block_families import HIDDEN, ROTATIONS, SETTINGS, Setup
 
-NAMES = ("qwen3_5_text", "qwen3_next", "lfm2")  # whose first blocks have none
+NAMES = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid")  # whose first blocks have none
 
 
 @pytest.mark.parametrize("rotated", ROTATIONS)
