@@ -82,8 +82,8 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     kept = work / "timed.json"
     timed: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    timed = {key: row for key, row in timed.items() if key.partition(": ")[0] not in again.split(",")}
-    timed = {key.replace("the same, emb", "W4A16, emb"): row for key, row in timed.items() if "failed" not in row}
+    wanted = (key for key, row in timed.items() if "failed" not in row)
+    timed = {key: timed[key] for key in wanted if key.partition(": ")[0] not in again.split(",")}
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     asked = {"prompt": prompt, "new": new, "repeats": repeats, "vocabulary": config["vocab_size"]}
     asked |= {"dtype": DENSE, "eager": not compiled}
@@ -94,10 +94,10 @@ def main(
                 continue
             folder = made(model, work, runtime, case)
             row = time_it(runtime, folder, {**asked, "packed": case != DENSE}, work)
-            timed[key] = {"bytes": size(folder), **row}
+            timed[key] = {"bytes": size(folder), "repeats": repeats, **row}
             write_json(kept, timed)
             print(key, {k: v for k, v in timed[key].items() if k != "versions"}, flush=True)
-    PAGE.write_text(page(timed, name or model.name, prompt, new, repeats), encoding="utf-8")
+    PAGE.write_text(page(timed, name or model.name, prompt, new), encoding="utf-8")
 
 
 def made(model: Path, work: Path, runtime: str, case: str) -> Path:
@@ -143,13 +143,15 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind))
 
 
-def page(timed: dict[str, dict[str, Any]], name: str, prompt: int, new: int, repeats: int) -> str:
+def page(timed: dict[str, dict[str, Any]], name: str, prompt: int, new: int) -> str:
     """Markdown."""
+    least = sorted({row.get("repeats", 1) for row in timed.values()})
+    often = " to ".join(map(str, dict.fromkeys((least[0], least[-1]))))
     lines = [
         "# Speed where exports are served",
         "",
         f"Made by `python benchmarks/serving_speed.py --model {name}`: {name}, a prompt of {prompt} tokens and {new}",
-        f"after it, of processor time, the least of {repeats}, one thread of {processor()}. Beside it, times the",
+        f"after it, of processor time, the least of {often}, one thread of {processor()}. Beside it, times the",
         "same runtime's bfloat16. Weights are rounded to the nearest, which changes no speed.",
         "",
         "| runtime | model | file, MB | prompt, tokens/s | generated, tokens/s | times bfloat16 |",
