@@ -212,7 +212,7 @@ SEEING |= {
     )
     for name in ("qwen3_5", "qwen3_5_moe")
 }
-MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in field for field in fields)]
+MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in key and fields[key] for key in fields)]
 
 
 SIZES: dict[str, Any] = {

@@ -19,8 +19,7 @@ from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe
 CHANCE = 1.15  # as much as another calibration seed may make of two models
 OFF: dict[str, dict[str, Any]] = {
     "shift": {"weights.alpha": 0.0, "weights.head": 0.0},
-    "refinement": {"weights.refine": 0},
-    "search": {"weights.starts": 1, "weights.tabu": 0},
+    "refinement and search": {"weights.refine": 0, "weights.starts": 1, "weights.tabu": 0},
     "attention": {"weights.method": "gptq"},
 }
 WHOLE = {"weights.alpha": 1.0}
