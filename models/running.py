@@ -83,6 +83,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = forget_running(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         if packed:
             del config.quantization_config  # what is made of it is read as numbers, and is stored otherwise
+        if not hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = False  # which transformers takes it for
         return config
     except (ValueError, KeyError, TypeError, ArithmeticError, OSError, StrictDataclassError) as error:
         what = " ".join(str(error).split()).rstrip(".")

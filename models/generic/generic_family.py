@@ -100,6 +100,8 @@ def _found(config: PretrainedConfig) -> GenericFamily:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise UnfitError("its embedding or its output layer is no plain one")
+    if any(embedding.children()):
+        raise UnfitError("its embedding has a layer of its own inside")
     try:
         shell = Shell(model, layers, outputs=0, dtype=torch.float32, device="cpu")
         outputs = _outputs(blocks[0], shell.first_call(1, LENGTH), embedding.embedding_dim)

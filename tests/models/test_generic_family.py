@@ -59,6 +59,11 @@ def test_small_layers_stay() -> None:
         ),
         ("gpt2", {}, "it is no list of blocks with linear layers"),
         ("olmo", {}, "between its last block and its output layer there is something else than one norm"),
+        (
+            "inkling_text",
+            {"n_routed_experts": 4, **dict.fromkeys(("layer_types", "mlp_layer_types"))},
+            "its embedding has a layer of its own inside",
+        ),
         ("bert-generation", {"is_decoder": True}, "between its last block and its output layer there is"),
         (
             "jamba",
