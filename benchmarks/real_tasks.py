@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -22,7 +21,7 @@ from common import HERE, file_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rotoboa.errors import InputError
-from rotoboa.eval.zeroshot import PAPER_TASKS, load_tasks, task_names, zero_shot
+from rotoboa.eval.zeroshot import PAPER_TASKS, Score, average, load_tasks, task_names, zero_shot
 from rotoboa.export.formats.native import load_native
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.recipe_files import build_recipe
@@ -86,24 +85,28 @@ def document(scores: Scores, kl: Mapping[str, float], model: str, limit: int | N
     cell = {(found["subject"], found["task"]): found for found in scores.values()}
     metrics = {task: cell[subjects[0], task]["metric"] for task in tasks}
     items = "all items" if limit is None else f"the first {limit} items of each"
-    errors = [found["stderr"] for found in scores.values() if found["stderr"] is not None]
+    means = {
+        subject: average(
+            [Score(metrics[task], cell[subject, task]["value"], cell[subject, task]["stderr"]) for task in tasks]
+        )
+        for subject in subjects
+    }
+    first = means[subjects[0]]
+    error = f"{first.stderr:.3f}" if first and first.stderr else "unknown"
     heads = [f"{task.removeprefix('local_')}, {metrics[task]}" for task in tasks]
     lines = [
         f"# {model}: zero-shot tasks",
         "",
         f"Made by `benchmarks/real_tasks.py`: {items}, no examples in the prompt, models in bfloat16, by lm-eval.",
-        f"One score has a standard error of about {mean(errors):.3f}, the average one of "
-        f"{mean(errors) / len(tasks) ** 0.5:.3f}; the same items make differences surer than that.",
+        f"The standard error of an average is {error}; as the items are the same, differences are surer than that.",
         "",
         f"| | KL | {' | '.join(heads)} | average |",
         f"|---|---|{'---|' * (len(tasks) + 1)}",
     ]
     for subject in subjects:
-        values = [cell[subject, task]["value"] for task in tasks]
-        divergence = f"{kl[subject]:.4f}" if subject in kl else ""
-        lines.append(
-            f"| {subject} | {divergence} | {' | '.join(f'{value:.3f}' for value in values)} | {mean(values):.3f} |"
-        )
+        divergence, whole = f"{kl[subject]:.4f}" if subject in kl else "", means[subject]
+        values = [f"{cell[subject, task]['value']:.3f}" for task in tasks]
+        lines.append(f"| {subject} | {divergence} | {' | '.join(values)} | {f'{whole.value:.3f}' if whole else ''} |")
     return "\n".join([*lines, ""])
 
 

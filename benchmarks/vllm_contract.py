@@ -138,7 +138,7 @@ def _cache_row(config: Any, found: dict[str, list[int]]) -> dict[str, Any]:
     layer.num_kv_heads = 2  # of which only scales by head know
     try:
         CompressedTensorsKVCacheMethod(config).create_weights(layer)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # how vLLM says that it does not take a cache's scheme
         return {**row, "refused": f"{type(error).__name__}: {error}"}
     whole.add_module("attn", layer)
     room = {f"{PREFIX}self_attn.{name}": list(p.shape) for name, p in whole.named_parameters()}

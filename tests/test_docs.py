@@ -214,9 +214,10 @@ def test_results_of_the_real_model_are_those_of_its_page() -> None:
     page = set(NUMBER.findall(text_of(ROOT / "benchmarks" / "real-smollm2-135m.md")))
     text = text_of(ROOT / "docs" / "results.md")
     section = text[text.index("### SmolLM2-135M") : text.index("### Gemma")]
-    rows = [line for line in section.splitlines() if line.startswith("| ") and "that commit" not in line]
-    found = [figure for line in rows if "earlier commit" not in line for figure in NUMBER.findall(line)]
-    assert len(found) >= 8 and set(found) <= page
+    old = ("that commit", "earlier commit")
+    lines = (line for line in section.splitlines() if line.startswith("| ") and not any(words in line for words in old))
+    rows = [figures for line in lines if (figures := NUMBER.findall(line))]
+    assert len(rows) == 7 and all(len(figures) == 2 and set(figures) <= page for figures in rows)
 
 
 def test_the_version_is_one() -> None:
