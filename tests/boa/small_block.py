@@ -10,7 +10,7 @@ from rotoboa.boa.block.block import quantize_block
 from rotoboa.boa.block.context import BlockContext, BlockResult, Share, Streams, shared_copy
 from rotoboa.boa.objective.objective import Objective
 from rotoboa.boa.online.activations import DynamicQuantizer
-from rotoboa.boa.online.attention import NAME, AttentionTransform, set_attention
+from rotoboa.boa.online.attention import NAME, AttentionInputs, AttentionTransform, set_attention
 from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding_settings import Settings
@@ -163,3 +163,17 @@ def forward(
     for handle in handles:
         handle.remove()
     return output
+
+
+def seen_where(decoder: Decoder, block: nn.Module, hidden: Tensor, moved: str, by: Tensor) -> AttentionInputs:
+    """What attention computes with where the output of the layer `moved` is another."""
+    found: list[AttentionInputs] = []
+    attention = block.get_submodule(decoder.family.attention)
+    handle = block.get_submodule(moved).register_forward_hook(lambda _, args, output: output + by)
+    set_attention(attention, AttentionTransform(), found.append)
+    try:
+        decoder.run(block, hidden)
+    finally:
+        set_attention(attention, None)
+        handle.remove()
+    return found[0]

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rotoboa.boa.online.attention import NAME, AttentionInputs, AttentionTransform, set_attention
+from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 from rotoboa.tests.small_families import FAMILIES, MIXTURES
 
-from ..small_block import Solved, block_tensors, run_block
+from ..small_block import Solved, block_tensors, run_block, seen_where
 
 NAMES = [name for name in FAMILIES if name not in MIXTURES] + ["gpt_oss"]
 BOUND = Settings(bits=4, refine=1, starts=1, tabu=0, attention="bound")
@@ -35,20 +35,6 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "_turning", at_position)
 
 
-def _seen(decoder: Decoder, block: nn.Module, hidden: Tensor, moved: str, by: Tensor) -> AttentionInputs:
-    """What attention computes with where the output of the projection `moved` is another."""
-    found: list[AttentionInputs] = []
-    attention, projection = block.get_submodule(decoder.family.attention), block.get_submodule(moved)
-    handle = projection.register_forward_hook(lambda _, args, output: output + by)
-    set_attention(attention, AttentionTransform(), found.append)
-    try:
-        decoder.run(block, hidden)
-    finally:
-        set_attention(attention, None)
-        handle.remove()
-    return found[0]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved: Solved) -> None:
     model = family_model(name)
@@ -56,7 +42,7 @@ def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved:
     family, shape = decoder.family, decoder.shape
     block = decoder.block(1, block_tensors(model, decoder, 1))
     hidden = torch.randn(1, 1, shape.hidden, generator=torch.Generator().manual_seed(5))
-    seen = _seen(decoder, block, hidden, family.query, torch.zeros(()))
+    seen = seen_where(decoder, block, hidden, family.query, torch.zeros(()))
     run_block(decoder, block, BOUND, OnlineTransforms(), (hidden.clone(), hidden.clone()))
     h_out = solved[0][1].h_out
     assert h_out is not None
@@ -69,7 +55,7 @@ def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved:
         zero = torch.zeros(len(costs[part]) * shape.head_dim)
 
         def reached(by: Tensor, part: str = part, projection: str = projection) -> Tensor:
-            return getattr(_seen(decoder, block, hidden, projection, by), part)[0, :, 0].flatten()
+            return getattr(seen_where(decoder, block, hidden, projection, by), part)[0, :, 0].flatten()
 
         with torch.enable_grad():
             j = torch.autograd.functional.jacobian(reached, zero)

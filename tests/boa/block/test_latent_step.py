@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from rotoboa.boa.block.forward_parts import capture
 from rotoboa.boa.objective import statistics
-from rotoboa.boa.online.attention import NAME, AttentionInputs, AttentionTransform, set_attention
+from rotoboa.boa.online.attention import NAME
 from rotoboa.boa.online.transforms import OnlineTransforms
 from rotoboa.boa.scheme import QuantizationScheme
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.models.decoder import Decoder
 
-from ..small_block import Solved, block_tensors, run_block
+from ..small_block import Solved, block_tensors, run_block, seen_where
 from .test_block_families import SETTINGS, Setup
 
 NAMES = ("deepseek_v3", "deepseek_v3-halves", "deepseek_v2", "deepseek_v2-lite")
@@ -42,20 +42,6 @@ def _read(setup: Setup, name: str, hidden: Tensor) -> Tensor:
     return capture(setup.block.get_submodule(name), lambda: setup.decoder.run(setup.block, hidden)).flatten(0, -2)
 
 
-def _seen(decoder: Decoder, block: nn.Module, hidden: Tensor, moved: str, by: Tensor) -> AttentionInputs:
-    """What attention computes with where the output of the layer `moved` is another."""
-    found: list[AttentionInputs] = []
-    attention = block.get_submodule(decoder.family.attention)
-    handle = block.get_submodule(moved).register_forward_hook(lambda _, args, output: output + by)
-    set_attention(attention, AttentionTransform(), found.append)
-    try:
-        decoder.run(block, hidden)
-    finally:
-        set_attention(attention, None)
-        handle.remove()
-    return found[0]
-
-
 @pytest.mark.usefixtures("later")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved: Solved) -> None:
@@ -65,7 +51,7 @@ def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved:
     family, shape = decoder.family, decoder.shape
     block = decoder.block(1, block_tensors(model, decoder, 1))
     hidden = torch.randn(1, 1, shape.hidden, generator=torch.Generator().manual_seed(5))
-    seen = _seen(decoder, block, hidden, family.query, torch.zeros(()))
+    seen = seen_where(decoder, block, hidden, family.query, torch.zeros(()))
     streams, schemes = (hidden.clone(), hidden.clone()), dict.fromkeys(family.at(1).compressions, QuantizationScheme())
     run_block(decoder, block, BOUND, OnlineTransforms(), streams, schemes=schemes)
     query, key = seen.query[0, :, 0], seen.key[0, :, 0]
@@ -74,7 +60,7 @@ def test_one_token_is_exact(family_model: Callable[..., Any], name: str, solved:
         size = len(block.get_parameter(f"{layer}.weight"))
 
         def reached(by: Tensor, part: str = part, layer: str = layer) -> Tensor:
-            return getattr(_seen(decoder, block, hidden, layer, by), part)[0, :, 0].flatten()
+            return getattr(seen_where(decoder, block, hidden, layer, by), part)[0, :, 0].flatten()
 
         with torch.enable_grad():
             j = torch.autograd.functional.jacobian(reached, torch.zeros(size))
@@ -103,7 +89,7 @@ def test_inputs_and_values(
     x, c = _read(setup, family.query, hidden), _read(setup, family.value, hidden)
     torch.testing.assert_close(queries[1].h_in[0], x.T @ x, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(keys[1].h_in[0], c.T @ c, rtol=1e-3, atol=1e-3)
-    seen = _seen(setup.decoder, setup.block, hidden, family.query, torch.zeros(()))
+    seen = seen_where(setup.decoder, setup.block, hidden, family.query, torch.zeros(()))
     logits = seen.query @ seen.key.transpose(-1, -2) * seen.scaling
     a = (logits + torch.full(logits.shape[-2:], float("-inf")).triu(1)).softmax(-1)
     mixed = torch.einsum("bhlm,bmc->hblc", a, c.unflatten(0, hidden.shape[:2])).flatten(1, 2)
