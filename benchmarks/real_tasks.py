@@ -113,7 +113,7 @@ def document(scores: Scores, kl: Mapping[str, float], model: str, limit: int | N
 def divergence(run: Path) -> float | None:
     """KL on the text that a run was measured on; None where there are several."""
     found = read_report(run).divergence
-    return float(next(iter(found.values())).kl) if len(found) == 1 else None
+    return next(iter(found.values())).kl if len(found) == 1 else None
 
 
 def main(

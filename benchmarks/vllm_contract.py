@@ -134,7 +134,8 @@ def _cache_row(config: Any, found: dict[str, list[int]]) -> dict[str, Any]:
 
     scheme = config.kv_cache_scheme
     row: dict[str, Any] = {"layer": "self_attn.attn", "scheme": None if scheme is None else str(scheme["type"])}
-    layer, whole = torch.nn.Module(), torch.nn.Module()
+    layer: Any = torch.nn.Module()
+    whole = torch.nn.Module()
     layer.num_kv_heads = 2  # of which only scales by head know
     try:
         CompressedTensorsKVCacheMethod(config).create_weights(layer)
