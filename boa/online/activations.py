@@ -117,7 +117,7 @@ class DynamicQuantizer:
         return x.abs().amax(-1, keepdim=True) if self.symmetric else torch.stack(torch.aminmax(x, dim=-1), -1)
 
     def _searched(self, x: Tensor) -> Tensor:
-        """The span of each of x's vectors (n, c) that leaves the least squared error, of those that are alike the first."""
+        """The span of each of x's vectors (n, c) that leaves the least squared error, the first of several alike."""
         whole, wide = self._whole(x), _wide(x)
         ratios = torch.tensor(RATIOS, dtype=wide.dtype, device=x.device)[:, None]
         spans = _wide(whole)[:, None] * ratios
