@@ -236,7 +236,7 @@ def refuse_sight(family: Family, name: str) -> None:
 
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
-    return not (family.merged or family.experts or family.layer_norm or family.generic or family.kinds)
+    return not (family.merged or family.experts or family.layer_norm or family.generic or family.hybrid)
 
 
 def refuse_online(

@@ -55,11 +55,12 @@ def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str
         block.set_submodule(family.attention, InnerAttention(inner, family, shape, attention))
     if family.experts:
         fused = block.get_submodule(family.experts)
-        block.set_submodule(family.experts, split_experts(fused, shape.hidden, shape.ffn, bias=family.expert_bias))
+        options = {"bias": family.expert_bias, "scored": family.scores_inputs}
+        block.set_submodule(family.experts, split_experts(fused, shape.hidden, shape.ffn, **options))
     if family.shared:
         alone: Any = block.get_submodule(family.shared)
-        up = alone.up_proj
-        shared = Expert(shape.hidden, shape.shared_ffn, alone.act_fn, up.weight, bias=up.bias is not None)
+        up, function = alone.up_proj, getattr(alone, "act_fn", None) or alone.activation_fn
+        shared = Expert(shape.hidden, shape.shared_ffn, function, up.weight, bias=up.bias is not None)
         block.set_submodule(family.shared, shared)
     if family.layer_norm:
         for norm, readers in family.norm_readers.items():

@@ -43,7 +43,7 @@ def lines() -> list[Line]:
         Line(
             f"`{name}`",
             "online" if family.post_norms else "merged or online",
-            "where there is attention" if family.kinds else "yes",
+            "where there is attention" if family.hybrid else "yes",
             ", ".join(formats_of(family)),
             family.note,
         )

@@ -24,7 +24,7 @@ from rotoboa.models.layout import split_tensors
 from rotoboa.models.shape import Shape
 from rotoboa.pipeline.estimate.plan import plan
 from rotoboa.pipeline.exporting import export
-from rotoboa.tests.seen import AT, LENGTH, inputs
+from rotoboa.tests.seen import AT, LENGTH, inputs, llama4_runs  # noqa: F401 (a fixture)
 from rotoboa.tests.small_families import SEEING, family_config, make_family
 
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
@@ -35,6 +35,7 @@ CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
