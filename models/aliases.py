@@ -129,6 +129,8 @@ ALIASES = (
     Alias("smollm3-3b", "HuggingFaceTB/SmolLM3-3B"),
     Alias("granite3.3-2b-instruct", "ibm-granite/granite-3.3-2b-instruct"),
     Alias("granite3.3-8b-instruct", "ibm-granite/granite-3.3-8b-instruct"),
+    Alias("granite4-h-tiny-instruct", "ibm-granite/granite-4.0-h-tiny"),
+    Alias("granite4-h-small-instruct", "ibm-granite/granite-4.0-h-small"),
     Alias("seed-oss-36b", "ByteDance-Seed/Seed-OSS-36B-Base"),
     Alias("starcoder2-3b", "bigcode/starcoder2-3b"),
     Alias("starcoder2-7b", "bigcode/starcoder2-7b"),

@@ -54,7 +54,7 @@ class Family:
             `router_bias`: a buffer that the router is given beside what it reads. `scores_inputs`: a token's weight for
             an expert multiplies what that reads, and not what it puts out.
         shared, shared_gate: the MLP that every token goes to beside its experts, and the layer whose sigmoid weighs it;
-            "" where there is none, or no weight. It counts as one expert more, the last.
+            "" where there is none, or no weight. It counts as one expert more, the last. `shared_parts`: its layers.
         dense: whether block `index` of a model with this config has one MLP in place of its mixture; None: no block
             has. `dense_field`: name in the config of that one's width.
         blocks: of each block, where they are of several kinds; see `family_for`.
@@ -146,6 +146,7 @@ class Family:
     scores_inputs: bool = False
     shared: str = ""
     shared_gate: str = ""
+    shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     dense: Callable[[Any, int], bool] | None = None
     dense_field: str = "intermediate_size"
     blocks: tuple[Family, ...] = ()
@@ -213,7 +214,8 @@ class Family:
     def expert(self, index: int) -> tuple[str, str, str]:
         """Gate, up and down of one expert; the shared one comes last."""
         if self.shared and index == self.expert_count:
-            return f"{self.shared}.gate_proj", f"{self.shared}.up_proj", f"{self.shared}.down_proj"
+            gate, up, down = (f"{self.shared}.{part}" for part in self.shared_parts)
+            return gate, up, down
         return self.gate.format(index), self.up.format(index), self.down.format(index)
 
     @property

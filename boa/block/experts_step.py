@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...models.experts.expert_layers import Expert, sum_of_experts
+from ...models.experts.expert_layers import Expert, MergedExpert, sum_of_experts
 from ...models.families import Family
 from ..objective.statistics import InputStatistics
 from ..objective.totals import Total
@@ -68,7 +68,7 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
             _run_expert(context, i, added, streams, tokens)
     for stream, what in ((streams.full, moved), (streams.quantized, added)):
         for part, more in zip(stream.split(share.batch), what.split(share.batch), strict=True):
-            part += more
+            part += more if context.decoder.branch_factor == 1 else more * context.decoder.branch_factor
             context.release()
     return found
 
@@ -138,10 +138,10 @@ def choose(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([index, last], -1), torch.cat([weights, gate.to(weights)], -1)
 
 
-def expert_of(family: Family, block: nn.Module, i: int) -> Expert:
+def expert_of(family: Family, block: nn.Module, i: int) -> Expert | MergedExpert:
     """Expert `i` of a block."""
     expert = block.get_submodule(family.shared if i == family.expert_count else f"{family.experts}.{i}")
-    assert isinstance(expert, Expert)
+    assert isinstance(expert, Expert | MergedExpert)
     return expert
 
 
@@ -219,7 +219,7 @@ def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], str
         given = down(quantized.inside(t.gate_up(_norm(context, hq) * before)))
         wanted = nn.functional.linear(exact, full.down_proj.weight) * behind
         if settings.drift and not family.generic:
-            wanted += (hf - hq) * part.share
+            wanted += (hf - hq) * part.share / context.decoder.branch_factor
         total.at(number).add(None, given * behind, wanted)
     total.start()
 

@@ -46,6 +46,30 @@ class Expert(nn.Module):
         return output
 
 
+class MergedExpert(nn.Module):
+    """An expert whose gate and up are one layer, in parts that read the same: `layout.Stacked`."""
+
+    def __init__(self, input_linear: nn.Module, output_linear: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.input_linear, self.output_linear, self.act_fn = input_linear, output_linear, activation
+
+    @property
+    def down_proj(self) -> Any:
+        """As of `Expert`."""
+        return self.output_linear
+
+    def inside(self, x: Tensor) -> Tensor:
+        """The input of the down projection, (..., ffn)."""
+        gate, up = self.input_linear(x).chunk(2, -1)
+        hidden: Tensor = self.act_fn(gate) * up
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> the same."""
+        output: Tensor = self.down_proj(self.inside(x))
+        return output
+
+
 class Experts(nn.ModuleList):
     """The experts of a block; transformers keeps all of them in two tensors of three dimensions."""
 

@@ -39,7 +39,6 @@ def _config(model_type: str, **fields: Any) -> Any:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ("granitemoehybrid", {"num_local_experts": 8, "mamba_n_heads": 4}, "num_local_experts 8"),
     ],
 )
 def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: str) -> None:

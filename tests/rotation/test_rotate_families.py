@@ -132,7 +132,7 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
             state |= {f"{stem}{part}.weight": fused[:, i].flatten(0, 1) for i, part in enumerate(("query", "gate"))}
         elif name.endswith("shared_mlp.input_linear.weight"):
             fused, stem = state.pop(name), name.removesuffix("weight")
-            state |= {f"{stem}gate.weight": fused[: shape.ffn], f"{stem}up.weight": fused[shape.ffn :]}
+            state |= {f"{stem}{part}.weight": half for part, half in zip(("gate", "up"), fused.chunk(2), strict=True)}
         elif name.endswith("mamba.in_proj.weight"):  # steps in time last, one a head
             fused, stem = state.pop(name), name.removesuffix("weight")
             state |= {f"{stem}mixed.weight": fused[:-4], f"{stem}time.weight": fused[-4:]}
