@@ -163,6 +163,7 @@ ALIASES = (
     Alias("qwen3-vl-4b-instruct", "Qwen/Qwen3-VL-4B-Instruct"),
     Alias("qwen3-vl-8b-instruct", "Qwen/Qwen3-VL-8B-Instruct"),
     Alias("qwen3-vl-30b-a3b-instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
+    Alias("minimax-m2", "MiniMaxAI/MiniMax-M2"),
     Alias("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1"),
     Alias("mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
     Alias("mixtral-8x22b", "mistralai/Mixtral-8x22B-v0.1"),

@@ -134,8 +134,10 @@ ROWS = (
     replace(
         _MIXTRAL,
         model_type="minimax_m2",
-        note=f"a bias chooses experts; partial RoPE; QK-norm over all heads; {_EXPERTS.note}",
+        note="a bias chooses experts; partial RoPE; QK-norm over all heads; checkpoints in FP8 are read; "
+        f"{_EXPERTS.note}",
         router_bias="mlp.e_score_correction_bias",
+        packed="fp8",
         query_norm="self_attn.q_norm",
         key_norm="self_attn.k_norm",
         head_norms_whole=True,
