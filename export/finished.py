@@ -281,6 +281,8 @@ def refuse_online(
         online.append("R4 (an online rotation before down)")
     inputs_of = (scheme.input_activations for scheme in (spec.scheme, *spec.layers.values()))
     args = next((args for args in inputs_of if args.quantizes), None)
+    if spec.activation_directions:
+        online.append(f"{spec.activation_directions} directions of inputs in 8 bits")
     if args is not None and not activations:
         groups = f" in groups of {args.group_size}" if args.group_size else ""
         online.append(f"{args.num_bits}-bit activations{groups}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ...boa.online.activations import RATIOS, SEARCHED
+from ...boa.online.activations import SEARCHED, tries
 from ...boa.solver.rounding_settings import Settings
 from ...export.finished import projection_columns, projection_rows
 from ...models.decoder import Decoder
@@ -209,7 +209,7 @@ class Plan:
     Attributes:
         settings: of the rounding.
         samples, length, batch: of the calibration set, and how many sequences at a time.
-        activation_tries, cache_tries: clip ratios that a vector is rounded with; 0 at 16 bits.
+        activation_tries, cache_tries: grids that a vector is rounded with; 0 at 16 bits.
         references: whether RTN and plain GPTQ are measured beside the method.
         head: whether the output layer is moved.
         windows: of `length` tokens that are evaluated; 0 for none.
@@ -240,8 +240,8 @@ class Plan:
             recipe.calibration.samples,
             length,
             recipe.calibration.batch,
-            _tries(activations.bits, activations.search),
-            _tries(min(cache.key_bits, cache.value_bits), cache.search),
+            _tries(activations.bits, activations.search, activations.symmetric),
+            _tries(min(cache.key_bits, cache.value_bits), cache.search, False),
             references=evaluation.references,
             head=moves_head(recipe),
             windows=windows or 0,
@@ -250,7 +250,7 @@ class Plan:
         )
 
 
-def _tries(bits: int, search: bool) -> int:
+def _tries(bits: int, search: bool, symmetric: bool) -> int:
     if bits == 16:
         return 0
-    return len(RATIOS) + 1 if search and bits <= SEARCHED else 1
+    return tries(symmetric) + 1 if search and bits <= SEARCHED else 1
