@@ -127,17 +127,17 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         elif isinstance(quantizer, DynamicQuantizer) and len(flat) and self.counts(quantizer, x.device):
             y = self._from_integers(flat, quantizer)
         elif isinstance(quantizer, LeadingDirections) and len(flat) and self.counts(quantizer.rest, x.device):
-            coefficients, left = quantizer.split(flat)
-            y = self._from_integers(left, quantizer.rest).add_(coefficients @ self._through(quantizer).T).to(x.dtype)
+            y = self._beside_directions(flat, quantizer)
         else:
             y = self._from_floats(flat if quantizer is None else quantizer(flat))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _through(self, quantizer: LeadingDirections) -> Tensor:
-        """(out, k), what coefficients of directions meet, from what is held at the first call on."""
-        if self.through is None:
-            self.through = quantizer.through(self.dequantize(torch.float32))
-        return self.through
+    def _beside_directions(self, x: Tensor, quantizer: LeadingDirections) -> Tensor:
+        """(T, in) -> (T, out); what coefficients meet, (out, k), is held from the first call on."""
+        coefficients, left = quantizer.split(x)
+        if self.through is None or self.through.dtype != left.dtype:
+            self.through = quantizer.through(self.dequantize(left.dtype))
+        return self._from_integers(left, quantizer.rest).addmm_(coefficients, self.through.T).to(x.dtype)
 
     def counts(self, quantizer: InputQuantizer | None, device: torch.device) -> bool:
         """Whether products are taken of integers."""
