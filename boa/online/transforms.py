@@ -100,7 +100,8 @@ class OnlineTransforms:
                 found[f"{name}.{transform.scale_name}"] = getattr(transform.quantizer, transform.quantizer.found)
         for part, name in self.attention.scale_names.items():
             found[f"{family.attention}.{name}"] = getattr(self.attention, part).scale
-        return {name: torch.as_tensor(scale).reshape(1) for name, scale in found.items()}
+        # Each a tensor of its own, though layers have one in common: files of safetensors hold no shared memory.
+        return {name: torch.as_tensor(scale).reshape(1).clone() for name, scale in found.items()}
 
     def with_input(self, site: str, transform: InputTransform) -> OnlineTransforms:
         """The same but for the input of one site."""
