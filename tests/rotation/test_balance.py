@@ -82,15 +82,12 @@ def test_an_input_of_experts_counts_once_for_each_that_reads_it() -> None:
     model = make_family("qwen2_moe")
     decoder = Decoder(model.config, attention=NAME)
     block, x = decoder.block(0, block_tensors(model, decoder, 0)), random(3, 9, 32, seed=0).float()
-    family, read = decoder.family_of(block), list[Tensor]()
-    handle = block.get_submodule(family.mlp_norm).register_forward_hook(
-        lambda _, __, out: read.extend(out.flatten(0, 1))
-    )
+    family, routed = decoder.family_of(block), list[tuple[Tensor, Tensor]]()
+    router = block.get_submodule(str(family.router))
+    router.register_forward_hook(lambda _, args, out: routed.extend(zip(args[0], out[2], strict=True)))
     found = moments(decoder, block, x, ("gate_up",), 2, set_attention, centered=False)
-    handle.remove()
     seen = []
-    for token in read:
-        (experts,) = block.get_submodule(family.router)(token[None])[2]
+    for token, experts in routed:
         seen += [token.double().square() / token.double().square().mean()] * (len(experts) + 1)
     assert len(seen) == 27 * 3
     torch.testing.assert_close(found["gate_up"], sum(seen) / len(seen), rtol=1e-5, atol=1e-6)
