@@ -124,10 +124,10 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         flat = x.reshape(-1, self.in_features)
         if 0 < len(flat) <= TOKENS and flat.dtype == torch.bfloat16 and self._tile():
             y = self._from_tiles(flat if quantizer is None else quantizer(flat))
+        elif isinstance(quantizer, LeadingDirections) and len(flat) and self.counts(quantizer, x.device):
+            y = self._beside_directions(flat, quantizer)
         elif isinstance(quantizer, DynamicQuantizer) and len(flat) and self.counts(quantizer, x.device):
             y = self._from_integers(flat, quantizer)
-        elif isinstance(quantizer, LeadingDirections) and len(flat) and self.counts(quantizer.rest, x.device):
-            y = self._beside_directions(flat, quantizer)
         else:
             y = self._from_floats(flat if quantizer is None else quantizer(flat))
         return y.view(*x.shape[:-1], self.out_features)
@@ -140,7 +140,8 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         return self._from_integers(left, quantizer.rest).addmm_(coefficients, self.through.T).to(x.dtype)
 
     def counts(self, quantizer: InputQuantizer | None, device: torch.device) -> bool:
-        """Whether products are taken of integers."""
+        """Whether products are taken of integers, beside directions of what is left."""
+        quantizer = quantizer.rest if isinstance(quantizer, LeadingDirections) else quantizer
         if not isinstance(quantizer, DynamicQuantizer) or {self.format, quantizer.format} != {"int"}:
             return False
         if quantizer.bits + (not quantizer.symmetric) > 8 or not fast_integers(device.type):

@@ -13,11 +13,10 @@ from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
-from ...rotation.rotate import input_width
 from ..recipe.fields import given_fields
 from ..recipe.layers import choice_args, end_args, whole_scheme
 from ..recipe.recipe import Embedding, Head, Recipe
-from ..recipe.settings import is_r1_online, rotations_of, serving
+from ..recipe.settings import is_r1_online, most_directions, rotations_of, serving
 from ..recipe.values import BLOCKS
 
 
@@ -81,16 +80,16 @@ def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
 
 
 def check_directions(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
-    """Check that an input has more channels than directions that are kept of it.
+    """Check that no more directions of an input were asked for than are kept; a packaged recipe's are cut to that.
 
     Raises:
-        InputError: it has not.
+        InputError: there were.
     """
-    shape, family = decoder.shape, decoder.family
-    if recipe.activations.directions >= (width := min(shape.hidden, input_width(family, shape))):
+    most = most_directions(decoder)
+    if recipe.activations.directions > most and "activations.directions" in given_fields(recipe):
         raise InputError(
-            f"activations.directions {recipe.activations.directions} is no part of the {width} channels that layers of "
-            f"{model.name} read: give a number below {width}, such as {min(16, width // 4)}."
+            f"activations.directions {recipe.activations.directions} is more than a quarter of the channels that some "
+            f"layer of {model.name} reads: give {most} or fewer."
         )
 
 

@@ -8,7 +8,7 @@ from ...boa.solver.rounding_settings import Settings
 from ...export.spec import Spec
 from ...models.decoder import Decoder
 from ...models.families import Family
-from ...rotation.rotate import Rotations
+from ...rotation.rotate import Rotations, input_width
 from .layers import end_args, layer_schemes, outer_schemes, whole_scheme
 from .recipe import Recipe
 
@@ -65,6 +65,13 @@ def has_directions(recipe: Recipe) -> bool:
     return recipe.activations.directions > 0 and any(g["format"] == "int" and g["bits"] < 8 for g in given)
 
 
+def most_directions(decoder: Decoder) -> int:
+    """Of an input, a quarter of its channels."""
+    family, shape = decoder.family, decoder.shape
+    widths = (input_width(family.at(index), shape.at(index)) for index in range(shape.blocks))
+    return min(shape.hidden, *widths) // 4
+
+
 def finds_scales(recipe: Recipe) -> bool:
     """Whether calibration finds something of inputs or of the cache, whatever rounds the weights."""
     cached = recipe.cache.format == "fp8" and min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL
@@ -100,7 +107,7 @@ def changed_outer_layers(recipe: Recipe, rotations: Rotations, decoder: Decoder)
 def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
     rotation, tied, server = recipe.rotation, stays_tied(recipe, rotations, decoder), serving(recipe)
-    generic = decoder.family.generic
+    directed = has_directions(recipe) and not decoder.family.generic
     ours = server == OWN  # who else keeps the cache turns and rounds it by itself
     whole = whole_scheme(recipe)
     weights, inputs = whole.weights, whole.input_activations
@@ -124,7 +131,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         activation_search=recipe.activations.search,
         activation_convention=recipe.activations.convention,
         activation_dynamic=recipe.activations.dynamic or not has_inputs_in("fp8", recipe),
-        activation_directions=recipe.activations.directions if has_directions(recipe) and not generic else 0,
+        activation_directions=min(recipe.activations.directions, most_directions(decoder)) * directed,
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip if ours else 1.0,
