@@ -158,6 +158,11 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
         )
         for name in TWO_LEVELS
     },
+    "Q4_K, embedding Q4_K, head Q6_K": (
+        "w4a16",
+        {"weights.format": "q4_k", "embedding.format": "q4_k", "head.format": "q6_k"},
+        {"llama.cpp": ("gguf",)},
+    ),
 }
 
 

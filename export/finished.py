@@ -24,7 +24,7 @@ from ..models.outer_layers import OuterLayers
 from ..models.running import floats_read, what_it_is
 from ..models.shape import Shape
 from .joined_layers import can_join, joined, on_the_hub, parts_of
-from .packing import ALL_PARTS, PARTS, unpack_block, unpacked
+from .packing import ALL_PARTS, part_names, unpack_block, unpacked
 from .spec import METHOD, Spec
 from .writing import read_outer_layers
 
@@ -161,9 +161,9 @@ class Finished:
     def _ends(self, tensors: dict[str, Tensor], stored: Stored | None) -> dict[str, Tensor]:
         """Tensors outside the blocks, those of a packed embedding or head as a format has them."""
         for module in (self.family.embedding, self.family.head):
-            parts = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
+            args = self.spec.outer(module)
+            parts = {part: tensors[f"{module}.{part}"] for part in part_names(args) if f"{module}.{part}" in tensors}
             if stored is not None and parts:
-                args = self.spec.outer(module)
                 found = stored(unpacked(parts, args, self.shape.hidden), args)
                 packed = {f"{module}.{part}" for part in parts}
                 tensors = {name: tensor for name, tensor in tensors.items() if name not in packed}

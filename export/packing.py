@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -152,47 +151,19 @@ def _check(bits: int) -> None:
         raise ValueError("words are cut into bytes here as little-endian machines have them, which this is not")
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
-    """Embedding or output layer in few bits, some rows at a time as floats; see `models.matrices.Matrix`.
-
-    Attributes:
-        qweight: (rows, words) int32; scale: (rows, groups) float16; zero: (rows, groups) uint8.
-        bits: of a value.
-        columns: of a row.
-    """
-
-    qweight: Tensor
-    scale: Tensor
-    zero: Tensor
-    bits: int
-    columns: int
-
-    @classmethod
-    def of(cls, result: Quantized, bits: int) -> PackedMatrix:
-        """From integers (rows, columns), scale and zero point (rows, groups)."""
-        words = pack(result.integers, bits)
-        return cls(words, result.scale.to(torch.float16), result.zero.to(torch.uint8), bits, result.integers.shape[-1])
-
-    @property
-    def shape(self) -> torch.Size:
-        """(rows, columns)."""
-        return torch.Size((len(self.qweight), self.columns))
-
-    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
-        """The rows `index` in float32; those of token ids (..., columns) of any shape."""
-        return dequantize_rows(self.qweight[index], self.scale[index], self.zero[index], self.bits, self.columns)
-
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors that are stored."""
-        return {"qweight": self.qweight, "scale": self.scale, "zero": self.zero}
-
-
 def dequantize_rows(words: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int) -> Tensor:
     """Packed rows (..., words) with scale and zero point (..., groups) as float32 (..., columns)."""
     integers = unpack(words.reshape(-1, words.shape[-1]), bits, columns).float().view(*words.shape[:-1], columns)
     parts = integers.unflatten(-1, (scale.shape[-1], -1))
     return ((parts - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
+
+
+def part_names(args: QuantizationArgs) -> tuple[str, ...]:
+    """The last parts of the names of the tensors of a weight, as of `packed_parts`."""
+    if args.type == "k":
+        symmetric = ("qweight", "scale", "super_scale")
+        return symmetric if args.symmetric else (*symmetric, "zero", "super_zero")
+    return {"int": PARTS, "nvfp4": ("qweight", "scale", "global_scale")}.get(args.format, PARTS[:2])
 
 
 def packed_bytes(rows: int, columns: int, args: QuantizationArgs, itemsize: int) -> int:

@@ -20,7 +20,8 @@ from ..models.families import Family
 from ..models.matrices import StoredMatrix
 from ..models.outer_layers import OuterLayers
 from ..models.running import what_it_is
-from .packing import PARTS, PackedMatrix
+from .packed_matrix import PackedMatrix
+from .packing import part_names
 from .shards import SHARD_BYTES, write_shards
 from .spec import METHOD, Spec
 
@@ -149,7 +150,9 @@ def read_outer_layers(folder: Path, family: Family) -> OuterLayers:
     spec = _spec_of(folder)
     tied = is_tied(folder) or spec.tied_head
     names, large = set(OuterLayers.names(family)), {f"{family.embedding}.weight", f"{family.head}.weight"}
-    names |= {f"{module}.{part}" for module in (family.embedding, family.head) for part in PARTS}
+    names |= {
+        f"{module}.{part}" for module in (family.embedding, family.head) for part in part_names(spec.outer(module))
+    }
     names -= {f"{family.head}.weight"} if tied else set()
     found: dict[str, Tensor | StoredMatrix] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -175,10 +178,12 @@ def packed_matrices(found: Mapping[str, Any], family: Family, spec: Spec) -> dic
     """The tensors of `OuterLayers` by their full names, where those of a packed embedding or head become its matrix."""
     result = dict(found)
     for module in (family.embedding, family.head):
-        parts = {part: result.pop(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in result}
-        if len(parts) == len(PARTS):
+        args = spec.outer(module)
+        names = part_names(args) if args.quantizes else ()
+        parts = {part: result.pop(f"{module}.{part}") for part in names if f"{module}.{part}" in result}
+        if names and len(parts) == len(names):
             columns = len(found[f"{family.final_norm}.weight"])
-            result[f"{module}.weight"] = PackedMatrix(**parts, bits=spec.outer(module).num_bits, columns=columns)
+            result[f"{module}.weight"] = PackedMatrix(parts, args, columns)
     return result
 
 

@@ -61,7 +61,8 @@ class Moments:
     """Collects E x_j^2 of the sites of one block while it runs, a token's x relative to its root mean square.
 
     Rounding is relative to the size of a token, and so is what the next norm leaves of its error. Counted alike, the
-    massive activations of a first token would decide alone. Queries, which are not rounded, count as they are: `keys`
+    massive activations of a first token would decide alone. Of `gate_up` with experts, a token counts once for every
+    expert that it goes to. Queries, which are not rounded, count as they are: `keys`
     and `queries` are E k_j^2 and E q_j^2 after RoPE, (heads, head_dim), a token's key relative to itself; where heads
     share a norm, the mean over them, (1, head_dim). `centered` keys are k_j - E k_j of each head.
 
@@ -82,9 +83,10 @@ class Moments:
         self._count: dict[str, int] = {}
         self._shared, self._centered = family.key_norm is not None and not family.head_norms_whole, centered
         self._handles = [
-            block.get_submodule(readers(family, name)[0]).register_forward_pre_hook(self._look(name))
+            block.get_submodule(layer).register_forward_pre_hook(self._look(name))
             for name in names
             if name not in HEADS
+            for layer in _seeing(family, name)
         ]
         self._stop: Callable[[], None] = lambda: None
         if "keys" in names:
@@ -207,6 +209,13 @@ def balance(energy: Tensor, moment: Tensor) -> Tensor:
     t = torch.where(alive, energy / torch.where(alive, moment, 1.0), 1.0).pow(0.25)
     t = (t / t[alive].log().mean().exp()).clamp(1 / BOUND, BOUND)
     return torch.where(alive, t, 1.0)
+
+
+def _seeing(family: Family, site: str) -> tuple[str, ...]:
+    """Layers that together see all inputs of a site, each once: one of them, or one an expert."""
+    if site == "gate_up" and family.experts:
+        return tuple(family.expert(i)[0] for i in family.all_experts)
+    return readers(family, site)[:1]
 
 
 def _norms(family: Family) -> set[str]:

@@ -73,7 +73,7 @@ def leading(gram: Tensor, count: int) -> Tensor:
 
     Their signs are those with which the largest entry of each is positive.
     """
-    found = torch.linalg.eigh(gram.double()).eigenvectors[:, -count:].flip(1)
+    found = torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(1)
     largest = found.gather(0, found.abs().argmax(0, keepdim=True))
     return (found * largest.sign()).bfloat16()
 

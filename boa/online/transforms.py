@@ -123,7 +123,9 @@ class OnlineTransforms:
                 found[key] = getattr(quantizer, quantizer.found)
         for part, name in self.attention.scale_names.items():
             found[f"{family.attention}.{name}"] = getattr(self.attention, part).scale
-        return {name: torch.as_tensor(scale).reshape(1) for name, scale in found.items()} | directions
+        # Each a tensor of its own, though layers have one in common: files of safetensors hold no shared memory.
+        scales = {name: torch.as_tensor(scale).reshape(1).clone() for name, scale in found.items()}
+        return scales | directions
 
     def with_input(self, site: str, transform: InputTransform) -> OnlineTransforms:
         """The same but for the input of one site."""

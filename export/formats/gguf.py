@@ -12,6 +12,7 @@ activation of 0 times 0 goes into the columns that are added.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from ..finished import Finished, refuse_online
 from ..ggml.gguf_blocks import Array, block_of, to_blocks
 from ..ggml.gguf_types import check_types, file_kind, file_name, file_type, padded_ffn, stored_in, type_of
 from ..ggml.k_blocks import to_super_blocks
-from ..packing import PackedMatrix, unpack
+from ..packed_matrix import PackedMatrix
 from ..writing import SHARD_BYTES, fresh_folder, write_extras
 from . import gguf_tokenizer
 from .gguf_architectures import ARCHITECTURES, architecture, config_of
@@ -178,9 +179,8 @@ def _end(
         return _dense(_outer(tensor), matrix[:])
     kind, parts = type_of(args), []
     for rows in spans(matrix):
-        integers = unpack(matrix.qweight[rows], matrix.bits, matrix.columns)
-        result = Quantized(integers.contiguous(), matrix.scale[rows].float(), matrix.zero[rows].float())
-        data, found = _packed(result, kind, dense=dense)
+        result = matrix.quantized(rows)
+        data, found = _packed(replace(result, integers=result.integers.contiguous()), kind, dense=dense)
         parts.append(data)
     return _outer(tensor), np.concatenate(parts), found
 

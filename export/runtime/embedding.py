@@ -27,17 +27,18 @@ class QuantizedEmbedding(PackedWeight):
         bits: int,
         group_size: int | None,
         dtype: torch.dtype,
+        format: str = "int",
         factor: float | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.factor = tokens, width, factor
-        self.make_room(tokens, width, bits, group_size)
+        self.make_room(tokens, width, bits, group_size, format)
         self.register_buffer("kind", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows, in the model's dtype."""
-        parts = self.qweight[index], self.scale[index], self.zero[index]
-        return dequantize_rows(*parts, self.bits, self.embedding_dim).to(self.kind.dtype)
+        found = dequantize_rows(self.qweight[index], *self.grid(index), self.bits, self.embedding_dim)
+        return found.to(self.kind.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids -> (..., width)."""

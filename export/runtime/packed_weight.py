@@ -49,7 +49,7 @@ class PackedWeight(nn.Module):
         if format == "nvfp4":
             self.register_buffer("global_scale", torch.ones(1))
 
-    def grid(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def grid(self, rows: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
         """Scales, float16 or float32, and zero points, uint8, or float32 of two levels, of integers as of
         `kernels.levels`; (rows, groups).
 

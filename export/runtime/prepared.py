@@ -78,6 +78,7 @@ def _prepare_outer(model: nn.Module, family: Family, spec: Spec) -> None:
                 embedding.embedding_dim,
                 bits=args.num_bits,
                 group_size=args.group_size,
+                format=args.format,
                 dtype=embedding.weight.dtype,
                 factor=embedding.embedding_dim**0.5 if family.scaled_embedding else None,
             )

@@ -15,8 +15,8 @@ from ...models.families import SITES
 from ...rotation.channels import obstacle
 from ...rotation.rotate import input_width
 from ..recipe.fields import given_fields
-from ..recipe.layers import choice_args, whole_scheme
-from ..recipe.recipe import Recipe
+from ..recipe.layers import choice_args, end_args, whole_scheme
+from ..recipe.recipe import Embedding, Head, Recipe
 from ..recipe.settings import is_r1_online, rotations_of, serving
 from ..recipe.values import BLOCKS
 
@@ -156,16 +156,20 @@ def check_formats(recipe: Recipe) -> None:
     for section, part, args in (
         ("weights", weights, scheme.weights),
         ("activations", inputs, scheme.input_activations),
+        ("embedding", recipe.embedding, end_args(recipe.embedding)),
+        ("head", recipe.head, end_args(recipe.head)),
     ):
         if args.format == "int":
             continue
+        of_format = isinstance(part, Embedding | Head) and f"{section}.bits" not in given_fields(recipe)
         wrong = {
-            "bits": part.bits != args.num_bits,
+            "bits": part.bits != args.num_bits and not of_format,
             "group_size": part.group_size not in (None, args.group_size),
             "symmetric": part.symmetric != args.symmetric and f"{section}.symmetric" in given_fields(recipe),
         }
         if field := next((field for field, is_wrong in wrong.items() if is_wrong), ""):
-            out = "leave it out" if args.num_bits == 4 or field != "bits" else f"give --{section}.bits {args.num_bits}"
+            needed = field == "bits" and args.num_bits != 4 and section in ("weights", "activations")
+            out = f"give --{section}.bits {args.num_bits}" if needed else "leave it out"
             raise InputError(
                 f"{section}.format {args.format} has {args.in_words}, and {section}.{field} is "
                 f"{str(getattr(part, field)).lower()}: {out}, or give --{section}.format int."
@@ -184,6 +188,11 @@ def check_formats(recipe: Recipe) -> None:
         }
         if what := next((what for what, is_on in refused.items() if is_on), ""):
             raise InputError(f"{what} is for format int alone, and weights have another: leave one of both out.")
+    if recipe.head.format != "int" and weights.method in ("adaround", "aespa"):
+        raise InputError(
+            f"weights.method {weights.method} is for format int alone, and head.format is {recipe.head.format}: leave "
+            "one of both out."
+        )
 
 
 def check_zfold(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:

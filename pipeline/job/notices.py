@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
 from ...boa.online.activations import OWN, SEARCHED
-from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
+from ..recipe.layers import end_args
 from ..recipe.recipe import Recipe
 from ..recipe.settings import finds_scales, has_directions, has_inputs_in, rotations_of, serving, stays_tied
 
@@ -164,16 +164,25 @@ def _tied(case: _Case) -> str | None:
     return "the head is the embedding, and has its bits" if tied else None
 
 
+def _embedding(case: _Case) -> str | None:
+    return None if end_args(case.recipe.embedding).quantizes else "embedding.bits is 16"
+
+
+def _head(case: _Case) -> str | None:
+    return _tied(case) if end_args(case.recipe.head).quantizes else "head.bits is 16"
+
+
 _RTN = _of_method("rtn")
 _BY_LAYER = _of_method(*LAYERWISE)
 
 IDLE: dict[str, _Why] = {
-    "embedding.group_size": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
+    "embedding.group_size": _embedding,
     "head.bits": _tied,
-    "embedding.symmetric": lambda case: "embedding.bits is 16" if case.recipe.embedding.bits == FULL else None,
-    "head.group_size": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
+    "embedding.symmetric": _embedding,
+    "head.format": _tied,
+    "head.group_size": _head,
     "rotation.blocks": _blocks,
-    "head.symmetric": lambda case: "head.bits is 16" if case.recipe.head.bits == FULL else _tied(case),
+    "head.symmetric": _head,
     "rotation.r3": _served,
     "rotation.r4_blocks": _r4_blocks,
     "rotation.seed": _seed,

@@ -87,24 +87,38 @@ def overridden(args: QuantizationArgs, changes: OverriddenArgs, what: str) -> Qu
     return found
 
 
+def end_args(end: Embedding | Head) -> QuantizationArgs:
+    """What a recipe asks of the weights of embedding or head; a format says its bits, groups and symmetry itself."""
+    if end.format == "int":
+        return QuantizationArgs(end.bits, end.group_size, end.symmetric)
+    return QuantizationArgs.of(end.format, bits_of(end.format), None, True)
+
+
 def outer_schemes(recipe: Recipe, decoder: Decoder, *, tied: bool) -> dict[str, QuantizationScheme]:
     """Those of embedding and head, where they are quantized; a head that stays `tied` is the embedding.
 
     Raises:
         InputError: a group does not divide the hidden size.
     """
+    hidden = decoder.shape.hidden
     sections: dict[str, tuple[Embedding | Head, str]] = {"embedding": (recipe.embedding, decoder.family.embedding)}
     if not tied:
         sections["head"] = (recipe.head, decoder.family.head)
     found = {}
     for section, (wanted, name) in sections.items():
-        if wanted.group_size and decoder.shape.hidden % wanted.group_size:
+        args = end_args(wanted)
+        if args.type == "int" and args.group_size and hidden % args.group_size:
             raise InputError(
-                f"{section}.group_size {wanted.group_size} does not divide the hidden size {decoder.shape.hidden}: "
-                "give one that does, or none."
+                f"{section}.group_size {args.group_size} does not divide the hidden size {hidden}: give one that does, "
+                "or none."
             )
-        if wanted.bits < FULL:
-            found[name] = QuantizationScheme(QuantizationArgs(wanted.bits, wanted.group_size, wanted.symmetric))
+        if args.type != "int" and hidden % args.unit:
+            raise InputError(
+                f"{section}.format {args.format} has rows in parts of {args.unit} weights, which do not divide the "
+                f"hidden size {hidden}: give --{section}.format int, and --{section}.bits."
+            )
+        if args.quantizes:
+            found[name] = QuantizationScheme(args)
     return found
 
 

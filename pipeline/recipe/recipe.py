@@ -15,7 +15,7 @@ from ...boa.solver.rounding_settings import Settings
 from ...errors import InputError
 from .overrides import TEXT, Override, read_overrides
 from .section import Section
-from .values import Bits, Blocks, Choices, Legal, Names, Placement, Sites, WeightBits
+from .values import Bits, Blocks, Choices, EndFormat, Legal, Names, Placement, Sites, WeightBits
 
 
 class Rotation(Section):
@@ -99,6 +99,11 @@ class Embedding(Section):
     """Embedding (rounded to nearest, on scales that are searched)."""
 
     bits: Bits = Field(default=16, description="Bits of a weight of the embedding.")
+    format: EndFormat = Field(
+        default="int",
+        description="The numbers of the embedding. int: integers of embedding.bits; q2_k to q6_k: those of GGUF's K "
+        "types, with bits and groups of their own.",
+    )
     group_size: int | None = Field(default=None, ge=8, description="Channels that share a scale; none: all of them.")
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
 
@@ -108,6 +113,9 @@ class Head(Section):
 
     bits: Bits = Field(
         default=16, description="Bits of a weight of the output layer; where it stays the embedding, those of that."
+    )
+    format: EndFormat = Field(
+        default="int", description="The numbers of the output layer, as embedding.format has them, with head.bits."
     )
     group_size: int | None = Field(default=None, ge=8, description="Channels that share a scale; none: all of them.")
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle of the grid.")
@@ -142,10 +150,7 @@ class Activations(Section):
         "clip; none is clipped at more than 4 bits (why: docs/methods.md#clip-ratios).",
     )
     directions: int = Field(
-        default=0,
-        ge=0,
-        description="Principal directions of the inputs of Q, K, V, O, gate and up that are kept in 8 bits beside what "
-        "is left of them, which is then smaller (why: docs/methods.md#leading-directions).",
+        default=0, ge=0, description="Directions of inputs kept in 8 bits (why: docs/methods.md#leading-directions)."
     )
     convention: Literal["rotoboa", "compressed-tensors", "vllm"] = Field(
         default="rotoboa",

@@ -9,7 +9,7 @@ from ...export.spec import Spec
 from ...models.decoder import Decoder
 from ...models.families import Family
 from ...rotation.rotate import Rotations
-from .layers import layer_schemes, outer_schemes, whole_scheme
+from .layers import end_args, layer_schemes, outer_schemes, whole_scheme
 from .recipe import Recipe
 
 
@@ -86,8 +86,8 @@ def stays_tied(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> bool:
     if not decoder.tied or moves_head(recipe) or decoder.family.embedding_norm:
         return False
     if rotations.turned:
-        return recipe.embedding.bits < FULL and not decoder.family.layer_norm
-    return not recipe.head.bits < recipe.embedding.bits == FULL
+        return end_args(recipe.embedding).quantizes and not decoder.family.layer_norm
+    return not end_args(recipe.head).quantizes or end_args(recipe.embedding).quantizes
 
 
 def changed_outer_layers(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> int:
@@ -135,5 +135,5 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         cache_format=recipe.cache.format if min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL else "int",
         online_r1=rotations.online_r1,
         layers=layer_schemes(recipe, decoder) | outer_schemes(recipe, decoder, tied=tied),
-        tied_head=tied and recipe.embedding.bits < FULL,
+        tied_head=tied and end_args(recipe.embedding).quantizes,
     )

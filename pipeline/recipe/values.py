@@ -77,6 +77,8 @@ Sites = Annotated[
 ]
 
 
+EndFormat = Literal["int", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+"""Formats of embedding and head: integers, and those whose scales have scales (`TWO_LEVELS`)."""
 FORMATS: dict[str, int] = {name: bits for formats in (FLOATS, TWO_LEVELS) for name, (bits, *_) in formats.items()}
 """Bits of the formats of weights that are not plain integers."""
 

@@ -14,7 +14,8 @@ from ...boa.objective.totals import Total
 from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized, quantize
 from ...errors import RunError
-from ...export.packing import PackedMatrix
+from ...export.packed_matrix import PackedMatrix
+from ...export.packing import packed_parts
 from ...models.families import Family
 from ...models.matrices import SPAN, Matrix, spans
 from ...models.outer_layers import OuterLayers
@@ -95,10 +96,10 @@ def _packed(job: Job, matrix: Matrix, rounded: Callable[[Tensor], Quantized], ar
     for rows in spans(matrix, SPAN // 8):
         found = rounded(matrix[rows].to(job.decoder.device, job.decoder.dtype)[None])
         integers, scale, zero = (part[0].cpu() for part in (found.integers, found.scale, found.zero))
-        parts.append(PackedMatrix.of(Quantized(integers, scale, zero), args.num_bits))
+        parts.append(packed_parts(Quantized(integers, scale, zero), args))
         job.release()
-    words = {name: torch.cat([part.parts()[name] for part in parts]) for name in parts[0].parts()}
-    return PackedMatrix(**words, bits=args.num_bits, columns=matrix.shape[1])
+    stored = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return PackedMatrix(stored, args, matrix.shape[1])
 
 
 def _check_fits(part: OuterLayers, family: Family, dtype: torch.dtype) -> None:

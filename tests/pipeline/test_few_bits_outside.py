@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import rotoboa
 from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError
-from rotoboa.export.packing import PackedMatrix
+from rotoboa.export.packed_matrix import PackedMatrix
 from rotoboa.export.runtime.embedding import QuantizedEmbedding, TiedHead
 from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.export.runtime.memory import model_bytes
@@ -50,6 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int], bool]] = {
     "tied, moved": ("gemma3_text", {"embedding.bits": 8, "weights.head": 0.5}, (8, 16), False),
     "tied, merged": ("qwen2", {**MERGED, "embedding.bits": 4, "embedding.group_size": 8, "head.bits": 3}, (4, 4), True),
     "tied, merged, moved": ("qwen2", {**MERGED, "embedding.bits": 8, "weights.head": 0.5}, (8, 16), False),
+    "K types": ("llama", {**MERGED, "embedding.format": "q4_k", "head.format": "q6_k"}, (4, 6), False),
+    "K types, tied, merged": ("qwen2", {**MERGED, "embedding.format": "q3_k", "head.format": "q6_k"}, (3, 3), True),
     "LayerNorm": ("opt", {**MERGED, "embedding.bits": 4, "head.bits": 4}, (4, 4), False),
 }
 
@@ -62,7 +64,8 @@ def size_of(stored: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
     name, changes, bits, tied = CASES[case]
-    folder, run = save_family(tmp_path / "model", name, torch.bfloat16), tmp_path / "run"
+    wide = {"hidden_size": 256} if case.startswith("K") else {}
+    folder, run = save_family(tmp_path / "model", name, torch.bfloat16, **wide), tmp_path / "run"
     recipe = make_recipe("w4a16", {"model": str(folder), "output": run, **SMALL, **changes})
     planned, report = plan(recipe), rotoboa.quantize(recipe)
     family, stored = Checkpoint(folder).family, tensors(run / "model")
@@ -123,7 +126,7 @@ def test_rounded_as_each_alone(save_family: SaveFamily, make_recipe: MakeRecipe,
     assert isinstance(gptq.head, PackedMatrix)
     for matrix, whole in ((rtn.embedding, exact.embedding), (rtn.head, exact.head)):
         assert isinstance(matrix, PackedMatrix)
-        step = matrix.scale.float()
+        step = matrix.stored["scale"].float()
         inside = (matrix[:] - whole[:]).abs() <= 0.51 * step  # the rest is clipped
         assert inside.float().mean() > 0.9
     assert errors["gptq"] < errors["rtn"]
@@ -180,6 +183,9 @@ def test_a_group_that_does_not_fit(save_family: SaveFamily, make_recipe: MakeRec
         changes = {f"{section}.bits": 4, f"{section}.group_size": 12, "output": tmp_path / "run", **OFF}
         with pytest.raises(InputError, match=rf"{section}\.group_size 12 does not divide the hidden size 32: give one"):
             rotoboa.quantize(make_recipe("w4a16", {"model": str(folder), **changes}))
+        k_type = {f"{section}.format": "q4_k", "output": tmp_path / "run", **OFF}
+        with pytest.raises(InputError, match=rf"{section}\.format q4_k has rows in parts of 256 .* size 32: give"):
+            rotoboa.quantize(make_recipe("w4a16", {"model": str(folder), **k_type}))
     assert not (tmp_path / "run").exists()
 
 

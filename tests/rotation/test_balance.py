@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoboa.boa.online.attention import set_attention
+from rotoboa.boa.online.attention import NAME, set_attention
+from rotoboa.models.decoder import Decoder
 from rotoboa.models.families import FAMILIES
 from rotoboa.models.shape import Shape
-from rotoboa.rotation.balance import BOUND, STORED, Moments, balance, balanced_sites, scales
+from rotoboa.rotation.balance import BOUND, STORED, Moments, balance, balanced_sites, moments, scales
 from rotoboa.rotation.channels import key_ties, scale_channels
 from rotoboa.rotation.hadamard import Hadamard
+from rotoboa.tests.boa.small_block import block_tensors
+from rotoboa.tests.small_families import make_family
 
 SHAPE = Shape(blocks=1, hidden=6, ffn=6, query_heads=4, key_heads=2, head_dim=8, vocabulary=9)
 
@@ -71,6 +74,23 @@ def test_a_massive_token_counts_as_the_others() -> None:
     torch.testing.assert_close(seen.value()["output"], expected, rtol=1e-5, atol=1e-6)
     block.o(x[:1] * 0)  # looked at no longer
     torch.testing.assert_close(seen.value()["output"], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_input_of_experts_counts_once_for_each_that_reads_it() -> None:
+    """As a loop over tokens sums them: its experts, and the shared one, which all tokens go to."""
+    model = make_family("qwen2_moe")
+    decoder = Decoder(model.config, attention=NAME)
+    block, x = decoder.block(0, block_tensors(model, decoder, 0)), random(3, 9, 32, seed=0).float()
+    family, routed = decoder.family_of(block), list[tuple[Tensor, Tensor]]()
+    router = block.get_submodule(str(family.router))
+    router.register_forward_hook(lambda _, args, out: routed.extend(zip(args[0], out[2], strict=True)))
+    found = moments(decoder, block, x, ("gate_up",), 2, set_attention, centered=False)
+    seen = []
+    for token, experts in routed:
+        seen += [token.double().square() / token.double().square().mean()] * (len(experts) + 1)
+    assert len(seen) == 27 * 3
+    torch.testing.assert_close(found["gate_up"], sum(seen) / len(seen), rtol=1e-5, atol=1e-6)
 
 
 def test_which_sites_can_take_scales() -> None:

@@ -79,3 +79,10 @@ def test_what_follows_has_them() -> None:
     assert isinstance(quantizer, StaticFloat8) and list(found.centers.values()) == [quantizer.scale]
     nvfp4 = PLAIN.with_input("qkv", InputTransform(quantizer=DynamicQuantizer(4, group_size=16, format="nvfp4")))
     assert {float(scale) for scale in nvfp4.scales(LLAMA).values()} == {UNCALIBRATED}
+
+
+def test_layers_that_share_an_input_have_tensors_of_their_own() -> None:
+    """Files of safetensors hold no tensors that share memory, as those of float32 would do that nothing converts."""
+    found = _static(PLAIN).with_input("qkv", InputTransform(quantizer=StaticFloat8(torch.tensor([2.0])))).scales(LLAMA)
+    assert float(found[f"{LLAMA.query}.input_scale"]) == float(found[f"{LLAMA.key}.input_scale"]) == 2
+    assert len({scale.data_ptr() for scale in found.values()}) == len(found)

@@ -15,7 +15,7 @@ from rotoboa.boa.scheme import QuantizationArgs
 from rotoboa.boa.solver.rounding import Quantized
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
-from rotoboa.export.formats import gguf
+from rotoboa.export.formats import compressed_tensors, gguf, mlx
 from rotoboa.export.formats.gguf_reader import inspect, read
 from rotoboa.export.ggml.gguf_blocks import Q2_0, TYPES, to_blocks
 from rotoboa.export.ggml.gguf_types import file_type, type_of
@@ -69,6 +69,10 @@ def test_every_type_names_its_file() -> None:
             {"token_embd": "Q8_0", "output": "Q4_1", "blk.0.ffn_down": "Q8_0", "blk.0.attn_q": "BF16",
              "blk.1.attn_q": "Q4_0", "blk.1.ffn_down": "Q8_0"},
         ),
+        (
+            {"embedding.format": "q4_k", "head.format": "q6_k"}, {"hidden_size": 256},
+            {"token_embd": "Q4_K", "output": "Q6_K", "blk.1.attn_q": "Q4_0"},
+        ),
         (  # widths are filled up for what down has: 80 to 128, but rows of block 0 for its type too
             {"weights.bits": 2, "overrides": "blocks 0: weights.bits=16; *.o_proj: weights.bits=5"},
             {"intermediate_size": 80},
@@ -87,18 +91,34 @@ def test_each_tensor_in_its_own_type(
     offsets = 0.02 if "head.bits" in changes else 1e-4  # of Q4_1
     assert (found_logits - logits).abs().max() < offsets * logits.std()
     gguf.write(run, tmp_path / "dense", dense=True)
-    assert not {"Q4_0", "Q4_1", "Q8_0", "Q2_0", "Q5_0"} & set(types(tmp_path / "dense").values())
+    assert not {"Q4_0", "Q4_1", "Q8_0", "Q2_0", "Q5_0", "Q4_K", "Q6_K"} & set(types(tmp_path / "dense").values())
     assert (read(tmp_path / "dense")(ids).logits - logits).abs().max() < 1e-4 * logits.std()
 
 
+def test_k_types_of_head_alone_are_refused_elsewhere(opened_run: Opened) -> None:
+    run = opened_run("w4a16", {"weights.symmetric": True, "head.format": "q6_k"}, {"hidden_size": 256})
+    for name, writer in {"MLX": mlx, "compressed-tensors": compressed_tensors}.items():
+        with pytest.raises(InputError, match=f"{name} is not written with weights in q6_k, .*: use --format gguf"):
+            writer.check(run)
+
+
 @torch.no_grad()
-def test_a_packed_embedding_that_is_the_head(opened_run: Opened, ids: Tensor, tmp_path: Path) -> None:
-    ends = {"embedding.bits": 8, "embedding.symmetric": True, "rotation.r1": "none"}
-    run = opened_run("w4a16", {"weights.symmetric": True, **ends}, {"tie_word_embeddings": True})
+@pytest.mark.parametrize(
+    ("ends", "config", "kind"),
+    [
+        ({"embedding.bits": 8, "embedding.symmetric": True}, {}, "Q8_0"),
+        ({"embedding.format": "q6_k"}, {"hidden_size": 256}, "Q6_K"),
+    ],
+)
+def test_a_packed_embedding_that_is_the_head(
+    opened_run: Opened, ids: Tensor, tmp_path: Path, ends: dict[str, Any], config: dict[str, Any], kind: str
+) -> None:
+    changes = {"weights.symmetric": True, "rotation.r1": "none", **ends}
+    run = opened_run("w4a16", changes, {"tie_word_embeddings": True, **config})
     assert run.spec.tied_head
     gguf.write(run, tmp_path)
     found = types(tmp_path)
-    assert found["token_embd.weight"] == "Q8_0" and "output.weight" not in found
+    assert found["token_embd.weight"] == kind and "output.weight" not in found
     logits = run_logits(run, ids, plain=True)
     assert (read(tmp_path)(ids).logits - logits).abs().max() < 1e-4 * logits.std()
 

@@ -27,8 +27,8 @@ SOLVER = ("act_order", "damping", "alpha", "refine", "starts", "tabu", "drift", 
 ALWAYS = {
     "model", "output", "bos", "memory", "deterministic", "timeout", "rotation.r1", "rotation.r2",
     "rotation.r4", "rotation.heads", "rotation.scale", "weights.group_size", "weights.symmetric",
-    "overrides", "embedding.bits", "weights.size", "weights.method", "weights.format", "weights.zfold",
-    "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
+    "overrides", "embedding.bits", "embedding.format", "weights.size", "weights.method", "weights.format",
+    "weights.zfold", "activations.bits", "cache.key_bits", "cache.value_bits", "calibration.dataset",
     "calibration.sequence_length", "calibration.batch",
 }  # fmt: skip
 """Fields that always have a part in the result or in what it takes; zfold is refused where it has none, and a model of
@@ -40,7 +40,8 @@ OTHER = {
     "weights.starts": 2, "weights.tabu": 1, "weights.drift": False, "weights.head": 0.5,
     "weights.attention": "bound", "weights.bits": 3, "weights.budget": 3, "weights.choices": (2, 8),
     "weights.value_rows": 2,
-    "embedding.group_size": 8, "embedding.symmetric": True, "head.bits": 8, "head.group_size": 8,
+    "embedding.group_size": 8, "embedding.symmetric": True, "head.bits": 8, "head.format": "q4_k",
+    "head.group_size": 8,
     "head.symmetric": True,
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
@@ -92,6 +93,13 @@ def small(save_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return save_llama(tmp_path_factory.mktemp("small") / "llama", num_hidden_layers=1, hidden_size=32)
 
 
+@pytest.fixture(scope="module")
+def wide(save_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that K types fit."""
+    folder = tmp_path_factory.mktemp("wide") / "llama"
+    return save_llama(folder, num_hidden_layers=1, hidden_size=256, intermediate_size=32)
+
+
 def decoder_of(folder: Path) -> Decoder:
     return Decoder(Checkpoint(folder).config, attention=NAME, device=torch.device("cpu"))
 
@@ -137,13 +145,14 @@ ALIVE = {
 
 @pytest.mark.parametrize("name", sorted(OTHER.keys() - {f"weights.{name}" for name in LEARNED}))
 def test_what_is_not_named_has_an_effect(
-    name: str, result: Callable[..., Any], alive: Any, small: Path, make_recipe: MakeRecipe
+    name: str, result: Callable[..., Any], alive: Any, small: Path, wide: Path, make_recipe: MakeRecipe
 ) -> None:
     setting = ALIVE | ({"activations.clip": 1, "cache.clip": 1} if name.endswith(".search") else {})
     setting |= {"weights.budget": 3} if name == "weights.choices" else {}
     setting |= {"cache.key_bits": 4, "cache.value_bits": 4} if name == "cache.served_by" else {}
     setting |= {"cache.key_bits": 8, "cache.value_bits": 8} if name == "cache.format" else {}
     setting |= {"activations.bits": 8, "activations.format": "fp8"} if name == "activations.dynamic" else {}
+    setting |= {"model": str(wide)} if name == "head.format" else {}
     setting |= (
         {"embedding.bits": 4, "head.bits": 4} if name.startswith(("embedding.", "head.group", "head.symmetric")) else {}
     )

@@ -37,7 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "K types beside integers": (
         "w4a16",
         {"weights.format": "q4_k", "overrides": "*.down_proj: weights.format=q6_k; *.q_proj: weights.format=q3_k; "
-         "*.o_proj: weights.format=int weights.bits=5 weights.group_size=32", "head.bits": 8},
+         "*.o_proj: weights.format=int weights.bits=5 weights.group_size=32", "embedding.format": "q2_k",
+         "head.format": "q6_k"},
         WIDE,
     ),
 }  # fmt: skip
