@@ -182,7 +182,7 @@ def page(found: dict[str, Found]) -> str:
         "fallback": "taken without a row, with the logits of transformers' own model",
         "refused": "by name before any work; transformers' own model runs",
         "refused unrun": "by name before any work; known without data alone, as no small config of it was found",
-        "refused by type": "by name before any work: encoders and the like, and the near ones in models/families.py",
+        "refused by type": "by name before any work: encoders and the like",
         "unmade": "no small config was found by which transformers makes a model",
         "failed": "other logits, another error, or too long",
     }
