@@ -67,9 +67,9 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of some 10,000 tokens of the embedded model, which every run turns into tokens anew."""
+    """A text of some 3,000 tokens of the embedded model, short because every run turns it into tokens anew."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:32000], encoding="utf-8")
+    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:10000], encoding="utf-8")
     return path
 
 

@@ -60,7 +60,10 @@ def test_eight_bits() -> None:
         ({"activations": {"bits": 8, "format": "mxfp4"}}, "activations.bits is 8: leave it out"),
         ({"weights": {"method": "aespa"}}, "weights.method aespa is for format int alone"),
         ({"weights": {"zfold": True}}, "weights.zfold is for format int alone"),
-        ({"embedding": {"format": "q4_k", "bits": 8}}, "embedding.format q4_k has 4 bits, .* embedding.bits is 8: leave it out"),
+        (
+            {"embedding": {"format": "q4_k", "bits": 8}},
+            "embedding.format q4_k has 4 bits, .* embedding.bits is 8: leave it out",
+        ),
         ({"embedding": {"format": "q4_k", "bits": 16}}, "embedding.bits is 16: leave it out, or give --embedding.form"),
         ({"head": {"format": "q6_k", "group_size": 32}}, "head.group_size is 32: leave it out"),
         ({"head": {"format": "q6_k", "symmetric": False}}, "head.symmetric is false"),
