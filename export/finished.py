@@ -23,6 +23,7 @@ from ..models.families import Family, check_type, family_for
 from ..models.outer_layers import OuterLayers
 from ..models.running import floats_read, what_it_is
 from ..models.shape import Shape
+from .joined_layers import can_join, joined, on_the_hub, parts_of
 from .packing import ALL_PARTS, part_names, unpack_block, unpacked
 from .spec import METHOD, Spec
 from .writing import read_outer_layers
@@ -137,21 +138,23 @@ class Finished:
 
         Args:
             stored: the tensors that a format has for one projection, by the last part of their names, from its result
-                and the scheme of its weights; None: ours. Quantized ends are stored like it.
+                and the scheme of its weights; None: ours. Quantized ends are stored like it. Layers and their names
+                are then those of the hub's checkpoints, see `joined_layers`.
         """
         f = self.family
         outer = self.outer_layers() if stored is None else self.outer_layers().untied()
         yield self._ends(outer.before(f), stored)
         for index in range(self.shape.blocks):
             if stored is None:
-                tensors = self.block(index)
-            else:
-                quantized, tensors = self.split(index)
-                schemes = self.spec.schemes(f, index)
-                for name, result in quantized.items():
-                    parts = stored(result, schemes[name].weights)
-                    tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
+                yield {f"{f.layers}.{index}.{name}": tensor for name, tensor in self.block(index).items()}
+                continue
+            own, schemes = f.at(index), self.spec.schemes(f, index)
+            whole = {merged.name: parts_of(merged)[0] for merged in own.merged}
+            quantized, tensors = joined(*self.split(index), own, self.shape.at(index))
+            for name, result in quantized.items():
+                parts = stored(result, schemes[whole.get(name, name)].weights)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            yield {on_the_hub(f"{f.layers}.{index}.{name}", f): tensor for name, tensor in tensors.items()}
         yield self._ends(outer.after(f), stored)
         yield from self.towers()
 
@@ -203,18 +206,23 @@ def numbers_in_blocks(family: Family, shape: Shape) -> int:
     return found
 
 
-def refuse_layout(family: Family, name: str) -> None:
+def refuse_layout(family: Family, name: str, *, joins: bool = False) -> None:
     """Refuse a family whose readers do not find its parts where they are quantized.
 
+    Args:
+        family: that is written.
+        name: of the format.
+        joins: merged layers are written whole in it, experts each by itself, and what stands in place of attention.
+
     Raises:
-        InputError: transformers merges projections or experts in one tensor, or a LayerNorm has lost its bias to them.
+        InputError: its parts are others, or a LayerNorm has lost its bias to them.
     """
     if family.generic:
         raise InputError(
             f"{name} is written for architectures with a row in docs/models.md, and this is a '{family.model_type}': "
             "use --format native."
         )
-    if not has_plain_layout(family):
+    if not (has_joined_layout(family) if joins else has_plain_layout(family)):
         raise InputError(
             f"{name} is written for models with a tensor a projection and RMSNorm, and '{family.model_type}' has "
             "other parts: use --format native."
@@ -236,7 +244,12 @@ def refuse_sight(family: Family, name: str) -> None:
 
 def has_plain_layout(family: Family) -> bool:
     """Whether every projection is a tensor by itself, with nothing folded into biases that its class has not."""
-    return not (family.merged or family.experts or family.layer_norm or family.generic or family.kinds)
+    return not (family.merged or family.experts or family.layer_norm or family.generic or family.hybrid)
+
+
+def has_joined_layout(family: Family) -> bool:
+    """Whether that is so once merged layers are whole again, with each expert by itself."""
+    return not (family.layer_norm or family.generic) and can_join(family)
 
 
 def refuse_online(
@@ -268,6 +281,8 @@ def refuse_online(
         online.append("R4 (an online rotation before down)")
     inputs_of = (scheme.input_activations for scheme in (spec.scheme, *spec.layers.values()))
     args = next((args for args in inputs_of if args.quantizes), None)
+    if spec.activation_directions:
+        online.append(f"{spec.activation_directions} directions of inputs in 8 bits")
     if args is not None and not activations:
         groups = f" in groups of {args.group_size}" if args.group_size else ""
         online.append(f"{args.num_bits}-bit activations{groups}")

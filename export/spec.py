@@ -8,15 +8,16 @@ from typing import Any
 
 from ..boa.online.activations import OWN, DynamicQuantizer, stock_clip
 from ..boa.online.attention import AttentionTransform, CacheQuantizer
+from ..boa.online.directions import DIRECTED, directed
 from ..boa.online.float8 import StaticFloat8
 from ..boa.online.served_cache import NEIGHBOURS, ServedQuantizer
-from ..boa.online.transforms import InputTransform, OnlineTransforms
+from ..boa.online.transforms import InputQuantizer, InputTransform, OnlineTransforms
 from ..boa.scheme import FULL, QuantizationArgs, QuantizationScheme
 from ..errors import InputError
 from ..models.families import Family
 from ..models.shape import Shape
 from ..rotation.hadamard import Hadamard
-from ..rotation.rotate import before_output
+from ..rotation.rotate import before_output, input_width
 from .spec_fields import without_meaning
 
 METHOD = "rotoboa"  # quant_method in config.json
@@ -43,6 +44,7 @@ class Spec:
         cache_format: int, or fp8: keys and values in E4M3, on a scale for those of a block, which it has itself.
         activation_group: input channels that share a dynamic scale, after the online rotation; None: all of a token.
         activation_search, cache_search: each vector chooses its own clip ratio, in place of the one above.
+        activation_directions: leading directions of the inputs of q, k, v, O, gate and up that are kept in 8 bits.
         activation_dynamic: inputs in FP8 have a scale for each token; if not, a layer has one for its input.
         activation_convention: whose scales inputs have, of `CONVENTIONS`: a reader's in place of clip and search.
         type, activation_type: int, or float: in four bits and groups that say which format, see `boa.scheme`.
@@ -77,6 +79,7 @@ class Spec:
     cache_served_by: str = OWN
     cache_format: str = "int"
     activation_dynamic: bool = True
+    activation_directions: int = 0
     tied_head: bool = False
     type: str = "int"
     activation_type: str = "int"
@@ -134,12 +137,13 @@ class Spec:
         r1 = self.r1_of(shape)
         heads = before_output(family, shape) if self.heads else None
         rotations = {"qkv": r1, "output": heads, "gate_up": r1, "down": self.r4_of(shape), "latent": None}
-        inputs = {
-            site: InputTransform(
-                rotations[site], self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
-            )
-            for name, site in family.sites.items()  # projections of one site have one input
-        }
+        widths = {"qkv": shape.hidden, "gate_up": shape.hidden, "output": input_width(family, shape)}
+        inputs = dict[str, InputTransform]()
+        for name, site in family.sites.items():  # projections of one site have one input
+            quantizer = self._quantizer(schemes[name].input_activations, clips.get(site, self.activation_clip))
+            if site in DIRECTED and isinstance(quantizer, DynamicQuantizer):
+                quantizer = directed(quantizer, widths[site], self.activation_directions)
+            inputs[site] = InputTransform(rotations[site], quantizer)
         attention = AttentionTransform(
             Hadamard.of(shape.head_dim) if self.r3 else None,
             key=self._cache_quantizer(self.key_bits, clips.get("key", self.cache_clip), shape, family),
@@ -153,7 +157,7 @@ class Spec:
             shared_rotation=self.r4_of(replace(shape, ffn=shape.shared_ffn)) if shape.shared_ffn else None,
         )
 
-    def _quantizer(self, args: QuantizationArgs, clip: float) -> DynamicQuantizer | StaticFloat8 | None:
+    def _quantizer(self, args: QuantizationArgs, clip: float) -> InputQuantizer | None:
         search = self.activation_search
         if args.format == "fp8" and not self.activation_dynamic:
             return StaticFloat8()
@@ -206,7 +210,7 @@ class Spec:
         to find: the model rounded to nearest, to compare with.
         """
         plain = replace(self, online_r1=False, heads=False, r3=False, r4=False, cache_center=False)
-        return replace(plain, activation_dynamic=True)
+        return replace(plain, activation_dynamic=True, activation_directions=0)
 
     def r1_of(self, shape: Shape) -> Hadamard | None:
         """The online Hadamard of the inputs of q, k, v, gate and up."""
@@ -228,6 +232,8 @@ class Spec:
         for name in ("type", "activation_type", "cache_format"):
             if plain[name] == "int":
                 del plain[name]
+        if not plain["activation_directions"]:
+            del plain["activation_directions"]
         if plain["activation_dynamic"]:
             del plain["activation_dynamic"]
         return plain

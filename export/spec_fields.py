@@ -57,5 +57,6 @@ def without_meaning(spec: Spec) -> str:
     for field_name, args in (("type", spec.scheme.weights), ("activation_type", spec.scheme.input_activations)):
         legal[field_name] = args.type == "int" or not args.wrong()
     legal["blocks"] = spec.blocks is None or (type(spec.blocks) is int and spec.blocks.bit_count() == 1)
-    legal["cache_sink"] = type(spec.cache_sink) is int and spec.cache_sink >= 0
+    for name in ("cache_sink", "activation_directions"):
+        legal[name] = type(getattr(spec, name)) is int and getattr(spec, name) >= 0
     return next((f"{name} is {getattr(spec, name)!r}" for name, is_legal in legal.items() if not is_legal), "")

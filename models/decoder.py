@@ -197,10 +197,16 @@ class Decoder:
 
     def window(self, index: int) -> int | None:
         """How many tokens, itself included, a token of block `index` sees; None: all before it."""
-        window = getattr(self.config, "sliding_window", None) if self.family.window else None
+        window = getattr(self.config, "sliding_window", None) if self.family.window in ("all", "layers") else None
         if self.family.window == "layers" and self.config.layer_types[index] != "sliding_attention":
             return None
         return window
+
+    def chunk(self, index: int) -> int | None:
+        """How many tokens a chunk has, of which a token of block `index` sees its own alone; None: there are none."""
+        if self.family.window != "chunks" or self.config.layer_types[index] != "chunked_attention":
+            return None
+        return int(self.config.attention_chunk_size)
 
     def index_of(self, block: nn.Module) -> int:
         """Which block it is."""
@@ -213,15 +219,20 @@ class Decoder:
     def arguments(self, block: nn.Module, length: int) -> dict[str, Any]:
         """What a block, or its attention, takes beside hidden states of `length` positions from 0: causal, no cache."""
         index = self.index_of(block)
-        window, mask = self.window(index), None
+        window, chunk, mask = self.window(index), self.chunk(index), None
+        position = torch.arange(length, device=self.device)
         if window is not None and length > window:
-            distance = torch.arange(length, device=self.device)
-            distance = distance[:, None] - distance[None]
+            distance = position[:, None] - position[None]
             mask = ((distance >= 0) & (distance < window))[None, None]
+        if chunk is not None and length > chunk:
+            mask = (position[:, None] >= position[None]) & (position[:, None] // chunk == position[None] // chunk)
+            mask = mask[None, None]
         arguments: dict[str, Any] = {
             "attention_mask": mask,
-            "position_ids": torch.arange(length, device=self.device)[None],
+            "position_ids": position[None],
         }
+        if chunk is not None:
+            arguments["chunk"] = chunk
         if self._rotary is not None:
             turning = self._turning if self.turns(index) else self.position_embeddings
             arguments["position_embeddings"] = turning(length, index)

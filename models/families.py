@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from .family import ALL_SITES, SITES, Family
+from .family import Family
 from .rows import hybrid_rows, latent_rows, layer_norm_rows, llama_rows, mixture_rows, post_norm_rows
-from .rows.row_parts import Merged
+from .rows.row_parts import ALL_SITES, SITES, Merged
 from .rows.seeing_rows import rows_that_see
 
 __all__ = [
@@ -29,12 +29,6 @@ _TABLES = (llama_rows, post_norm_rows, layer_norm_rows, mixture_rows, hybrid_row
 FAMILIES: dict[str, Family] = {row.model_type: row for table in _TABLES for row in table.ROWS}
 FAMILIES |= rows_that_see(FAMILIES)
 
-# What is near to a supported architecture, and why it is not one.
-_REASONS = {
-    "llama4": "its router scales what its experts read, and attention is by chunks",
-    "llama4_text": "its router scales what its experts read, and attention is by chunks",
-}
-
 
 def check_type(model_type: str, source: str) -> None:
     """Check that there is a row of `model_type`, or a decoder of transformers; `source` names the model in the error.
@@ -44,7 +38,7 @@ def check_type(model_type: str, source: str) -> None:
     """
     from .generic.generic_family import is_causal_type  # a recipe's fields are read without torch
 
-    if model_type in _REASONS or not is_causal_type(model_type):
+    if not is_causal_type(model_type):
         family_of(model_type, source)
 
 
@@ -55,9 +49,8 @@ def family_of(model_type: str, source: str) -> Family:
         InputError: no row has this type.
     """
     if model_type not in FAMILIES:
-        reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
         raise InputError(
-            f"{source} is a '{model_type}' model, which is not supported{reason}; supported architectures: "
+            f"{source} is a '{model_type}' model, which is not supported; supported architectures: "
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
@@ -99,7 +92,7 @@ def family_for(config: Any, source: str) -> Family:
     """
     from .generic.generic_family import generic_family, is_causal_type
 
-    if not has_row(config) and config.model_type not in _REASONS and is_causal_type(config.model_type):
+    if not has_row(config) and is_causal_type(config.model_type):
         return generic_family(config, source)
     row = family_of(config.model_type, source)
     config = row.text(config)
@@ -122,15 +115,22 @@ def family_for(config: Any, source: str) -> Family:
 
 def _blocks(family: Family, config: Any) -> tuple[Family, ...]:
     """That of each block, where there are several kinds."""
-    dense, made = dense_blocks(family, config), dict[tuple[str, bool], Family]()
+    dense, made = dense_blocks(family, config), dict[tuple[Any, bool], Family]()
     if not dense and not family.kinds:
         return ()
-    kinds = config.layer_types if family.kinds else [""] * config.num_hidden_layers
-    keys = [(kind, index in dense) for index, kind in enumerate(kinds)]
+    kinds = getattr(config, family.kind_field) if family.kinds else [""] * config.num_hidden_layers
+    keys = [(kinds[index], index in dense) for index in range(config.num_hidden_layers)]
     for kind, is_dense in dict.fromkeys(keys):
         block = replace(family, kinds=None, **(family.kinds or {}).get(kind, {}))
-        made[kind, is_dense] = block.without_experts if is_dense else block
+        made[kind, is_dense] = _without_experts(block) if is_dense else block
     return tuple(made[key] for key in keys)
+
+
+def _without_experts(block: Family) -> Family:
+    """That of a dense block of a mixture, which has an MLP alone."""
+    names = {part: getattr(block, part).replace(".experts.{}", "") for part in ("gate", "up", "down")}
+    none: dict[str, Any] = {"experts": None, "router": None, "shared": "", "shared_gate": "", "expert_count": 0}
+    return replace(block, **none, **names)
 
 
 def dense_blocks(family: Family, config: Any) -> frozenset[int]:

@@ -8,16 +8,11 @@ each branch before it is added. Names are relative to the model (`embedding`, `l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from .rows.row_parts import Merged, Sight, Variant
-
-SITES = ("qkv", "output", "gate_up", "down")
-"""The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
-ALL_SITES = (*SITES, "latent")
-"""With those of layers that read what is compressed, which few families have."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,20 @@ class Family:
         own_attention: where the module of attention takes no function, the name by which the class can be made;
             `layout.split_modules` then puts `inner_attention.InnerAttention` in the module's place. "" elsewhere.
         attention_post_norm, mlp_post_norm: norms of a branch, before it is added to the residual stream.
-        query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE. `head_norms_last`: after it.
-            `head_norms_whole`: over all heads together.
+        query_norm, key_norm: RMSNorm of each head's queries and keys, before RoPE; where both are one it has no weight.
+            `head_norms_last`: after RoPE. `head_norms_whole`: over all heads together.
         gate, mlp: "" where the MLP has no gate, no module of its own; `activation` is then what follows `up`.
         bos: text begins with BOS: without it Gemma's are other models, while papers' figures of the others have none.
-        window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens.
+        window: "all" or "layers" (those of the config's `layer_types`) slide over `sliding_window` tokens; "chunks": a
+            "chunked_attention" one sees its own chunk of `attention_chunk_size` tokens alone.
         merged: linear layers that hold several projections.
         experts, router: modules of a mixture; `gate`, `up` and `down` then have `{}` in place of the expert.
-            `router_bias`: a buffer that the router is given beside what it reads.
+            `router_bias`: a buffer that the router is given beside what it reads. `scores_inputs`: a token's weight for
+            an expert multiplies what that reads, and not what it puts out.
         shared, shared_gate: the MLP that every token goes to beside its experts, and the layer whose sigmoid weighs it;
-            "" where there is none, or no weight. It counts as one expert more, the last.
+            "" where there is none, or no weight. It counts as one expert more, the last. `shared_parts`: its layers.
         dense: whether block `index` of a model with this config has one MLP in place of its mixture; None: no block
-            has.
+            has. `dense_field`: name in the config of that one's width.
         blocks: of each block, where they are of several kinds; see `family_for`.
         fused: on disk the experts of a block may be two tensors, gates and ups end to end; else each is by itself.
             `interleaved`: gates and ups alternate in them. `expert_bias`: each projection of an expert has a bias.
@@ -68,13 +65,13 @@ class Family:
         ffn_field, experts_field, key_heads, head_field: names of these sizes in the config; `key_heads` may be the
             number itself, `head_field` is of values where queries and keys are of another width. What is not there is
             4 * hidden, and as many key heads as there are heads. `shared_fields`: those whose product is the width of
-            the shared expert; a dense block's is `intermediate_size`.
+            the shared expert.
         head_bias: the output layer has one.
         expert_count: how many experts a block has; 0 in the table, see `family_for`.
         renamed: (pattern, replacement) from names on disk to those of the modules.
         variants: what is another where the config says so, in order; `families.variant_of` has them in place.
         attention_gate: layer whose sigmoid attention's output is multiplied by, a number a channel, before `output`.
-        kinds: by the values of the config's `layer_types`, what blocks of that kind have instead; see `at`.
+        kinds: by the values of the config's `layer_types`, or of `kind_field`, what blocks of that kind have instead.
         mixed: of a kind without attention: the quantized layers of what stands in its place that read the norm.
             `attention` is then that module, and `query`, `key` and `value` are "".
         compressions: layers that read attention's norm and put out fewer numbers, which norms follow; the last is that
@@ -146,9 +143,12 @@ class Family:
     experts: str | None = None
     router: str | None = None
     router_bias: str = ""
+    scores_inputs: bool = False
     shared: str = ""
     shared_gate: str = ""
+    shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     dense: Callable[[Any, int], bool] | None = None
+    dense_field: str = "intermediate_size"
     blocks: tuple[Family, ...] = ()
     fused: bool = False
     interleaved: bool = False
@@ -163,7 +163,8 @@ class Family:
     head_bias: bool = False
     expert_count: int = 0
     attention_gate: str = ""
-    kinds: Mapping[str, Mapping[str, Any]] | None = None
+    kinds: Mapping[Any, Mapping[str, Any]] | None = None
+    kind_field: str = "layer_types"
     mixed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     compressions: tuple[str, ...] = ()
@@ -197,16 +198,14 @@ class Family:
         return self.blocks[index] if self.blocks else self
 
     @property
+    def hybrid(self) -> bool:
+        """Whether some blocks have something else than attention."""
+        return any("mixed" in kind for kind in (self.kinds or {}).values())
+
+    @property
     def all_kinds(self) -> tuple[Family, ...]:
         """One of each kind of block."""
         return tuple({id(block): block for block in self.blocks}.values()) or (self,)
-
-    @property
-    def without_experts(self) -> Family:
-        """That of a dense block of a mixture, which has an MLP alone."""
-        names = {part: getattr(self, part).replace(".experts.{}", "") for part in ("gate", "up", "down")}
-        none: dict[str, Any] = {"experts": None, "router": None, "shared": "", "shared_gate": "", "expert_count": 0}
-        return replace(self, **none, **names)
 
     def layer_names(self, blocks: int) -> list[str]:
         """The full names of the projections of so many blocks, all there are."""
@@ -215,7 +214,8 @@ class Family:
     def expert(self, index: int) -> tuple[str, str, str]:
         """Gate, up and down of one expert; the shared one comes last."""
         if self.shared and index == self.expert_count:
-            return f"{self.shared}.gate_proj", f"{self.shared}.up_proj", f"{self.shared}.down_proj"
+            gate, up, down = (f"{self.shared}.{part}" for part in self.shared_parts)
+            return gate, up, down
         return self.gate.format(index), self.up.format(index), self.down.format(index)
 
     @property
@@ -294,7 +294,6 @@ class Family:
     def post_norms(self) -> bool:
         """Whether a branch is normalised before it is added to the residual stream.
 
-        Its weight multiplies the channels of what is added, so no rotation of the stream can be folded into the layers
-        around it: R1 then turns the inputs of the readers, online, and leaves the stream as it is.
+        R1 can then only run online: the norm's weight is by channel.
         """
         return self.attention_post_norm is not None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts.expert_layers import Expert, split_experts
+from .experts.expert_layers import Expert, MergedExpert, split_experts
 from .experts.fused_experts import split_fused
 from .families import Family, Merged
 from .inner_attention import InnerAttention
@@ -55,12 +55,10 @@ def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str
         block.set_submodule(family.attention, InnerAttention(inner, family, shape, attention))
     if family.experts:
         fused = block.get_submodule(family.experts)
-        block.set_submodule(family.experts, split_experts(fused, shape.hidden, shape.ffn, bias=family.expert_bias))
+        options = {"bias": family.expert_bias, "scored": family.scores_inputs}
+        block.set_submodule(family.experts, split_experts(fused, shape.hidden, shape.ffn, **options))
     if family.shared:
-        alone: Any = block.get_submodule(family.shared)
-        up = alone.up_proj
-        shared = Expert(shape.hidden, shape.shared_ffn, alone.act_fn, up.weight, bias=up.bias is not None)
-        block.set_submodule(family.shared, shared)
+        block.set_submodule(family.shared, _shared(block.get_submodule(family.shared), shape))
     if family.layer_norm:
         for norm, readers in family.norm_readers.items():
             give_norm_bias(block, norm)
@@ -69,6 +67,14 @@ def split_modules(block: nn.Module, family: Family, shape: Shape, attention: str
                 if linear.bias is None:
                     linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
     return block
+
+
+def _shared(alone: Any, shape: Shape) -> Expert | MergedExpert:
+    """The expert that takes the place of a module that all tokens go to."""
+    if hasattr(alone, "input_linear"):  # in parts already
+        return MergedExpert(alone.input_linear, alone.output_linear, alone.activation)
+    up, function = alone.up_proj, getattr(alone, "act_fn", None) or alone.activation_fn
+    return Expert(shape.hidden, shape.shared_ffn, function, up.weight, bias=up.bias is not None)
 
 
 def _groups(merged: Merged, shape: Shape) -> int:

@@ -77,7 +77,7 @@ class Shape:
             vocabulary=int(config.vocab_size),
             experts=int(getattr(config, row.experts_field)) if row.experts_field else 0,
             shared_ffn=math.prod(int(getattr(config, field)) for field in row.shared_fields) if row.shared else 0,
-            dense_ffn=int(config.intermediate_size) if row.dense else 0,
+            dense_ffn=int(getattr(config, row.dense_field)) if row.dense else 0,
             dense_blocks=dense_blocks(row, config),
         )
 

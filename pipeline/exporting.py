@@ -57,7 +57,7 @@ FORMATS: Mapping[str, Format] = {
     "gptq": Format(gptq.check, gptq.write, gptq.warning),
     "gptq-v1": Format(partial(gptq.check, version=gptq.V1), partial(gptq.write, version=gptq.V1), gptq.warning),
     "gguf": Format(gguf.check, gguf.write, gguf.warning),
-    "mlx": Format(mlx.check, mlx.write),
+    "mlx": Format(mlx.check, mlx.write, mlx.warning),
 }
 
 

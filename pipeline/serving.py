@@ -171,7 +171,7 @@ def _control(
 ) -> float | None:
     """How far the runtime is off with the run's weights as a dense model of `dtype`; None where none can be made."""
     spec = run.spec
-    if spec.r3 or spec.r4 or spec.online_r1 or spec.heads:
+    if spec.r3 or spec.r4 or spec.online_r1 or spec.heads or spec.activation_directions:
         return None
     kind = getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as directory:

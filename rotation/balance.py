@@ -40,7 +40,8 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
 
     `qkv`, `output`, `gate_up` and `down`; with experts the name of every down projection in place of `down`. Where the
     norms are `folded` into their readers for R1, the inputs of these are rotated without them, and have nothing to take
-    a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded.
+    a scale; the input of down has where it is linear in up. `keys` and `queries` where keys are rounded, unless they
+    have one norm together, which cannot take what is the other's inverse.
     """
     through = family.linear_up if family.gate else activation_of(config) == "relu"
     downs = (family.downs if family.experts else ("down",)) if through else ()
@@ -48,7 +49,8 @@ def balanced_sites(family: Family, config: Any, *, folded: bool, keys: bool = Fa
     if family.mixed:
         return (*before, *downs)
     sites = (*before[:1], "output", *before[1:], *downs)
-    return (*sites, *HEADS) if keys and not family.compressions else sites
+    one = family.key_norm is not None and family.key_norm == family.query_norm
+    return (*sites, *HEADS) if keys and not family.compressions and not one else sites
 
 
 Record = Callable[[nn.Module, None, Callable[[Any], None] | None], None]

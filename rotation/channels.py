@@ -38,7 +38,7 @@ def obstacle(family: Family, config: Any, site: str, *, online_r1: bool, heads: 
         return f"R1 runs online between the norm and {_short(family, site)}"
     if site == "gate_up" and family.shared_norm:
         return f"{_short(family, site)} read the norm of attention, which takes the scales of site qkv for them too"
-    if family.kinds or family.compressions or not family.has_values:
+    if family.hybrid or family.compressions or not family.has_values:
         return f"attention has a gate or latents, or something else in its place, in '{family.model_type}' models"
     if site == "output" and heads:
         return f"a rotation over all heads runs online between {family.value} and {family.output}"

@@ -224,7 +224,12 @@ def before_output(family: Family, shape: Shape) -> Hadamard:
     """
     if family.has_values:
         return Hadamard.across(shape.query_heads, shape.head_dim)
-    return Hadamard.of((family.sizes or {}).get(family.output, (0, shape.query_width))[1])
+    return Hadamard.of(input_width(family, shape))
+
+
+def input_width(family: Family, shape: Shape) -> int:
+    """Channels of what the output projection reads."""
+    return (family.sizes or {}).get(family.output, (0, shape.query_width))[1]
 
 
 def _sum(*parts: Tensor | None) -> Tensor | None:

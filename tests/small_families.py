@@ -212,6 +212,17 @@ SEEING |= {
     )
     for name in ("qwen3_5", "qwen3_5_moe")
 }
+SEEING["llama4"] = (
+    FAMILIES["llama4_text"],
+    {
+        "vision_config": {
+            **_OF_OTHERS,
+            "intermediate_size": 64,
+            **dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 24),
+        },
+        "image_token_index": IMAGE,
+    },
+)
 MIXTURES = [name for name, fields in FAMILIES.items() if any("experts" in key and fields[key] for key in fields)]
 
 

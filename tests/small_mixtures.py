@@ -115,4 +115,16 @@ SMALL_MIXTURES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "pad_token_id": None,
     },
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_layers": [1],
+        "intermediate_size_mlp": 80,
+        "head_dim": 16,
+        "attention_chunk_size": 9,
+        "no_rope_layers": [0, 1],
+        "floor_scale": 8,
+        "attn_scale": 0.5,
+        "pad_token_id": None,
+    },
 }

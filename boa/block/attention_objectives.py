@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,8 +97,9 @@ def query_key_objective(
     h_out = {f.query: keys.repeat_interleave(shape.query_heads // len(keys), 0), f.key: queries}
     for name, norm in ((f.query, f.query_norm), (f.key, f.key_norm)):
         if norm is not None:
-            weight = context.full.get_parameter(f"{norm}.weight") + f.norm_offset
             moments = norms[name].value().moments
+            own: Any = context.full.get_submodule(norm)
+            weight = own.weight + f.norm_offset if hasattr(own, "weight") else moments.new_ones(shape.head_dim)
             h_out[name] = norm_pull_back(h_out[name], weight, moments, whole=f.head_norms_whole)
     if f.head_norms_last:
         h_out = {name: turn(gram, *turning) for name, gram in h_out.items()}

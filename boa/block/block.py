@@ -12,6 +12,7 @@ from ..stopwatch import stage
 from .attention_step import center_keys, quantize_attention
 from .block_output import learn_output
 from .context import BlockContext, BlockResult, Streams
+from .directions_step import find_directions
 from .experts_step import quantize_experts
 from .fold_step import fold_channels
 from .input_scales import find_scales
@@ -39,6 +40,8 @@ def quantize_block(context: BlockContext, streams: Streams) -> BlockResult:
         if context.family.generic:
             return _quantize_plain(context, streams)
         found = fold_channels(context, streams.full)
+        context, directions = find_directions(context, streams)
+        found |= directions
         context, centers = center_keys(context, streams)
         found |= centers
         context, scales = find_scales(context, streams)

@@ -21,6 +21,7 @@ from ...models.decoder import Decoder, stream_of
 from ...models.families import ALL_SITES
 from ..online.activations import DynamicQuantizer
 from ..online.attention import set_attention
+from ..online.directions import LeadingDirections
 from ..online.float8 import StaticFloat8
 from ..online.transforms import OnlineTransforms
 from ..solver.learned import Learning, penalty_slope, rectified, side_and_variables, slope_
@@ -38,6 +39,15 @@ class StraightThrough(DynamicQuantizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         """As of `DynamicQuantizer`."""
+        plain = x.detach()
+        return x + (super().__call__(plain) - plain)
+
+
+class StraightThroughDirections(LeadingDirections):
+    """Likewise."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As of `LeadingDirections`."""
         plain = x.detach()
         return x + (super().__call__(plain) - plain)
 
@@ -196,6 +206,8 @@ def straight_through(transforms: OnlineTransforms) -> OnlineTransforms:
     """The same transforms, with a gradient."""
 
     def pass_through(quantizer: Any) -> Any:
+        if isinstance(quantizer, LeadingDirections):
+            return StraightThroughDirections(quantizer.rest, quantizer.directions)
         if isinstance(quantizer, StaticFloat8):
             return StraightThroughFloat8(quantizer.scale)
         if not isinstance(quantizer, DynamicQuantizer):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...models.experts.expert_layers import Expert, sum_of_experts
+from ...models.experts.expert_layers import Expert, MergedExpert, sum_of_experts
 from ...models.families import Family
 from ..objective.statistics import InputStatistics
 from ..objective.totals import Total
@@ -49,7 +49,8 @@ class Part(NamedTuple):
 def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
     """Every expert by itself, on the tokens that the quantized stream routes to it; both streams move through them.
 
-    A token counts by the square of its routing weight p, since the expert's output is multiplied by p. All of a token's
+    A token counts by the square of its routing weight p, since the expert's output is multiplied by p; where its input
+    is (`Family.scores_inputs`), an expert is calibrated on p x, and its tokens count alike. All of a token's
     experts together make up for what the residual stream has lost, each for its part of their weights, which need not
     sum to 1: for D to be in the sum of p y, an expert's y has D over that of p. An expert with fewer tokens than
     input channels, whose Hessian has no full rank, is calibrated on tokens of the whole layer instead, spread evenly
@@ -67,7 +68,7 @@ def quantize_experts(context: BlockContext, streams: Streams) -> BlockResult:
             _run_expert(context, i, added, streams, tokens)
     for stream, what in ((streams.full, moved), (streams.quantized, added)):
         for part, more in zip(stream.split(share.batch), what.split(share.batch), strict=True):
-            part += more
+            part += more if context.decoder.branch_factor == 1 else more * context.decoder.branch_factor
             context.release()
     return found
 
@@ -125,7 +126,11 @@ def choose(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
     """Experts of each token of x (tokens, hidden), and their routing weights; both (tokens, experts per token)."""
     family, block = context.family, context.full
     more = [block.get_buffer(family.router_bias)] if family.router_bias else []
-    _, weights, index = block.get_submodule(str(family.router))(x, *more)
+    router: Any = block.get_submodule(str(family.router))
+    if family.scores_inputs:
+        weights, index = router(x)[0].topk(router.top_k)
+    else:
+        _, weights, index = router(x, *more)
     if not family.shared:
         return index, weights
     gate = block.get_submodule(family.shared_gate)(x).sigmoid() if family.shared_gate else x.new_ones(len(x), 1)
@@ -133,10 +138,10 @@ def choose(context: BlockContext, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([index, last], -1), torch.cat([weights, gate.to(weights)], -1)
 
 
-def expert_of(family: Family, block: nn.Module, i: int) -> Expert:
+def expert_of(family: Family, block: nn.Module, i: int) -> Expert | MergedExpert:
     """Expert `i` of a block."""
     expert = block.get_submodule(family.shared if i == family.expert_count else f"{family.experts}.{i}")
-    assert isinstance(expert, Expert)
+    assert isinstance(expert, Expert | MergedExpert)
     return expert
 
 
@@ -162,7 +167,8 @@ def _route(context: BlockContext, streams: Streams) -> tuple[Tensor, Tensor, Ten
 
     for batch in context.batches(streams):
         x = _norm(context, batch.full).flatten(0, 1)
-        written = sum_of_experts(len(family.all_experts), run, t.gate_up.rotate(x), *choose(context, x))
+        given = (t.gate_up.rotate(x), *choose(context, x))
+        written = sum_of_experts(len(family.all_experts), run, *given, scored=family.scores_inputs)
         moved[batch.span] = written.view_as(batch.full)
         index, weight = choose(context, _norm(context, batch.quantized).flatten(0, 1))
         chosen.append((index.to(streams.full.device), weight.to(streams.full.device)))
@@ -197,8 +203,9 @@ def _add_inputs(context: BlockContext, total: Total[InputStatistics], streams: S
     """Statistics of gate and up."""
     t = context.transforms
     for number, part, hf, hq in _parts(context, streams, tokens):
-        xf, xq = t.gate_up.rotate(_norm(context, hf)), t.gate_up(_norm(context, hq))
-        total.at(number).add(xf * part.p, xq * part.p)
+        before, behind = _factors(context, part)
+        xf, xq = t.gate_up.rotate(_norm(context, hf) * before), t.gate_up(_norm(context, hq) * before)
+        total.at(number).add(xf * behind, xq * behind)
     total.start()
 
 
@@ -207,12 +214,13 @@ def _add_downs(context: BlockContext, i: int, total: Total[InputStatistics], str
     t, down, family, settings = context.transforms, _down(context, i), context.family, context.settings
     full, quantized = expert_of(family, context.full, i), expert_of(family, context.quantized, i)
     for number, part, hf, hq in _parts(context, streams, tokens):
-        exact = down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf))))
-        given = down(quantized.inside(t.gate_up(_norm(context, hq))))
-        wanted = nn.functional.linear(exact, full.down_proj.weight) * part.p
+        before, behind = _factors(context, part)
+        exact = down.rotate(full.inside(t.gate_up.rotate(_norm(context, hf) * before)))
+        given = down(quantized.inside(t.gate_up(_norm(context, hq) * before)))
+        wanted = nn.functional.linear(exact, full.down_proj.weight) * behind
         if settings.drift and not family.generic:
-            wanted += (hf - hq) * part.share
-        total.at(number).add(None, given * part.p, wanted)
+            wanted += (hf - hq) * part.share / context.decoder.branch_factor
+        total.at(number).add(None, given * behind, wanted)
     total.start()
 
 
@@ -221,8 +229,14 @@ def _run_expert(context: BlockContext, i: int, added: Tensor, streams: Streams, 
     expert, flat = expert_of(context.family, context.quantized, i), added.flatten(0, 1)
     t, down = context.transforms, _down(context, i)
     for _, part, _, hq in _parts(context, streams, tokens):
-        y = expert.down_proj(down(expert.inside(t.gate_up(_norm(context, hq))))) * part.p
+        before, behind = _factors(context, part)
+        y = expert.down_proj(down(expert.inside(t.gate_up(_norm(context, hq) * before)))) * behind
         flat.index_add_(0, part.rows, y.to(added))
+
+
+def _factors(context: BlockContext, tokens: Tokens) -> tuple[Tensor | float, Tensor | float]:
+    """What an expert's input and its output are multiplied by: one of them by p."""
+    return (tokens.p, 1.0) if context.family.scores_inputs else (1.0, tokens.p)
 
 
 def _norm(context: BlockContext, x: Tensor) -> Tensor:

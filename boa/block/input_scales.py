@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...models.families import ALL_SITES
 from ..online import float8
+from ..online.directions import LeadingDirections
 from ..online.transforms import InputTransform
 from ..stored_scales import global_scale_of
 from .block_output import transformed
@@ -38,7 +39,8 @@ def find_scales(context: BlockContext, streams: Streams) -> tuple[BlockContext, 
         context as it is.
     """
     transforms, device, ranks = context.transforms, context.decoder.device, context.share.ranks
-    wanted = [site for site in ALL_SITES if getattr(transforms, site).scale_name is not None]
+    named = [site for site in ALL_SITES if getattr(transforms, site).scale_name is not None]
+    wanted = [site for site in named if not isinstance(getattr(transforms, site).quantizer, LeadingDirections)]
     cached = list(transforms.attention.scale_names)
     if not wanted and not cached:
         return context, BlockResult()

@@ -24,6 +24,11 @@ CONVENTIONS = (OWN, "compressed-tensors", "vllm")
 CHUNK = 1 << 24  # elements of one batch of errors
 
 
+def tries(symmetric: bool) -> int:
+    """The grids that a vector chooses from."""
+    return len(RATIOS) + (0 if symmetric else 2)
+
+
 def stock_clip(bits: int, convention: str = "compressed-tensors", *, symmetric: bool = True) -> float:
     """The clip ratio that equals a reader's own dynamic scale.
 
@@ -43,6 +48,8 @@ class DynamicQuantizer:
     With `group_size`, which must divide n, each group of so many of its neighbouring numbers by itself. With `search`
     each takes, of `RATIOS`, the clip ratio that leaves it the least squared error, in place of `clip`. A ratio for all
     is too small for tokens of massive activations, whose rotated entries all lie at the peak, and too large for others.
+    With a zero point it also tries two grids that have max abs x and its negative among their levels: such entries lie
+    between the levels of all others, which are an even number, and all err alike, into the channel they came from.
 
     | symmetric | levels | scale |
     |---|---|---|
@@ -102,7 +109,7 @@ class DynamicQuantizer:
         if not self.search or self.bits > SEARCHED or not x.numel():
             return self._whole(x)
         flat = x.reshape(-1, x.shape[-1])
-        rows = len(flat) if is_compiled(_wide(flat[:0])) else CHUNK // (len(RATIOS) * x.shape[-1])
+        rows = len(flat) if is_compiled(_wide(flat[:0])) else CHUNK // (tries(self.symmetric) * x.shape[-1])
         found = torch.cat([self._searched(part) for part in flat.split(max(1, rows))])
         return found.view(*x.shape[:-1], found.shape[-1])
 
@@ -110,16 +117,25 @@ class DynamicQuantizer:
         return x.abs().amax(-1, keepdim=True) if self.symmetric else torch.stack(torch.aminmax(x, dim=-1), -1)
 
     def _searched(self, x: Tensor) -> Tensor:
-        """The span of each of x's vectors (n, c) times the ratio that leaves the least squared error; the first is."""
+        """The span of each of x's vectors (n, c) that leaves the least squared error, the first of several alike."""
         whole, wide = self._whole(x), _wide(x)
         ratios = torch.tensor(RATIOS, dtype=wide.dtype, device=x.device)[:, None]
-        spans = (_wide(whole)[:, None] * ratios).to(x.dtype)
+        spans = _wide(whole)[:, None] * ratios
+        if not self.symmetric:
+            spans = torch.cat([spans, self._evened(spans[:, 0])], 1)
+        spans = spans.to(x.dtype)
         scale, zero = self.grid(spans)
         zero = torch.full_like(scale, 2.0 ** (self.bits - 1)) if zero is None else zero
         alike = wide.new_ones(1, x.shape[-1])
         errors = weighted_squares(wide[None], scale[None, ..., 0], zero[None, ..., 0], alike, 2**self.bits - 1)[0]
         best = errors.argmin(1)[:, None, None].expand(-1, 1, spans.shape[-1])
         return spans.gather(1, best)[:, 0]
+
+    def _evened(self, span: Tensor) -> Tensor:
+        """Of min and max (n, 2) the spans (n, 2, 2) of grids that have m = max abs and -m among their levels."""
+        peak, top = span.abs().amax(-1, keepdim=True), 2.0 ** (self.bits - 1) - 1
+        sides = torch.tensor([[-1 - 1 / top, 1], [-1, 1 + 1 / top]], dtype=span.dtype, device=span.device)
+        return peak[..., None] * sides
 
     def grid(self, span: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None where symmetric) of `span`, each (..., 1), in float32 or wider."""

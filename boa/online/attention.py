@@ -121,9 +121,9 @@ def mark_stored(key: Tensor) -> Tensor:
 class AttentionInputs(NamedTuple):
     """What attention computes with: queries (batch, heads, length, head_dim), keys with key heads.
 
-    A token sees the `window` last ones, itself among them, or all; logits s are `softcap * tanh(s / softcap)`. What is
-    added to them for each key is `bias`, (batch or 1, heads, 1, keys). `sinks` (heads,) are the logits of a key more,
-    which has no value: probabilities of keys do not sum to 1 then.
+    A token sees the `window` last ones, itself among them, those of its own `chunk` of so many, or all; logits s are
+    `softcap * tanh(s / softcap)`. What is added to them for each key is `bias`, (batch or 1, heads, 1, keys). `sinks`
+    (heads,) are the logits of a key more, which has no value: probabilities of keys do not sum to 1 then.
     """
 
     query: Tensor
@@ -133,6 +133,7 @@ class AttentionInputs(NamedTuple):
     softcap: float | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    chunk: int | None = None
 
 
 class _Ungrouped(nn.Module):
@@ -185,10 +186,11 @@ def attention_forward(
     elif transform is not None:
         query, key, value = transform(query, key, value, getattr(module, "rotoboa_starts", None))
     recorder: Recorder | None = getattr(module, "rotoboa_recorder", None)
-    bias = kwargs.pop("key_bias", None)  # which is in the mask
+    bias, chunk = kwargs.pop("key_bias", None), kwargs.pop("chunk", None)  # which are in the mask
     own, sinks = scaling if scaling is not None else query.shape[-1] ** -0.5, kwargs.pop("s_aux", None)
     if recorder is not None:
-        recorder(AttentionInputs(query, key, own, kwargs.get("sliding_window"), kwargs.get("softcap"), bias, sinks))
+        limits = (kwargs.get("sliding_window"), kwargs.get("softcap"))
+        recorder(AttentionInputs(query, key, own, *limits, bias, sinks, chunk))
     if attention_mask is not None:
         attention_mask = open_rows(attention_mask, query.dtype)
     elif query.shape[2] > 1:
@@ -245,10 +247,11 @@ def causal_probabilities(seen: AttentionInputs, index: int, start: int, stop: in
     if seen.bias is not None:
         by_head += seen.bias[min(index, len(seen.bias) - 1), :, :, :stop].view(len(key), -1, 1, stop)
     by_head[..., start:] += _future(stop - start, step, logits.dtype, logits.device)
+    rows, keys = (torch.arange(*span, device=query.device) for span in ((start, stop, step), (stop,)))
     if seen.window is not None and stop > seen.window:
-        rows = torch.arange(start, stop, step, device=query.device)
-        gone = torch.arange(stop, device=query.device)[None] <= rows[:, None] - seen.window
-        by_head.masked_fill_(gone, float("-inf"))
+        by_head.masked_fill_(keys <= rows[:, None] - seen.window, float("-inf"))
+    if seen.chunk is not None and stop > seen.chunk:
+        by_head.masked_fill_(keys < rows[:, None] // seen.chunk * seen.chunk, float("-inf"))
     if seen.sinks is not None:
         sinks = seen.sinks.to(by_head).view(len(key), -1, 1, 1).expand(*by_head.shape[:3], 1)
         return torch.cat([by_head, sinks], -1).softmax(-1)[..., :-1].flatten(1, 2)

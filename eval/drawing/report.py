@@ -88,6 +88,8 @@ def _summary(row: Mapping[str, Any], report: Report) -> str:
     }
     ways = {"activations": f" by token in groups of {row['activation_group']}"} if row["activation_group"] else {}
     low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
+    if (kept := recipe.activations.directions) and bits["activations"] < 8:
+        low = low.replace("activations in", f"activations beside {kept} directions in", 1)
     if report.budget is not None and report.budget.units:
         low = low.replace(f"weights in {bits['weights']} bits", f"weights in {budget.range_of(report.budget)}", 1)
     sink, rotation = recipe.cache.sink, recipe.rotation

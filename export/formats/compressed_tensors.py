@@ -54,7 +54,8 @@ from ...models.seeing.whole_model import linears_beside
 from ...models.shape import Shape
 from ...rotation.hadamard import Hadamard
 from ..compressed_inputs import NAME, check_inputs
-from ..finished import Finished, refuse_layout, refuse_online
+from ..finished import Finished, has_plain_layout, refuse_layout, refuse_online
+from ..joined_layers import divided_layer, joined_names
 from ..scheme_layers import by_scheme, by_weights, divided, patterns, quantized_ends, refuse_ends
 from ..spec import Spec
 from ..vllm_inputs import served_inputs
@@ -86,10 +87,13 @@ def check(run: Finished) -> None:
         InputError: it does not; the sentence says why and what to use instead.
     """
     spec = run.spec
-    refuse_layout(run.family, NAME)
+    refuse_layout(run.family, NAME, joins=True)
     refuse_ends(run, NAME, head=True)  # transformers 5.24.0 starts a packed embedding anew, and finds no weight
     # What vLLM runs online is found by the ends of names, which what sees has too.
-    refuse_online(spec, NAME, activations=True, inputs=run.family.sight is None, server="vllm", scales=True)
+    plain = has_plain_layout(run.family)
+    whole_inputs = plain and run.family.sight is None
+    refuse_online(spec, NAME, activations=not run.family.experts, inputs=whole_inputs, server="vllm", scales=plain)
+    _refuse_parts(run)
     online, split = transforms(spec, run.family, run.shape), divided(run)
     if online is not None and split:
         raise InputError(
@@ -118,6 +122,29 @@ def check(run: Finished) -> None:
         raise InputError(
             f"{NAME} with zero points is unpacked by transformers as if all layers had one scheme, and this run has "
             f"{first} and {second}: quantize with --weights.symmetric, or use --format native."
+        )
+
+
+def _refuse_parts(run: Finished) -> None:
+    """Refuse schemes that a merged layer cannot have, and those that transformers does not unpack experts by.
+
+    Raises:
+        InputError: there are some.
+    """
+    for index in range(run.shape.blocks):
+        if name := divided_layer(run.spec.schemes(run.family, index), run.family.at(index)):
+            raise InputError(
+                f"{NAME} has {name} of block {index} as one layer, and its parts have several schemes: override all of "
+                "them, or use --format native."
+            )
+    if not run.family.experts:
+        return
+    weights, full = by_weights(run, NAME, floats=True)
+    apart = any(f".{run.family.experts}." in name for name in full)
+    if apart or len(weights) > 1 or not all(args.symmetric and args.format == "int" for args in weights):
+        raise InputError(
+            f"{NAME} of models with experts is unpacked by transformers as symmetric integers of one scheme, and this "
+            "run has others: quantize with --weights.symmetric and one scheme for all experts, or use --format native."
         )
 
 
@@ -161,12 +188,15 @@ def quantization_config(run: Finished) -> dict[str, Any]:
     layers = by_scheme(run)
     stored = stored_as(layers)
     ignored = [name for scheme, names in layers.items() if not scheme.weights.quantizes for name in names]
+    blocks = range(run.shape.blocks)
+    ignored += [f"{run.family.layers}.{i}.{name}" for i in blocks for name in run.family.at(i).deciders]
     quantized = {scheme: names for scheme, names in layers.items() if scheme.weights.quantizes}
     ends = quantized_ends(run)
     groups = {}
     for index, (scheme, names) in enumerate(quantized.items()):
         # No layer is in two groups, so that no reader must choose.
         several = len(quantized) > 1 or bool(ends)
+        names = joined_names(names, run.family)
         targets = [f"re:{pattern}" for pattern in patterns(names, run)] if several else ["Linear"]
         inputs = _inputs(scheme.input_activations, dynamic=run.spec.activation_dynamic)
         parts = {"weights": _weights(scheme.weights), "input_activations": inputs}
@@ -181,7 +211,7 @@ def quantization_config(run: Finished) -> dict[str, Any]:
         ignore=[
             *({run.family.head} - set(ends)),
             *linears_beside(run.transformers_config(), run.family),
-            *(f"re:{pattern}" for pattern in patterns(ignored, run)),
+            *(f"re:{pattern}" for pattern in patterns(joined_names(ignored, run.family), run)),
         ],
     )
     data: dict[str, Any] = config.model_dump(mode="json")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus, QuantizationType
 from compressed_tensors.utils import match
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoConfig
 
 from ...boa.online.attention import CACHE_SCALES
 from ...errors import InputError
-from ...models.families import family_of
+from ...models.families import Family, family_for, family_of
+from ...models.running import floats_read
 from ...models.shape import Shape
 from ..compressed_inputs import NAME
 from ..finished import projection_columns, projection_rows
+from ..joined_layers import joined_names
 from ..reading import check_shape, read_config, read_shapes
 from .compressed_floats import FORMATS, float_shapes, input_shapes
 from .compressed_tensors import VLLM_ALONE
@@ -39,20 +42,20 @@ def inspect(folder: Path) -> None:
         if stored not in known or each != {stored} or any(not g.weights for g in groups.config_groups.values()):
             wanted = next((one.value for one in known if one in each), FORMATS["int"].value)
             raise ValueError(f"format {quantization.get('format')}, where {wanted} is read")
-        family, shape = family_of(str(config.get("model_type")), str(folder)), Shape.of(SimpleNamespace(**config))
-        names = [f"{family.layers}.{index}.{name}" for index in range(shape.blocks) for name in family.projections]
-        layers = {name: _scheme_of(name, nn.Linear(1, 1), groups) for name in names}
+        family_of(str(config.get("model_type")), str(folder))
+        whole = AutoConfig.for_model(**floats_read(config))
+        family, shape = family_for(whole, str(folder)), Shape.of(whole)
+        sizes = _sizes(family, shape)
+        layers = {name: _scheme_of(name, nn.Linear(1, 1), groups) for name in sizes}
         ends = {family.embedding: _scheme_of(family.embedding, nn.Embedding(1, 1), groups)}
         if not config.get("tie_word_embeddings"):
             ends[family.head] = _scheme_of(family.head, nn.Linear(1, 1), groups)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, re.error, StrictDataclassError) as error:
         what = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{folder / 'config.json'} cannot be used ({what}): export the model again.") from error
     found = read_shapes(folder)
-    rows, columns = projection_rows(family, shape), projection_columns(family, shape)
     for name, scheme in layers.items():
-        inside = name.removeprefix(f"{family.layers}.").partition(".")[2]
-        for part, size in _shapes(scheme, stored, rows[inside], columns[inside]).items():
+        for part, size in _shapes(scheme, stored, *sizes[name]).items():
             check_shape(folder, f"{name}.{part}", size, found)
     for index in range(shape.blocks) if groups.kv_cache_scheme else ():
         for part in CACHE_SCALES.values():
@@ -63,6 +66,17 @@ def inspect(folder: Path) -> None:
     check_shape(folder, f"{family.final_norm}.weight", (shape.hidden,), found)
     if any(name.startswith(f"{family.layers}.{shape.blocks}.") for name in found):
         raise InputError(f"{folder} has more blocks than the {shape.blocks} of its config.json: export it again.")
+
+
+def _sizes(family: Family, shape: Shape) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the projections of all blocks, by their full names in the files."""
+    found = dict[str, tuple[int, int]]()
+    for index in range(shape.blocks):
+        rows, columns = projection_rows(family, shape, index), projection_columns(family, shape, index)
+        for name in rows:
+            (full,) = joined_names([f"{family.layers}.{index}.{name}"], family)
+            found[full] = (found.get(full, (0, 0))[0] + rows[name], columns[name])
+    return found
 
 
 def _scheme_of(layer: str, module: nn.Module, config: QuantizationConfig) -> QuantizationScheme | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...models.families import FAMILIES
 from ...models.family import Family
-from ..finished import has_plain_layout
+from ..finished import has_joined_layout, has_plain_layout
 from .gguf_architectures import ARCHITECTURES
 from .mlx import FAMILIES as OF_MLX
 
@@ -31,7 +31,8 @@ class Line(NamedTuple):
 
 def formats_of(family: Family) -> tuple[str, ...]:
     """The formats that a run of the family can be written in."""
-    plain = ("compressed-tensors", *(() if family.sight else ("gptq",))) if has_plain_layout(family) else ()
+    plain: tuple[str, ...] = ("compressed-tensors",) if has_joined_layout(family) else ()
+    plain += ("gptq",) if has_plain_layout(family) and not family.sight else ()
     gguf = ("gguf",) if family.model_type in ARCHITECTURES else ()
     mlx = ("mlx",) if family.model_type in OF_MLX else ()
     return ("native", *plain, *gguf, *mlx)
@@ -43,7 +44,7 @@ def lines() -> list[Line]:
         Line(
             f"`{name}`",
             "online" if family.post_norms else "merged or online",
-            "where there is attention" if family.kinds else "yes",
+            "where there is attention" if family.hybrid else "yes",
             ", ".join(formats_of(family)),
             family.note,
         )

@@ -133,6 +133,8 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
         for name, scheme in schemes.items():
             site, where = f.sites[name], stored_in(f, name)
             size = ffn if site == "gate_up" else run.rows[name], ffn if site == "down" else run.columns[name]
+            if f.shared and name.startswith(f"{f.shared}."):
+                size = run.rows[name], run.columns[name]
             if name in quantized:
                 result = quantized[name]
                 if name in heads:
@@ -154,6 +156,7 @@ def tensors(run: Finished, *, dense: bool = False) -> Iterator[tuple[str, Array,
             wide = permute(tensor, heads[part]) if part in heads else tensor
             if part in (f.gate, f.up):
                 wide = torch.nn.functional.pad(wide, (0, ffn - s.ffn))
+            wide = wide.flatten() if part == f.shared_gate else wide
             offset = f.norm_offset if part in norms_of(f) else 0.0
             yield _dense(f"{name_in(names, f, index, part)}.{last}", wide.float() + offset)
     yield _dense(_outer(MODEL_TENSOR.OUTPUT_NORM), outer.norm.float() + f.norm_offset)

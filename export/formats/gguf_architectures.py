@@ -49,6 +49,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture(MODEL_ARCH.QWEN2, square=True),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, legal={"attention_bias": (False, None)}),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, legal={"attention_bias": (False, None), "norm_topk_prob": (True,)}),
+    "qwen2_moe": Architecture(MODEL_ARCH.QWEN2MOE, square=True, legal={"norm_topk_prob": (False,)}),
+    "olmoe": Architecture(
+        MODEL_ARCH.OLMOE,
+        square=True,
+        legal={
+            "attention_bias": (False, None),
+            "norm_topk_prob": (False,),
+            "num_key_value_heads": "num_attention_heads",
+        },
+        stock=False,
+    ),
     "gemma2": Architecture(MODEL_ARCH.GEMMA2, tied=True, legal={**_SCALE, "attention_bias": (False, None)}, **_GEMMA),
     "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, legal={**_SCALE, "attention_bias": (False, None)}, **_GEMMA),
     "phi3": Architecture(MODEL_ARCH.PHI3, square=True),

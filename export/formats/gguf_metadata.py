@@ -75,7 +75,9 @@ def add_sizes(writer: GGUFWriter, run: Finished, row: Architecture, ffn: int) ->
     if s.experts:
         writer.add_expert_count(s.experts)
         writer.add_expert_used_count(int(config.num_experts_per_tok))
-    if row.arch == MODEL_ARCH.QWEN3MOE:
+    if s.shared_ffn:
+        writer.add_expert_shared_feed_forward_length(s.shared_ffn)
+    if row.arch in (MODEL_ARCH.QWEN2MOE, MODEL_ARCH.QWEN3MOE):
         writer.add_expert_feed_forward_length(ffn)
         ffn = int(config.intermediate_size)  # of blocks without experts, which there are none of
     writer.add_feed_forward_length(ffn)

@@ -36,7 +36,7 @@ _KEYS = (
     "block_count", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length",
 )  # fmt: skip
-_EXPERTS = ("expert_count", "expert_feed_forward_length")
+_EXPERTS = ("expert_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
 
 
 def inspect(folder: Path) -> Path:
@@ -102,6 +102,11 @@ def _expected(arch: MODEL_ARCH, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         t.TOKEN_EMBD: (vocabulary, hidden), t.OUTPUT: (vocabulary, hidden), **dict.fromkeys(norms, (hidden,)),
         t.ATTN_OUT: (hidden, queries), t.ATTN_Q_NORM: (width,), t.ATTN_K_NORM: (width,),
     }  # fmt: skip
+    if arch == MODEL_ARCH.OLMOE:  # a norm over all heads
+        shapes |= {t.ATTN_Q_NORM: (queries,), t.ATTN_K_NORM: (keys,)}
+    if shared := sizes.get("expert_shared_feed_forward_length"):
+        shapes |= {t.FFN_GATE_INP_SHEXP: (hidden,), t.FFN_DOWN_SHEXP: (hidden, shared)}
+        shapes |= dict.fromkeys((t.FFN_GATE_SHEXP, t.FFN_UP_SHEXP), (shared, hidden))
     if arch == MODEL_ARCH.PHI3:
         shapes[t.ATTN_QKV] = (queries + 2 * keys, hidden)
     else:
@@ -165,7 +170,7 @@ def read(folder: Path) -> nn.Module:
     if "output.weight" in found:
         state[f"{f.head}.weight"] = found["output.weight"]
     norms = [norm for norm in norms_of(f) if norm]
-    parts = dict.fromkeys([*norms, *(stored_in(f, name) for name in f.projections), *([f.router] if f.router else [])])
+    parts = dict.fromkeys([*norms, *(stored_in(f, name) for name in f.projections), *f.weighing])
     for index in range(s.blocks):
         block: dict[str, Tensor] = {}
         for part in parts:
@@ -173,6 +178,7 @@ def read(folder: Path) -> nn.Module:
                 tensor = found.get(f"{name_in(names, f, index, part)}.{last}")
                 if tensor is not None:
                     tensor = unpermute(tensor, heads[part]) if part in heads else tensor
+                    tensor = tensor[None] if part == f.shared_gate else tensor
                     block[f"{part}.{last}"] = tensor - f.norm_offset if part in norms else tensor
         if f.experts:  # transformers has gate and up in one tensor
             gate, up, down = (block.pop(f"{f.experts}.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj"))

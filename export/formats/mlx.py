@@ -15,6 +15,7 @@ a layer without `scales` is not either. Embedding and head are layers like these
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,34 @@ from torch import Tensor, nn
 from ...boa.scheme import QuantizationArgs
 from ...boa.solver.rounding import Quantized
 from ...errors import InputError
+from ...models.families import FAMILIES as ROWS
+from ...models.families import Family
+from ...models.names import renamed
 from ...models.running import what_it_is
-from ..finished import Finished, refuse_layout, refuse_online
+from ..finished import Finished, projection_columns, refuse_layout, refuse_online
+from ..joined_layers import joined_names
 from ..packing import pack, unpack
 from ..reading import read_tensors, stock_model
 from ..scheme_layers import by_weights, quantized_ends
 from ..writing import SHARD_BYTES, write_checkpoint
+from .gguf_architectures import window
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-"""Model types that mlx-lm has, with the names that transformers gives their tensors."""
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "glm4", "ministral3", "smollm3"),
+    *("granite", "olmo2", "olmo3", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "lfm2"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2"),
+)
+"""Model types that mlx-lm was seen to compute, with the names that transformers gives their tensors."""
+WINDOWED = ("gemma3_text", "smollm3", "olmo3")
+"""Those whose windows it has."""
 
-TIED = ("gemma2",)
+STACKED = {"dots1": "experts"}
+"""Where mlx-lm has the experts of a block, where that is not `switch_mlp`."""
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.(\w+)")
+_LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+TIED = ("gemma2", "lfm2")
 """Those of which mlx-lm reads no head, and multiplies by the embedding."""
 
 
@@ -47,7 +63,7 @@ def check(run: Finished) -> None:
     Raises:
         InputError: it does not; the sentence says why and what to use instead.
     """
-    refuse_layout(run.family, "MLX")
+    refuse_layout(run.family, "MLX", joins=True)
     refuse_online(run.spec, "MLX")
     if run.family.model_type not in FAMILIES:
         raise InputError(
@@ -58,7 +74,28 @@ def check(run: Finished) -> None:
             f"mlx-lm's '{run.family.model_type}' has its embedding for a head, and this run has a head of its own: use "
             "--format native, or quantize with --rotation.r1 online or none, --weights.head 0 and --head.bits 16."
         )
-    group_sizes(run)
+    if run.family.model_type == "qwen2_moe" and run.shape.dense_blocks:
+        raise InputError(
+            "mlx-lm's 'qwen2_moe' has experts in every block, and this model has not: use --format native."
+        )
+    sizes = group_sizes(run)
+    apart = run.family.experts and any(f".{run.family.experts}." in name for name in by_weights(run, "MLX")[1])
+    if run.family.experts and (apart or len(sizes) > 1):
+        raise InputError(
+            "MLX is written with one scheme where there are experts, and this run has others: quantize without "
+            "overrides, or use --format native."
+        )
+
+
+def warning(run: Finished) -> str | None:
+    """What a user should know of an export before serving it; None where there is nothing."""
+    size = None if run.family.model_type in WINDOWED else window(run)
+    if size is None:
+        return None
+    return (
+        f"mlx-lm computes '{run.family.model_type}' without windows: it computes what the run does for no more tokens "
+        f"than one holds, {size}."
+    )
 
 
 def group_sizes(run: Finished) -> dict[QuantizationArgs, int]:
@@ -77,8 +114,11 @@ def group_sizes(run: Finished) -> dict[QuantizationArgs, int]:
 
 def _widths(run: Finished, layers: Iterable[str]) -> dict[str, int]:
     """How many inputs these projections have, by their names inside a block."""
-    names = {layer.removeprefix(f"{run.family.layers}.").partition(".")[2] for layer in layers}
-    return {name: columns for name, columns in run.columns.items() if name in names}
+    found = dict[str, int]()
+    for layer in layers:
+        index, _, name = layer.removeprefix(f"{run.family.layers}.").partition(".")
+        found[name] = projection_columns(run.family, run.shape, int(index))[name]
+    return found
 
 
 def _group_size(args: QuantizationArgs, columns: Mapping[str, int]) -> int:
@@ -103,8 +143,38 @@ def quantization(run: Finished) -> dict[str, Any]:
     first, *others = layers
     data: dict[str, Any] = {**fields[first], "mode": "affine"}
     for args in others:
-        data |= dict.fromkeys(layers[args], fields[args])
-    return data | dict.fromkeys(full, False) | {name: fields[args] for name, args in quantized_ends(run).items()}
+        data |= dict.fromkeys(joined_names(layers[args], run.family), fields[args])
+    return (
+        data
+        | dict.fromkeys(joined_names(full, run.family), False)
+        | {name: fields[args] for name, args in quantized_ends(run).items()}
+    )
+
+
+def config_of(run: Finished) -> dict[str, Any]:
+    """config.json with the older names of RoPE's fields beside `rope_parameters`, in place of which mlx-lm has
+    defaults; and the number of experts by the name that the hub's files have.
+    """
+    rope = dict(getattr(run.transformers_config(), "rope_parameters", None) or {})
+    # Which some of mlx-lm's classes want to be told.
+    older: dict[str, Any] = {"rope_scaling": None, "head_dim": run.shape.head_dim}
+    if run.family.rope_by_layer:
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        older["rope_local_base_freq"] = local["rope_theta"]
+    if "rope_theta" in rope:
+        older["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if run.family.model_type == "lfm2":
+        older["block_dim"] = run.shape.hidden
+    if run.family.model_type == "minimax_m2":
+        turned = float(rope.get("partial_rotary_factor") or 1.0)
+        older |= {"rotary_dim": int(run.shape.head_dim * turned), "shared_intermediate_size": 0}
+    if run.family.experts_field:
+        older[run.family.experts_field] = run.family.expert_count
+    return {**older, **run.config}
 
 
 def to_mlx(result: Quantized, bits: int, group: int) -> dict[str, Tensor]:
@@ -117,12 +187,30 @@ def to_mlx(result: Quantized, bits: int, group: int) -> dict[str, Tensor]:
     return {"weight": pack(result.integers, bits).view(torch.uint32), "scales": scales, "biases": biases}
 
 
+def stacked(tensors: Mapping[str, Tensor], name_of: str = "switch_mlp") -> dict[str, Tensor]:
+    """Tensors with those of all experts of a block as one, as mlx-lm computes them; `name_of` its module of them."""
+    found, experts = dict[str, Tensor](), dict[str, dict[int, Tensor]]()
+    for name, tensor in tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            where, index, layer, part = match.groups()
+            experts.setdefault(f"{where}.{name_of}.{_LAYERS.get(layer, layer)}.{part}", {})[int(index)] = tensor
+        else:
+            found[name] = tensor
+    for name, parts in experts.items():
+        dtype = max((part.dtype for part in parts.values()), key=lambda kind: kind.itemsize)
+        found[name] = torch.stack([parts[i].to(dtype) for i in range(len(parts))])
+    return found
+
+
 def from_mlx(tensors: dict[str, Tensor], bits: int, group: int) -> Tensor:
-    """The weight (out, in) in float32 of the tensors of one projection.
+    """The weight (out, in) in float32 of the tensors of one projection, or (experts, out, in) of all experts'.
 
     Raises:
         ValueError: their shapes contradict each other.
     """
+    if tensors["weight"].ndim == 3:  # of experts
+        parts = ({name: part[i] for name, part in tensors.items()} for i in range(len(tensors["weight"])))
+        return torch.stack([from_mlx(part, bits, group) for part in parts])
     scales, biases = tensors["scales"].float(), tensors["biases"].float()
     words = (len(scales), scales.shape[1] * group * bits // 32)
     if scales.shape != biases.shape or tensors["weight"].shape != words:
@@ -139,8 +227,10 @@ def write(run: Finished, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Non
     """
     check(run)
     sizes = group_sizes(run)
-    config = {**run.config, "tie_word_embeddings": run.tied, "quantization": quantization(run)}
+    config = {**config_of(run), "tie_word_embeddings": run.tied, "quantization": quantization(run)}
+    where = STACKED.get(run.family.model_type, "switch_mlp")
     groups = run.groups(lambda result, args: to_mlx(result, args.num_bits, sizes[args]))
+    groups = (stacked(group, where) for group in groups)
     write_checkpoint(folder, run.folder, config, groups, shard_bytes=shard_bytes)
 
 
@@ -172,4 +262,20 @@ def read(folder: Path) -> nn.Module:
             raise InputError(
                 f"{folder}: the tensors of {name} and config.json do not belong together ({error}): export it again."
             ) from error
-    return stock_model(folder, config, state)
+    return stock_model(folder, config, _as_transformers(state, ROWS[config["model_type"]]))
+
+
+def _as_transformers(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Dense tensors by the names of transformers' modules, gates and ups of experts end to end."""
+    found = {renamed(name, family): tensor for name, tensor in state.items()}
+    where = f".{STACKED.get(family.model_type, 'switch_mlp')}."
+    for name in [name for name in state if family.experts and name.endswith(f"{where}gate_proj.weight")]:
+        stem = name.removesuffix("gate_proj.weight")
+        block = name.partition(".mlp.")[0].partition(".block_sparse_moe.")[0]
+        parts = ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (found.pop(renamed(f"{stem}{part}.weight", family)) for part in parts)
+        found |= {
+            f"{block}.{family.experts}.gate_up_proj": torch.cat([gate, up], 1),
+            f"{block}.{family.experts}.down_proj": down,
+        }
+    return found

@@ -63,7 +63,9 @@ def check_types(run: Finished) -> None:
         kind = type_of(args, *given)
         for layer in layers:
             name = layer.removeprefix(f"{f.layers}.").partition(".")[2]
-            if f.sites[name] != "down":  # whose width is filled up
+            if f.shared and name == f.shared_down:
+                _check_width(kind, "shared expert's ffn size", s.shared_ffn)
+            elif f.sites[name] != "down":  # whose width is filled up
                 _check_width(kind, *sites.get(f.sites[name], ("hidden size", s.hidden)))
     for end, module in {"embedding": f.embedding, "head": f.head}.items():
         if run.spec.outer(module).quantizes:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.online.activations import DynamicQuantizer
-from ...boa.online.float8 import StaticFloat8
-from ...boa.online.transforms import InputTransform
+from ...boa.online.directions import LeadingDirections
+from ...boa.online.transforms import InputQuantizer, InputTransform
 from ...boa.scheme import GROUPS, QuantizationArgs
 from ..packing import from_codes, pack, planes, unpack
 from .gradient import with_gradient
@@ -35,6 +35,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
     | any in bfloat16, of few tokens | 4 bits, on a processor with AVX-512 | by torch's own product: `tiles` |
     | 8 bits or fewer, 7 with a zero point | one scale a row | int8 x int8 in int32, scales applied to the sums |
     | such, in groups | one scale a row, or groups that they divide or that divide them | so by group, or as below |
+    | such, beside directions | as above | so, and the columns that directions meet as floats |
     | any other | any | a part of the weight at a time becomes floats, and is dropped |
 
     Sums of products of integers are exact, so the second and third differ from the last, which is what is simulated, by
@@ -45,6 +46,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
     """
 
     tile_grid: Tensor | None
+    through: Tensor | None
 
     def __init__(
         self,
@@ -56,20 +58,26 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         format: str = "int",
         bias: bool = False,
         transform: InputTransform | None = None,
+        holder: nn.Module | None = None,
     ) -> None:
         nn.Module.__init__(self)  # without a weight
         self.in_features, self.out_features = inputs, outputs
         self.transform = transform or InputTransform()
-        self.transform.make_room(self)
+        self.transform.make_room(self, holder)
         self.make_room(outputs, inputs, bits, group_size, format)
         self.register_buffer("tile_grid", None, persistent=False)
+        self.register_buffer("through", None, persistent=False)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None)
 
     @classmethod
     def in_place_of(
-        cls, linear: nn.Linear, args: QuantizationArgs, transform: InputTransform | None = None
+        cls,
+        linear: nn.Linear,
+        args: QuantizationArgs,
+        transform: InputTransform | None = None,
+        holder: nn.Module | None = None,
     ) -> QuantizedLinear:
-        """One of the same size, on the same device, without data."""
+        """One of the same size, on the same device, without data; `holder` as of `InputTransform.make_room`."""
         bias = linear.bias is not None
         with linear.weight.device:
             return cls(
@@ -80,6 +88,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
                 format=args.format,
                 bias=bias,
                 transform=transform,
+                holder=holder,
             )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -101,7 +110,8 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         super()._load_from_state_dict(*args)
 
     def _untile(self) -> None:
-        """Have the words as the files have them."""
+        """Have the words as the files have them, and nothing that was made of them."""
+        self.through = None
         if self.tile_grid is not None:
             self.qweight, self.tile_grid = pack(untiled(self.qweight), self.bits), None
 
@@ -116,11 +126,20 @@ class QuantizedLinear(PackedWeight, nn.Linear):
             y = self._from_tiles(flat if quantizer is None else quantizer(flat))
         elif isinstance(quantizer, DynamicQuantizer) and len(flat) and self.counts(quantizer, x.device):
             y = self._from_integers(flat, quantizer)
+        elif isinstance(quantizer, LeadingDirections) and len(flat) and self.counts(quantizer.rest, x.device):
+            y = self._beside_directions(flat, quantizer)
         else:
             y = self._from_floats(flat if quantizer is None else quantizer(flat))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def counts(self, quantizer: DynamicQuantizer | StaticFloat8 | None, device: torch.device) -> bool:
+    def _beside_directions(self, x: Tensor, quantizer: LeadingDirections) -> Tensor:
+        """(T, in) -> (T, out); what coefficients meet, (out, k), is held from the first call on."""
+        coefficients, left = quantizer.split(x)
+        if self.through is None or self.through.dtype != left.dtype:
+            self.through = quantizer.through(self.dequantize(left.dtype))
+        return self._from_integers(left, quantizer.rest).addmm_(coefficients, self.through.T).to(x.dtype)
+
+    def counts(self, quantizer: InputQuantizer | None, device: torch.device) -> bool:
         """Whether products are taken of integers."""
         if not isinstance(quantizer, DynamicQuantizer) or {self.format, quantizer.format} != {"int"}:
             return False

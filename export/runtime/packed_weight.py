@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ...boa import super_scales
 from ...boa.kernels.levels import E2M1_ZERO, middle_of
-from ...boa.online.transforms import INPUT_SCALES
+from ...boa.online.transforms import INPUT_FOUND
 from ...boa.scheme import SUPER, TWO_LEVELS
 from ...boa.stored_scales import E4M3, decode
 from ..packing import SUPER_PARTS, packed_width
 
-_KEPT = ("scale", "global_scale", *SUPER_PARTS, *INPUT_SCALES)
+_KEPT = ("scale", "global_scale", *SUPER_PARTS, *INPUT_FOUND)
 
 
 class PackedWeight(nn.Module):

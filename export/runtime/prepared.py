@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...boa.online.attention import CENTER, NAME, set_attention
-from ...boa.online.transforms import FOUND, InputTransform, OnlineTransforms
+from ...boa.online.transforms import FOUND, InputTransform, OnlineTransforms, holder
 from ...boa.scheme import QuantizationScheme
 from ...models.decoder import Decoder
 from ...models.families import Family
@@ -33,16 +33,17 @@ def prepare_block(
     for name in transforms.attention.scale_names.values():
         attention.register_buffer(name, torch.ones(1, device=block.get_parameter(f"{family.key}.weight").device))
     for name, transform in transforms.by_projection(family).items():
-        linear = block.get_submodule(name)
+        linear, first = block.get_submodule(name), holder(family, name)
         assert isinstance(linear, nn.Linear)
         args = schemes[name].weights
+        held = None if first == name else block.get_submodule(first)
         if not args.quantizes:
             with linear.weight.device:
-                transform.make_room(linear)
+                transform.make_room(linear, held)
             if transform != InputTransform():
                 linear.register_forward_pre_hook(partial(_transformed, transform))
             continue
-        block.set_submodule(name, QuantizedLinear.in_place_of(linear, args, transform))
+        block.set_submodule(name, QuantizedLinear.in_place_of(linear, args, transform, held))
     set_attention(attention, transforms.attention)
     return block
 

@@ -46,6 +46,30 @@ class Expert(nn.Module):
         return output
 
 
+class MergedExpert(nn.Module):
+    """An expert whose gate and up are one layer, in parts that read the same: `layout.Stacked`."""
+
+    def __init__(self, input_linear: nn.Module, output_linear: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.input_linear, self.output_linear, self.act_fn = input_linear, output_linear, activation
+
+    @property
+    def down_proj(self) -> Any:
+        """As of `Expert`."""
+        return self.output_linear
+
+    def inside(self, x: Tensor) -> Tensor:
+        """The input of the down projection, (..., ffn)."""
+        gate, up = self.input_linear(x).chunk(2, -1)
+        hidden: Tensor = self.act_fn(gate) * up
+        return hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> the same."""
+        output: Tensor = self.down_proj(self.inside(x))
+        return output
+
+
 class Experts(nn.ModuleList):
     """The experts of a block; transformers keeps all of them in two tensors of three dimensions."""
 
@@ -59,27 +83,48 @@ class Experts(nn.ModuleList):
         return sum_of_experts(len(self), lambda i, x: self[i](x), hidden, index, weights)
 
 
+class ScoredExperts(nn.ModuleList):
+    """Experts that are given all tokens each, times the token's score, which is 0 for most: Llama 4's."""
+
+    def forward(self, scored: Tensor) -> Tensor:
+        """(experts * tokens, hidden) -> the same; an expert without biases puts out 0 for what is 0."""
+        found = []
+        for expert, x in zip(self, scored.unflatten(0, (len(self), -1)), strict=True):
+            token = torch.where(x.any(-1))[0] if not x.is_meta else torch.arange(len(x), device="meta")
+            found.append(torch.zeros_like(x).index_copy(0, token, expert(x[token])) if len(token) else x)
+        return torch.cat(found)
+
+
 def sum_of_experts(
-    count: int, run: Callable[[int, Tensor], Tensor], hidden: Tensor, index: Tensor, weights: Tensor
+    count: int,
+    run: Callable[[int, Tensor], Tensor],
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    scored: bool = False,
 ) -> Tensor:
     """As of `Experts`, of so many; `run` is what an expert computes of its tokens.
 
-    Without data, where shapes alone are computed, every expert has all tokens.
+    `scored`: the weights multiply what it is given, and not what it puts out. Without data, where shapes alone are
+    computed, every expert has all tokens.
     """
     output = torch.zeros_like(hidden)
     for i in range(count):
         token, place = torch.where(index == i) if not index.is_meta else index.new_zeros(2, len(hidden)).unbind()
         if len(token):
-            part = run(i, hidden[token]) * weights[token, place, None]
+            p = weights[token, place, None]
+            part = run(i, hidden[token] * p) if scored else run(i, hidden[token]) * p
             output.index_add_(0, token, part.to(output.dtype))
     return output
 
 
-def split_experts(fused: Any, hidden: int, ffn: int, *, bias: bool) -> Experts:
+def split_experts(fused: Any, hidden: int, ffn: int, *, bias: bool, scored: bool = False) -> Experts | ScoredExperts:
     """Experts of their own in place of a module of transformers that has all in two tensors; without its weights."""
     activation = getattr(fused, "act_fn", None) or ClampedGate(fused.alpha, fused.limit)
     like = next(fused.parameters())
-    return Experts(Expert(hidden, ffn, activation, like, bias=bias) for _ in range(fused.num_experts))
+    experts = (Expert(hidden, ffn, activation, like, bias=bias) for _ in range(fused.num_experts))
+    return ScoredExperts(experts) if scored else Experts(experts)
 
 
 def is_plain(module: nn.Module) -> bool:

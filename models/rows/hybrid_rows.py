@@ -89,7 +89,42 @@ _MIXTURE: dict[str, Any] = {
     "ffn_field": "moe_intermediate_size",
     "experts_field": "num_experts",
 }
-_GRANITE_MLP = Merged("shared_mlp.input_linear", {"gate": "ffn", "up": "ffn"})
+
+
+def _granite(ffn: str) -> dict[str, Any]:
+    """Merged layers of Granite's two kinds of block, whose MLP that all tokens go to is `ffn` wide."""
+    mlp = Merged("shared_mlp.input_linear", {"gate": ffn, "up": ffn})
+    mamba = {
+        **_NO_ATTENTION,
+        "attention": "mamba",
+        "mixed": ("mamba.in_proj.mixed",),
+        "kept": ("mamba.in_proj.time",),
+        "output": "mamba.out_proj",
+        "merged": (mlp, Merged("mamba.in_proj", {"mixed": "", "time": ""})),
+    }
+    return {"merged": (mlp,), "kinds": {"linear_attention": mamba}}
+
+
+_GRANITE_EXPERTS: dict[str, Any] = {
+    **_granite("shared_ffn"),
+    "mlp": "block_sparse_moe",
+    "gate": "block_sparse_moe.experts.{}.gate_proj",
+    "up": "block_sparse_moe.experts.{}.up_proj",
+    "down": "block_sparse_moe.experts.{}.down_proj",
+    "experts": "block_sparse_moe.experts",
+    "router": "block_sparse_moe.router",
+    "fused": True,
+    "shared": "shared_mlp",
+    "shared_parts": ("input_linear.gate", "input_linear.up", "output_linear"),
+    "shared_fields": ("shared_intermediate_size",),
+    "ffn_field": "intermediate_size",
+    "experts_field": "num_local_experts",
+    "renamed": (
+        (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
+        (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
+        (r"\.block_sparse_moe\.router\.layer\.weight$", ".block_sparse_moe.router.weight"),
+    ),
+}
 ROWS = (
     _QWEN,
     replace(
@@ -104,31 +139,23 @@ ROWS = (
     ),
     Family(
         "granitemoehybrid",
-        note="without experts: Mamba 2 in most blocks, whose state and steps in time are in full precision; factors of "
-        "embedding, branches, attention and logits stay where they are; mostly without RoPE",
+        note="Mamba 2 in most blocks, whose state and steps in time are in full precision; factors of embedding, "
+        "branches, attention and logits stay where they are; mostly without RoPE; experts beside a shared one in some",
         rotary=None,
         mlp="shared_mlp",
         gate="shared_mlp.input_linear.gate",
         up="shared_mlp.input_linear.up",
         down="shared_mlp.output_linear",
-        merged=(_GRANITE_MLP,),
-        kinds={
-            "linear_attention": {
-                **_NO_ATTENTION,
-                "attention": "mamba",
-                "mixed": ("mamba.in_proj.mixed",),
-                "kept": ("mamba.in_proj.time",),
-                "output": "mamba.out_proj",
-                "merged": (_GRANITE_MLP, Merged("mamba.in_proj", {"mixed": "", "time": ""})),
-            },
-        },
+        **_granite("ffn"),
         measured=_mamba,
         ffn_field="shared_intermediate_size",
         embedding_factor="embedding_multiplier",
         branch_factor="residual_multiplier",
         logits_divisor="logits_scaling",
-        variants=(Variant({"position_embedding_type": "rope"}, {"rotary": "model.rotary_emb"}),),
-        legal={"num_local_experts": (0,)},
+        variants=(
+            Variant({"position_embedding_type": "rope"}, {"rotary": "model.rotary_emb"}),
+            Variant({"num_local_experts": True}, _GRANITE_EXPERTS),
+        ),
     ),
     replace(_QWEN, model_type="qwen3_5_moe_text", note=f"{_NOTE}; experts as of qwen2_moe", **_MIXTURE),
     Family(

@@ -20,6 +20,11 @@ def _first(config: Any, index: int) -> bool:
     return bool(index < config.first_k_dense_replace)
 
 
+def _unlisted(config: Any, index: int) -> bool:
+    """Dense where the list of mixtures has no block."""
+    return index not in config.moe_layers
+
+
 def _between(config: Any, index: int) -> bool:
     """Dense where Ernie's first, last and step leave a block out."""
     inside = config.moe_layer_start_index <= index <= config.moe_layer_end_index
@@ -129,8 +134,10 @@ ROWS = (
     replace(
         _MIXTRAL,
         model_type="minimax_m2",
-        note=f"a bias chooses experts; partial RoPE; QK-norm over all heads; {_EXPERTS.note}",
+        note="a bias chooses experts; partial RoPE; QK-norm over all heads; checkpoints in FP8 are read; "
+        f"{_EXPERTS.note}",
         router_bias="mlp.e_score_correction_bias",
+        packed="fp8",
         query_norm="self_attn.q_norm",
         key_norm="self_attn.k_norm",
         head_norms_whole=True,
@@ -151,5 +158,34 @@ ROWS = (
         rope_halves=True,
         experts_field="num_local_experts",
         window="layers",
+    ),
+    replace(
+        _EXPERTS,
+        model_type="llama4_text",
+        note="a shared expert; scores multiply what experts read, which is in the objectives; dense blocks; in most "
+        "layers attention by chunks, RoPE of neighbouring channels, and a norm without a weight behind it; "
+        f"{_EXPERTS.note}",
+        mlp="feed_forward",
+        gate="feed_forward.experts.{}.gate_proj",
+        up="feed_forward.experts.{}.up_proj",
+        down="feed_forward.experts.{}.down_proj",
+        experts="feed_forward.experts",
+        router="feed_forward.router",
+        shared="feed_forward.shared_expert",
+        shared_fields=("intermediate_size",),
+        scores_inputs=True,
+        fused=True,
+        experts_field="num_local_experts",
+        dense=_unlisted,
+        dense_field="intermediate_size_mlp",
+        window="chunks",
+        rope_layers="no_rope_layers",
+        rope_neighbours=True,
+        head_norms_last=True,
+        kinds={0: {"query_norm": None, "key_norm": None}},
+        kind_field="no_rope_layers",
+        variants=(
+            Variant({"use_qk_norm": True}, {"query_norm": "self_attn.qk_norm", "key_norm": "self_attn.qk_norm"}),
+        ),
     ),
 )

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SITES = ("qkv", "output", "gate_up", "down")
+"""The inputs of a block's linear layers: of Q, K and V; of the output projection; of gate and up; of down."""
+ALL_SITES = (*SITES, "latent")
+"""With those of layers that read what is compressed, which few families have."""
 CAUSAL: Mapping[str, tuple[Any, ...] | str] = {"use_bidirectional_attention": (False, None)}
 """`Family.legal` of models that may be made to look ahead."""
 

@@ -9,7 +9,7 @@ from ..family import Family
 from .row_parts import Sight
 
 INSIDE = "model.language_model"
-"""Where all of them keep their decoder."""
+"""Where most of them keep their decoder."""
 
 _LLAVA = (
     (r"^language_model\.model\.", f"{INSIDE}."),
@@ -82,13 +82,20 @@ def rows_that_see(rows: Mapping[str, Family]) -> dict[str, Family]:
         )
         for name in ("qwen3_5", "qwen3_5_moe")
     )
-    return {row.model_type: row for row in (*found, mixture, *hybrids)}
+    llama = replace(
+        _inside(rows["llama4_text"], "language_model.model"),
+        model_type="llama4",
+        head="language_model.lm_head",
+        sight=Sight(("llama4_text",), ("vision_model", "multi_modal_projector"), ("multi_modal_projector.linear_1",)),
+        note="sees; the decoder is that of llama4_text",
+    )
+    return {row.model_type: row for row in (*found, mixture, *hybrids, llama)}
 
 
-def _inside(row: Family) -> Family:
+def _inside(row: Family, inside: str = INSIDE) -> Family:
     """A row of text with the names of the whole model."""
     names = {
-        field: name.replace("model", INSIDE, 1)
+        field: name.replace("model", inside, 1)
         for field in ("embedding", "layers", "rotary", "final_norm")
         if (name := getattr(row, field)) is not None
     }

@@ -19,7 +19,7 @@ from ...boa.objective.statistics import PROBABILITIES, value_stride
 from ...boa.solver.columns import COLUMN_BLOCK
 from ...boa.solver.grid import SHRINKS
 from ...boa.solver.rounding_settings import LAYERWISE
-from .workload import Plan, Sizes, Stack, problems
+from .workload import Plan, Sizes, Stack, before_mlp, problems
 
 SOURCE_WINDOWS = 4  # of text that sources are measured on, at most: every block runs twice for each
 STREAMS, EXPERTS = 2, 3.5  # passes of both streams; with experts, which are needed before and after they are solved
@@ -56,8 +56,8 @@ def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
         "plain forward pass": Work(tokens * token(sizes, run.length)),
         "forward": forward(sizes, run),
         "input statistics": Work(sum(kind.shape.blocks * input_statistics(kind, tokens) for kind in kinds)),
-        "head statistics": Work(s.blocks * head_statistics(sizes, run)),
-        "value statistics": Work(value_statistics(sizes, run)),
+        "head statistics": Work(sum(k.shape.blocks * head_statistics(k, run) for k in kinds if k.attends)),
+        "value statistics": Work(sum(value_statistics(kind, run) for kind in kinds if kind.attends)),
         "factors": Work(wide=solving),
         "rounding": rounding(sizes, run),
         "rotation, packing, head": Work(moved_head, bytes=8 * tokens * s.hidden + 24 * weights),
@@ -77,17 +77,28 @@ def keys(sizes: Sizes, length: int) -> float:
 
 
 def token(sizes: Sizes, length: int) -> float:
-    """One token in a pass through all blocks: 2 r c of each layer it meets, 4 H d for each key it sees."""
-    met = 4 * sizes.shape.query_width * keys(sizes, length)
-    return sum(kind.shape.blocks * (2 * kind.weights(kind.routed) + met) for kind in sizes.kinds())
+    """One token in a pass through all blocks: 2 r c of each layer it meets, 4 H d for each key it sees.
+
+    What a recurrence or a convolution does between its layers is not counted.
+    """
+    return sum(kind.shape.blocks * (2 * kind.weights(kind.routed) + _met(kind, length)) for kind in sizes.kinds())
+
+
+def _met(kind: Sizes, length: int) -> float:
+    """Of a token with the keys that it sees, in one block."""
+    each = 4 * kind.shape.query_width if kind.own is None else kind.own.keys
+    return each * keys(kind, length) if each else 0.0
 
 
 def quantized(sizes: Sizes, run: Plan) -> float:
     """In cache, of one token in a pass of all blocks: the quantizers of inputs and of cached keys and values."""
-    s = sizes.shape
-    downs = sum(k.shape.blocks * (k.routed * k.shape.ffn + k.shape.shared_ffn) for k in sizes.kinds())
-    inputs = run.activation_tries * (s.blocks * (2 * s.hidden + s.query_width) + downs)
-    return QUANTIZER * (inputs + s.blocks * run.cache_tries * 2 * s.key_width)
+    found = 0.0
+    for kind in sizes.kinds():
+        s, *_, output = kind.shape, *before_mlp(kind)
+        inputs = 2 * s.hidden + output.columns + kind.routed * s.ffn + s.shared_ffn
+        cached = 2 * s.key_width if kind.attends else 0
+        found += s.blocks * (run.activation_tries * inputs + run.cache_tries * cached)
+    return QUANTIZER * found
 
 
 def forward(sizes: Sizes, run: Plan) -> Work:
@@ -98,7 +109,7 @@ def forward(sizes: Sizes, run: Plan) -> Work:
 
 
 def input_statistics(sizes: Sizes, tokens: float) -> float:
-    """Of a block: half of H_in, T c^2, of four inputs, and R, 2 T c^2, or what outputs lack, 2 T h c."""
+    """Of a block: half of H_in, T c^2, of each input, and R, 2 T c^2, or what outputs lack, 2 T h c."""
     s, each = sizes.shape, tokens
     if s.experts:  # an expert with fewer tokens than channels is calibrated on a pool
         each = tokens * sizes.routed / s.experts
@@ -107,7 +118,7 @@ def input_statistics(sizes: Sizes, tokens: float) -> float:
     def layer(n: float, columns: int) -> float:
         return n * columns * (columns + 2 * s.hidden)
 
-    attention = layer(tokens, s.hidden) + layer(tokens, s.query_width)
+    attention = sum(layer(tokens, p.columns) for p in before_mlp(sizes) if p.shift != "drift")
     shared = layer(tokens, s.hidden) + layer(tokens, s.shared_ffn) if s.shared_ffn else 0.0
     return attention + shared + max(s.experts, 1) * (layer(each, s.hidden) + layer(each, s.ffn))
 
@@ -127,10 +138,11 @@ def head_statistics(sizes: Sizes, run: Plan) -> float:
 def value_statistics(sizes: Sizes, run: Plan) -> float:
     """By every n-th query: A X of each head, half of its Gram and its outputs, or a group's sum of A^T A: the less."""
     s, tokens, seen = sizes.shape, run.samples * run.length, keys(sizes, run.length)
+    c = next(p.columns for p in before_mlp(sizes) if p.name == "value")
     stride = value_stride(tokens, s.query_heads // s.key_heads, s.hidden, run.settings.value_rows)
     rows = tokens * s.query_heads / stride
-    by_head = rows * s.hidden * (2 * seen + s.hidden + 4 * s.head_dim)
-    grouped = rows * seen * seen * 4 / 3 + 2 * s.key_heads * tokens * s.hidden * (run.length + s.hidden)
+    by_head = rows * c * (2 * seen + c + 4 * s.head_dim)
+    grouped = rows * seen * seen * 4 / 3 + 2 * s.key_heads * tokens * c * (run.length + c)
     return s.blocks * (2 * rows * seen * s.head_dim + min(by_head, grouped))
 
 

@@ -8,12 +8,13 @@ host's. `PROCESS` is what a process holds besides.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...export.stored_sizes import stored_bytes
 from ...models.shape import Shape
 from ..job.job import Job
 from ..recipe.settings import changed_outer_layers, stays_tied
-from .workload import Plan, Sizes, Stack, problems
+from .workload import Plan, Sizes, Stack, before_mlp, problems
 
 FLOAT, DOUBLE = 4, 8  # bytes
 # Python, torch, transformers, numba's compiler, the text: what a run of next to no tokens peaks at
@@ -48,14 +49,20 @@ class Footprint:
         return max(self.rotation, self.device)
 
 
-def activation_bytes(shape: Shape, tokens: int, method: str, *, parallel: bool = False) -> dict[str, int]:
+def activation_bytes(
+    shape: Shape, tokens: int, method: str, *, parallel: bool = False, mixed: int = 0
+) -> dict[str, int]:
     """Bytes of both streams, and of what a block holds for all tokens at once, in float32.
 
-    Once more where the method is brecq, and where the MLP of a block reads what attention does (`parallel`).
+    Once more where the method is brecq, and where the MLP of a block reads what attention does (`parallel`). `mixed`:
+    the width of what stands in attention's place puts out, in some blocks.
     """
     mlp = max(2 * shape.hidden if shape.experts else shape.ffn, shape.dense_ffn)  # added by experts; what down is given
     streams = 2 * (1 + (method == "brecq") + parallel)
-    return {"streams": streams * 4 * tokens * shape.hidden, "block": 4 * tokens * max(2 * shape.query_width, mlp)}
+    return {
+        "streams": streams * 4 * tokens * shape.hidden,
+        "block": 4 * tokens * max(2 * shape.query_width, mixed, mlp),
+    }
 
 
 def spilled_bytes(shape: Shape, activations: int, budget: int, itemsize: int, changed: int = 2) -> int:
@@ -69,7 +76,8 @@ def disk_bytes(job: Job, tokens: int) -> int:
     tied = stays_tied(job.recipe, job.rotations, job.decoder)
     model = sum(stored_bytes(job.decoder, job.spec, itemsize, tied=tied).values())
     parallel = job.decoder.family.parallel
-    activations = sum(activation_bytes(s, tokens, job.recipe.weights.method, parallel=parallel).values())
+    options: dict[str, Any] = {"parallel": parallel, "mixed": Sizes.of(job.decoder).mixed}
+    activations = sum(activation_bytes(s, tokens, job.recipe.weights.method, **options).values())
     changed = changed_outer_layers(job.recipe, job.rotations, job.decoder)
     return 2 * model + spilled_bytes(s, activations, job.buffers.budget, itemsize, changed) + OTHERS
 
@@ -104,6 +112,12 @@ def solver(p: Stack, run: Plan) -> float:
     return max(targets, factored, held + again + (3 * DOUBLE + FLOAT) * many + 4 * FLOAT * rows * more, refined)
 
 
+def _beside(kind: Sizes) -> int:
+    """Numbers of a token that what is before the MLP has at once: what its layers put out, its output twice, a norm."""
+    *layers, output = before_mlp(kind)
+    return sum(p.all_rows for p in layers) + 2 * output.columns + kind.shape.hidden
+
+
 def footprint(sizes: Sizes, run: Plan, itemsize: int = 2) -> Footprint:
     """What a run holds by stage; `itemsize` is that of the checkpoint's dtype."""
     s, weights = sizes.shape, sizes.block_weights
@@ -111,13 +125,13 @@ def footprint(sizes: Sizes, run: Plan, itemsize: int = 2) -> Footprint:
     both = 2 * FLOAT * weights
     solved = held = 0.0
     for kind in sizes.kinds():
-        attention = [p for p in problems(kind) if p.name in ("query and key", "value", "output")]
+        attention = list(before_mlp(kind))
         mlp = [p for p in problems(kind) if p not in attention]
         statistics = {p.name: sum(map(collected, half)) for half in (attention, mlp) for p in half}
         held = max(held, *statistics.values())
         solved = max(solved, *(statistics[p.name] + solver(p, run) for p in problems(kind)))
     ffn = max(k.shape.ffn * k.routed + k.shape.shared_ffn for k in sizes.kinds())
-    wide = max(4 * ffn, 3 * s.query_width + 2 * s.key_width + s.hidden)
+    wide = max(4 * ffn, *(_beside(kind) for kind in sizes.kinds()))
     moving = FLOAT * batch * (wide + 4 * s.hidden)
     if s.experts:
         moving = FLOAT * batch * (wide + 6 * s.hidden)

@@ -78,9 +78,10 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
     quantized = numbers_in_blocks(decoder.family, shape)
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
-    activations = activation_bytes(shape, tokens, recipe.weights.method, parallel=decoder.family.parallel)
-    budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
+    beside: dict[str, Any] = {"parallel": decoder.family.parallel, "mixed": counted.mixed}
+    activations = activation_bytes(shape, tokens, recipe.weights.method, **beside)
+    budget = free_memory() // 2 if recipe.memory is None else int(recipe.memory)
     files = budgeted_files(recipe, spec, decoder, itemsize, tied=tied)
     return {
         "model": {

@@ -13,6 +13,7 @@ from ...models.aliases import ResolvedModel
 from ...models.decoder import Decoder
 from ...models.families import SITES
 from ...rotation.channels import obstacle
+from ...rotation.rotate import input_width
 from ..recipe.fields import given_fields
 from ..recipe.layers import choice_args, end_args, whole_scheme
 from ..recipe.recipe import Embedding, Head, Recipe
@@ -55,6 +56,7 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             hint = f"one of {', '.join(map(str, fitting))}" if fitting else f"none (one scale per {whole})"
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
     check_blocks(recipe, decoder, model)
+    check_directions(recipe, decoder, model)
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
 
@@ -76,6 +78,20 @@ def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
             raise InputError(
                 f"rotation.blocks {blocks} does not divide the {name} {width} of {model.name}: give {hint}."
             )
+
+
+def check_directions(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
+    """Check that an input has more channels than directions that are kept of it.
+
+    Raises:
+        InputError: it has not.
+    """
+    shape, family = decoder.shape, decoder.family
+    if recipe.activations.directions >= (width := min(shape.hidden, input_width(family, shape))):
+        raise InputError(
+            f"activations.directions {recipe.activations.directions} is no part of the {width} channels that layers of "
+            f"{model.name} read: give a number below {width}, such as {min(16, width // 4)}."
+        )
 
 
 def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:

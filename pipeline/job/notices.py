@@ -13,7 +13,7 @@ from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
 from ..recipe.layers import end_args
 from ..recipe.recipe import Recipe
-from ..recipe.settings import finds_scales, has_inputs_in, rotations_of, serving, stays_tied
+from ..recipe.settings import finds_scales, has_directions, has_inputs_in, rotations_of, serving, stays_tied
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,14 @@ def _activation_search(case: _Case) -> str | None:
 
 def _dynamic(case: _Case) -> str | None:
     return None if has_inputs_in("fp8", case.recipe) else _activations(case) or "no input is in fp8"
+
+
+def _directions(case: _Case) -> str | None:
+    if case.decoder.family.generic:
+        return "models without a family of their own have none"
+    few = case.recipe.activations.model_copy(update={"directions": 1})
+    may = has_directions(case.recipe.model_copy(update={"activations": few}))
+    return None if may else _activations(case) or "no input is of integers of fewer than 8 bits"
 
 
 def _convention(case: _Case) -> str | None:
@@ -205,6 +213,7 @@ IDLE: dict[str, _Why] = {
     "activations.convention": _convention,
     "activations.format": _activations,
     "activations.dynamic": _dynamic,
+    "activations.directions": _directions,
     "cache.clip": _cache_clip,
     "cache.search": _cache_search,
     "cache.center": _center,

@@ -149,6 +149,12 @@ class Activations(Section):
         description="Every token chooses its clip ratio as the model runs, by its least squared error, in place of "
         "clip; none is clipped at more than 4 bits (why: docs/methods.md#clip-ratios).",
     )
+    directions: int = Field(
+        default=0,
+        ge=0,
+        description="Principal directions of the inputs of Q, K, V, O, gate and up that are kept in 8 bits beside what "
+        "is left of them, which is then smaller (why: docs/methods.md#leading-directions).",
+    )
     convention: Literal["rotoboa", "compressed-tensors", "vllm"] = Field(
         default="rotoboa",
         description="Whose scales: by clip or search (rotoboa), or those of what runs the export: max |x| / 127.5 at "

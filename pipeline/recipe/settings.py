@@ -58,11 +58,18 @@ def has_inputs_in(name: str, recipe: Recipe) -> bool:
     return whole or any(override.activations.format == name for override in recipe.overrides)
 
 
+def has_directions(recipe: Recipe) -> bool:
+    """Whether any input is of integers of fewer bits than its leading directions."""
+    whole = {"bits": recipe.activations.bits, "format": recipe.activations.format}
+    given = [whole, *(whole | override.activations.model_dump(exclude_none=True) for override in recipe.overrides)]
+    return recipe.activations.directions > 0 and any(g["format"] == "int" and g["bits"] < 8 for g in given)
+
+
 def finds_scales(recipe: Recipe) -> bool:
-    """Whether calibration finds scales of inputs or of the cache, whatever rounds the weights."""
+    """Whether calibration finds something of inputs or of the cache, whatever rounds the weights."""
     cached = recipe.cache.format == "fp8" and min(recipe.cache.key_bits, recipe.cache.value_bits) < FULL
     static = not recipe.activations.dynamic and has_inputs_in("fp8", recipe)
-    return cached or static or has_inputs_in("nvfp4", recipe)
+    return cached or static or has_inputs_in("nvfp4", recipe) or has_directions(recipe)
 
 
 def moves_head(recipe: Recipe) -> bool:
@@ -93,6 +100,7 @@ def changed_outer_layers(recipe: Recipe, rotations: Rotations, decoder: Decoder)
 def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
     """What the loader of the quantized model has to know, clip ratios that are searched for left out."""
     rotation, tied, server = recipe.rotation, stays_tied(recipe, rotations, decoder), serving(recipe)
+    generic = decoder.family.generic
     ours = server == OWN  # who else keeps the cache turns and rounds it by itself
     whole = whole_scheme(recipe)
     weights, inputs = whole.weights, whole.input_activations
@@ -116,6 +124,7 @@ def spec_of(recipe: Recipe, rotations: Rotations, decoder: Decoder) -> Spec:
         activation_search=recipe.activations.search,
         activation_convention=recipe.activations.convention,
         activation_dynamic=recipe.activations.dynamic or not has_inputs_in("fp8", recipe),
+        activation_directions=recipe.activations.directions if has_directions(recipe) and not generic else 0,
         key_bits=recipe.cache.key_bits,
         value_bits=recipe.cache.value_bits,
         cache_clip=recipe.cache.clip if ours else 1.0,

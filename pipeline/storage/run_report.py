@@ -103,6 +103,7 @@ class ShownActivations(_Shown):
 
     bits: int
     group_size: int | None = None
+    directions: int = 0
 
 
 class ShownCache(_Shown):

@@ -1,8 +1,10 @@
 """Checkpoints whose weights are FP8 with scales of blocks: read as what they mean."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,13 +38,16 @@ def test_dequantized_is_each_number_times_the_scale_of_its_block() -> None:
         assert float(found[i, j]) == float(weight[i, j].float() * scale[i // BLOCK, j // BLOCK])
 
 
-@pytest.fixture
-def folder(save_family: Callable[..., Path], change_tensors: Callable[..., Path], tmp_path: Path) -> Path:
-    """A small DeepSeek as the hub has it."""
-    folder = save_family(tmp_path, "deepseek_v3", torch.bfloat16)
+@pytest.fixture(params=["deepseek_v3", "minimax_m2"])
+def folder(save_family: Callable[..., Path], change_tensors: Callable[..., Path], tmp_path: Path, request: Any) -> Path:
+    """A small model as the hub has it: MiniMax's with the router in float32."""
+    folder = save_family(tmp_path, request.param, torch.bfloat16)
 
     def pack(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if "_proj" in name and name.endswith(".weight")]:
+        assert ("model.layers.1.block_sparse_moe.experts.3.w2.weight" in tensors) == (request.param == "minimax_m2")
+        for name in [name for name in tensors if name.endswith("block_sparse_moe.gate.weight")]:
+            tensors[name] = tensors[name].float()
+        for name in [name for name in tensors if re.search(r"(_proj|\.w[123])\.weight$|_proj_with_mqa.weight", name)]:
             weight, scale = _quantized(tensors[name].float())
             tensors |= {name: weight, f"{name}_scale_inv": scale}
 
@@ -53,8 +58,8 @@ def folder(save_family: Callable[..., Path], change_tensors: Callable[..., Path]
 
 
 def test_a_checkpoint_in_fp8_is_read(folder: Path, save_family: Callable[..., Path], tmp_path: Path) -> None:
-    plain = Checkpoint(save_family(tmp_path / "plain", "deepseek_v3", torch.bfloat16))
     checkpoint = Checkpoint(folder)
+    plain = Checkpoint(save_family(tmp_path / "plain", checkpoint.family.model_type, torch.bfloat16))
     decoder = Decoder(checkpoint.config)
     checkpoint.check(decoder.shapes)
     assert not checkpoint.notices(decoder.shapes) and not hasattr(checkpoint.config, "quantization_config")
@@ -65,10 +70,13 @@ def test_a_checkpoint_in_fp8_is_read(folder: Path, save_family: Callable[..., Pa
         for name, tensor in found.items():
             wide = exact[name].float()
             packed = "_proj" in name and name.endswith("weight")
-            assert tensor.dtype == (torch.float32 if packed else exact[name].dtype)
+            wider = packed or (name == "mlp.gate.weight" and checkpoint.family.model_type == "minimax_m2")
+            assert tensor.dtype == (torch.float32 if wider else exact[name].dtype)
             # Of 3 bits behind the point, and the smallest numbers of a block.
             off = (tensor.float() - wide).abs() - wide.abs() / 16
-            assert float(off.max()) <= float(wide.abs().max()) / 448 / 2 if packed else torch.equal(tensor, exact[name])
+            assert (
+                float(off.max()) <= float(wide.abs().max()) / 448 / 2 if packed else torch.equal(tensor.float(), wide)
+            )
         decoder.run(decoder.block(index, found), torch.randn(1, 5, 32))
 
 

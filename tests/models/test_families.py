@@ -15,7 +15,7 @@ from rotoboa.boa.online.attention import NAME
 from rotoboa.errors import InputError
 from rotoboa.models.checkpoint import Checkpoint
 from rotoboa.models.decoder import Decoder
-from rotoboa.models.families import FAMILIES, family_for, family_of
+from rotoboa.models.families import FAMILIES, family_for
 from rotoboa.models.generic.generic_decoder import decoder_for
 from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.models.shape import Shape
@@ -39,7 +39,6 @@ def _config(model_type: str, **fields: Any) -> Any:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ("granitemoehybrid", {"num_local_experts": 8, "mamba_n_heads": 4}, "num_local_experts 8"),
     ],
 )
 def test_variants_are_refused(model_type: str, fields: dict[str, Any], words: str) -> None:
@@ -63,18 +62,6 @@ def test_a_variant_without_a_row_is_taken_layer_by_layer(family_model: Callable[
         hidden = decoder.run(block, hidden)
     with torch.no_grad():
         torch.testing.assert_close(decoder.logits(outer)(hidden), model(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("llama4", "its router scales what its experts read, and attention is by chunks"),
-    ],
-)
-def test_near_relatives_are_refused_with_the_reason(model_type: str, reason: str) -> None:
-    with pytest.raises(InputError) as caught:
-        family_of(model_type, "it")
-    assert f"is a '{model_type}' model, which is not supported ({reason}); supported" in str(caught.value)
 
 
 def test_a_variant_is_refused_as_the_folder_is_opened(save_family: Callable[..., Path], tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_prefixes_that_transformers_maps(variant: str, change: Names, save_famil
 
 def test_names_that_are_right_stay(save_family: Save, tmp_path: Path) -> None:
     for name, family in FAMILIES.items():
-        for part in (f"{family.embedding}.weight", f"{family.layers}.0.x", "lm_head.weight", "mtp.layers.0.x"):
+        for part in (f"{family.embedding}.weight", f"{family.layers}.0.x", f"{family.head}.weight", "mtp.layers.0.x"):
             assert renamed(part, family) == part, name
     assert left_out(["mtp.x", "lm_head.weight"], set(), FAMILIES["llama"]) == ["mtp.x"]
 

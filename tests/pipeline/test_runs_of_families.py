@@ -40,7 +40,7 @@ CASES = [(name, "w4a4" if name in LATENT else "w4a4kv4") for name in NAMES]
 CASES += [(name, "w2a16") for name in WEIGHTS_ALONE]
 GENERATING = (
     *("mistral", "phi3", "opt", "gemma2", "gemma3_text", "mixtral", "bloom", "falcon-rw", "gpt_neox"),
-    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "deepseek_v3", "deepseek_v2"),
+    *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "deepseek_v3", "deepseek_v2", "llama4_text"),
 )
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
 WITH_PAGE = (  # which takes longer than the rest of a run

@@ -123,6 +123,10 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
     """The state of a whole model, one tensor a projection, from transformers' own tensors by plain slicing."""
     shape = decoder.shape
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def upright(fused: Tensor) -> Tensor:
+        return fused.mT if decoder.family.scores_inputs else fused  # Llama 4's are (experts, in, out)
+
     for name in list(state):
         if "experts." in name and decoder.family.interleaved:  # (experts, in, out), gates and ups alternate
             fused, (stem, _, last) = state.pop(name), name.rpartition(".")
@@ -133,12 +137,12 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
                 else:
                     state[f"{stem}.{i}.down_proj.{kind}"] = part
         elif name.endswith("experts.gate_up_proj"):
-            fused, stem = state.pop(name), name.removesuffix("gate_up_proj")
+            fused, stem = upright(state.pop(name)), name.removesuffix("gate_up_proj")
             for i in range(shape.experts):
                 state[f"{stem}{i}.gate_proj.weight"] = fused[i, : shape.ffn]
                 state[f"{stem}{i}.up_proj.weight"] = fused[i, shape.ffn :]
         elif name.endswith("experts.down_proj"):
-            fused, stem = state.pop(name), name.removesuffix("down_proj")
+            fused, stem = upright(state.pop(name)), name.removesuffix("down_proj")
             state |= {f"{stem}{i}.down_proj.weight": fused[i] for i in range(shape.experts)}
         elif name.endswith("qkv_proj.weight"):
             fused, stem = state.pop(name), name.removesuffix("weight")
@@ -153,7 +157,7 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
             state |= {f"{stem}{part}.weight": fused[:, i].flatten(0, 1) for i, part in enumerate(("query", "gate"))}
         elif name.endswith("shared_mlp.input_linear.weight"):
             fused, stem = state.pop(name), name.removesuffix("weight")
-            state |= {f"{stem}gate.weight": fused[: shape.ffn], f"{stem}up.weight": fused[shape.ffn :]}
+            state |= {f"{stem}{part}.weight": half for part, half in zip(("gate", "up"), fused.chunk(2), strict=True)}
         elif name.endswith("mamba.in_proj.weight"):  # steps in time last, one a head
             fused, stem = state.pop(name), name.removesuffix("weight")
             state |= {f"{stem}mixed.weight": fused[:-4], f"{stem}time.weight": fused[-4:]}
@@ -255,7 +259,7 @@ def test_channel_scales_change_nothing(name: str, choice: dict[str, bool]) -> No
     on = {"online_r1": choice["r1"] and family.post_norms, "heads": False, "r4": choice["r4"]}
     reasons = {site: obstacle(family, model.config, site, **on) for site in SITES}
     stopped = {site for site, reason in reasons.items() if reason}
-    if family.kinds or family.compressions:
+    if family.hybrid or family.compressions:
         assert stopped == set(SITES)
         return
     online_r1 = {"qkv", "gate_up"} if (family.post_norms and choice["r1"]) or not family.pre_norms else set()

@@ -13,7 +13,7 @@ from rotoboa.models.layout import split_modules
 from rotoboa.models.outer_layers import OuterLayers
 from rotoboa.rotation.rotate import Rotations
 from rotoboa.tests.rotation.test_rotate_families import split_modules_state
-from rotoboa.tests.seen import inputs
+from rotoboa.tests.seen import inputs, llama4_runs  # noqa: F401 (a fixture)
 from rotoboa.tests.small_families import SEEING
 
 EXACT = 1e-9

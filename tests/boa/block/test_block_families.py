@@ -188,14 +188,17 @@ def test_an_expert_is_calibrated_on_its_tokens(
 
 def _routed(setup: Setup, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """What the quantized block gives to its MLP, (tokens, hidden), as transformers runs it; weights and experts."""
-    block, (_, quantized) = context.quantized, setup.streams()
-    x = capture(block.get_submodule("mlp"), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
-    chosen: list[tuple[Tensor, Tensor]] = []
-    experts = setup.block.get_submodule("mlp.experts")
-    handle = experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1:]))
-    setup.block.get_submodule("mlp")(x[None])
+    block, (_, quantized), family = context.quantized, setup.streams(), context.family
+    x = capture(block.get_submodule(family.mlp), lambda: setup.decoder.run(block, quantized)).flatten(0, 1)
+    chosen: list[tuple[Tensor, ...]] = []
+    experts = setup.block.get_submodule(str(family.experts))
+    handle = experts.register_forward_pre_hook(lambda _, args: chosen.append(args))
+    setup.block.get_submodule(family.mlp)(x[None])
     handle.remove()
-    return x, chosen[0][1], chosen[0][0]
+    if family.scores_inputs:  # which are given to each expert, those of other experts as zeros
+        p = (chosen[0][0].unflatten(0, (-1, len(x))) * x).sum(-1) / x.square().sum(-1)
+        return x, *p.T.topk(2)
+    return x, chosen[0][2], chosen[0][1]
 
 
 def _many(streams: Callable[[Setup], tuple[Tensor, Tensor]]) -> Callable[[Setup], tuple[Tensor, Tensor]]:

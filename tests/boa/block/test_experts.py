@@ -39,13 +39,24 @@ _SIZES: dict[str, dict[str, Any]] = {
         "use_bias": True,
     },
     "gpt_oss": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": FFN, "head_dim": 8},
+    "granitemoehybrid": {
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "intermediate_size": FFN,
+        "shared_intermediate_size": 2 * FFN,
+        "layer_types": ["full_attention"],
+        "mamba_n_heads": 4,
+        "residual_multiplier": 0.4,
+    },
+    "llama4_text": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": FFN, "head_dim": 8},
 }
 
 
 @pytest.fixture(params=_SIZES)
 def mixture(request: pytest.FixtureRequest) -> Mixture:
     """A block with two of four experts for each token. Qwen's weights are not made to sum to 1, Qwen2 and Ernie have a
-    shared one, which has biases in Ernie, as all have in gpt-oss.
+    shared one, which has biases in Ernie, as all have in gpt-oss; Granite multiplies what all put out; in Llama 4
+    weights multiply what experts read.
     """
     decoder = make_decoder(request.param, hidden_size=HIDDEN, **_SIZES[request.param])
     generator, tensors = torch.Generator().manual_seed(0), {}
@@ -77,10 +88,13 @@ def _down_goals(mixture: Mixture, sequences: int, solved: Solved) -> list[tuple[
         if family.expert(i)[0] in found.fallbacks:
             p = share = torch.ones_like(p)
         full, quantized = (expert_of(family, part, i) for part in (block, context.quantized))
-        y, x = full.inside(norm(hf)) @ full.down_proj.weight.T, quantized.inside(norm(hq)) * p
+        before, p = (p, torch.ones_like(p)) if family.scores_inputs else (1.0, p)
+        y, x = full.inside(norm(hf) * before) @ full.down_proj.weight.T, quantized.inside(norm(hq) * before) * p
         weight, goal = solved[3 + 2 * i + 1]
         assert goal.drift is not None
-        goals.append((goal.drift[0] + weight[0] @ goal.h_in[0], (p * y + share * (hf - hq)).T @ x))
+        goals.append(
+            (goal.drift[0] + weight[0] @ goal.h_in[0], (p * y + share * (hf - hq) / decoder.branch_factor).T @ x)
+        )
     return goals
 
 

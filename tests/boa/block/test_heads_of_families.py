@@ -1,7 +1,7 @@
 """H_out of queries and keys of every family, of one token alone, against autograd through transformers' own block.
 
 Of one token nothing is averaged, so that the objective is exact: RoPE in halves, of neighbours or none, norms of heads
-before it, after it and over all heads, learned positions.
+before it, after it, over all heads and without a weight, learned positions.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from rotoboa.tests.small_families import FAMILIES, MIXTURES
 
 from ..small_block import Solved, block_tensors, run_block, seen_where
 
-NAMES = [name for name in FAMILIES if name not in MIXTURES] + ["gpt_oss"]
+NAMES = [name for name in FAMILIES if name not in MIXTURES] + ["gpt_oss", "llama4_text"]
 BOUND = Settings(bits=4, refine=1, starts=1, tabu=0, attention="bound")
 POSITION = 5
 
@@ -29,8 +29,9 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token at the first position would not be turned."""
     angles = Decoder._turning
 
-    def at_position(self: Decoder, length: int, index: int = 0) -> tuple[Tensor, ...]:
-        return tuple(part[:, POSITION:] for part in angles(self, length + POSITION, index))
+    def at_position(self: Decoder, length: int, index: int = 0) -> tuple[Tensor, ...] | Tensor:
+        found = angles(self, length + POSITION, index)
+        return found[:, POSITION:] if isinstance(found, Tensor) else tuple(part[:, POSITION:] for part in found)
 
     monkeypatch.setattr(Decoder, "_turning", at_position)
 

@@ -187,6 +187,9 @@ def _chosen(x: Tensor, symmetric: bool, bits: int) -> Tensor:
     rows = []
     for token in x:
         tried = [_reference(token[None], DynamicQuantizer(bits, symmetric, ratio)) for ratio in RATIOS]
+        scale = token.abs().max() / (2 ** (bits - 1) - 1)
+        for zero in () if symmetric else (2 ** (bits - 1), 2 ** (bits - 1) - 1):
+            tried.append(((token[None] / scale).round().add(zero).clamp(0, 2**bits - 1) - zero) * scale)
         errors = [float((y - token).square().sum()) for y in tried]
         rows.append(tried[errors.index(min(errors))])
     return torch.cat(rows)
@@ -215,14 +218,16 @@ def test_each_group_chooses_its_ratio() -> None:
     assert torch.equal(found, torch.cat(parts, -1))
 
 
-def test_a_massive_token_is_kept_whole_beside_others_that_are_clipped() -> None:
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_massive_token_is_kept_whole_beside_others_that_are_clipped(symmetric: bool, group_size: int | None) -> None:
     """Of one channel far above the others a rotation makes entries that all lie at the peak."""
     x = torch.randn(200, 256, generator=torch.Generator().manual_seed(3))
     x[0] = 1000 * x[0].sign()
-    y = DynamicQuantizer(4, search=True)(x)
-    assert torch.equal(y[0], x[0])
+    y = DynamicQuantizer(4, symmetric, group_size=group_size, search=True)(x)
+    torch.testing.assert_close(y[0], x[0], rtol=1e-6, atol=0)
     for clip in (1.0, 0.9, 0.8):
-        other = DynamicQuantizer(4, clip=clip)(x)
+        other = DynamicQuantizer(4, symmetric, clip, group_size)(x)
         assert (y[1:] - x[1:]).norm() < (other[1:] - x[1:]).norm()
 
 

@@ -62,3 +62,17 @@ def test_causal_probabilities_are_those_that_attention_uses(group: int) -> None:
         a = causal_probabilities(recorded[0], s, 0, LENGTH).view(toy.heads, LENGTH, LENGTH)
         attended = (a @ value[s].repeat_interleave(group, 0)).transpose(0, 1)
         torch.testing.assert_close(output[s], attended, rtol=0, atol=1e-13)
+
+
+def test_causal_probabilities_in_chunks() -> None:
+    """A chunk attends as a text of its own, whatever part of it is asked for."""
+    toy = Toy(GROUPS[0], rope=True)
+    whole = causal_probabilities(toy.seen._replace(chunk=3), 1, 0, LENGTH).unflatten(1, (-1, LENGTH))
+    for start in range(0, LENGTH, 3):
+        span = slice(start, min(start + 3, LENGTH))
+        alone = toy.seen._replace(query=toy.seen.query[:, :, span], key=toy.seen.key[:, :, span])
+        expected = causal_probabilities(alone, 1, 0, span.stop - start).unflatten(1, (-1, span.stop - start))
+        torch.testing.assert_close(whole[:, :, span, span], expected, rtol=0, atol=1e-15)
+        assert whole[:, :, span, :start].abs().sum() == 0
+    part = causal_probabilities(toy.seen._replace(chunk=3), 1, 4, 7, 2).unflatten(1, (-1, 2))
+    torch.testing.assert_close(part, whole[:, :, 4:7:2, :7], rtol=0, atol=1e-15)

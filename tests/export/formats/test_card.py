@@ -63,6 +63,8 @@ def test_card_says_how_to_load(tmp_path: Path) -> None:
     assert "--linear-backend humming" in active and "inputs of W4A8 in 16 bits" in active
     assert "\n\n\n" not in active
     assert "import rotoboa" in card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4))[1]
+    kept = card(tmp_path, "native", Spec(bits=4, activation_bits=4, activation_directions=16))[1]
+    assert "| 4 bits, dynamic, per token, but 16 directions in 8 |" in kept
     sink = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=3, cache_sink=2))[1]
     assert "| keys and values | 4 and 3 bits, of the first 2 positions 16 |" in sink
     one = card(tmp_path, "native", Spec(bits=4, key_bits=4, value_bits=4, cache_sink=1))[1]

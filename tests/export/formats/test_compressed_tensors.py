@@ -212,6 +212,9 @@ def test_r1_behind_the_norms_is_written_for_vllm(cheap_run: Runs, opened_run: Op
     assert result.difference < 1e-4
     with pytest.raises(InputError, match=r"a rotation over all heads .*online, before O.*, which"):
         compressed_tensors.write(opened_run("w4a16", {**changes, "rotation.heads": True}), tmp_path / "heads")
+    with pytest.raises(InputError, match="5 directions of inputs in 8 bits"):
+        kept = {"activations.bits": 4, "activations.directions": 5}
+        compressed_tensors.write(opened_run("w4a16", changes | kept), tmp_path / "kept")
 
 
 def weights(config: dict[str, Any]) -> dict[str, Any]:

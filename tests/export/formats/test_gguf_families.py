@@ -31,6 +31,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "qwen2": {"sliding_window": 64, "head_dim": 16},
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 64},
+    "qwen2_moe": {"mlp_only_layers": [], "num_hidden_layers": 2, "moe_intermediate_size": 64, "sliding_window": 64},
+    "olmoe": {"num_key_value_heads": 4, "norm_topk_prob": False},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
     "phi3": {"sliding_window": None, "partial_rotary_factor": 0.5},
@@ -70,7 +72,7 @@ def test_readers_compute_what_was_run(make_run: Callable[..., Finished], tmp_pat
     models = {"ours": gguf_reader.read(folder)}
     if gguf_reader.is_stock(folder):
         models["transformers"], _ = load(str(folder), torch.float32)
-    assert len(models) == (1 if name == "mixtral" else 2)
+    assert len(models) == (1 if name in ("mixtral", "olmoe") else 2)
     for reader, model in models.items():
         difference = float((model(ids).logits - expected).abs().max() / expected.std())
         assert difference < (1e-5 if symmetric else 0.02), reader
@@ -113,6 +115,7 @@ def test_a_window_that_the_reader_lacks_ends_the_context(make_run: Callable[...,
         ("gemma2", {"tie_word_embeddings": False}, "gemma2 takes the embedding for the head"),
         ("qwen3", {"attention_bias": True}, "qwen3 computes with attention_bias False, and this model has True"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob True, and this model has False: use --format native"),
+        ("olmoe", {"num_key_value_heads": 2}, "olmoe computes with num_key_value_heads 4, and this model has 2: use"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "has experts in every block, and this model has not: use --format nat"),
         (
             "opt",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import rotoboa
 from rotoboa.boa.solver.rounding import Quantized
 from rotoboa.errors import InputError
 from rotoboa.export.finished import Finished
@@ -19,6 +20,11 @@ from rotoboa.pipeline.verifying import run_logits
 
 Opened = Callable[..., Finished]
 GROUPED = {"weights.group_size": 32}
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"mlp_only_layers": [], "moe_intermediate_size": 64, "num_hidden_layers": 2},
+    "dots1": {"moe_intermediate_size": 64},
+}
 ENDS_OF = ("model.embed_tokens", "lm_head")
 
 
@@ -61,6 +67,50 @@ def test_our_reader_gives_the_logits_of_the_run(
     with torch.no_grad():
         found = mlx.read(tmp_path / "model")(ids).logits
     torch.testing.assert_close(found, run_logits(run, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def small_run(
+    save_family: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> Callable[..., Finished]:
+    """small_run("mixtral", {"rotation.r1": "none"}, head_dim=32): rounded to nearest, in groups of 32."""
+
+    def make(name: str, changes: dict[str, Any] | None = None, **config: Any) -> Finished:
+        folder = tmp_path / name
+        model = save_family(folder / "small", name, **{**SIZES, **OTHERWISE.get(name, {}), **config})
+        fields = {"model": str(model), "output": folder / "run", "weights.method": "rtn", **GROUPED}
+        fields |= {"evaluation.baseline": False, "evaluation.windows": 1, "calibration.sequence_length": 40}
+        rotoboa.quantize(make_recipe("w4a16", fields | (changes or {})))
+        return Finished.open(folder / "run" / "model", sorted((folder / "run" / "blocks").iterdir()))
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "dots1", "lfm2", "phi3"])
+def test_our_reader_gives_the_logits_of_other_families(
+    small_run: Callable[..., Finished], tmp_path: Path, name: str
+) -> None:
+    """Experts of a block are one tensor, under mlx-lm's names; merged layers are whole."""
+    run, folder = small_run(name, {"rotation.r1": "none"} if name in mlx.TIED else {}), tmp_path / "model"
+    mlx.write(run, folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    experts = [tensor for key, tensor in tensors.items() if f".{mlx.STACKED.get(name, 'switch_mlp')}." in key]
+    assert bool(experts) == bool(run.family.experts) and all(tensor.shape[0] == 4 for tensor in experts)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        found = mlx.read(folder)(ids).logits
+    torch.testing.assert_close(found, run_logits(run, ids), rtol=1e-4, atol=1e-4)
+    assert (mlx.warning(run) is None) == (name in ("mixtral", "lfm2")), "windows that mlx-lm has not"
+
+
+def test_mixtures_that_mlx_lm_has_not(small_run: Callable[..., Finished]) -> None:
+    run = small_run("qwen2_moe", mlp_only_layers=[0])
+    with pytest.raises(InputError, match="'qwen2_moe' has experts in every block, and this model has not"):
+        mlx.check(run)
+    run = small_run("mixtral", {"overrides": [{"layers": "*.down_proj", "weights": {"bits": 8}}]})
+    with pytest.raises(InputError, match="one scheme where there are experts, and this run has others"):
+        mlx.check(run)
 
 
 ENDS = {**GROUPED, "embedding.bits": 4, "embedding.group_size": 32}

@@ -40,6 +40,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "w4a4kv4",
         {"weights.bits": 3, "weights.group_size": 8, "activations.group_size": 32, "activations.symmetric": True},
     ),
+    "w4a4g16 kept": ("w4a4", {"activations.group_size": 16, "activations.directions": 5}),
     "w8a8 symmetric": (
         "w4a4",
         {"weights.bits": 8, "weights.symmetric": True, "activations.bits": 8, "activations.symmetric": True},

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import rotoboa
 from rotoboa.errors import InputError
-from rotoboa.export.spec import FORMAT_VERSION
+from rotoboa.export.spec import FORMAT_VERSION, Spec
 
 
 @pytest.fixture
@@ -21,10 +22,13 @@ def broken(cheap_run: Callable[..., Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(run / "model", tmp_path / "model"))
 
 
+KNOWN = {"surplus", *(field.name for field in fields(Spec))}
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     for name, value in changes.items():
-        target = config["quantization_config"] if name in config["quantization_config"] or name == "surplus" else config
+        target = config["quantization_config"] if name in KNOWN else config
         target[name] = value
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -57,6 +61,7 @@ def test_another_format_version_is_refused(broken: Path) -> None:
         ({"cache_search": 1}, "cache_search is 1"),
         ({"cache_center": None}, "cache_center is None"),
         ({"cache_sink": -1}, "cache_sink is -1"),
+        ({"activation_directions": -1}, "activation_directions is -1"),
         ({"cache_sink": True}, "cache_sink is True"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotoboa.boa.online.activations import DynamicQuantizer
+from rotoboa.boa.online.directions import LeadingDirections, leading
 from rotoboa.boa.online.transforms import InputTransform
 from rotoboa.export.packing import pack
 from rotoboa.export.runtime import linear
@@ -257,3 +258,25 @@ def test_cuda(bits: int, quantizer: DynamicQuantizer | None) -> None:
 def test_scales_stay_float16() -> None:
     module = nn.Sequential(layer(64, 8, 4)).to(torch.bfloat16)[0]
     assert module.scale.dtype == torch.float16 and module.bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_directions_are_columns_beside_the_integers(symmetric: bool, dtype: torch.dtype) -> None:
+    x = tokens(40, 96)
+    rest = DynamicQuantizer(4, symmetric, search=True)
+    module = layer(96, 24, 4, transform=InputTransform(None, LeadingDirections.of(rest, 96, 5))).to(dtype)
+    module.get_buffer("input_directions").copy_(leading(x.T @ x, 5))
+    assert module.get_buffer("input_directions").dtype == torch.bfloat16 and ways(module, x) == "floats"
+    assert module.counts(rest, x.device)
+    expected = simulated(replaced(module), x.to(dtype))
+    scale, eps = float(expected.abs().max()), torch.finfo(dtype).eps
+    assert (module(x.to(dtype)).double() - expected).abs().max() <= 4 * max(eps, 2**-22) * scale
+    module.load_state_dict(module.state_dict())
+    assert module.through is None  # of another weight, maybe
+
+
+def replaced(module: QuantizedLinear) -> QuantizedLinear:
+    """The same with what it holds in its transform."""
+    module.transform = module.transform.of(module)
+    return module

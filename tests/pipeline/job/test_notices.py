@@ -46,7 +46,8 @@ OTHER = {
     "weights.value_output": False, "weights.iterations": 3, "weights.learning_rate": 0.5,
     "weights.regulariser": 0, "activations.group_size": 16, "activations.format": "nvfp4",
     "activations.symmetric": False, "activations.clip": 0.6, "activations.search": False,
-    "activations.convention": "vllm", "activations.dynamic": False, "cache.clip": 0.6, "cache.format": "fp8",
+    "activations.convention": "vllm", "activations.dynamic": False, "activations.directions": 4,
+    "cache.clip": 0.6, "cache.format": "fp8",
     "cache.search": False, "cache.center": False, "cache.sink": 4, "cache.served_by": "vllm",
     "rotation.r3": True, "calibration.samples": 5, "calibration.seed": 1,
 }  # fmt: skip
@@ -57,7 +58,8 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {f"weights.{name}" for name in (*BY_LAYER, *SOLVER, *LEARNED, "grid")}
         | {f"rotation.{name}" for name in ("seed", "seeds", "r4_blocks", "blocks")}
         | {"calibration.samples", "calibration.seed"}
-        | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention", "dynamic")}
+        | {f"activations.{name}" for name in ("group_size", "symmetric", "clip", "search", "convention")}
+        | {"activations.dynamic", "activations.directions"}
         | {f"cache.{name}" for name in ("clip", "search", "center", "sink", "served_by", "format")},
     ),
     "a cache served by vLLM": (
