@@ -31,6 +31,7 @@ PLAIN: dict[str, Any] = {
     "weights.act_order": False,
     "activations.symmetric": True,
     "activations.search": False,
+    "activations.directions": 0,
     "cache.search": False,
     "cache.center": False,
     "cache.sink": 0,

@@ -150,10 +150,7 @@ class Activations(Section):
         "clip; none is clipped at more than 4 bits (why: docs/methods.md#clip-ratios).",
     )
     directions: int = Field(
-        default=0,
-        ge=0,
-        description="Principal directions of the inputs of Q, K, V, O, gate and up that are kept in 8 bits beside what "
-        "is left of them, which is then smaller (why: docs/methods.md#leading-directions).",
+        default=0, ge=0, description="Directions of inputs kept in 8 bits (why: docs/methods.md#leading-directions)."
     )
     convention: Literal["rotoboa", "compressed-tensors", "vllm"] = Field(
         default="rotoboa",
