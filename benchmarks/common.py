@@ -7,7 +7,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,18 @@ def side_by_side(
         jobs: how many run at a time.
         alone: each in a process of its own, so that its peak of memory is not that of an earlier one.
     """
-    started, tasks = time.monotonic(), 1 if alone else None
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=tasks) as pool:
-        waiting = {pool.submit(function, *arguments): key for key, arguments in cases.items()}
+    started, run = time.monotonic(), partial(_alone, function) if alone else function
+    with ThreadPoolExecutor(jobs) if alone else ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(run, *arguments): key for key, arguments in cases.items()}
         for number, future in enumerate(as_completed(waiting), 1):
             left = (time.monotonic() - started) / number * (len(cases) - number)
             yield waiting[future], future.result(), f"{number} of {len(cases)}, {left / 60:.0f} min left: "
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` gives in a new process. (A pool whose processes take one task starts one more in the end.)"""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def fingerprint(settings: Recipe, *more: str) -> str:

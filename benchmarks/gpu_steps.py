@@ -210,7 +210,7 @@ def precision(bench: Bench) -> dict[str, Any]:
 def profiled(bench: Bench, changes: dict[str, Any], samples: int) -> list[dict[str, Any]]:
     """Where the time of a block of w2a16 on few sequences goes, by kernel of the device."""
     # A profile of many small steps takes longer to put together than they take.
-    few = {"weights.starts": 1, "weights.tabu": 0} if bench.small else {}
+    few = {"weights.starts": 1, "weights.tabu": 0, "weights.refine": 1} if bench.small else {}
     recipe = build_recipe(load_recipe("w2a16"), few | changes)
     cuda = bench.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,11 +21,16 @@ VERSIONED = ("rotoboa", "torch", "transformers", "safetensors", "tokenizers", "n
 LONG_READ = 2**31  # bytes that take long enough to be shown
 
 
+@cache
+def _version(name: str) -> str:
+    return version(name)
+
+
 def identity(job: Job) -> Identity:
     """What must be the same for a run to go on and is known at once: the recipe, and the versions that compute."""
     return Identity(
         recipe=job.recipe.model_dump(mode="json", exclude={"output"}),
-        versions={name: version(name) for name in VERSIONED},
+        versions={name: _version(name) for name in VERSIONED},
     )
 
 

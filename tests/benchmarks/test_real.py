@@ -44,7 +44,7 @@ def judged(real: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pyte
         given = {
             **{"model": str(llama), "text": str(text), "calibrate": str(text), "quick": True, **SIZES},
             **{"seeds": 1, "recipes": "w2a16", "methods": "RTN,default", "transforms": "rotation", "change": OFF},
-            **{"jobs": 1, "threads": 2, "name": None, "fresh": False},
+            **{"jobs": 1, "threads": 1, "name": None, "fresh": False},
         }
         real.main(**{**given, **options})
         return list(keys), json.loads((tmp_path / f"real-{llama.name}-quick.json").read_text(encoding="utf-8"))

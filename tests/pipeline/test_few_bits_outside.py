@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int], bool]] = {
     "K types, tied, merged": ("qwen2", {**MERGED, "embedding.format": "q3_k", "head.format": "q6_k"}, (3, 3), True),
     "LayerNorm": ("opt", {**MERGED, "embedding.bits": 4, "head.bits": 4}, (4, 4), False),
 }
+AGAIN = ("both", "tied, scaled", "tied, merged", "K types", "LayerNorm")  # of each kind one, since it takes long
 
 
 def size_of(stored: dict[str, Tensor]) -> int:
@@ -100,6 +101,8 @@ def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRec
     if name not in ("llama-biases", "opt", "qwen2"):  # biases are counted in float32
         assert report["memory"]["model"]["quantized"] == model_bytes(small)
 
+    if case not in AGAIN:
+        return
     model.save_pretrained(tmp_path / "again")
     assert set(tensors(tmp_path / "again")) == set(stored)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
@@ -113,7 +116,7 @@ def test_stored_planned_and_loaded(save_family: SaveFamily, make_recipe: MakeRec
 def test_rounded_as_each_alone(save_family: SaveFamily, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """The embedding to nearest; the head by its solver, which loses less of what it reads than rounding to nearest."""
     folder = save_family(tmp_path / "model", "llama")
-    changes = {"model": str(folder), **SMALL, **MERGED, "embedding.bits": 4, "head.bits": 3}
+    changes = {"model": str(folder), **SMALL, **MERGED, "embedding.bits": 4, "head.bits": 3, "calibration.samples": 32}
     errors = {}
     for method in ("rtn", "gptq"):
         recipe = make_recipe("w4a16", {**changes, "output": tmp_path / method, "weights.method": method})

@@ -21,17 +21,14 @@ from rotoboa.pipeline.console.sizes import exported_sizes
 from rotoboa.pipeline.exporting import open_finished
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.recipe.settings import stays_tied
-from rotoboa.pipeline.storage.run_folder import RunFolder
+from rotoboa.pipeline.storage.files import read_report
+from rotoboa.pipeline.storage.run_folder import RunFolder, recipe_of
 from rotoboa.pipeline.verifying import run_logits
 from rotoboa.tests.small_families import FAMILIES
 
 NAMES = [name for name in FAMILIES if name != "llama"]  # which all other tests run
-# The first as a user has it by default: with what the report's page shows.
-RECIPES: dict[str, dict[str, Any]] = {
-    "w4a4kv4": {"evaluation.report": True, "evaluation.references": True},
-    "w2a16": {"weights.group_size": 16},
-    "w4a4": {"evaluation.report": True, "evaluation.references": True},
-}
+PAGE = {"evaluation.report": True, "evaluation.references": True}  # as a user has it by default
+CACHE = {"cache.key_bits": 4, "cache.value_bits": 4, "cache.sink": 1, "rotation.r3": True}
 LATENT = [name for name in NAMES if name.startswith("deepseek")]  # whose cache is not quantized
 # Weights alone are rounded in the same way whatever attention does; norms, biases, fused layers and experts differ.
 WEIGHTS_ALONE = (
@@ -46,7 +43,10 @@ GENERATING = (
     *("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "deepseek_v3", "deepseek_v2", "llama4_text"),
 )
 DRAWN = ("mixtral",)  # a dense one in eval/drawing/test_report.py; the pictures of the others look the same
-WITH_PAGE = (*DRAWN, "phi3", "opt", "gemma2", "qwen3_moe", "olmo2")  # a page takes longer than the rest of a run
+WITH_PAGE = (  # which takes longer than the rest of a run
+    *(*DRAWN, "phi3", "opt", "gemma2", "qwen3_moe", "olmo2"),
+    *("qwen3_next", "granitemoehybrid", "lfm2", "deepseek_v3"),
+)
 SMALL = {"calibration.samples": 4, "calibration.sequence_length": 40, "evaluation.windows": 3}
 
 
@@ -65,6 +65,24 @@ def checkpoints(save_family: Callable[..., Path], tmp_path_factory: pytest.TempP
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def weights_alone(
+    checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """weights_alone("gemma2"): a run whose inputs are in 16 bits, so that none falls to either side; made once."""
+    made: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("run") / "run"
+            fixed = {"model": str(checkpoints(name)), "output": made[name], "weights.group_size": 16, **SMALL}
+            cache = {} if name in LATENT else CACHE
+            rotoboa.quantize(make_recipe("w2a16", fixed | cache | {"evaluation.baseline": False}))
+        return made[name]
+
+    return run
 
 
 @torch.no_grad()
@@ -96,6 +114,7 @@ def test_perplexity_is_that_of_transformers(checkpoints: Callable[[str], Path], 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_run_save_and_load(
     checkpoints: Callable[[str], Path],
+    weights_alone: Callable[[str], Path],
     make_recipe: Callable[..., Any],
     tmp_path: Path,
     name: str,
@@ -104,15 +123,18 @@ def test_run_save_and_load(
 ) -> None:
     if name not in DRAWN:
         request.getfixturevalue("undrawn")
-    fields = RECIPES[recipe] | ({} if name in WITH_PAGE else {"evaluation.report": False})
-    settings = make_recipe(recipe, {"model": str(checkpoints(name)), "output": tmp_path / "run", **SMALL, **fields})
-    report = rotoboa.quantize(settings)
-    assert (tmp_path / "run" / "report.html").is_file() == settings.evaluation.report
+    if recipe == "w2a16":
+        folder = weights_alone(name)
+    else:
+        folder, page = tmp_path / "run", PAGE if name in WITH_PAGE else {}
+        rotoboa.quantize(make_recipe(recipe, {"model": str(checkpoints(name)), "output": folder, **SMALL, **page}))
+    settings, report = recipe_of(folder), read_report(folder).to_json()
+    assert (folder / "report.html").is_file() == settings.evaluation.report
     (measured,) = report["perplexity"].values()
     assert all(math.isfinite(value) for value in measured.values())
-    job, run = prepare(settings), RunFolder.open(tmp_path / "run")
+    job, run = prepare(settings), RunFolder.open(folder)
     family, tied = job.decoder.family, stays_tied(settings, job.rotations, job.decoder)
-    sizes = exported_sizes(tmp_path / "run" / "model")
+    sizes = exported_sizes(folder / "model")
     foretold = stored_bytes(job.decoder, job.spec, job.checkpoint.dtype.itemsize, tied=tied)
     assert sum(sizes.values()) == sum(foretold.values())
     for block in run.manifest.blocks:
@@ -121,7 +143,7 @@ def test_run_save_and_load(
         assert all(0 <= layer.loss < (0.6 if recipe == "w2a16" else 0.1) for layer in block.layers.values())
 
     ids = _tokens(2, 50)
-    model, tokenizer = rotoboa.load(tmp_path / "run", dtype=torch.float32)
+    model, tokenizer = rotoboa.load(folder, dtype=torch.float32)
     logits = model(ids).logits
     # A value at the edge of two levels of an activation may fall to either side.
     torch.testing.assert_close(logits, run_logits(open_finished(run), ids), rtol=1e-3, atol=1e-3)
@@ -136,14 +158,10 @@ def test_run_save_and_load(
 @torch.no_grad()
 @pytest.mark.parametrize("name", GENERATING)
 def test_loaded_model_generates_and_is_saved_again(
-    checkpoints: Callable[[str], Path], make_recipe: Callable[..., Any], tmp_path: Path, name: str
+    weights_alone: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     """With a cache, past the window, the same tokens as without; saved by transformers, the same logits."""
-    changes = {"activations.bits": 16, "evaluation.baseline": False}  # a rounded activation may fall to either side
-    recipe = "w4a4" if name in LATENT else "w4a4kv4"
-    settings = make_recipe(recipe, {"model": str(checkpoints(name)), "output": tmp_path / "run", **SMALL, **changes})
-    rotoboa.quantize(settings)
-    model, _ = rotoboa.load(tmp_path / "run", dtype=torch.float32)
+    model, _ = rotoboa.load(weights_alone(name), dtype=torch.float32)
     ids, logits = _tokens(2, 8), []
     for _ in range(12):
         logits.append(model(ids, use_cache=False).logits[:, -1])

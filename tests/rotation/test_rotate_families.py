@@ -1,8 +1,9 @@
 """Rotations of every family: whole models of the real classes in float64, before and after."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,13 +20,18 @@ from rotoboa.rotation.balance import balanced_sites, moments, scales
 from rotoboa.rotation.channels import absorbable, obstacle, readers, scale_channels
 from rotoboa.rotation.rotate import Rotations, before_output
 from rotoboa.tests.small_families import FAMILIES as SMALL
-from rotoboa.tests.small_families import SEEING
+from rotoboa.tests.small_families import SEEING, make_family
 
 EXACT = 1e-9  # logits are of order 1 to 10
 NAMES = [*SMALL]
 NONE = {"r1": False, "r2": False, "r3": False, "r4": False}
 ALL = {"r1": True, "r2": True, "r3": True, "r4": True}
-CHOICES = [*({**NONE, name: True} for name in NONE), ALL]
+ONE = [{**NONE, name: True} for name in NONE]
+ALONE = (  # where R2, R3 and R4 are also seen alone: one of each kind of attention and MLP
+    *("llama", "phi3", "opt", "gemma2", "mixtral", "qwen2_moe", "bloom", "falcon-40b", "gpt_neox", "cohere2", "glm4"),
+    *("gpt_oss", "qwen3_next", "lfm2", "granitemoehybrid", "deepseek_v3", "deepseek_v2-lite"),
+)
+CHOICES = [(name, choice) for name in NAMES for choice in (*(ONE if name in ALONE else ONE[:1]), ALL)]
 LENGTH = 24
 
 
@@ -48,6 +54,26 @@ def _tokens() -> Tensor:
     return torch.randint(3, 100, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
+@functools.cache
+def _model(name: str) -> Any:
+    """Not to be changed."""
+    return make_family(name, attention=NAME).double()
+
+
+@functools.cache
+def _parts(model: Any) -> tuple[Decoder, Mapping[str, Tensor]]:
+    """Its decoder and its tensors, one a projection."""
+    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+    return decoder, MappingProxyType(split_modules_state(model, decoder))
+
+
+@functools.cache
+@torch.no_grad()
+def _expected(model: Any) -> Tensor:
+    logits: Tensor = model(_tokens()).logits
+    return logits
+
+
 @torch.no_grad()
 def _logits(
     model: Any,
@@ -59,10 +85,9 @@ def _logits(
 ) -> Tensor:
     """After rotation, block by block; `online` False leaves out what runs online, `fold` changes a block."""
     config = model.config
-    decoder = Decoder(config, attention=NAME, dtype=torch.float64)
+    decoder, state = _parts(model)
     family, shape = decoder.family, decoder.shape
     rotations = Rotations.of(shape, **{"online_r1": family.post_norms, **choice}, seed=3)
-    state = split_modules_state(model, decoder)
     outer = rotations.rotate_outer_layers(OuterLayers.of(family, state), family)
     hidden = decoder.embed(outer, _tokens())
     plain = decoder.embed(OuterLayers.of(family, state), _tokens())
@@ -157,10 +182,6 @@ def split_modules_state(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]
     return state
 
 
-def _model(family_model: Callable[..., nn.Module], name: str) -> nn.Module:
-    return family_model(name, attention=NAME).double()
-
-
 ONLINE = {**ALL, "online_r1": True, "heads": True}
 
 
@@ -177,45 +198,36 @@ ONLINE = {**ALL, "online_r1": True, "heads": True}
     ids=["online", "heads", "scale", "merged", "all", "blocks"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_stay_behind_the_norms(
-    family_model: Callable[..., nn.Module], name: str, choice: dict[str, bool], scale: bool
-) -> None:
-    model = _model(family_model, name)
+def test_logits_stay_behind_the_norms(name: str, choice: dict[str, bool], scale: bool) -> None:
+    model = _model(name)
     expected = _expected(model)
     assert (_logits(model, choice, scale=scale) - expected).abs().max() < EXACT
     if choice["r1"]:  # what runs online is needed
         assert (_logits(model, choice, scale=scale, online=False) - expected).abs().max() > 1e-3
 
 
-@torch.no_grad()
-def _expected(model: nn.Module) -> Tensor:
-    return model(_tokens()).logits
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=_named)
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_stay(family_model: Callable[..., nn.Module], name: str, choice: dict[str, bool]) -> None:
-    model = _model(family_model, name)
+@pytest.mark.parametrize(("name", "choice"), CHOICES, ids=lambda part: part if isinstance(part, str) else _named(part))
+def test_logits_stay(name: str, choice: dict[str, bool]) -> None:
+    model = _model(name)
     expected = _expected(model)
     assert expected.std() > 0.3
     assert (_logits(model, choice) - expected).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_rotation_does_something(family_model: Callable[..., nn.Module], name: str) -> None:
+def test_every_rotation_does_something(name: str) -> None:
     """The folded half without the online half must show: R4 everywhere, R1 where there are post norms."""
-    model = _model(family_model, name)
+    model = _model(name)
     expected, family = _expected(model), family_for(model.config, "it")
     assert (_logits(model, {**NONE, "r4": True}, online=False) - expected).abs().max() > 1e-3
     alone = (_logits(model, {**NONE, "r1": True}, online=False) - expected).abs().max()
     assert alone > 1e-3 if family.post_norms else alone < EXACT
 
 
-def test_a_rotated_opt_has_no_mean(family_model: Callable[..., nn.Module]) -> None:
+def test_a_rotated_opt_has_no_mean() -> None:
     """The mean over channels is gone before the rotation: every tensor that writes to the stream has none."""
-    model = _model(family_model, "opt")
-    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
-    family, state = decoder.family, split_modules_state(model, decoder)
+    decoder, state = _parts(_model("opt"))
+    family = decoder.family
     rotations = Rotations.of(decoder.shape, **{**NONE, "r1": True})
     assert rotations.r1 is not None
     outer = OuterLayers.of(family, state)
@@ -228,24 +240,21 @@ def test_a_rotated_opt_has_no_mean(family_model: Callable[..., nn.Module]) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
-def test_the_mean_of_other_embeddings_stays(family_model: Callable[..., nn.Module], name: str) -> None:
-    model = _model(family_model, name)
-    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+def test_the_mean_of_other_embeddings_stays(name: str) -> None:
+    decoder, state = _parts(_model(name))
     rotations = Rotations.of(decoder.shape, **ALL)
     assert rotations.r1 is not None
-    outer = OuterLayers.of(decoder.family, split_modules_state(model, decoder))
+    outer = OuterLayers.of(decoder.family, state)
     rotated = rotations.rotate_outer_layers(outer, decoder.family)
     assert (rotations.r1.apply_transposed(rotated.embedding[:]) - outer.embedding[:]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("choice", [NONE, {**ALL, "r4": False}, ALL], ids=_named)
 @pytest.mark.parametrize("name", NAMES)
-def test_channel_scales_change_nothing(
-    family_model: Callable[..., nn.Module], name: str, choice: dict[str, bool]
-) -> None:
+def test_channel_scales_change_nothing(name: str, choice: dict[str, bool]) -> None:
     """Every site that can take them, all at once; without what the layer before has taken, the logits are others."""
-    model = _model(family_model, name)
-    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
+    model = _model(name)
+    decoder, _ = _parts(model)
     family, shape = decoder.family, decoder.shape
     on = {"online_r1": choice["r1"] and family.post_norms, "heads": False, "r4": choice["r4"]}
     reasons = {site: obstacle(family, model.config, site, **on) for site in SITES}
@@ -281,10 +290,9 @@ def test_channel_scales_change_nothing(
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen3_moe", "qwen2_moe"])
-def test_split_blocks_compute_the_same(family_model: Callable[..., nn.Module], name: str) -> None:
-    model = _model(family_model, name)
-    decoder = Decoder(model.config, attention=NAME, dtype=torch.float64)
-    state = split_modules_state(model, decoder)
+def test_split_blocks_compute_the_same(name: str) -> None:
+    model = _model(name)
+    decoder, state = _parts(model)
     x = torch.randn(2, LENGTH, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prefix = f"{decoder.family.layers}.1."
     block = decoder.block(1, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 Load = Callable[..., PreTrainedModel]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def load(cheap_run: Callable[..., Path]) -> Load:
-    """load(setting): the small Llama, cache quantized and rotated, in float64."""
+    """load(setting): the small Llama, cache quantized and rotated, in float64, loaded once. Not to be changed."""
 
+    @cache
     def load(setting: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         run = cheap_run("w4a4kv4", {"activations.bits": 16, "cache.sink": 0, **SETTINGS[setting]})
         return rotoboa.load(run, dtype=dtype)[0]

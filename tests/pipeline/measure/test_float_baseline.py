@@ -6,7 +6,7 @@ from rotoboa.export.runtime.linear import QuantizedLinear
 from rotoboa.pipeline.job.job import prepare
 from rotoboa.pipeline.measure.measuring import rounded_block
 
-from ...conftest import MakeRecipe
+from ...fixtures import MakeRecipe
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4"])

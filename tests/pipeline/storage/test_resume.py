@@ -22,7 +22,7 @@ from rotoboa.pipeline.recipe.recipe_files import recipe_to_yaml
 
 MakeRecipe = Callable[..., Recipe]
 Interrupted = Callable[..., Path]
-KILLS = 8
+KILLS = 6
 TIMINGS = ("seconds", "stages", "plain_forward_seconds", "peak_memory_bytes", "parts")
 
 
