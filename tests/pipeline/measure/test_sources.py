@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rotoboa
 from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import CENTER, NAME, AttentionTransform, set_attention
+from rotoboa.boa.online.directions import LeadingDirections
 from rotoboa.pipeline import stages
 from rotoboa.pipeline.job.calibration import evaluation_tokens, load_texts
 from rotoboa.pipeline.measure import evaluating
@@ -77,16 +79,19 @@ def test_sources_are_those_of_a_whole_model(llama: Path, make_recipe: MakeRecipe
         found: Tensor = model(windows).logits[:, :-1].log_softmax(-1).flatten(0, 1)
         return found
 
-    def rounded(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs(arguments[0]),)
+    def rounded(_: nn.Module, arguments: tuple[Tensor, ...], directions: Tensor | None) -> tuple[Tensor, ...]:
+        return ((inputs if directions is None else LeadingDirections(inputs, directions))(arguments[0]),)
 
     original, streams = logits(model()), model()(windows, output_hidden_states=True).hidden_states
     for source in SOURCES[1:-1]:
         changed = model()
         for index, layer in enumerate(changed.model.layers):
             for name, module in layer.named_modules():
-                if name.rpartition(".")[2] in READERS.get(source, ()):
-                    module.register_forward_pre_hook(rounded)
+                part, _, last = name.rpartition(".")
+                if last in READERS.get(source, ()):
+                    found = stored.get(f"model.layers.{index}.{part}.{READERS[source][0]}.input_directions")
+                    assert (found is None) == (source == "down")
+                    module.register_forward_pre_hook(partial(rounded, directions=found))
             if source in ("keys", "values"):
                 key, value = (cache if source == name else None for name in ("keys", "values"))
                 center = stored[f"model.layers.{index}.self_attn.{CENTER}"].float()
