@@ -1,8 +1,14 @@
 """What pytest needs to know before it collects: fixtures are in `fixtures`, with all that they import."""
 
+import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+# Before anything imports Triton, whose kernels then run on the CPU. torch would say so too, but takes seconds to load.
+if version("torch").endswith("+cpu") or not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 class _RootIsNoTest:

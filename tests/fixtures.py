@@ -3,7 +3,6 @@
 import argparse
 import html
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -14,10 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
-
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (

@@ -86,10 +86,11 @@ def _summary(row: Mapping[str, Any], report: Report) -> str:
         "keys": bits["keys"],
         "values": bits["values"],
     }
-    ways = {"activations": f" by token in groups of {row['activation_group']}"} if row["activation_group"] else {}
-    low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
+    way = f" by token in groups of {row['activation_group']}" if row["activation_group"] else ""
     if (kept := recipe.activations.directions) and bits["activations"] < 8:
-        low = low.replace("activations in", f"activations beside {kept} directions in", 1)
+        way += f" beside {kept} directions in 8"
+    ways = {"activations": way}
+    low = ", ".join(f"{name} in {width} bits{ways.get(name, '')}" for name, width in widths.items() if width < 16)
     if report.budget is not None and report.budget.units:
         low = low.replace(f"weights in {bits['weights']} bits", f"weights in {budget.range_of(report.budget)}", 1)
     sink, rotation = recipe.cache.sink, recipe.rotation

@@ -16,7 +16,7 @@ from ...rotation.channels import obstacle
 from ..recipe.fields import given_fields
 from ..recipe.layers import choice_args, end_args, whole_scheme
 from ..recipe.recipe import Embedding, Head, Recipe
-from ..recipe.settings import is_r1_online, most_directions, rotations_of, serving
+from ..recipe.settings import is_r1_online, rotations_of, serving
 from ..recipe.values import BLOCKS
 
 
@@ -55,7 +55,6 @@ def check_sizes(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
             hint = f"one of {', '.join(map(str, fitting))}" if fitting else f"none (one scale per {whole})"
             raise InputError(f"{field} {group} does not divide the {name} {width} of {model.name}: give {hint}.")
     check_blocks(recipe, decoder, model)
-    check_directions(recipe, decoder, model)
     check_length(length_of(recipe, model, decoder), decoder, model, "calibration.sequence_length")
     check_zfold(recipe, decoder, model)
 
@@ -77,20 +76,6 @@ def check_blocks(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None
             raise InputError(
                 f"rotation.blocks {blocks} does not divide the {name} {width} of {model.name}: give {hint}."
             )
-
-
-def check_directions(recipe: Recipe, decoder: Decoder, model: ResolvedModel) -> None:
-    """Check that no more directions of an input were asked for than are kept; a packaged recipe's are cut to that.
-
-    Raises:
-        InputError: there were.
-    """
-    most = most_directions(decoder)
-    if recipe.activations.directions > most and "activations.directions" in given_fields(recipe):
-        raise InputError(
-            f"activations.directions {recipe.activations.directions} is more than a quarter of the channels that some "
-            f"layer of {model.name} reads: give {most} or fewer."
-        )
 
 
 def check_cache(recipe: Recipe, head_dim: int, model: ResolvedModel) -> None:

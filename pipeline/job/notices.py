@@ -13,7 +13,15 @@ from ...rotation.rotate import Rotations
 from ..recipe.fields import given_fields
 from ..recipe.layers import end_args
 from ..recipe.recipe import Recipe
-from ..recipe.settings import finds_scales, has_directions, has_inputs_in, rotations_of, serving, stays_tied
+from ..recipe.settings import (
+    finds_scales,
+    has_directions,
+    has_inputs_in,
+    most_directions,
+    rotations_of,
+    serving,
+    stays_tied,
+)
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,15 @@ def early_notices(recipe: Recipe, decoder: Decoder, length: int) -> list[str]:
         by_reason.setdefault(reason, []).append(name)
     parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
     notices = [f"Without effect in this recipe: {'; '.join(parts)}."] if parts else []
-    return notices + _too_little_text(recipe, decoder, length)
+    return notices + _too_many_directions(recipe, decoder) + _too_little_text(recipe, decoder, length)
+
+
+def _too_many_directions(recipe: Recipe, decoder: Decoder) -> list[str]:
+    """A sentence where the user asked for more directions of an input than are kept."""
+    name, asked, most = "activations.directions", recipe.activations.directions, most_directions(decoder)
+    if asked <= most or name not in given_fields(recipe) or name in idle_fields(recipe, decoder):
+        return []
+    return [f"{name} {asked} is more than a quarter of the channels that some layer reads: {most} are kept."]
 
 
 def _too_little_text(recipe: Recipe, decoder: Decoder, length: int) -> list[str]:

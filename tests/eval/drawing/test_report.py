@@ -130,12 +130,12 @@ def test_the_sink_of_the_cache_is_named() -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_page_says_what_shares_a_scale(html: str) -> None:
-    assert "activations in 4 bits, keys in 4 bits" in html and "boa A4KV4" in html
+    assert "activations in 4 bits beside 32 directions in 8, keys in 4 bits" in html and "boa A4KV4" in html
     report = copy.deepcopy(REPORT)
     report["recipe"]["activations"] |= {"group_size": 64, "directions": 16}
     rows = compared({"runs/mine": report})
     grouped = page(contents(report=report, rows=rows, columns=table(rows)))
-    assert "activations beside 16 directions in 4 bits by token in groups of 64, keys in 4 bits" in grouped
+    assert "activations in 4 bits by token in groups of 64 beside 16 directions in 8, keys in 4 bits" in grouped
     assert "boa A4 in 64sKV4" not in grouped and "boa A4 in 64s KV4" in grouped
 
 

@@ -46,7 +46,6 @@ def test_what_cannot_be_planned_is_one_sentence(llama: Path, tiny_run: Path, tmp
         (("nothing",), "is no known name, no local folder and no hub id"),
         ((llama, "--weights.bits", "1"), "weights.bits is 1 but must be 2 to 8"),
         ((llama, "--weights.group_size", "48"), "does not divide the hidden size 64"),
-        ((llama, "--recipe", "w4a4", "--activations.directions", "17"), "a quarter of the channels .* 16 or fewer"),
         ((llama, "--model", "tiny"), "the model is given twice: leave out --model"),
         ((tiny_run, "--weights.bits", "3"), "is a run, which has its recipe: leave out the other options"),
         ((llama, "--device", "abacus"), "device 'abacus' cannot be used"),

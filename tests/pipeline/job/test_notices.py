@@ -17,6 +17,7 @@ from rotoboa.pipeline.job.notices import IDLE, early_notices, idle_fields
 from rotoboa.pipeline.recipe.fields import LEAVES, value_of
 from rotoboa.pipeline.recipe.recipe import Recipe, Weights
 from rotoboa.pipeline.recipe.recipe_files import build_recipe, load_recipe, recipe_names, recipe_to_yaml
+from rotoboa.pipeline.recipe.settings import rotations_of, spec_of
 from rotoboa.pipeline.storage.run_report import Measured
 
 MakeRecipe = Callable[..., Recipe]
@@ -203,6 +204,20 @@ def test_only_what_the_user_gave_is_named(small: Path, tmp_path: Path) -> None:
     }
     assert named(Recipe(weights=Weights(method="gptq", rows=4))) == {"weights.rows"}
     assert named(Recipe(weights=Weights(rows=4))) == set()
+
+
+def test_of_directions_a_quarter_is_kept(small: Path) -> None:
+    decoder = decoder_of(small)
+    most, packaged = decoder.shape.hidden // 4, build_recipe(load_recipe("w4a4"), {"model": str(small)})
+    rotations = rotations_of(packaged, decoder)
+    assert spec_of(packaged, rotations, decoder).activation_directions == min(32, most)
+    assert not early_notices(packaged, decoder, 10_000)
+    given = build_recipe(load_recipe("w4a4"), {"model": str(small), "activations.directions": most + 1})
+    assert spec_of(given, rotations, decoder).activation_directions == most
+    (notice,) = early_notices(given, decoder, 10_000)
+    assert f"activations.directions {most + 1} is more than a quarter" in notice and f"{most} are kept" in notice
+    fewer = build_recipe(load_recipe("w4a4"), {"model": str(small), "activations.directions": most})
+    assert not early_notices(fewer, decoder, 10_000)
 
 
 def test_a_family_can_make_a_field_idle(save_family: Callable[..., Path], tmp_path: Path) -> None:
