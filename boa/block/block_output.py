@@ -34,31 +34,24 @@ SAMPLE = 4096  # tokens that units and the first direction are measured on
 PROBE = 0.25  # of a step of an integer: how far weights are moved to measure the curvature
 
 
-class StraightThrough(DynamicQuantizer):
-    """A quantizer whose gradient is that of the identity."""
+class _WithGradient:
+    """A quantizer whose gradient is that of the identity; before the class of the quantizer."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As of `DynamicQuantizer`."""
         plain = x.detach()
-        return x + (super().__call__(plain) - plain)
+        return x + (super().__call__(plain) - plain)  # type: ignore[misc]
 
 
-class StraightThroughDirections(LeadingDirections):
-    """Likewise."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As of `LeadingDirections`."""
-        plain = x.detach()
-        return x + (super().__call__(plain) - plain)
+class StraightThrough(_WithGradient, DynamicQuantizer):
+    """As `DynamicQuantizer`, with the gradient of the identity."""
 
 
-class StraightThroughFloat8(StaticFloat8):
-    """Likewise."""
+class StraightThroughDirections(_WithGradient, LeadingDirections):
+    """Likewise, as `LeadingDirections`."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """As of `StaticFloat8`."""
-        plain = x.detach()
-        return x + (super().__call__(plain) - plain)
+
+class StraightThroughFloat8(_WithGradient, StaticFloat8):
+    """Likewise, as `StaticFloat8`."""
 
 
 @dataclass

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..objective.statistics import InputStatistics
 from ..online.directions import DIRECTED, LeadingDirections, leading
-from ..online.transforms import holder
 from .block_output import transformed
 from .context import BlockContext, BlockResult, Streams
 
@@ -56,11 +55,10 @@ def find_directions(context: BlockContext, streams: Streams) -> tuple[BlockConte
         finally:
             for handle in handles:
                 handle.remove()
-    for site in wanted:
+    found = {}
+    for site, name in first.items():
         transform = getattr(transforms, site)
-        count = transform.quantizer.directions.shape[1]
-        gram = totals[site].value().objective().h_in[0]
-        transforms = transforms.with_input(site, transform.scaled(leading(gram, count)))
-    names = {f"{holder(family, first[site])}.{getattr(transforms, site).scale_name}" for site in wanted}
-    found = {name: tensor for name, tensor in transforms.scales(family).items() if name in names}
+        directions = leading(totals[site].value().objective().h_in[0], transform.quantizer.directions.shape[1])
+        found[f"{name}.{transform.scale_name}"] = directions
+        transforms = transforms.with_input(site, transform.scaled(directions))
     return replace(context, transforms=transforms), BlockResult(centers=found)

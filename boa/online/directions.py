@@ -12,7 +12,9 @@ from .activations import DynamicQuantizer
 
 DIRECTED = ("qkv", "output", "gate_up")
 """The sites whose inputs have such directions. That of down, which is of products, has few that stand out."""
-_COEFFICIENTS = DynamicQuantizer(8)
+KEPT = 8
+"""Bits of what is kept of a token along them."""
+_COEFFICIENTS = DynamicQuantizer(KEPT)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,6 @@ def leading(gram: Tensor, count: int) -> Tensor:
 
 def directed(quantizer: DynamicQuantizer | None, width: int, count: int) -> DynamicQuantizer | LeadingDirections | None:
     """The quantizer of a site, with `count` directions where it is of fewer bits than they are."""
-    if quantizer is None or not count or quantizer.format != "int" or quantizer.bits >= _COEFFICIENTS.bits:
+    if quantizer is None or not count or quantizer.format != "int" or quantizer.bits >= KEPT:
         return quantizer
     return LeadingDirections.of(quantizer, width, count)

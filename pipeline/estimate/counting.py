@@ -55,7 +55,9 @@ def whole(sizes: Sizes, run: Plan) -> dict[str, Work]:
     stages = {
         "plain forward pass": Work(tokens * token(sizes, run.length)),
         "forward": forward(sizes, run),
-        "input statistics": Work(sum(kind.shape.blocks * input_statistics(kind, tokens) for kind in kinds)),
+        "input statistics": Work(
+            sum(k.shape.blocks * (input_statistics(k, tokens) + run.directions * moments(k, tokens)) for k in kinds)
+        ),
         "head statistics": Work(sum(k.shape.blocks * head_statistics(k, run) for k in kinds if k.attends)),
         "value statistics": Work(sum(value_statistics(kind, run) for kind in kinds if kind.attends)),
         "factors": Work(wide=solving),
@@ -102,8 +104,11 @@ def quantized(sizes: Sizes, run: Plan) -> float:
 
 
 def forward(sizes: Sizes, run: Plan) -> Work:
-    """Both streams, the quantized one before and after its layers are solved; brecq: a step is three passes."""
-    tokens, passes = run.samples * run.length, EXPERTS if sizes.shape.experts else STREAMS
+    """Both streams, the quantized one before and after its layers are solved; brecq: a step is three passes.
+
+    One more where leading directions are looked for.
+    """
+    tokens, passes = run.samples * run.length, (EXPERTS if sizes.shape.experts else STREAMS) + run.directions
     steps = 3 * run.settings.iterations * min(TOKENS, tokens) if run.settings.method == "brecq" else 0
     return Work((passes * tokens + steps) * token(sizes, run.length), elements=2 * tokens * quantized(sizes, run))
 
@@ -121,6 +126,11 @@ def input_statistics(sizes: Sizes, tokens: float) -> float:
     attention = sum(layer(tokens, p.columns) for p in before_mlp(sizes) if p.shift != "drift")
     shared = layer(tokens, s.hidden) + layer(tokens, s.shared_ffn) if s.shared_ffn else 0.0
     return attention + shared + max(s.experts, 1) * (layer(each, s.hidden) + layer(each, s.ffn))
+
+
+def moments(sizes: Sizes, tokens: float) -> float:
+    """Of a block: half of the Gram of each input that has leading directions, T c^2; its eigenvectors are left out."""
+    return tokens * (2 * sizes.shape.hidden**2 + before_mlp(sizes)[-1].columns ** 2)
 
 
 def head_statistics(sizes: Sizes, run: Plan) -> float:

@@ -12,7 +12,7 @@ from ...export.finished import projection_columns, projection_rows
 from ...models.decoder import Decoder
 from ...models.shape import Shape
 from ..recipe.recipe import Recipe
-from ..recipe.settings import moves_head, settings_of
+from ..recipe.settings import has_directions, moves_head, settings_of
 
 _ROUTED = ("num_experts_per_tok", "moe_k", "experts_per_token")
 """What configs call how many experts a token goes to."""
@@ -210,6 +210,7 @@ class Plan:
         settings: of the rounding.
         samples, length, batch: of the calibration set, and how many sequences at a time.
         activation_tries, cache_tries: grids that a vector is rounded with; 0 at 16 bits.
+        directions: whether leading directions of inputs are looked for.
         references: whether RTN and plain GPTQ are measured beside the method.
         head: whether the output layer is moved.
         windows: of `length` tokens that are evaluated; 0 for none.
@@ -223,6 +224,7 @@ class Plan:
     batch: int
     activation_tries: int = 0
     cache_tries: int = 0
+    directions: bool = False
     references: bool = False
     head: bool = False
     windows: int = 0
@@ -242,6 +244,7 @@ class Plan:
             recipe.calibration.batch,
             _tries(activations.bits, activations.search, activations.symmetric),
             _tries(min(cache.key_bits, cache.value_bits), cache.search, False),
+            directions=has_directions(recipe),
             references=evaluation.references,
             head=moves_head(recipe),
             windows=windows or 0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...boa.objective.objective import FEW_TOKENS
 from ...boa.online.activations import OWN, SEARCHED
+from ...boa.online.directions import KEPT
 from ...boa.solver.rounding_settings import LAYERWISE
 from ...models.decoder import Decoder
 from ...rotation.rotate import Rotations
@@ -15,12 +16,12 @@ from ..recipe.layers import end_args
 from ..recipe.recipe import Recipe
 from ..recipe.settings import (
     finds_scales,
-    has_directions,
     has_inputs_in,
     most_directions,
     rotations_of,
     serving,
     stays_tied,
+    takes_directions,
 )
 
 
@@ -112,9 +113,8 @@ def _dynamic(case: _Case) -> str | None:
 def _directions(case: _Case) -> str | None:
     if case.decoder.family.generic:
         return "models without a family of their own have none"
-    few = case.recipe.activations.model_copy(update={"directions": 1})
-    may = has_directions(case.recipe.model_copy(update={"activations": few}))
-    return None if may else _activations(case) or "no input is of integers of fewer than 8 bits"
+    few = takes_directions(case.recipe)
+    return None if few else _activations(case) or f"no input is of integers of fewer than {KEPT} bits"
 
 
 def _convention(case: _Case) -> str | None:

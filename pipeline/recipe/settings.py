@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...boa.online.directions import KEPT
 from ...boa.online.served_cache import OWN
 from ...boa.scheme import FULL
 from ...boa.solver.rounding_settings import Settings
@@ -58,11 +59,16 @@ def has_inputs_in(name: str, recipe: Recipe) -> bool:
     return whole or any(override.activations.format == name for override in recipe.overrides)
 
 
-def has_directions(recipe: Recipe) -> bool:
-    """Whether any input is of integers of fewer bits than its leading directions."""
+def takes_directions(recipe: Recipe) -> bool:
+    """Whether any input is of integers of fewer bits than leading directions are kept in."""
     whole = {"bits": recipe.activations.bits, "format": recipe.activations.format}
     given = [whole, *(whole | override.activations.model_dump(exclude_none=True) for override in recipe.overrides)]
-    return recipe.activations.directions > 0 and any(g["format"] == "int" and g["bits"] < 8 for g in given)
+    return any(args["format"] == "int" and args["bits"] < KEPT for args in given)
+
+
+def has_directions(recipe: Recipe) -> bool:
+    """Whether calibration looks for such directions of inputs, in models with a family of their own."""
+    return recipe.activations.directions > 0 and takes_directions(recipe)
 
 
 def most_directions(decoder: Decoder) -> int:

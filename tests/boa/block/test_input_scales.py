@@ -1,11 +1,15 @@
 """The scales that are one for all tokens: those of the largest numbers of the block of full precision."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from rotoboa.boa.block.block_output import transformed
 from rotoboa.boa.block.context import Streams
+from rotoboa.boa.block.directions_step import find_directions
 from rotoboa.boa.block.input_scales import find_scales
 from rotoboa.boa.online.activations import UNCALIBRATED, DynamicQuantizer
 from rotoboa.boa.online.attention import AttentionInputs, set_attention
@@ -62,11 +66,12 @@ def test_each_is_that_of_what_is_seen() -> None:
     assert len({float(scale) for scale in found.centers.values()}) > 1
 
 
+@pytest.mark.parametrize("find", [find_scales, find_directions])
 @torch.no_grad()
-def test_none_is_looked_for_where_none_is_wanted() -> None:
+def test_none_is_looked_for_where_none_is_wanted(find: Callable[..., Any]) -> None:
     decoder = make_decoder()
     context = make_context(decoder, make_block(decoder), transforms=QUANTIZED)
-    again, found = find_scales(context, Streams(*make_streams()))
+    again, found = find(context, Streams(*make_streams()))
     assert again is context and not found.centers
 
 

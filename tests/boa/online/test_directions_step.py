@@ -53,14 +53,6 @@ def test_each_is_that_of_what_is_rounded() -> None:
 
 
 @torch.no_grad()
-def test_none_is_looked_for_where_none_is_wanted() -> None:
-    decoder = make_decoder()
-    context = make_context(decoder, make_block(decoder), transforms=QUANTIZED)
-    again, found = find_directions(context, Streams(*make_streams()))
-    assert again is context and not found.centers
-
-
-@torch.no_grad()
 def test_the_block_is_nearer_to_full_precision_with_them() -> None:
     errors = {}
     for name, transforms in {"with": _directed(QUANTIZED), "without": QUANTIZED}.items():

@@ -14,8 +14,10 @@ from transformers import LlamaConfig
 from rotoboa.boa.block.block import quantize_block
 from rotoboa.boa.block.context import BlockContext, Share, Streams, shared_copy
 from rotoboa.boa.kernels.dispatch import descend_rows
+from rotoboa.boa.online.activations import DynamicQuantizer
 from rotoboa.boa.online.attention import NAME
-from rotoboa.boa.online.transforms import OnlineTransforms
+from rotoboa.boa.online.directions import LeadingDirections
+from rotoboa.boa.online.transforms import InputTransform, OnlineTransforms
 from rotoboa.boa.ranks import Ranks
 from rotoboa.boa.solver.rounding_settings import Settings
 from rotoboa.boa.stopwatch import STAGES, Stopwatch
@@ -74,7 +76,9 @@ class Products(Stopwatch):
         self.at = now
 
 
-def real(settings: Settings, samples: int, length: int) -> tuple[Sizes, dict[str, float]]:
+def real(
+    settings: Settings, samples: int, length: int, transforms: OnlineTransforms | None = None
+) -> tuple[Sizes, dict[str, float]]:
     """Products of a block that is quantized for real, by stage."""
     decoder, block = small()
     full = torch.randn(samples, length, 256)
@@ -84,7 +88,7 @@ def real(settings: Settings, samples: int, length: int) -> tuple[Sizes, dict[str
         with watch:
             share = Share.of(Ranks(), samples, batch=2)
             context = BlockContext(
-                decoder, block, shared_copy(block), settings, OnlineTransforms(), share, references=True
+                decoder, block, shared_copy(block), settings, transforms or OnlineTransforms(), share, references=True
             )
             quantize_block(context, Streams(full, quantized))
     found = watch.seconds()
@@ -129,6 +133,19 @@ def test_stages_are_counted_as_they_run(length: int, monkeypatch: pytest.MonkeyP
     assert 0.5 * counted["value statistics"] <= found["value statistics"] <= 2 * counted["value statistics"]
     # Of columns only those after a block are products, and what is left of a sweep is in cache.
     assert 0.5 * counted["rounding"] <= found["rounding"] <= 1.5 * counted["rounding"]
+
+
+def test_looking_for_directions_is_counted() -> None:
+    """Without what they cost as the block runs; a Gram of 256 columns is run in blocks, a quarter more than half."""
+    settings, length = Settings(bits=3, starts=1, refine=0), 64
+    few = InputTransform(quantizer=LeadingDirections.of(DynamicQuantizer(4), 256, 4))
+    sizes, plain = real(settings, 2, length)
+    _, found = real(settings, 2, length, OnlineTransforms(qkv=few, output=few, gate_up=few))
+    none, some = (counting.whole(sizes, Plan(settings, 2, length, 2, directions=on)) for on in (False, True))
+    statistics = some["input statistics"].products - none["input statistics"].products
+    assert statistics <= found["input statistics"] - plain["input statistics"] <= 1.26 * statistics
+    forward = some["forward"].products - none["forward"].products
+    assert forward == pytest.approx(found["forward"] - plain["forward"], rel=0.15)
 
 
 # -- against loops ----------------------------------------------------------------------------------------------------
