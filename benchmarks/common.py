@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 PLAIN: dict[str, Any] = {
     "weights.method": "gptq",
     "weights.grid": "hessian",
+    "weights.damping": 0.01,
     "weights.alpha": 0.0,
     "weights.drift": False,
     "weights.refine": 0,

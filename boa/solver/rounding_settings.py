@@ -65,7 +65,11 @@ class Settings(BaseModel):
         "over smaller ranges, weighting errors by the diagonal of the input Hessian; hessian: by all of it.",
     )
     damping: float = Field(
-        default=0.01, gt=0, lt=1, description="Part of a Hessian's mean diagonal added to its diagonal."
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Part of a Hessian's mean diagonal added to its diagonal. GPTQ as published has 0.01 (why more: "
+        "docs/methods.md#damping).",
     )
     alpha: float = Field(
         default=1.0,
