@@ -38,6 +38,27 @@ PLAIN: dict[str, Any] = {
     "cache.sink": 0,
 }
 """GPTQ as published: no residual compensation, no refinement, columns in their order."""
+UNROTATED = {"rotation.r1": "none", "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
+TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
+TURNED = {"rotation.r1": "online", "rotation.r2": True, "rotation.r4": True, "rotation.heads": False}
+QUAROT = {
+    "rotation.r1": "merged",
+    "rotation.scale": False,
+    "rotation.heads": False,
+    "activations.directions": 0,
+}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    **TRANSFORMS,
+    "quarot": QUAROT,
+    "quarot-64": {**QUAROT, "activations.directions": 64},
+    "bare": {**UNROTATED, "rotation.heads": False, "rotation.blocks": None},
+    **{f"blocks-{n}" if n else "full": {**TURNED, "rotation.blocks": n} for n in (None, 16, 32, 64, 128)},
+}
+"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it; beside
+64 leading directions of inputs; with no rotation at all; with those that formats in groups can have, over all channels
+and in blocks. The directions are the nearest to QUAD (arXiv 2503.19353) and ResQ (2412.14363) that there is: theirs
+are channels of their own, with weights of more bits too. DuQuant (2406.01721) fits its blocks to outliers, and permutes
+channels between two such rotations; `blocks-128` is none of its settings."""
 OFF: dict[str, Any] = dict.fromkeys(("evaluation.baseline", "evaluation.references", "evaluation.report"), False)
 """What is left out of a run that is measured for one figure."""
 QUICK: dict[str, Any] = {

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from common import HERE, PLAIN, measure, perplexity, side_by_side, standalone
+from common import HERE, PLACEMENTS, PLAIN, TRANSFORMS, UNROTATED, measure, perplexity, side_by_side, standalone
 
 from rotoboa.eval.drawing.charts import Chart, legend, log_scale, span
 
@@ -36,7 +36,6 @@ PUBLISHED: dict[str, Any] = {
 """BoA as published; `PLAIN` is GPTQ so."""
 SETTING: dict[str, Any] = {"calibration.samples": 64}
 """Half of a recipe's calibration sequences: all of it takes about an hour."""
-UNROTATED = {"rotation.r1": "none", "rotation.r2": False, "rotation.r3": False, "rotation.r4": False}
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,6 @@ METHODS = {
         {},
     ),
 }
-TRANSFORMS: dict[str, dict[str, Any]] = {"none": UNROTATED, "rotation": {}}
-TURNED = {"rotation.r1": "online", "rotation.r2": True, "rotation.r4": True, "rotation.heads": False}
-PLACEMENTS: dict[str, dict[str, Any]] = {
-    **TRANSFORMS,
-    "quarot": {"rotation.r1": "merged", "rotation.scale": False, "rotation.heads": False},
-    "bare": {**UNROTATED, "rotation.heads": False, "rotation.blocks": None},
-    **{f"blocks-{n}" if n else "full": {**TURNED, "rotation.blocks": n} for n in (None, 16, 32, 64, 128)},
-}
-"""With R1 where QuaRot has it too, merged into the residual stream, and without what this project adds to it; with no
-rotation at all; with those that formats in groups can have, over all channels and in blocks."""
 
 
 class Case(NamedTuple):

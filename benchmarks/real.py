@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from common import HERE, QUICK, file_name, shown, side_by_side
-from methods import METHODS, PLACEMENTS, Case, run
+from common import HERE, PLACEMENTS, QUICK, file_name, shown, side_by_side
+from methods import METHODS, Case, run
 from real_page import DEFAULT, RECIPES, Subject, document, picture, sizes_picture, sources_picture
 
 from rotoboa.errors import InputError, RunError

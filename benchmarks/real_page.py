@@ -9,8 +9,8 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from common import QUICK, command_of, content, fingerprint, shown, standalone
-from methods import METHODS, PLACEMENTS, Case, mean, settings
+from common import PLACEMENTS, QUICK, command_of, content, fingerprint, shown, standalone
+from methods import METHODS, Case, mean, settings
 
 from rotoboa.eval.drawing.charts import Chart, legend, log_scale, span
 from rotoboa.eval.drawing.source_figures import kl_by_source
@@ -100,7 +100,13 @@ def rows(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _turned(transform: str) -> str:
-    words = {"rotation": "rotated", "none": "not rotated", "quarot": "QuaRot's rotations", "bare": "no rotation"}
+    words = {
+        "rotation": "rotated",
+        "none": "not rotated",
+        "quarot": "QuaRot's rotations",
+        "quarot-64": "QuaRot's rotations, 64 directions in 8 bits",
+        "bare": "no rotation",
+    }
     return words.get(transform) or transform.replace("full", "all channels").replace("-", " of ")
 
 

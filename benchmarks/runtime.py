@@ -50,6 +50,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SPECS: dict[str, dict[str, Any]] = {
     "w4a4kv4": {"bits": 4, "r3": True, "r4": True, "activation_bits": 4, "key_bits": 4, "value_bits": 4},
+    "w4a4kv4 without R4": {"bits": 4, "r3": True, "activation_bits": 4, "key_bits": 4, "value_bits": 4},
+    "w4a4kv4 and 32 directions": {
+        "bits": 4,
+        "r3": True,
+        "r4": True,
+        "activation_bits": 4,
+        "activation_directions": 32,
+        "key_bits": 4,
+        "value_bits": 4,
+    },
     "w4a8kv4": {"bits": 4, "r3": True, "r4": True, "activation_bits": 8, "key_bits": 4, "value_bits": 4},
     "w4a16": {"bits": 4},
     "w4a16 in groups": {"bits": 4, "group_size": 128},
@@ -80,7 +90,9 @@ def fill(like: Tensor, spec: Spec) -> Tensor:
         return torch.full(like.shape, 2 ** (spec.bits - 1), dtype=torch.uint8)
     if like.dtype == torch.float16:
         return torch.full(like.shape, 0.1 / 2**spec.bits, dtype=torch.float16)
-    return torch.ones(like.shape, dtype=like.dtype) if like.dim() == 1 else torch.randn(like.shape, dtype=like.dtype)
+    if like.dim() == 1:
+        return torch.ones(like.shape, dtype=like.dtype)
+    return torch.randn(like.shape, dtype=like.dtype) / len(like) ** 0.5
 
 
 @torch.no_grad()

@@ -74,13 +74,23 @@ def _schemes(run: Path, manifest: Manifest) -> dict[str, Any] | None:
     return schemes_of_run(run, manifest)
 
 
+def _directions(run: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """What directions of inputs cost, where the recipe asks for any: other runs are shown without torch."""
+    if not manifest.identity.recipe.get("activations", {}).get("directions"):
+        return None
+    from ..estimate.direction_costs import direction_costs_of_run
+
+    return direction_costs_of_run(run, manifest)
+
+
 def _inspect_run(run: Path, as_json: bool) -> None:
     manifest = read_manifest(run)
     report = read_report(run) if (run / REPORT).exists() else None
-    schemes = _schemes(run, manifest)
+    schemes, directions = _schemes(run, manifest), _directions(run, manifest)
     if as_json:
         found = {"manifest": manifest.to_json(), "report": {} if report is None else report.to_json()}
         found |= {} if schemes is None else {"schemes": schemes}
+        found |= {} if directions is None else {"directions": directions}
         typer.echo(json.dumps(found, indent=2))
         return
     print_tables(facts_table("recipe", manifest.identity.recipe), facts_table("versions", manifest.identity.versions))
@@ -88,6 +98,10 @@ def _inspect_run(run: Path, as_json: bool) -> None:
         from ..console.plan_table import scheme_table
 
         print_tables(scheme_table(schemes))
+    if directions is not None:
+        from ..console.plan_table import directions_table
+
+        print_tables(directions_table(directions))
     if manifest.blocks:
         print_tables(loss_table(manifest.blocks))
     if report is None:

@@ -39,8 +39,18 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     costs.add_section()
     for name, size in plan["memory"].items():
         costs.add_row(f"memory: {name}", human_size(round(size)))
+    directions = [directions_table(plan["directions"])] if "directions" in plan else []
     schemes = [scheme_table(plan["schemes"])] if "schemes" in plan else []
-    return [facts, rotations, *schemes, costs, _times(plan["time"], calibration)]
+    return [facts, rotations, *directions, *schemes, costs, _times(plan["time"], calibration)]
+
+
+def directions_table(costs: Mapping[str, Any]) -> Table:
+    """What `estimate.direction_costs` says of directions of inputs."""
+    table = _table("Directions of inputs in 8 bits")
+    table.add_row("of each input of q, k, v, O, gate and up", f"{costs['kept']:,}")
+    table.add_row("multiplications as the model runs", f"{costs['products']:+.1%}")
+    table.add_row("stored", f"{human_size(costs['bytes'])}, {costs['bits_per_weight']:.3f} bits a weight")
+    return table
 
 
 def scheme_table(schemes: Mapping[str, Any]) -> Table:

@@ -39,6 +39,7 @@ from ..storage.buffers import free_memory
 from ..storage.run_folder import device_of
 from .budgets import budgeted_files
 from .counting import whole
+from .direction_costs import direction_costs
 from .footprint import PROCESS, activation_bytes, footprint, spilled_bytes
 from .machines import calibrated, measured
 from .schemes import planned_schemes
@@ -78,6 +79,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     schemes = planned_schemes(recipe, spec, decoder.family, shape.blocks, tied=tied)
     quantized = numbers_in_blocks(decoder.family, shape)
     sizes = _sizes(spec, decoder, quantized, itemsize, tied)
+    directions = direction_costs(spec, decoder.family, shape)
     counted, run = replace(Sizes.of(decoder), tied=tied), Plan.of(recipe, length, windows)
     beside: dict[str, Any] = {"parallel": decoder.family.parallel, "mixed": counted.mixed}
     activations = activation_bytes(shape, tokens, recipe.weights.method, **beside)
@@ -99,6 +101,7 @@ def plan(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
         },
         "rotations": _rotations(recipe, rotations, shape),
+        **({} if directions is None else {"directions": directions}),
         **({} if schemes is None else {"schemes": schemes}),
         "sizes": {"original": checkpoint.bytes, **sizes},
         "calibration": {

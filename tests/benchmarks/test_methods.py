@@ -48,6 +48,15 @@ def test_every_cell_is_a_recipe_of_its_own(methods: Any) -> None:
     }
 
 
+def test_rotations_of_papers_are_without_what_this_project_adds(methods: Any) -> None:
+    for transform, kept in (("quarot", 0), ("quarot-64", 64)):
+        case = methods.Case("w4a4kv4", "GPTQ", transform, 0)
+        recipe = build_recipe(load_recipe(case.recipe), case.changes)
+        rotation = recipe.rotation
+        assert rotation.r1 == "merged" and rotation.r2 and rotation.r3 and rotation.r4
+        assert not rotation.scale and not rotation.heads and recipe.activations.directions == kept
+
+
 def test_table(methods: Any, results: dict[str, dict[str, float]]) -> None:
     lines = methods.table("w2a16", results)
     rows = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
