@@ -13,14 +13,11 @@ cost as the model runs: see `channels`.
 Keys that are rounded for the cache are balanced likewise against the queries that meet them. The noise of q . k is
 |q / t|^2 E|t k|^2, so E q_j^2 stands where |W_j|^2 does. Both are of pairs of channels, whose sums of squares RoPE does
 not change. Of keys that are rounded without their center, it is what is left of k that counts.
-
-So it is of inputs whose leading directions are kept in more bits: what these leave is rounded. Which they are depends
-on t, and t on what they leave: `balance_beside` finds each from the other in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,10 +31,6 @@ from .channels import HEADS, absorbable, activation_of, key_ties, readers, ties
 
 BOUND = 64.0
 """How far a scale may be from the geometric mean of its site: what lies beyond is dead, or close to it."""
-ROUNDS = 3
-"""How often scales and leading directions are found from each other."""
-STEPS = 8
-"""Products with a Gram matrix by which its leading directions are found."""
 STORED = 2.0**-7
 """How far a stored scale of keys or queries may be from the wanted one, relative to it: twice bfloat16's own error."""
 
@@ -75,7 +68,6 @@ class Moments:
 
     Args:
         record: for `keys` and `queries`.
-        whole: sites of which the whole of E x x^T is collected.
     """
 
     def __init__(
@@ -86,9 +78,7 @@ class Moments:
         record: Record,
         *,
         centered: bool,
-        whole: Collection[str] = (),
     ) -> None:
-        self._whole = whole
         self._sums: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
         self._shared, self._centered = family.key_norm is not None and not family.head_norms_whole, centered
@@ -106,12 +96,7 @@ class Moments:
 
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).float()
-            if name in self._whole:
-                x = x * _per_square(x.square()).sqrt()
-                self._count_in(name, x.T @ x, len(x))
-            else:
-                self._add(name, _relative(x.square()))
+            self._add(name, _relative(args[0].flatten(0, -2).float().square()))
 
         return hook
 
@@ -127,15 +112,12 @@ class Moments:
             self._add(name, part)
 
     def _add(self, name: str, part: Tensor) -> None:
-        self._count_in(name, part.sum(0), len(part))
-
-    def _count_in(self, name: str, part: Tensor, tokens: int) -> None:
-        total = part.double()
+        total = part.sum(0).double()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._count[name] = self._count.get(name, 0) + tokens
+        self._count[name] = self._count.get(name, 0) + len(part)
 
     def value(self) -> dict[str, Tensor]:
-        """(c,) in float64 by site, of `whole` ones (c, c); without experts that no token went to. Looks no further."""
+        """(c,) in float64 by site; an expert that no token went to is not there. Looks no further."""
         for handle in self._handles:
             handle.remove()
         self._stop()
@@ -159,30 +141,23 @@ def moments(
     record: Record,
     *,
     centered: bool,
-    whole: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """`Moments` of one plain run of a block over the stream (sequences, length, hidden) at its start; not changed."""
-    seen = Moments(decoder.family_of(block), block, names, record, centered=centered, whole=whole)
+    seen = Moments(decoder.family_of(block), block, names, record, centered=centered)
     for part in hidden.split(batch):
         decoder.run(block, part.to(decoder.device, decoder.dtype))
     return seen.value()
 
 
 def scales(
-    tensors: Mapping[str, Tensor],
-    family: Family,
-    shape: Shape,
-    found: Mapping[str, Tensor],
-    rotary: int,
-    directions: int = 0,
+    tensors: Mapping[str, Tensor], family: Family, shape: Shape, found: Mapping[str, Tensor], rotary: int
 ) -> dict[str, Tensor]:
     """The scales t of a block's sites, positive, in float64; those of `output` are one a value channel.
 
     Args:
         tensors: of the block, as in the checkpoint; `family` and `shape` are its own too.
-        found: E x_j^2 by site, or E x x^T, from `moments`.
+        found: E x_j^2 by site, from `moments`.
         rotary: channels of a head that RoPE turns.
-        directions: how many are kept in more bits, of the inputs with an E x x^T.
     """
     chosen = {}
     norms = {name: tensor.double().cpu() for name, tensor in tensors.items() if name in _norms(family)}
@@ -192,9 +167,9 @@ def scales(
         weights = [tensors[f"{name}.weight"].double() for name in readers(family, site) if name not in family.deciders]
         energy = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).cpu()
         tie = ties(shape, site)
-        tie = torch.arange(len(energy)) if tie is None else tie
-        t = balance_beside(energy, moment, tie, directions) if moment.dim() > 1 else balance_tied(energy, moment, tie)
-        chosen[site] = absorbable(norms, family, site, t)
+        if tie is not None:
+            energy, moment = (torch.zeros(int(tie.max()) + 1).double().index_add_(0, tie, x) for x in (energy, moment))
+        chosen[site] = absorbable(norms, family, site, balance(energy, moment))
     if "keys" in found:
         keys, queries = found["keys"], found["queries"]
         tie = key_ties(shape.head_dim, rotary, neighbours=family.rope_neighbours)
@@ -234,27 +209,6 @@ def balance(energy: Tensor, moment: Tensor) -> Tensor:
     t = torch.where(alive, energy / torch.where(alive, moment, 1.0), 1.0).pow(0.25)
     t = (t / t[alive].log().mean().exp()).clamp(1 / BOUND, BOUND)
     return torch.where(alive, t, 1.0)
-
-
-def balance_tied(energy: Tensor, moment: Tensor, tie: Tensor) -> Tensor:
-    """`balance` where channel j, of (c,), has the scale number tie_j: as many as there are numbers."""
-    return balance(*(torch.zeros(int(tie.max()) + 1).double().index_add_(0, tie, x) for x in (energy, moment)))
-
-
-def balance_beside(energy: Tensor, gram: Tensor, tie: Tensor, count: int) -> Tensor:
-    """`balance_tied` by what the `count` leading directions of T x leave of x, of E x x^T (c, c)."""
-    t = balance_tied(energy, gram.diag(), tie)
-    directions = torch.eye(len(gram)).double()[:, gram.diag().argsort(descending=True)[:count]]
-    for _ in range(ROUNDS):
-        each = t[tie]
-        scaled = each[:, None] * gram * each
-        for _ in range(STEPS):
-            directions = torch.linalg.qr(scaled @ directions).Q
-        # The diagonal of (I - D D^T) S (I - D D^T), S of the scaled inputs.
-        met = scaled @ directions
-        left = scaled.diag() - 2 * (met * directions).sum(1) + ((directions @ (directions.T @ met)) * directions).sum(1)
-        t = balance_tied(energy, left.clamp_min(0) / each.square(), tie)
-    return t
 
 
 def _seeing(family: Family, site: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...boa.online.attention import set_attention
-from ...boa.online.directions import DIRECTED, LeadingDirections
 from ...rotation.balance import balanced_sites, moments, scales
 from ...rotation.rotate import Rotations
 from ..job.job import Job
@@ -39,13 +38,9 @@ class Balance:
         compute, batch = self.job.decoder, self.job.recipe.calibration.batch
         family, shape = compute.family.at(index), compute.shape.at(index)
         sites = balanced_sites(family, compute.config, folded=self.job.rotations.turned, keys=self.keys)
-        transforms = self.job.spec.transforms(compute.shape, compute.family, index)
-        beside = [site for site in DIRECTED if isinstance(getattr(transforms, site).quantizer, LeadingDirections)]
-        part, record = hidden[: self.sequences], set_attention
-        seen = moments(compute, block, part, sites, batch, record, centered=self.centered, whole=beside)
+        seen = moments(compute, block, hidden[: self.sequences], sites, batch, set_attention, centered=self.centered)
         rotary = compute.position_embeddings(1, index)[0].shape[-1]
-        count = self.job.spec.activation_directions
-        self.found.append(scales(tensors, family, shape, seen, rotary, count))
+        self.found.append(scales(tensors, family, shape, seen, rotary))
 
     def write(self, folder: Path) -> None:
         """Keep them in the folder of the run."""
