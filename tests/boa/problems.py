@@ -11,7 +11,7 @@ from rotoboa.boa.solver.rounding import Quantized, quantize
 from rotoboa.boa.solver.rounding_settings import Settings
 
 # One pass of the solver and nothing after it.
-PLAIN = Settings(bits=3, refine=0, starts=1, tabu=0, act_order=False, rows=1)
+PLAIN = Settings(bits=3, refine=0, starts=1, tabu=0, act_order=False, rows=1, damping=0.01)
 # What summation order may lose of a loss, whose terms are some hundred times larger than it.
 SLACK = 1 + 1e-10
 KINDS = pytest.mark.parametrize(

@@ -160,7 +160,8 @@ def test_the_start_is_what_no_step_rounds_to(bits: int, symmetric: bool, heads: 
 def test_never_worse(method: str, start: str, group: int | None, heads: int, shared: bool, h_out: bool) -> None:
     """By row or by head; and on the whole better than a start that is refined as far as it goes."""
     weight, objective = _problem(heads, shared, h_out)
-    settings = Settings(bits=2, group_size=group, tabu=0, iterations=200, learning_rate=0.05).but(method=start)
+    settings = Settings(bits=2, group_size=group, tabu=0, damping=0.01, iterations=200, learning_rate=0.05)
+    settings = settings.but(method=start)
     first = quantize(weight, objective, settings)
     result = quantize(weight, objective, settings.but(method=method))
     judged = objective.damped(settings.damping)
@@ -220,7 +221,7 @@ def test_rows_are_problems_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_learned_is_settled() -> None:
     """At the end of the schedule hardly a variable is between its integers: rounding them changes little."""
-    target, start, objective = _start(1, True, False, Settings(bits=2, starts=1, tabu=0, refine=2))
+    target, start, objective = _start(1, True, False, Settings(bits=2, starts=1, tabu=0, refine=2, damping=0.01))
     relaxed, learning = _relaxed(target, start, objective, 2), Learning(iterations=600, rate=0.05)
     optimizer = torch.optim.Adam([relaxed.v], lr=learning.rate)
     for iteration in range(learning.iterations):
